@@ -1,0 +1,230 @@
+"""What happened, as numbers, and the documented text forms of those numbers.
+
+`Counters` only ever grow; `Snapshot` is what the server sees at one moment and renders as the status lines. Their shape
+is an interface (docs/operations.md): operators parse them. Collecting the figures, writing them and serving metrics
+do not belong here.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from proxy.model import Endpoint
+
+#: A table of named counters never holds more names than this; what comes later is counted under OTHER.
+MAX_NAMES = 64
+OTHER = "other"
+
+
+class Outcome(enum.StrEnum):
+    """How a relayed connection ended: the closed vocabulary of `outcome=` in the closing line and of the metrics."""
+
+    CLOSED = "closed"
+    KEPT = "kept"
+    CLIENT_RESET = "client_reset"
+    UPSTREAM_RESET = "upstream_reset"
+    IDLE_TIMEOUT = "idle_timeout"
+    DRAIN_TIMEOUT = "drain_timeout"
+    NO_LONGER_ALLOWED = "no_longer_allowed"
+    PROTOCOL_ERROR = "protocol_error"
+    INTERNAL_ERROR = "internal_error"
+
+    @property
+    def is_clean(self) -> bool:
+        """Nothing went wrong: `log_connections errors` leaves these out."""
+        return self in _CLEAN
+
+
+_CLEAN = frozenset({Outcome.CLOSED, Outcome.KEPT})
+
+
+class Backlog(NamedTuple):
+    """Messages that are ready for an attempt now and wait: first attempts, bounces' first attempts, later attempts."""
+
+    ram: int = 0
+    bounce: int = 0
+    disk: int = 0
+
+    def __str__(self) -> str:
+        return f"backlog(ram={self.ram} bounce={self.bounce} disk={self.disk})"
+
+
+class Flow(NamedTuple):
+    """One direction between MTA and manager: frames queued to enter a stage, queued to leave it, records parked."""
+
+    entering: int = 0
+    leaving: int = 0
+    parked: int = 0
+    depth: int = 16
+
+    def __str__(self) -> str:
+        return f"(in={self.entering}/{self.depth} out={self.leaving}/{self.depth} buf={self.parked})"
+
+
+class SessionFigures(NamedTuple):
+    """One instance's throttle session; times in seconds, `ping` is the last round trip (0: none yet)."""
+
+    name: str
+    connected: float
+    ping: float
+    ping_age: float
+    backlog: Backlog = Backlog()
+    forward: Flow = Flow()
+    back: Flow = Flow()
+
+
+class ManagerFigures(NamedTuple):
+    """The throttle manager of this run; `incarnation` is its 8 hex digits."""
+
+    incarnation: str
+    throttles: int
+    sessions: tuple[SessionFigures, ...] = ()
+    forward: Flow = Flow()
+    back: Flow = Flow()
+
+    @property
+    def backlog(self) -> Backlog:
+        """The sum of the sessions' backlogs, by construction."""
+        parts = [session.backlog for session in self.sessions]
+        return Backlog(sum(b.ram for b in parts), sum(b.bounce for b in parts), sum(b.disk for b in parts))
+
+
+def duration(seconds: float) -> str:
+    """A time span as the status lines spell it: `1h5m19s`, `0s`, and below one second `0.250ms`.
+
+    A negative span (it cannot be, but clocks are read in two places) is shown as 0s.
+    """
+    if seconds >= 1:
+        minutes, rest = divmod(int(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        if hours:
+            return f"{hours}h{minutes}m{rest}s"
+        return f"{minutes}m{rest}s" if minutes else f"{rest}s"
+    return f"{seconds * 1000:.3f}ms" if seconds >= 0.0000005 else "0s"
+
+
+def whole_seconds(seconds: float) -> str:
+    """An age or uptime: like `duration`, but never finer than a second."""
+    return duration(int(seconds))
+
+
+def listener_line(endpoint: Endpoint, open_connections: int) -> str:
+    return f"listener({endpoint}): open_connections={open_connections}"
+
+
+def manager_line(manager: ManagerFigures) -> str:
+    return (
+        f"throttle: manager({manager.incarnation}): throttles={manager.throttles} sessions={len(manager.sessions)} "
+        f"{manager.backlog} forward{manager.forward} back{manager.back}"
+    )
+
+
+def session_line(session: SessionFigures) -> str:
+    return (
+        f"throttle: session({session.name}): timeconnected={whole_seconds(session.connected)} "
+        f"ping={duration(session.ping)}({whole_seconds(session.ping_age)} ago) "
+        f"{session.backlog} forward{session.forward} back{session.back}"
+    )
+
+
+def remote_line(active: int, cached: int) -> str:
+    """`connections` counts every outgoing socket, so it is the sum of the two by construction."""
+    return f"direct_remote_smtp: connections={active + cached}(active={active} cached={cached})"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The state of the program at one moment, for the log, the status page and the metrics alike.
+
+    Args:
+        listeners: each listener with its open client connections.
+        manager: the throttle manager; None when there is no native listener, and then no `throttle:` line either.
+        active: outgoing connections in use or being set up.
+        cached: outgoing connections that are held open for the next user.
+    """
+
+    listeners: tuple[tuple[Endpoint, int], ...]
+    manager: ManagerFigures | None
+    active: int
+    cached: int
+
+    def lines(self) -> list[str]:
+        """The documented status lines, in their documented order."""
+        lines = [listener_line(endpoint, count) for endpoint, count in self.listeners]
+        if self.manager is not None:
+            lines.append(manager_line(self.manager))
+            lines += [session_line(session) for session in self.manager.sessions]
+        lines.append(remote_line(self.active, self.cached))
+        return lines
+
+
+class Table(dict[str, int]):
+    """Counters by name, bounded: names may come from places that we do not control.
+
+    `table.count(name)` adds one. A name beyond the first MAX_NAMES is counted under `other`.
+    """
+
+    __slots__ = ()
+
+    def count(self, name: str, amount: int = 1) -> None:
+        if name in self:
+            self[name] += amount
+        elif len(self) < MAX_NAMES:
+            self[name] = amount
+        else:
+            self[OTHER] = self.get(OTHER, 0) + amount
+
+
+class Counters:
+    """Everything that is counted since the start. Plain integers: the hot path adds to them directly.
+
+    accepted: client connections, by protocol. refused: by the outcome's `code`. failed: outgoing connections that did
+    not come to be, by step. ended: relayed connections, by `Outcome`. discarded: cached connections, by reason.
+    reused and fresh: how often a request was served from the cache or by a new connection. messages: MAIL commands seen
+    on tracked channels. probes: connections that closed without a byte, and health checks.
+    """
+
+    __slots__ = (
+        "accept_errors",
+        "accepted",
+        "bytes_down",
+        "bytes_up",
+        "discarded",
+        "ended",
+        "failed",
+        "fresh",
+        "internal_errors",
+        "messages",
+        "messages_without_permit",
+        "probes",
+        "refused",
+        "reloads",
+        "reloads_failed",
+        "reused",
+    )
+
+    def __init__(self) -> None:
+        self.accepted = Table()
+        self.refused = Table()
+        self.failed = Table()
+        self.ended = Table()
+        self.discarded = Table()
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self.reused = 0
+        self.fresh = 0
+        self.messages = 0
+        self.messages_without_permit = 0
+        self.probes = 0
+        self.accept_errors = 0
+        self.internal_errors = 0
+        self.reloads = 0
+        self.reloads_failed = 0
+
+    def as_dict(self) -> dict[str, int | dict[str, int]]:
+        """All counters by name, as `status.json` shows them; tables are copied."""
+        return {
+            name: dict(value) if isinstance(value := getattr(self, name), Table) else value for name in self.__slots__
+        }

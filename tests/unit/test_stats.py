@@ -1,0 +1,129 @@
+"""Counters, and the status lines exactly as docs/operations.md and the product's documentation show them."""
+
+from __future__ import annotations
+
+import pytest
+
+from proxy.model import Endpoint
+from proxy.stats import (
+    MAX_NAMES,
+    OTHER,
+    Backlog,
+    Counters,
+    Flow,
+    ManagerFigures,
+    Outcome,
+    SessionFigures,
+    Snapshot,
+    Table,
+    duration,
+    listener_line,
+    remote_line,
+    whole_seconds,
+)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (3919, "1h5m19s"),
+        (3919.99, "1h5m19s"),
+        (0, "0s"),
+        (0.00025, "0.250ms"),
+        (0.9994, "999.400ms"),
+        (0.0000001, "0s"),
+        (0.000001, "0.001ms"),
+        (1, "1s"),
+        (59.9, "59s"),
+        (60, "1m0s"),
+        (3600, "1h0m0s"),
+        (360000, "100h0m0s"),
+        (-3, "0s"),
+        (-0.2, "0s"),
+    ],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_an_age_below_a_second_is_0s() -> None:
+    assert whole_seconds(0.99) == "0s"
+    assert whole_seconds(61.5) == "1m1s"
+
+
+def test_documented_example_lines() -> None:
+    """The four lines of the product's documentation, figure by figure."""
+    server_a = SessionFigures("server-a", connected=3919.4, ping=0.00025, ping_age=0.4)
+    server_b = SessionFigures("server-b", connected=1, ping=0, ping_age=0, backlog=Backlog(532, 0, 1000))
+    server_c = SessionFigures("server-c", connected=1, ping=0, ping_age=0, backlog=Backlog(0, 0, 93))
+    snapshot = Snapshot(
+        listeners=((Endpoint("0.0.0.0", 807), 965),),
+        manager=ManagerFigures("0543b19c", 1758, (server_a, server_b, server_c)),
+        active=610,
+        cached=3,
+    )
+    lines = snapshot.lines()
+    assert len(lines) == 6
+    assert lines[0] == "listener(0.0.0.0:807): open_connections=965"
+    assert lines[1] == (
+        "throttle: manager(0543b19c): throttles=1758 sessions=3 backlog(ram=532 bounce=0 disk=1093) "
+        "forward(in=0/16 out=0/16 buf=0) back(in=0/16 out=0/16 buf=0)"
+    )
+    assert lines[2] == (
+        "throttle: session(server-a): timeconnected=1h5m19s ping=0.250ms(0s ago) backlog(ram=0 bounce=0 disk=0) "
+        "forward(in=0/16 out=0/16 buf=0) back(in=0/16 out=0/16 buf=0)"
+    )
+    assert lines[5] == "direct_remote_smtp: connections=613(active=610 cached=3)"
+
+
+def test_flow_and_backlog_figures_stand_in_their_places() -> None:
+    manager = ManagerFigures(
+        "00000001",
+        2,
+        (SessionFigures("x", 0, 0, 0, Backlog(1, 2, 3)), SessionFigures("y", 0, 0, 0, Backlog(10, 20, 30))),
+        forward=Flow(1, 2, 3),
+        back=Flow(4, 5, 6, 32),
+    )
+    assert Snapshot((), manager, 0, 0).lines()[0] == (
+        "throttle: manager(00000001): throttles=2 sessions=2 backlog(ram=11 bounce=22 disk=33) "
+        "forward(in=1/16 out=2/16 buf=3) back(in=4/32 out=5/32 buf=6)"
+    )
+
+
+def test_without_a_manager_no_throttle_line() -> None:
+    assert Snapshot(((Endpoint("::", 1080), 0),), None, 1, 2).lines() == [
+        "listener([::]:1080): open_connections=0",
+        "direct_remote_smtp: connections=3(active=1 cached=2)",
+    ]
+
+
+def test_single_lines() -> None:
+    assert listener_line(Endpoint("2001:db8::1", 25), 7) == "listener([2001:db8::1]:25): open_connections=7"
+    assert remote_line(0, 0) == "direct_remote_smtp: connections=0(active=0 cached=0)"
+
+
+def test_a_table_is_bounded_and_loses_no_count() -> None:
+    table = Table()
+    for number in range(10 * MAX_NAMES):
+        table.count(f"name-{number}")
+    table.count("name-0", 5)
+    assert len(table) == MAX_NAMES + 1
+    assert table["name-0"] == 6
+    assert table[OTHER] == 9 * MAX_NAMES
+    assert sum(table.values()) == 10 * MAX_NAMES + 5
+
+
+def test_counters_start_at_zero_and_a_dump_is_a_copy() -> None:
+    counters = Counters()
+    assert all(value in (0, {}) for value in counters.as_dict().values())
+    counters.ended.count(Outcome.CLOSED)
+    counters.bytes_up += 10
+    dump = counters.as_dict()
+    counters.ended.count(Outcome.CLOSED)
+    assert dump["ended"] == {"closed": 1}
+    assert dump["bytes_up"] == 10
+    assert set(dump) == set(Counters.__slots__)
+
+
+def test_only_a_normal_end_is_clean() -> None:
+    assert {outcome for outcome in Outcome if outcome.is_clean} == {Outcome.CLOSED, Outcome.KEPT}
