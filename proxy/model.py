@@ -6,7 +6,9 @@ object (see `Handshake`) that turns bytes into the events below and replies into
 
 from __future__ import annotations
 
-from ipaddress import ip_address
+import enum
+from functools import lru_cache
+from ipaddress import IPv6Address, ip_address
 from typing import NamedTuple, Protocol
 
 from proxy.errors import ProxyError
@@ -27,7 +29,9 @@ class Endpoint(NamedTuple):
 
 
 def canonical_ip(text: str) -> str:
-    """The canonical text form of an IP address.
+    """The canonical text form of an IP address; an IPv4-mapped IPv6 address becomes its IPv4 address.
+
+    One receiver must have one name: else `::ffff:192.0.2.1` slips past a rule or a throttle for 192.0.2.0/24.
 
     Raises:
         ValueError: not an IP address, or one with a zone.
@@ -35,7 +39,35 @@ def canonical_ip(text: str) -> str:
     address = ip_address(text)
     if getattr(address, "scope_id", None):
         raise ValueError(f"{text!r} has a zone")
-    return str(address)
+    return ip_from_bytes(address.packed)
+
+
+@lru_cache(maxsize=4096)
+def ip_from_bytes(packed: bytes) -> str:
+    """The canonical text form of 4 or 16 bytes in network order, with the folding of `canonical_ip`.
+
+    Raises:
+        ValueError: neither 4 nor 16 bytes.
+    """
+    if packed[:12] == _MAPPED_PREFIX:
+        packed = packed[12:]
+    if len(packed) == 4:
+        return "%d.%d.%d.%d" % tuple(packed)
+    return str(IPv6Address(packed))
+
+
+@lru_cache(maxsize=4096)
+def ip_to_bytes(host: str) -> bytes:
+    """The 4 or 16 bytes of an IP address in text form, in network order.
+
+    Raises:
+        ValueError: not an IP address.
+    """
+    return ip_address(host).packed
+
+
+#: RFC 4291 section 2.5.5.2: the first 12 bytes of an IPv4-mapped IPv6 address.
+_MAPPED_PREFIX = bytes(10) + b"\xff\xff"
 
 
 class Route(NamedTuple):
@@ -43,6 +75,10 @@ class Route(NamedTuple):
 
     source: str | None
     destination: Endpoint
+
+
+class Negotiation(NamedTuple):
+    """The client offers ways to log in (RFC 1928 methods). Nothing to decide: answer `Accepted()`."""
 
 
 class Login(NamedTuple):
@@ -68,7 +104,8 @@ class HealthCheck(NamedTuple):
     """A monitor's probe (PROXY LOCAL): close quietly."""
 
 
-Event = Login | BindSource | Connect | HealthCheck
+#: Events may be empty tuples, which are false: compare with `is None`, never by truth.
+Event = Negotiation | Login | BindSource | Connect | HealthCheck
 
 
 class Accepted(NamedTuple):
@@ -99,3 +136,15 @@ class Handshake(Protocol):
 
     @property
     def trailing(self) -> bytes: ...
+
+
+class Ending(enum.StrEnum):
+    """How a relay ended, as the closing log line says it. Who closed is who said FIN first."""
+
+    CLIENT_CLOSED = "client_closed"
+    UPSTREAM_CLOSED = "upstream_closed"
+    CLIENT_RESET = "client_reset"
+    UPSTREAM_RESET = "upstream_reset"
+    IDLE_TIMEOUT = "idle_timeout"
+    DRAIN_TIMEOUT = "drain_timeout"
+    INTERNAL_ERROR = "internal_error"
