@@ -148,3 +148,49 @@ class Ending(enum.StrEnum):
     IDLE_TIMEOUT = "idle_timeout"
     DRAIN_TIMEOUT = "drain_timeout"
     INTERNAL_ERROR = "internal_error"
+
+
+class TlsMode(enum.StrEnum):
+    """TLS towards the receiver (native protocol: OPEN.tls); `IMPLICIT` is RFC 8314's port 465, the others STARTTLS."""
+
+    NONE = "none"
+    OPPORTUNISTIC = "opportunistic"
+    REQUIRED = "required"
+    IMPLICIT = "implicit"
+
+
+class Discard(enum.StrEnum):
+    """Why an outgoing SMTP connection is not kept: the closed list of logs, metrics and ENDED.reason."""
+
+    # The client did not want it, or may not want it.
+    NOT_OFFERED = "not_offered"
+    DISABLED = "disabled"
+    # What the dialogue was seen to do.
+    OUTSTANDING = "replies_outstanding"
+    IN_DATA = "in_data"
+    PROTOCOL_ERROR = "protocol_error"
+    BARE_NEWLINE = "bare_newline"
+    SAID_421 = "said_421"
+    QUIT = "quit_seen"
+    HELLO = "hello_seen"
+    AUTH = "auth_seen"
+    STARTTLS = "starttls_seen"
+    BDAT = "bdat_seen"
+    XCLIENT = "xclient_seen"
+    UNKNOWN_VERB = "unknown_verb_seen"
+    # RSET, or the watch over an idle connection.
+    RSET_REFUSED = "rset_refused"
+    UNREAD = "unread_bytes"
+    TIMED_OUT = "timed_out"
+    PEER_CLOSED = "peer_closed"
+    PEER_SPOKE = "peer_spoke"
+    # The pool's own rules.
+    MAX_AGE = "max_age"
+    MAX_IDLE = "max_idle"
+    MAX_MESSAGES = "max_messages"
+    PEER_LIMIT = "peer_limit"
+    MAX_CACHED = "max_cached"
+    MAX_CACHED_PER_DESTINATION = "max_cached_per_destination"
+    YIELDED = "yielded"
+    OVERLOADED = "overloaded"
+    DRAINING = "draining"
