@@ -52,7 +52,7 @@ def ip_from_bytes(packed: bytes) -> str:
     if packed[:12] == _MAPPED_PREFIX:
         packed = packed[12:]
     if len(packed) == 4:
-        return "%d.%d.%d.%d" % tuple(packed)
+        return ".".join(map(str, packed))
     return str(IPv6Address(packed))
 
 
@@ -121,9 +121,9 @@ class Handshake(Protocol):
     """The one shape of every front door's protocol. Pure: bytes in, events out; replies in, bytes out.
 
     Use: `receive` what came, then `next_event` until it returns None (more bytes are needed), answering each event with
-    `send` before asking for the next. `next_event` raises `PeerError` for bytes that the protocol does not allow; `send`
-    of that error gives what the protocol can say about it, perhaps nothing. After `Connect` was accepted, `trailing`
-    holds the bytes that came behind the handshake: they go upstream first.
+    `send` before asking for the next. `next_event` raises `PeerError` for bytes that the protocol does not allow;
+    `send` of that error gives what the protocol can say about it, perhaps nothing. After `Connect` was accepted,
+    `trailing` holds the bytes that came behind the handshake: they go upstream first.
     """
 
     protocol: str
