@@ -57,6 +57,12 @@ class AddressTypeNotSupported(PeerError):
     socks_reply = 0x08
 
 
+class VersionMismatch(PeerError):
+    """No version of the native protocol that both sides speak."""
+
+    code = "version_mismatch"
+
+
 class HandshakeTimeout(PeerError):
     """The client did not finish its handshake within `auth_timeout`."""
 
@@ -80,6 +86,19 @@ class BadCredentials(Refused):
     """Unknown instance or wrong secret: one answer for both, so that nobody learns which."""
 
     code = "bad_credentials"
+
+
+class StaleKey(Refused):
+    """A channel's key, counter or proof is not (or no longer) good: authenticate in full."""
+
+    code = "stale_key"
+    retry = True
+
+
+class NameInUse(Refused):
+    """A newer run of the same instance name has taken over; this one stays refused."""
+
+    code = "name_in_use"
 
 
 class SourceNotAllowed(Refused):
@@ -188,3 +207,9 @@ class ConfigError(ProxyError):
     def __str__(self) -> str:
         where = f"{self.file}:{self.line}: " if self.line else f"{self.file}: " if self.file else ""
         return where + self.message
+
+
+class UsageError(ConfigError):
+    """A command line that cannot be understood: an unknown flag, or a flag without its value."""
+
+    code = "bad_usage"
