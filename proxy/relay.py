@@ -198,6 +198,7 @@ class Engine:
         idle_timeout: float,
         early: bytes,
         client_registered: bool,
+        client_readable: bool,
         upstream_readable: bool,
     ) -> None:
         """Hand both sockets over. `owner.ended` is called when the pair is closed, perhaps before this returns.
@@ -205,7 +206,7 @@ class Engine:
         Args:
             early: bytes that the client sent behind its handshake; they go upstream first.
             client_registered: whether `register` was called for the client's socket (upstream is always registered).
-            upstream_readable: whether an edge of upstream may have been seen and not acted upon.
+            client_readable, upstream_readable: whether an edge may have been seen there and not acted upon.
         """
         pair = Pair(client, upstream, owner, idle_timeout)
         self._pairs[pair] = None
@@ -221,7 +222,7 @@ class Engine:
             up.moved = len(early)
             up.pending = early
             self._guarded(self._flush, up)  # and reads on
-        elif client_registered:
+        elif client_readable:
             self._guarded(self._pump, up)
         if upstream_readable and pair.down.pending is None:
             self._guarded(self._pump, pair.down)
