@@ -139,15 +139,29 @@ class Handshake(Protocol):
 
 
 class Ending(enum.StrEnum):
-    """How a relay ended, as the closing log line says it. Who closed is who said FIN first."""
+    """How a relayed connection ended: the closed vocabulary of `outcome=` in the closing line and of the metrics.
+
+    Who closed is who said FIN first; `KEPT` is a connection that went back to the pool.
+    """
 
     CLIENT_CLOSED = "client_closed"
     UPSTREAM_CLOSED = "upstream_closed"
+    KEPT = "kept"
     CLIENT_RESET = "client_reset"
     UPSTREAM_RESET = "upstream_reset"
     IDLE_TIMEOUT = "idle_timeout"
     DRAIN_TIMEOUT = "drain_timeout"
+    NO_LONGER_ALLOWED = "no_longer_allowed"
+    PROTOCOL_ERROR = "protocol_error"
     INTERNAL_ERROR = "internal_error"
+
+    @property
+    def is_clean(self) -> bool:
+        """Nothing went wrong: `log_connections errors` leaves these out."""
+        return self in _CLEAN
+
+
+_CLEAN = frozenset({Ending.CLIENT_CLOSED, Ending.UPSTREAM_CLOSED, Ending.KEPT})
 
 
 class TlsMode(enum.StrEnum):

@@ -7,7 +7,6 @@ do not belong here.
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,28 +15,6 @@ from proxy.model import Endpoint
 #: A table of named counters never holds more names than this; what comes later is counted under OTHER.
 MAX_NAMES = 64
 OTHER = "other"
-
-
-class Outcome(enum.StrEnum):
-    """How a relayed connection ended: the closed vocabulary of `outcome=` in the closing line and of the metrics."""
-
-    CLOSED = "closed"
-    KEPT = "kept"
-    CLIENT_RESET = "client_reset"
-    UPSTREAM_RESET = "upstream_reset"
-    IDLE_TIMEOUT = "idle_timeout"
-    DRAIN_TIMEOUT = "drain_timeout"
-    NO_LONGER_ALLOWED = "no_longer_allowed"
-    PROTOCOL_ERROR = "protocol_error"
-    INTERNAL_ERROR = "internal_error"
-
-    @property
-    def is_clean(self) -> bool:
-        """Nothing went wrong: `log_connections errors` leaves these out."""
-        return self in _CLEAN
-
-
-_CLEAN = frozenset({Outcome.CLOSED, Outcome.KEPT})
 
 
 class Backlog(NamedTuple):
@@ -181,7 +158,7 @@ class Counters:
     """Everything that is counted since the start. Plain integers: the hot path adds to them directly.
 
     accepted: client connections, by protocol. refused: by the outcome's `code`. failed: outgoing connections that did
-    not come to be, by step. ended: relayed connections, by `Outcome`. discarded: cached connections, by reason.
+    not come to be, by step. ended: relayed connections, by `model.Ending`. discarded: cached connections, by reason.
     reused and fresh: how often a request was served from the cache or by a new connection. messages: MAIL commands seen
     on tracked channels. probes: connections that closed without a byte, and health checks.
     """
@@ -228,3 +205,43 @@ class Counters:
         return {
             name: dict(value) if isinstance(value := getattr(self, name), Table) else value for name in self.__slots__
         }
+
+
+class Limiter:
+    """At most `lines` lines a `window` for each key, and a bounded number of keys; what is left out is counted.
+
+    Pure: time in seconds is an argument. Keys beyond `keys` share one budget.
+    """
+
+    def __init__(self, lines: int = 10, window: float = 60.0, keys: int = 1024) -> None:
+        self._lines = lines
+        self._window = window
+        self._keys = keys
+        self._entries: dict[str, list[float]] = {}
+        self._next_sweep = 0.0
+
+    def admit(self, key: str, now: float) -> bool:
+        """Whether a line about `key` may be written now; a no is counted."""
+        entry = self._entries.get(key)
+        if entry is None:
+            if len(self._entries) >= self._keys and key != "others":
+                return self.admit("others", now)
+            entry = self._entries[key] = [now, 0, 0]
+        if entry[1] >= self._lines:
+            entry[2] += 1
+            return False
+        entry[1] += 1
+        return True
+
+    def expired(self, now: float) -> list[tuple[str, int]]:
+        """Forget the windows that are over; returns (key, lines left out) of those that left something out.
+
+        Looks at the table six times in a `window` at most, however often it is called.
+        """
+        if now < self._next_sweep:
+            return []
+        self._next_sweep = now + self._window / 6
+        over = [(key, int(e[2])) for key, e in self._entries.items() if now - e[0] >= self._window]
+        for key, _ in over:
+            del self._entries[key]
+        return [(key, count) for key, count in over if count]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.model import Endpoint
+from proxy.model import Ending, Endpoint
 from proxy.stats import (
     MAX_NAMES,
     OTHER,
@@ -12,7 +12,6 @@ from proxy.stats import (
     Counters,
     Flow,
     ManagerFigures,
-    Outcome,
     SessionFigures,
     Snapshot,
     Table,
@@ -116,14 +115,14 @@ def test_a_table_is_bounded_and_loses_no_count() -> None:
 def test_counters_start_at_zero_and_a_dump_is_a_copy() -> None:
     counters = Counters()
     assert all(value in (0, {}) for value in counters.as_dict().values())
-    counters.ended.count(Outcome.CLOSED)
+    counters.ended.count(Ending.CLIENT_CLOSED)
     counters.bytes_up += 10
     dump = counters.as_dict()
-    counters.ended.count(Outcome.CLOSED)
+    counters.ended.count(Ending.CLIENT_CLOSED)
     assert dump["ended"] == {"closed": 1}
     assert dump["bytes_up"] == 10
     assert set(dump) == set(Counters.__slots__)
 
 
 def test_only_a_normal_end_is_clean() -> None:
-    assert {outcome for outcome in Outcome if outcome.is_clean} == {Outcome.CLOSED, Outcome.KEPT}
+    assert {outcome for outcome in Ending if outcome.is_clean} == {Ending.CLIENT_CLOSED, Ending.UPSTREAM_CLOSED, Ending.KEPT}
