@@ -183,7 +183,7 @@ class Discard(enum.StrEnum):
     OUTSTANDING = "replies_outstanding"
     IN_DATA = "in_data"
     PROTOCOL_ERROR = "protocol_error"
-    BARE_NEWLINE = "bare_newline"
+    LONE_DOT = "lone_dot"
     SAID_421 = "said_421"
     QUIT = "quit_seen"
     HELLO = "hello_seen"

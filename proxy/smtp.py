@@ -137,15 +137,15 @@ _DONE = Action(b"", Then.DONE)
 class ClientDialogue:
     """Brings an SMTP session up: greeting, EHLO, STARTTLS, EHLO again.
 
-    Call `begin` once the connection stands and do what each returned `Action` says until `Then.DONE`. Call `eof` when the
-    receiver closes. Each of them raises `UpstreamError`, after which the connection can only be closed.
+    Call `begin` once the connection stands and do what each returned `Action` says until `Then.DONE`. `receive` raises
+    `UpstreamError`, after which the connection can only be closed; `eof` gives the error for a receiver that closes.
 
     - A server that does not know EHLO (500 or 502) is greeted with HELO (RFC 5321 3.2, 4.1.4), unless STARTTLS is
       required. Any other failure is reported with step `ehlo`: a receiver that dislikes our name shall be heard.
-    - `OPPORTUNISTIC` goes on in clear when STARTTLS is not offered or refused (but not on a 421). A *handshake* that fails
-      leaves a connection in an unknown state: the caller reports step `tls`, and may come back with `NONE` afresh.
-    - Bytes behind a reply that nobody asked for end the session: in front of TLS they are an injection (RFC 3207 6; the
-      plaintext would be taken for what the encrypted peer said), elsewhere every later reply would be read one too early.
+    - `OPPORTUNISTIC` goes on in clear when STARTTLS is not offered or refused (but not on a 421). A *handshake* that
+      fails leaves an unusable connection: the caller reports step `tls`, and may come back with `NONE` afresh.
+    - Bytes that nobody asked for behind a reply end the session: in front of TLS they are an injection (plaintext that
+      would be taken for the encrypted peer's word), elsewhere every later reply would be read one too early.
 
     Args:
         ehlo_name: our name or address literal.
@@ -204,10 +204,8 @@ class ClientDialogue:
         if reply is None:
             return _READ
         if self._parser.unread:
-            what = (
-                "sent plaintext behind its reply to STARTTLS" if self._command == b"STARTTLS" else "spoke out of turn"
-            )
-            raise self._failure(what, reply)
+            what = "sent plaintext in front of TLS" if self._command == b"STARTTLS" else "spoke out of turn"
+            raise self._failure(what, reply if reply.code >= 400 else None)
         if self._command == b"":
             return self._on_greeting(reply)
         if self._command == b"STARTTLS":
@@ -227,7 +225,7 @@ class ClientDialogue:
     def _on_hello(self, reply: Reply) -> Action:
         if reply.code != 250:
             unknown = reply.code in (500, 502) and self._command == b"EHLO"
-            if unknown and not self._is_secure_only and not self.encrypted:
+            if unknown and not self.encrypted and self._tls is not TlsMode.REQUIRED:
                 return self._say_hello(b"HELO")
             raise self._failure(f"refused {self._command.decode()}", reply)
         self.hello = reply
@@ -237,7 +235,7 @@ class ClientDialogue:
         if "STARTTLS" in self.capabilities:
             self._step, self._command = Step.STARTTLS, b"STARTTLS"
             return Action(b"STARTTLS\r\n", Then.READ)
-        if self._is_secure_only:
+        if self._tls is TlsMode.REQUIRED:
             self._step = Step.STARTTLS
             raise self._failure("does not offer STARTTLS, which is required")
         return _DONE
@@ -247,7 +245,7 @@ class ClientDialogue:
             self._step = Step.TLS
             self.hello, self.capabilities = None, {}
             return _START_TLS
-        if self._is_secure_only or reply.code == 421 or reply.code < 400:
+        if self._tls is TlsMode.REQUIRED or reply.code == 421 or reply.code < 400:
             raise self._failure("refused STARTTLS", reply)
         self.starttls_refusal = reply
         return _DONE
@@ -255,10 +253,6 @@ class ClientDialogue:
     def _say_hello(self, verb: bytes) -> Action:
         self._step, self._command = Step.EHLO, verb
         return Action(verb + b" " + self._name + b"\r\n", Then.READ)
-
-    @property
-    def _is_secure_only(self) -> bool:
-        return self._tls in (TlsMode.REQUIRED, TlsMode.IMPLICIT)
 
     def _failure(self, what: str, reply: Reply | None = None) -> UpstreamError:
         return UpstreamError(f"{self._peer} {what}", self._step, smtp_reply=str(reply) if reply else None)
@@ -323,9 +317,9 @@ class Rset:
 
 
 class Quit:
-    """Ends a session politely: send `command`, then read until `receive` is true, the end of file or a short deadline.
+    """Ends a session politely: send `command`, read until `receive` is true, the end of file or a short deadline.
 
-    RFC 5321 4.1.1.10 asks the client to wait for the reply; whatever it is, and be it garbage, the connection is closed.
+    RFC 5321 4.1.1.10 asks the client to wait for the reply; whatever it is, garbage included, the connection is closed.
     """
 
     command = b"QUIT\r\n"

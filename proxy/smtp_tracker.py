@@ -1,14 +1,14 @@
 """Watches an SMTP dialogue that passes by, both ways, to say whether its connection may serve somebody else afterwards.
 
 Out come a verdict (None, or a `Discard` reason), the number of MAIL commands and that of accepted messages. Nothing is
-changed, held back or answered: the relay passes every byte on, whatever is thought of it here. When in doubt, the verdict
-is against keeping. LMTP is not supported (one reply a recipient after the final dot).
+changed, held back or answered: the relay passes every byte on, whatever is thought of it here. When in doubt, the
+verdict is against keeping. LMTP is not supported (one reply a recipient after the final dot).
 
 Memory is bounded: a few numbers and at most one unfinished line each way. Replies come in the order of the commands
 (RFC 5321 4.1.1, RFC 2920 3.1), so their number is enough, together with two facts about the ends of the queue:
 only the *first* outstanding reply can be that to a final dot (message data begins after a 354, when nothing is
-outstanding), and only the *last* that to DATA or STARTTLS (RFC 2920 3.1: they end a group; a client that goes on sending
-before the reply makes the rest unreadable, and the tracker says so and looks away).
+outstanding), and only the *last* that to DATA or STARTTLS (RFC 2920 3.1: they end a group; a client that goes on before
+the reply makes the rest unreadable, and the tracker says so and looks away).
 """
 
 from __future__ import annotations
@@ -171,49 +171,43 @@ class Tracker:
         self._blame(_HARMFUL.get(verb, Discard.UNKNOWN_VERB))
         if verb == b"STARTTLS":
             self._switch, self._client = verb, _Client.SWITCHING
-        elif verb == b"BDAT" and argument.isdigit():
+        elif verb == b"BDAT" and argument.isdigit() and len(argument) < 20:
             # Looked at only so that MAIL commands behind it are still counted.
-            self._chunk_left = int(argument[:19])
+            self._chunk_left = int(argument)
             if self._chunk_left:
                 self._client = _Client.CHUNK
 
     def _take_data(self, data: bytes) -> bytes:
-        """Reads message data up to and with CRLF.CRLF (RFC 5321 4.1.1.4); returns what comes behind it."""
-        tail = self._tail
-        at = (tail + data[:4]).find(_END_OF_DATA)
-        if at >= 0:
-            end = at + len(_END_OF_DATA) - len(tail)
-        else:
-            found = data.find(_END_OF_DATA)
-            if found < 0:
-                self._check_newlines(tail, data)
-                self._tail = (tail + data[-4:])[-4:]
-                return b""
-            end = found + len(_END_OF_DATA)
-        self._check_newlines(tail, data[:end])
+        """Reads message data up to and with CRLF.CRLF (RFC 5321 4.1.1.4); returns what comes behind it.
+
+        A lone dot between any other line ends (LF.LF, CR.CR, LF.CRLF ...) makes the connection unfit for others: some
+        receivers take it for the end of the message ("SMTP smuggling") and what follows for commands, whose replies the
+        next user would read. Dots at the beginning of a line are rare, so two searches are all that most pieces cost.
+        """
+        data = self._tail + data
+        line_feed, carriage_return = data.find(b"\n."), data.find(b"\r.")
+        if line_feed < 0 and carriage_return < 0:
+            self._tail = data[-4:]
+            return b""
+        end = data.find(_END_OF_DATA, max(line_feed - 1, 0)) if line_feed >= 0 else -1
+        if end < 0:
+            self._check_lone_dots(data)
+            self._tail = data[-4:]
+            return b""
+        if line_feed != end + 1 or carriage_return >= 0:
+            self._check_lone_dots(data[: end + 2])
         self._tail = b""
         self._outstanding += 1
         self._dot_first = True
         self._client = _Client.COMMAND
-        return data[end:]
+        return data[end + len(_END_OF_DATA) :]
 
-    def _check_newlines(self, tail: bytes, data: bytes) -> None:
-        """Message data with a bare CR or LF makes the connection unfit for others.
-
-        Receivers disagree on whether LF.LF or CR.CR ends a message ("SMTP smuggling"), so what follows may have been
-        taken for commands, whose replies the next user would read.
-        """
-        pairs = data.count(b"\r\n")
-        feeds = data.count(b"\n")
-        returns = data.count(b"\r")
-        # A CR at the end of the last piece is paired by a first LF; a CR at the very end waits for the next piece.
-        if tail.endswith(b"\r"):
-            returns += 1
-            pairs += data.startswith(b"\n")
-        if data.endswith(b"\r"):
-            returns -= 1
-        if not pairs == feeds == returns:
-            self._blame(Discard.BARE_NEWLINE)
+    def _check_lone_dots(self, data: bytes) -> None:
+        """Looks at message data without its end; a CRLF.CR at the very end may still become that."""
+        at = data.find(b"\n.\r")
+        unfinished = at == len(data) - 3 and data[at - 1 : at] == b"\r"
+        if (at >= 0 and not unfinished) or b"\n.\n" in data or b"\r.\r" in data or b"\r.\n" in data:
+            self._blame(Discard.LONE_DOT)
 
     def _lose_client(self) -> None:
         self._blame(Discard.PROTOCOL_ERROR)
