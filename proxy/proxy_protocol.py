@@ -10,6 +10,7 @@ What does not belong here: who may connect, leave from where or go where (`acces
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from ipaddress import AddressValueError, IPv6Address
 from struct import Struct
 from typing import NoReturn
@@ -163,6 +164,7 @@ def _port(destination: bytes, source: bytes) -> int:
     return port
 
 
+@lru_cache(maxsize=4096)
 def _ipv6(text: bytes) -> str:
     try:
         return ip_from_bytes(IPv6Address(text.decode()).packed)

@@ -1,0 +1,303 @@
+"""Who may connect, with which secret, leave from which address, and go where: the rules of one `Settings`.
+
+Pure: a verdict depends on the settings and the arguments alone, so it is remembered (bounded, least recently used goes
+first); only the machine's own addresses may change meanwhile, and they are asked for where they matter. Whatever is not
+clearly allowed is refused. After a reload a new `Access` replaces the old one.
+
+Addresses are canonical text (`model.canonical_ip`). What does not belong here: whether an address exists on this
+machine (the bind tells), failure budgets and rate limits, and how a refusal is said.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from hashlib import sha256
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from typing import Literal
+
+from proxy.errors import BadCredentials, DestinationNotAllowed, FamilyMismatch, SourceNotAllowed
+from proxy.model import Endpoint, Login, canonical_ip
+from proxy.settings import InstanceSettings, Network, Settings
+
+Door = Literal["native", "socks5", "proxy_protocol", "status"]
+_Address = IPv4Address | IPv6Address
+
+#: Verdicts remembered of each kind; one costs some 300 bytes.
+_REMEMBERED = 4096
+#: Loopback must be listed as such: 127.0.0.0/8 or ::1 or a part of it, not a network that happens to contain it.
+_LOOPBACK_PREFIX = {4: 8, 6: 128}
+_ANY_V4 = "0.0.0.0"
+_ANY_V6 = "::"
+
+_NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052 section 2.1
+_NAT64_LOCAL = IPv6Network("64:ff9b:1::/48")  # RFC 8215
+_6TO4 = IPv6Network("2002::/16")  # RFC 3056 section 2
+_V4_COMPATIBLE = IPv6Network("::/96")  # RFC 4291 section 2.5.5.1
+_TRANSLATED = (_NAT64, _NAT64_LOCAL, _6TO4)
+#: RFC 6052 section 2.2: the bytes of the IPv4 address for prefixes of 48, 56, 64 and 96 bits.
+_NAT64_LAYOUTS = ((6, 7, 9, 10), (7, 9, 10, 11), (9, 10, 11, 12), (12, 13, 14, 15))
+
+
+class Access:
+    """The rules in force.
+
+    Args:
+        settings: the configuration.
+        own_addresses: this machine's addresses, or a function that gives the current ones: a listener on a wildcard
+            address is reached through each of them.
+        own_listeners: listeners beside those in `settings` that must not be connected to: the real ports behind a
+            port 0, inherited sockets.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        own_addresses: Callable[[], frozenset[str]] | frozenset[str],
+        own_listeners: Iterable[Endpoint] = (),
+    ) -> None:
+        self._settings = settings
+        self._own_addresses = own_addresses if callable(own_addresses) else lambda: own_addresses
+        self._own_ports = _hosts_by_port((*_listeners(settings), *own_listeners))
+        everyone = _Networks(settings.allow_from)
+        self._doors: dict[Door, _Networks] = {
+            "native": everyone,
+            "socks5": everyone,
+            "proxy_protocol": _Networks(settings.listen_proxy_protocol_allow_from),
+            "status": _Networks(settings.listen_status_allow_from),
+        }
+        self._sources = _Networks(settings.source_ip)
+        self._denied = _Networks(settings.deny_destination)
+        self._allowed = _Networks(settings.allow_destination)
+        self._allowed_translated = _Networks(net for net in settings.allow_destination if _is_translated(net))
+        self._digests = _digests(settings.auth_shared_secret)
+        self._instances = {block.name: _Instance(block) for block in settings.instance}
+        self.client_allowed = lru_cache(_REMEMBERED)(self._judge_client)
+        self.instance_of_address = lru_cache(_REMEMBERED)(self._find_instance)
+        self._source_verdict = lru_cache(_REMEMBERED)(self._judge_source)
+        self._destination_verdict = lru_cache(_REMEMBERED)(self._judge_destination)
+
+    def secrets_of(self, instance: str) -> tuple[bytes, ...]:
+        """The secrets that prove this name: the block's own ones; else, also for an unknown name, the global ones."""
+        block = self._instances.get(instance)
+        return (block.secrets if block else ()) or self._settings.auth_shared_secret
+
+    def authenticate(self, login: Login, client: str | None = None) -> str:
+        """The instance's name, if the secret proves it. Takes the same time for every failure.
+
+        Args:
+            login: name and secret as the client showed them.
+            client: the client's address, held against the block's `allow_from`; None: do not look at it.
+
+        Raises:
+            BadCredentials: the same words whatever was wrong.
+        """
+        block = self._instances.get(login.instance)
+        digests = (block.digests if block else ()) or self._digests
+        shown = sha256(login.secret).digest()
+        proven = not digests and self._settings.socks5_auth == "none"
+        for digest in digests:
+            proven |= hmac.compare_digest(shown, digest)
+        if not proven or (client is not None and not self.instance_allowed(login.instance, client)):
+            raise BadCredentials("unknown instance or wrong secret")
+        return login.instance
+
+    def instance_allowed(self, instance: str, client: str) -> bool:
+        """Whether the instance may come from this address: its block's `allow_from`, if there is one."""
+        block = self._instances.get(instance)
+        return block is None or not block.clients or _parse(client) in block.clients
+
+    def check_source(self, instance: str, ip: str) -> None:
+        """Whether the instance may leave from the address.
+
+        Raises:
+            SourceNotAllowed: not by `source_ip`, the global one or the instance's.
+        """
+        reason = self._source_verdict(instance, ip)
+        if reason:
+            raise SourceNotAllowed(reason)
+
+    def default_source(self, instance: str, destination: Endpoint, dialled: str) -> str | None:
+        """The address to leave from for a client that names none; the caller has it checked like any other.
+
+        Args:
+            instance: a block whose `source_ip` has one single address of the destination's family means that one.
+            destination: decides the family.
+            dialled: the address of ours that the client connected to, for `default_source_ip same`.
+
+        Returns:
+            None: the system's choice.
+        """
+        block = self._instances.get(instance)
+        candidates = [*(block.single_sources if block else ()), *self._settings.default_source_ip]
+        for candidate in candidates:
+            source = canonical_ip(dialled) if candidate == "same" else candidate
+            if (":" in source) == destination.is_ipv6:
+                return source
+        return None
+
+    def check_destination(self, endpoint: Endpoint) -> None:
+        """Whether anybody may connect there.
+
+        Raises:
+            DestinationNotAllowed: a port outside `destination_port`, a denied range (also as the IPv4 address inside an
+                IPv6 one), or this proxy itself.
+        """
+        reason = self._destination_verdict(endpoint.host, endpoint.port)
+        if reason:
+            raise DestinationNotAllowed(reason)
+        if endpoint.port in self._own_ports and self._is_own_listener(endpoint):
+            raise DestinationNotAllowed(f"{endpoint} is this proxy itself")
+
+    def check_route(self, instance: str, source: str | None, destination: Endpoint) -> None:
+        """Source, families and destination of one connection.
+
+        Raises:
+            SourceNotAllowed, FamilyMismatch, DestinationNotAllowed: in this order.
+        """
+        if source is not None:
+            self.check_source(instance, source)
+            if (":" in source) != destination.is_ipv6:
+                raise FamilyMismatch(f"{source} and {destination} are not of the same address family")
+        self.check_destination(destination)
+
+    def _judge_client(self, ip: str, door: Door) -> bool:
+        """Whether this address may connect at that door at all."""
+        return _parse(ip) in self._doors[door]
+
+    def _find_instance(self, ip: str) -> str:
+        """The name of the block whose `allow_from` matches the address most closely, the first of equals; else ""."""
+        address = _parse(ip)
+        best, name = -1, ""
+        for candidate, block in self._instances.items():
+            length = block.clients.longest_match(address)
+            if length > best:
+                best, name = length, candidate
+        return name
+
+    def _judge_source(self, instance: str, ip: str) -> str:
+        """Why not, or ""."""
+        address = _parse(ip)
+        if address.is_unspecified or address.is_multicast:
+            return f"source {ip}: no connection can leave from it"
+        block = self._instances.get(instance)
+        lists = [networks for networks in (self._sources, block.sources if block else None) if networks]
+        if not lists and address.is_loopback:
+            return f"source {ip}: loopback must be listed in source_ip"
+        needed = _LOOPBACK_PREFIX[address.version] if address.is_loopback else 0
+        if any(networks.longest_match(address) < needed for networks in lists):
+            return f"source {ip} is not in source_ip"
+        return ""
+
+    def _judge_destination(self, host: str, port: int) -> str:
+        """Why not, or "", but for our own listeners."""
+        if not any(low <= port <= high for low, high in self._settings.destination_port):
+            return f"{Endpoint(host, port)}: port {port} is not in destination_port"
+        address = _parse(host)
+        if address in self._allowed_translated:
+            return ""
+        for form in _forms(address):
+            if form in self._denied and form not in self._allowed:
+                return f"{Endpoint(host, port)} is in a denied range" + (f" (as {form})" if form != address else "")
+        return ""
+
+    def _is_own_listener(self, endpoint: Endpoint) -> bool:
+        hosts = self._own_ports[endpoint.port]
+        own = self._own_addresses()
+        for form in _forms(_parse(endpoint.host)):
+            text = str(form)
+            # Connecting to the unspecified address means this machine. A [::] that we inherited may serve IPv4, too.
+            if text in hosts or form.is_unspecified:
+                return True
+            wildcard = _ANY_V6 in hosts or (form.version == 4 and _ANY_V4 in hosts)
+            if wildcard and (form.is_loopback or text in own):
+                return True
+        return False
+
+
+class _Networks:
+    """Networks to look an address up in, at the cost of one set look-up for each prefix length that occurs."""
+
+    def __init__(self, networks: Iterable[Network]) -> None:
+        found: dict[tuple[int, int], set[int]] = {}
+        for network in networks:
+            shift = network.max_prefixlen - network.prefixlen
+            found.setdefault((network.version, network.prefixlen), set()).add(int(network.network_address) >> shift)
+        self._levels: dict[int, list[tuple[int, int, set[int]]]] = {4: [], 6: []}
+        for (version, length), prefixes in sorted(found.items(), reverse=True):
+            self._levels[version].append((length, (32 if version == 4 else 128) - length, prefixes))
+
+    def __bool__(self) -> bool:
+        return any(self._levels.values())
+
+    def __contains__(self, address: _Address) -> bool:
+        return self.longest_match(address) >= 0
+
+    def longest_match(self, address: _Address) -> int:
+        """The length of the longest prefix that contains the address, or -1."""
+        value = int(address)
+        for length, shift, prefixes in self._levels[address.version]:
+            if value >> shift in prefixes:
+                return length
+        return -1
+
+
+class _Instance:
+    """One `instance` block, prepared."""
+
+    __slots__ = ("clients", "digests", "secrets", "single_sources", "sources")
+
+    def __init__(self, block: InstanceSettings) -> None:
+        self.clients = _Networks(block.allow_from)
+        self.sources = _Networks(block.source_ip)
+        self.secrets = block.auth_shared_secret
+        self.digests = _digests(block.auth_shared_secret)
+        #: At most one of each family: where a block lists several addresses or a network, none is "the" source.
+        families = [[net for net in block.source_ip if net.version == version] for version in (4, 6)]
+        self.single_sources = [
+            str(nets[0].network_address) for nets in families if len(nets) == 1 and nets[0].num_addresses == 1
+        ]
+
+
+def _digests(secrets: Iterable[bytes]) -> tuple[bytes, ...]:
+    # Digests have one length, so comparing them does not even tell a secret's length.
+    return tuple(sha256(secret).digest() for secret in secrets)
+
+
+def _parse(ip: str) -> _Address:
+    return ip_address(canonical_ip(ip))
+
+
+def _listeners(settings: Settings) -> tuple[Endpoint, ...]:
+    status = (settings.listen_status,) if settings.listen_status else ()
+    return (*settings.listen, *settings.listen_socks5, *settings.listen_proxy_protocol, *status)
+
+
+def _hosts_by_port(listeners: Iterable[Endpoint]) -> dict[int, set[str]]:
+    hosts: dict[int, set[str]] = {}
+    for listener in listeners:
+        hosts.setdefault(listener.port, set()).add(canonical_ip(listener.host))
+    return hosts
+
+
+def _is_translated(network: Network) -> bool:
+    """Whether the operator names a range of a translator or tunnel as such: then he means what lies behind it, too."""
+    return isinstance(network, IPv6Network) and any(network.subnet_of(range_) for range_ in _TRANSLATED)
+
+
+def _forms(address: _Address) -> list[_Address]:
+    """The address, and the IPv4 addresses that a translator or tunnel on the way could make of it."""
+    forms: list[_Address] = [address]
+    if address.version == 4:
+        return forms
+    packed = address.packed
+    if address in _NAT64 or (address in _V4_COMPATIBLE and int(address) > 1):
+        forms.append(IPv4Address(packed[12:]))
+    elif address in _6TO4:
+        forms.append(IPv4Address(packed[2:6]))
+    elif address in _NAT64_LOCAL:
+        # The prefix in use is the network's secret: each reading counts, but for those that read its zeros.
+        readings = (bytes(packed[index] for index in layout) for layout in _NAT64_LAYOUTS)
+        forms.extend(IPv4Address(reading) for reading in readings if reading[0])
+    return forms
