@@ -1,0 +1,155 @@
+"""Who is measured: our proxy, its peers, and no proxy at all. How each is configured and which doors it has."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from harness import builds
+from harness.machine import BENCH, ROOT
+
+SINK = "127.0.1.1:2525"
+SECRET = "a-secret-that-only-the-benchmark-knows"
+_FIRST_PORT = 5100  # below the range of ephemeral ports, ten for each candidate
+
+
+@dataclass(frozen=True)
+class Door:
+    """One way into a candidate: where, and what the generator must say there."""
+
+    address: str
+    arguments: tuple[str, ...]
+
+
+class Unavailable(Exception):
+    """The candidate cannot be measured here; the text says what to install."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """`command` writes the configuration into a directory of its own and returns the command line; None: no process.
+
+    Raises:
+        Unavailable: out of `command`, when a program is missing.
+    """
+
+    name: str
+    title: str
+    command: Callable[[Candidate, Path], list[str]] | None
+    port: int
+    door_kinds: tuple[str, ...] = ("proxy",)
+    settings: Mapping[str, str] = field(default_factory=dict)
+    version: tuple[str, ...] = ()
+    reads_stdout: bool = False  # its log goes through a pipe to a reader, as under systemd
+
+    def door(self, kind: str) -> Door | None:
+        """The door of that kind, or for "proxy" the nearest thing that the candidate has."""
+        if self.command is None:
+            return Door(SINK, ("--handshake", "none"))
+        if kind == "proxy" and "proxy" in self.door_kinds:
+            return Door(f"127.0.0.1:{self.port}", ("--handshake", "v2"))
+        if kind == "proxy" or kind in self.door_kinds:
+            return Door(f"127.0.0.1:{self.port + 1}", ("--handshake", "socks5", *self.socks_arguments))
+        return None
+
+    @property
+    def socks_arguments(self) -> tuple[str, ...]:
+        if not self.name.startswith("greenarrow"):
+            return ()
+        return ("--user", "bench", "--password", SECRET, "--bind")
+
+
+def _program(name: str, package: str) -> str:
+    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
+    if not found:
+        raise Unavailable(f"apt-get install {package}")
+    return found
+
+
+def _write_config(candidate: Candidate, directory: Path, template: str, **values: str) -> str:
+    """Fills the @NAMES@ of a template in bench/peers/."""
+    text = (BENCH / "peers" / template).read_text()
+    ports = {"PROXY_PORT": candidate.port, "SOCKS_PORT": candidate.port + 1, "NATIVE_PORT": candidate.port + 2}
+    for name, value in {**ports, "DIR": directory, **candidate.settings, **values}.items():
+        text = text.replace(f"@{name}@", str(value))
+    path = directory / template
+    path.write_text(text)
+    return str(path)
+
+
+def _haproxy(candidate: Candidate, directory: Path) -> list[str]:
+    return [_program("haproxy", "haproxy"), "-db", "-f", _write_config(candidate, directory, "haproxy.cfg")]
+
+
+def _nginx(candidate: Candidate, directory: Path) -> list[str]:
+    program = _program("nginx", "nginx libnginx-mod-stream")
+    module = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
+    config = _write_config(
+        candidate,
+        directory,
+        "nginx.conf",
+        MODULE=f"load_module {module};" if module.exists() else "",
+        FILES=str(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
+    )
+    return [program, "-e", f"{directory}/nginx-errors.log", "-c", config]
+
+
+def _dante(candidate: Candidate, directory: Path) -> list[str]:
+    config = _write_config(candidate, directory, "danted.conf")
+    return [_program("danted", "dante-server"), "-f", config, "-p", f"{directory}/danted.pid"]
+
+
+def _tokio(candidate: Candidate, _directory: Path) -> list[str]:
+    try:
+        builds.build_tokio_relay()
+    except builds.BuildError as error:
+        raise Unavailable(str(error)) from error
+    return [str(builds.TOKIO_RELAY), str(candidate.port), str(candidate.port + 1)]
+
+
+def project_python() -> str:
+    """The project's own virtual environment where there is one."""
+    inside = ROOT / ".venv" / "bin" / "python"
+    return str(inside) if inside.exists() else sys.executable
+
+
+def _classic(candidate: Candidate, _directory: Path) -> list[str]:
+    script = BENCH / "peers" / "classic_gevent.py"
+    return [project_python(), str(script), str(candidate.port), str(candidate.port + 1)]
+
+
+def _greenarrow(candidate: Candidate, directory: Path) -> list[str]:
+    program = ROOT / "greenarrow_proxy.py"
+    if not program.exists():
+        raise Unavailable("greenarrow_proxy.py is not there")
+    config = _write_config(candidate, directory, "greenarrow_proxy.conf", SECRET=SECRET)
+    return [project_python(), str(program), "--config-filename", config]
+
+
+_QUIET = {"LOG_CONNECTIONS": "none", "TLS": "no"}
+_LOGGING = {"LOG_CONNECTIONS": "all", "TLS": "no"}
+_SPLICE = "option splice-auto"
+_TCPLOG = f"option tcplog\n    log {SINK} local0"
+_BOTH = ("proxy", "socks")
+
+_TABLE = (
+    ("greenarrow", "GreenArrow Proxy", _greenarrow, _BOTH, _QUIET, (), False),
+    ("greenarrow-log", "GreenArrow Proxy, log_connections all", _greenarrow, _BOTH, _LOGGING, (), True),
+    ("haproxy", "HAProxy", _haproxy, ("proxy",), {"OPTIONS": "", "GLOBAL": ""}, ("haproxy", "-v"), False),
+    ("haproxy-splice", "HAProxy, splice-auto", _haproxy, ("proxy",), {"OPTIONS": _SPLICE, "GLOBAL": ""}, (), False),
+    ("haproxy-tcplog", "HAProxy, tcplog", _haproxy, ("proxy",), {"OPTIONS": _TCPLOG, "GLOBAL": ""}, (), False),
+    ("nginx", "nginx stream", _nginx, ("proxy",), {}, ("nginx", "-v"), False),
+    ("tokio", "tokio copy relay", _tokio, _BOTH, {}, (), False),
+    ("dante", "Dante", _dante, ("socks",), {}, ("danted", "-v"), False),
+    ("classic", "classic gevent (two greenlets, sendall)", _classic, _BOTH, {}, (), False),
+    ("direct", "no proxy", None, _BOTH, {}, (), False),
+)
+
+CANDIDATES = {
+    name: Candidate(name, title, command, _FIRST_PORT + 10 * index, doors, settings, version, reads)
+    for index, (name, title, command, doors, settings, version, reads) in enumerate(_TABLE)
+}

@@ -1,0 +1,203 @@
+"""Runs things: the sink, the candidates, the generator; one sample at a time. Judges nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from harness.builds import GENERATOR
+from harness.candidates import SINK, Candidate, Unavailable
+from harness.machine import BUILD, ROOT, Cores, pinned
+from harness.workloads import Workload
+
+Sample = dict[str, Any]
+"""One measurement: the generator's JSON object, or {"failed": reason}."""
+
+_START_TIMEOUT = 15.0
+_STOP_TIMEOUT = 5.0
+_SAMPLE_TIMEOUT = 180.0
+_ERRORS_ALLOWED = 0.005  # of the units; more than that and the sample is none
+
+
+class Running:
+    """A candidate's process tree, pinned to the proxy's core."""
+
+    def __init__(self, candidate: Candidate, cores: Cores) -> None:
+        self.candidate = candidate
+        self.directory = BUILD / "run" / candidate.name
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.log = self.directory / "output.log"
+        self._reader: subprocess.Popen[bytes] | None = None
+        self._process = self._start(cores) if candidate.command else None
+        if self._process:
+            try:
+                self._wait_until_it_listens()
+            except BaseException:
+                self.stop()
+                raise
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def _start(self, cores: Cores) -> subprocess.Popen[bytes]:
+        assert self.candidate.command is not None
+        command = pinned(cores.proxy, self.candidate.command(self.candidate, self.directory))
+        with self.log.open("wb") as log:
+            output: Any = log
+            if self.candidate.reads_stdout:
+                self._reader = subprocess.Popen(
+                    pinned(cores.load, ["cat"]), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+                )
+                output = self._reader.stdin
+            process = subprocess.Popen(command, stdout=output, stderr=log, cwd=ROOT, start_new_session=True)
+        if self._reader and self._reader.stdin:
+            self._reader.stdin.close()  # the candidate alone holds the pipe: when it ends, so does the reader
+        return process
+
+    def _wait_until_it_listens(self) -> None:
+        assert self._process is not None
+        door = self.candidate.door("proxy")
+        assert door is not None
+        host, port = door.address.split(":")
+        deadline = time.monotonic() + _START_TIMEOUT
+        while time.monotonic() < deadline and self._process.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1):
+                return
+            time.sleep(0.05)
+        said = self.log.read_text(errors="replace")[-500:].strip()
+        raise Unavailable(f"it did not start: {said or 'it said nothing'}")
+
+    def stop(self) -> None:
+        for process in filter(None, (self._process, self._reader)):
+            with contextlib.suppress(ProcessLookupError):
+                if process is self._process:
+                    os.killpg(process.pid, signal.SIGTERM)  # Dante has children of its own
+            try:
+                process.wait(_STOP_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                process.kill() if process is self._reader else os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+class Bench:
+    """Holds what is running; a context manager that leaves nothing behind."""
+
+    def __init__(self, cores: Cores, quick: bool) -> None:
+        self.cores = cores
+        self.quick = quick
+        self._sink: subprocess.Popen[str] | None = None
+        self._running: dict[str, Running] = {}
+
+    def __enter__(self) -> Bench:
+        command = pinned(self.cores.load, [str(GENERATOR), "sink", "--target", SINK])
+        self._sink = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self._sink.stdout is not None
+        if self._sink.stdout.readline().strip() != "ready":
+            raise SystemExit(f"bench: the sink cannot listen on {SINK}")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for running in self._running.values():
+            running.stop()
+        self._running.clear()
+        if self._sink:
+            self._sink.terminate()
+            self._sink.wait()
+
+    def candidate(self, candidate: Candidate, fresh: bool = False) -> Running:
+        """The running candidate, started and warmed up when needed.
+
+        Raises:
+            Unavailable: a program is missing, or it does not start.
+        """
+        if fresh and candidate.name in self._running:
+            self._running.pop(candidate.name).stop()
+        if candidate.name not in self._running:
+            running = self._running[candidate.name] = Running(candidate, self.cores)
+            warm_up = Workload("warm-up", "", "load", ("--connections", "50", "--sessions", "300"), (), ())
+            self.generate(warm_up, running, warm_up.arguments)
+        return self._running[candidate.name]
+
+    def generator_command(self, workload: Workload, running: Running, arguments: tuple[str, ...]) -> list[str]:
+        door = running.candidate.door(workload.door)
+        if door is None:
+            raise Unavailable(f"it has no {workload.door} door")
+        assert self._sink is not None
+        command = [str(GENERATOR), workload.mode, "--target", SINK, "--proxy", door.address, *door.arguments]
+        command += ["--core", str(self.cores.load), "--sink-pid", str(self._sink.pid), *arguments]
+        return command + (["--watch", str(running.pid)] if running.pid else [])
+
+    def generate(self, workload: Workload, running: Running, arguments: tuple[str, ...]) -> Sample:
+        """One run of the generator against one candidate."""
+        command = self.generator_command(workload, running, arguments)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_SAMPLE_TIMEOUT, check=False)
+        except subprocess.TimeoutExpired:
+            return {"failed": f"no end within {_SAMPLE_TIMEOUT:.0f} s"}
+        if done.returncode:
+            return {"failed": done.stderr.strip() or f"generator: exit {done.returncode}"}
+        sample: Sample = json.loads(done.stdout)
+        if sample["errors"] > _ERRORS_ALLOWED * (sample["units"] + sample["errors"]):
+            return sample | {"failed": f"{sample['errors']} errors in {sample['units']} units"}
+        return sample
+
+    @contextlib.contextmanager
+    def idle_relays(self, workload: Workload, running: Running) -> Iterator[None]:
+        """Holds the workload's idle relays open through the candidate."""
+        if not workload.idle_relays:
+            yield
+            return
+        idle = Workload("idle", "", "idle", ("--connections", str(workload.idle_relays)), (), (), door=workload.door)
+        command = self.generator_command(idle, running, idle.arguments)
+        holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        try:
+            ready = holder.stdout.readline().split()
+            if ready != ["ready", str(workload.idle_relays)]:
+                raise Unavailable(f"of {workload.idle_relays} idle relays: {' '.join(ready)}")
+            yield
+        finally:
+            holder.stdin.close()
+            holder.wait()
+            holder.stdout.close()
+
+    def sample(self, workload: Workload, candidate: Candidate) -> Sample:
+        """Measures once. A failure is a sample too: the others go on.
+
+        Raises:
+            Unavailable: the candidate cannot be had here at all.
+        """
+        running = self.candidate(candidate, workload.fresh)
+        if workload.measure:
+            return workload.measure(self, running)
+        with self.idle_relays(workload, running):
+            return self.generate(workload, running, workload.quick if self.quick else workload.arguments)
+
+
+def version_of(candidate: Candidate) -> str | None:
+    """What the program says of itself, first line."""
+    if not candidate.version:
+        return None
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin"
+    try:
+        done = subprocess.run(
+            candidate.version, capture_output=True, text=True, env=os.environ | {"PATH": path}, check=False
+        )
+    except OSError:
+        return None
+    lines = (done.stdout + done.stderr).strip().splitlines()
+    return lines[0] if lines else None
+
+
+def run_directory() -> Path:
+    return BUILD / "run"

@@ -1,0 +1,125 @@
+"""The run as a person reads it: Markdown tables, and the same tables put into docs/performance.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from harness import analysis
+from harness.candidates import CANDIDATES
+from harness.targets import TARGETS, Target
+from harness.workloads import WORKLOADS, Metric, Workload
+
+BEGIN = "<!-- bench: begin, written by bench/run.py -->"
+END = "<!-- bench: end -->"
+
+
+def _title(name: str) -> str:
+    return CANDIDATES[name].title if name in CANDIDATES else name
+
+
+def _number(value: float, digits: int) -> str:
+    return f"{value:,.{digits}f}"
+
+
+def _absolute_cell(figure: analysis.Figure | None, metric: Metric) -> str:
+    if figure is None:
+        return "-"
+    low, high = (_number(value, metric.digits) for value in (figure.low, figure.high))
+    return f"{_number(figure.median, metric.digits)} ({low}-{high})"
+
+
+def _ratio_cell(figure: analysis.Figure | None) -> str:
+    if figure is None:
+        return "-"
+    text = f"{figure.median:.2f} ({figure.low:.2f}-{figure.high:.2f})"
+    return f"{text} ≈" if analysis.is_noise(figure) else text
+
+
+def _rows(workload: Workload, block: Mapping[str, Any]) -> list[str]:
+    rounds, lead = block["rounds"], workload.metrics[0]
+    rows = []
+    for name in block["candidates"]:
+        cells = [_absolute_cell(analysis.absolute(rounds, name, m.key, m.scale), m) for m in workload.metrics]
+        baseline = block["baseline"]
+        against = "1" if name == baseline else _ratio_cell(analysis.ratio(rounds, name, baseline, lead.key))
+        failed = analysis.failures(rounds, name)
+        note = f" ({len(failed)} of {len(rounds)} rounds failed: {failed[0]})" if failed else ""
+        rows.append(f"| {_title(name)}{note} | {cells[0]} | {against} | {' | '.join(cells[1:])} |")
+    return rows
+
+
+def workload_table(name: str, block: Mapping[str, Any]) -> str:
+    workload = WORKLOADS[name]
+    heads = [metric.title for metric in workload.metrics]
+    columns = ["", heads[0], f"÷ {_title(block['baseline'])}", *heads[1:]]
+    lines = [
+        f"### {name}: {workload.title}",
+        "",
+        f"{len(block['rounds'])} rounds, {block['machine']['date']}, revision {block['machine']['commit']}.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|" + "---|" * len(columns),
+        *_rows(workload, block),
+    ]
+    lines += [f"\nNot measured: {_title(who)}: {why}." for who, why in sorted(block.get("missing", {}).items())]
+    return "\n".join(lines)
+
+
+def _target_row(target: Target, block: Mapping[str, Any]) -> str | None:
+    figure = analysis.ratio(block["rounds"], target.ours, target.against, target.key)
+    if figure is None:
+        return None
+
+    def verdict(limit: float | None) -> str:
+        if limit is None:
+            return "-"
+        met = figure.median >= limit if target.at_least else figure.median <= limit
+        return f"{'≥' if target.at_least else '≤'} {limit:.2f} {'met' if met else '**missed**'}"
+
+    cells = [target.title, _title(target.against), _ratio_cell(figure), verdict(target.limit), verdict(target.stretch)]
+    return f"| {' | '.join(cells)} |"
+
+
+def targets_table(blocks: Mapping[str, Any]) -> str:
+    rows = [_target_row(target, blocks[target.workload]) for target in TARGETS if target.workload in blocks]
+    lines = [
+        "### Ours against the goals",
+        "",
+        "| measure | ours ÷ | ratio (lowest-highest) | goal, Python relay | goal, compiled relay |",
+        "|---|---|---|---|---|",
+        *[row for row in rows if row],
+    ]
+    return "\n".join(lines) if any(rows) else ""
+
+
+def _machine_line(blocks: Mapping[str, Any]) -> str:
+    machine = next(iter(blocks.values()))["machine"]
+    peers = "; ".join(sorted({text for block in blocks.values() for text in block["versions"].values()}))
+    return (
+        f"Machine: {machine['processor']}, {machine['cores']} cores, Linux {machine['kernel']}, "
+        f"Python {machine['python']}. Peers: {peers or 'none with a version'}.\n"
+        "Median (lowest-highest) of the rounds; ratios are taken within a round; ≈ marks an effect under "
+        f"{analysis.NOISE:.0%}, which is noise."
+    )
+
+
+def markdown(blocks: Mapping[str, Any]) -> str:
+    ordered = {name: blocks[name] for name in WORKLOADS if name in blocks}
+    parts = [_machine_line(ordered), targets_table(ordered)]
+    parts += [workload_table(name, block) for name, block in ordered.items()]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def put_into(document: Path, text: str) -> None:
+    """Replaces what stands between the markers.
+
+    Raises:
+        ValueError: the document has no such markers.
+    """
+    before, begin, rest = document.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{document}: the markers for the tables are missing")
+    document.write_text(f"{before}{BEGIN}\n{text}{END}{after}")

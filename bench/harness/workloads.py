@@ -1,0 +1,167 @@
+"""What is measured: a table of workloads. How is in `measure`; who is in `candidates`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of a sample. `scale` turns the generator's unit into the one that is shown."""
+
+    key: str
+    title: str
+    scale: float = 1.0
+    digits: int = 0
+    higher_is_better: bool = False
+
+
+CPU_SESSION = Metric("cpu_us_per_unit", "CPU µs a session", 1, 1)
+CPU_ROUND_TRIP = Metric("cpu_us_per_unit", "CPU µs a round trip", 1, 2)
+CPU_MB = Metric("cpu_us_per_unit", "CPU µs a MB", 1, 1)
+MACHINE = Metric("machine_us_per_unit", "whole machine, CPU µs", 1, 1)
+SESSIONS = Metric("units_per_second", "sessions/s", 1, 0, True)
+ROUND_TRIPS = Metric("units_per_second", "round trips/s", 1, 0, True)
+MB_SECOND = Metric("units_per_second", "MB/s", 1, 0, True)
+SESSION_P50 = Metric("session_p50_us", "p50 ms", 0.001, 2)
+SESSION_P99 = Metric("session_p99_us", "p99 ms", 0.001, 2)
+TRIP_P50 = Metric("round_trip_p50_us", "p50 µs", 1, 0)
+TRIP_P99 = Metric("round_trip_p99_us", "p99 µs", 1, 0)
+MEMORY = Metric("kb_per_connection", "KB a relay", 1, 2)
+KERNEL_MEMORY = Metric("slab_kb_per_connection", "kernel KB, all sockets", 1, 1)
+IDLE_CPU = Metric("idle_cpu_percent", "CPU % while idle", 1, 2)
+
+RELAYS = ("greenarrow", "haproxy", "haproxy-splice", "nginx", "tokio", "dante", "classic", "direct")
+SMALL = ("greenarrow", "haproxy", "tokio", "classic", "direct")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One row of the specification. The first metric is the one that is plotted and compared.
+
+    `arguments` and `quick` go to the generator. `measure`, when given, takes the generator's place: it gets the running
+    candidate and whether to be quick, and returns the sample (see `measure.Sample`): that is how workloads come in that
+    C does not speak, such as the native protocol.
+    """
+
+    name: str
+    title: str
+    mode: str
+    arguments: tuple[str, ...]
+    quick: tuple[str, ...]
+    metrics: tuple[Metric, ...]
+    candidates: tuple[str, ...] = RELAYS
+    baseline: str = "haproxy"
+    door: str = "proxy"
+    fresh: bool = False  # a new process for each sample: memory
+    idle_relays: int = 0  # held open beside the load
+    measure: Callable[..., dict[str, Any]] | None = None
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+def _sessions(name: str, title: str, shape: str, seconds: float = 4, **more: Any) -> Workload:
+    metrics = (CPU_SESSION, SESSIONS, SESSION_P50, SESSION_P99, MACHINE)
+    return Workload(
+        name,
+        title,
+        "load",
+        _words(f"{shape} --seconds {seconds}"),
+        _words(f"{shape} --seconds 1.5"),
+        more.pop("metrics", metrics),
+        **more,
+    )
+
+
+def _round_trips(name: str, title: str, shape: str, **more: Any) -> Workload:
+    metrics = more.pop("metrics", (CPU_ROUND_TRIP, ROUND_TRIPS, TRIP_P50, TRIP_P99, MACHINE))
+    return Workload(
+        name, title, "pingpong", _words(f"{shape} --seconds 4"), _words(f"{shape} --seconds 1.5"), metrics, **more
+    )
+
+
+def _bulk(name: str, title: str, shape: str) -> Workload:
+    return Workload(
+        name,
+        title,
+        "bulk",
+        _words(f"{shape} --megabytes 6000"),
+        _words(f"{shape} --megabytes 1500"),
+        (CPU_MB, MB_SECOND, MACHINE),
+        tuple(name for name in RELAYS),
+    )
+
+
+def _idle(name: str, count: int, candidates: tuple[str, ...]) -> Workload:
+    shape = _words(f"--connections {count} --seconds 2")
+    metrics = (MEMORY, CPU_SESSION, IDLE_CPU, KERNEL_MEMORY)
+    return Workload(name, f"{count:,} idle relays", "idle", shape, shape, metrics, candidates, fresh=True)
+
+
+def _growth(count: int) -> Workload:
+    title = f"sess1 beside {count:,} idle relays"
+    return _sessions(
+        f"grow{count}", title, "--connections 100", candidates=("greenarrow", "haproxy"), idle_relays=count
+    )
+
+
+WORKLOADS = {
+    workload.name: workload
+    for workload in (
+        _sessions("sess1", "100 sessions at a time, 1 message of 20 KB each", "--connections 100"),
+        _sessions(
+            "sess1+log",
+            "sess1 with one log line a connection",
+            "--connections 100",
+            candidates=("greenarrow-log", "haproxy-tcplog"),
+            baseline="haproxy-tcplog",
+        ),
+        _sessions("sess5", "1,000 sessions at a time, 5 messages of 20 KB each", "--connections 1000 --messages 5", 6),
+        _sessions("msg100k", "100 sessions at a time, 1 message of 100 KB each", "--connections 100 --bytes 102400"),
+        _sessions(
+            "rate",
+            "300 sessions/s on a timetable",
+            "--connections 1000 --rate 300",
+            6,
+            metrics=(SESSION_P50, SESSION_P99, CPU_SESSION),
+        ),
+        _sessions(
+            "socks",
+            "sess1 over SOCKS5 (ours: with password and BIND; the others: with neither)",
+            "--connections 100",
+            candidates=("greenarrow", "dante", "tokio", "classic"),
+            baseline="dante",
+            door="socks",
+        ),
+        _round_trips("pp1", "question and answer on one connection", "--connections 1"),
+        _round_trips("pp100", "question and answer on 100 connections", "--connections 100"),
+        _round_trips(
+            "pp4k",
+            "question and answer on 4,000 connections, as fast as they go",
+            "--connections 4000",
+            metrics=(TRIP_P99, TRIP_P50, CPU_ROUND_TRIP, ROUND_TRIPS),
+            candidates=SMALL,
+        ),
+        _round_trips(
+            "active4k",
+            "4,000 connections, 8,000 questions/s in all, on a timetable",
+            "--connections 4000 --rate 8000",
+            metrics=(TRIP_P99, TRIP_P50, CPU_ROUND_TRIP),
+            candidates=SMALL,
+        ),
+        _bulk("bulk", "4 connections, client to MX", "--connections 4"),
+        _bulk("bulkdn", "4 connections, MX to client", "--connections 4 --download"),
+        _idle("idle2k", 2000, ("greenarrow", "haproxy", "nginx", "tokio", "dante", "classic", "direct")),
+        _idle("idle9k", 9000, ("greenarrow", "haproxy", "nginx", "tokio", "classic", "direct")),
+        _growth(100),
+        _growth(1000),
+        _growth(8000),
+    )
+}
+
+QUICK = ("sess1", "sess1+log", "socks", "pp100", "bulk", "idle2k")
+QUICK_CANDIDATES = ("greenarrow", "greenarrow-log", "haproxy", "haproxy-tcplog", "tokio", "dante", "direct")
