@@ -1,0 +1,112 @@
+"""The command line: which flag does what, and the exit codes (sysexits). The configuration itself is `config`'s.
+
+No traceback reaches a user: an exception that nobody expected ends with one line and exit code 70.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import TextIO
+
+from proxy import __version__, config
+from proxy.errors import ConfigError, UsageError
+
+EX_OK = 0
+EX_USAGE = 64
+EX_UNAVAILABLE = 69  # `server.run`: cannot listen
+EX_SOFTWARE = 70
+EX_CONFIG = 78
+
+#: Bytes; a file that never ends (/dev/zero) must not fill the memory.
+LONGEST_FILE = 16 * 1024 * 1024
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program.
+
+    Args:
+        argv: the arguments; by default those of the process.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except UsageError as error:
+        _print(f"greenarrow_proxy: {error.message}\nSee greenarrow_proxy --help.", sys.stderr)
+        return EX_USAGE
+    except ConfigError as error:
+        _print(str(error), sys.stderr)
+        return EX_CONFIG
+    except KeyboardInterrupt:
+        return 1
+    except Exception as error:
+        # Not the message: it may hold a secret.
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{os.path.basename(frame.filename)}:{frame.lineno}"
+        _print(f"greenarrow_proxy: internal error, please report: {type(error).__name__} at {place}", sys.stderr)
+        return EX_SOFTWARE
+
+
+def _main(argv: list[str]) -> int:
+    parser = config.build_parser()
+    flags = parser.parse_flags(argv)
+    if flags.help:
+        _print(parser.format_help(), sys.stdout)
+        return EX_OK
+    if flags.version:
+        _print(f"greenarrow_proxy {__version__}", sys.stdout)
+        return EX_OK
+    # Flags that talk to a running proxy instead of starting one have their place here, before the configuration.
+    load = functools.partial(config.load, argv, os.environ, read_file)
+    settings = load()
+    if flags.check_config:
+        return _check_config(argv, settings)
+    from proxy import server  # late: --help and a wrong configuration need no gevent
+
+    run: Callable[[Callable[[], config.Settings], config.Settings], int] = server.run
+    return run(load, settings)
+
+
+def _check_config(argv: Sequence[str], settings: config.Settings) -> int:
+    from proxy import check_config
+
+    origins = config.origins(argv, os.environ, read_file)
+    findings = check_config.check(settings, origins)
+    for finding in findings:
+        _print(check_config.sentence(finding, origins), sys.stderr)
+    if any(finding.error for finding in findings):
+        return EX_CONFIG
+    _print(f"{settings.config_filename or 'command line'}: the configuration is good", sys.stdout)
+    return EX_OK
+
+
+def read_file(path: str) -> str:
+    """A text file's content.
+
+    Raises:
+        OSError: it cannot be read, or is larger than `LONGEST_FILE`.
+        ValueError: it is not UTF-8, or its name cannot be one.
+    """
+    with open(path, "rb") as file:
+        content = file.read(LONGEST_FILE + 1)
+    if len(content) > LONGEST_FILE:
+        raise OSError(errno.EFBIG, f"larger than {LONGEST_FILE} bytes", path)
+    return content.decode()
+
+
+def _print(text: str, stream: TextIO) -> None:
+    # A closed or full stream must not turn into a traceback, neither now nor when the interpreter flushes at exit;
+    # nor must a file name that the stream cannot write.
+    encoding = stream.encoding or "utf-8"
+    try:
+        print(text.rstrip("\n").encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

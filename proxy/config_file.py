@@ -1,0 +1,212 @@
+"""The grammar of the configuration file: text → directives and blocks with their lines, and all mistakes.
+
+It knows no directive's name and no value's form. No message shows a value: it may be a secret.
+
+    listen "0.0.0.0:807", [::]:807     # bare words, "JSON strings" and `raw strings`, separated by commas
+    throttle yahoo {
+        wait 20s
+    }
+
+`#` begins a comment wherever a value could begin; within a value it is an ordinary character.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from proxy.errors import ConfigError
+
+LONGEST_FILE = 4 * 1024 * 1024  # characters; 100,000 networks are half of it
+
+_TOKEN = re.compile(
+    r"""(?P<blank>[ \t]+|\#.*)|(?P<json>"(?:[^"\\]|\\.)*")|(?P<raw>`[^`]*`)|(?P<mark>[,{}])|(?P<word>[^\s,{}"`]+)"""
+)
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
+
+
+class Directive(NamedTuple):
+    """`name value, value …`; where `problem` says what is wrong behind the name, there are no values."""
+
+    name: str
+    values: list[str]
+    line: int
+    problem: str = ""
+
+
+class Block(NamedTuple):
+    """`kind name { … }`"""
+
+    kind: str
+    name: str
+    directives: list[Directive]
+    line: int
+
+
+@dataclass(slots=True)
+class Document:
+    """What a file says; `mistakes` are those of lines without a name."""
+
+    directives: list[Directive] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+    mistakes: list[ConfigError] = field(default_factory=list)
+
+
+class _Token(NamedTuple):
+    type: str  # "word", "quoted" or "mark"
+    text: str
+    column: int
+
+
+class _Mistake(Exception):
+    """What is wrong with the line at hand."""
+
+
+class _BehindName(_Mistake):
+    """The same, where the line may well begin with the name of a directive."""
+
+
+def parse(text: str, file: str) -> Document:
+    """Reads a whole file; never raises.
+
+    Args:
+        text: its text; a byte order mark is skipped, lines end in LF or CRLF.
+        file: its name, for the messages.
+    """
+    reader = _Reader(file)
+    if len(text) > LONGEST_FILE:
+        reader.mistake(0, f"the file is longer than {LONGEST_FILE} characters")
+        return reader.document
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
+        try:
+            reader.line(number, _tokens(line.removesuffix("\r")))
+        except _BehindName as mistake:
+            reader.broken(number, line, str(mistake))
+        except _Mistake as mistake:
+            reader.mistake(number, str(mistake))
+    reader.finish()
+    return reader.document
+
+
+def _tokens(line: str) -> list[_Token]:
+    control = _CONTROL.search(line)
+    if control:
+        raise _BehindName(f"column {control.start() + 1}: character U+{ord(control[0]):04X}: is this file UTF-8 text?")
+    tokens: list[_Token] = []
+    position = value_end = 0
+    while position < len(line):
+        match = _TOKEN.match(line, position)
+        if match is None:
+            raise _BehindName(f"column {position + 1}: {_stray(line[position])}")
+        if match.lastgroup in ("json", "raw", "word"):
+            if tokens and tokens[-1].type != "mark" and value_end == position:
+                raise _BehindName(f"column {position + 1}: a quote in the middle of a value: quote the whole value")
+            value_end = match.end()
+        if match.lastgroup != "blank":
+            tokens.append(_token(match))
+        position = match.end()
+    return tokens
+
+
+def _stray(character: str) -> str:
+    return (
+        "the quote is not closed" if character in '"`' else f"character U+{ord(character):04X}: use an ordinary blank"
+    )
+
+
+def _token(match: re.Match[str]) -> _Token:
+    text = match[0]
+    if match.lastgroup == "raw":
+        return _Token("quoted", text[1:-1], match.start() + 1)
+    if match.lastgroup == "json":
+        try:
+            return _Token("quoted", json.loads(text), match.start() + 1)
+        except ValueError:
+            raise _BehindName(f"column {match.start() + 1}: not a JSON string: write \\\\ for a backslash") from None
+    return _Token("word" if match.lastgroup == "word" else "mark", text, match.start() + 1)
+
+
+class _Reader:
+    """Takes the lines' tokens one after another; which block is open is its state."""
+
+    def __init__(self, file: str) -> None:
+        self.document = Document()
+        self._file = file
+        self._open: Block | None = None
+        self._nested: list[int] = []  # lines of blocks within the open one: mistakes, skipped up to their end
+
+    def mistake(self, line: int, message: str) -> None:
+        self.document.mistakes.append(ConfigError(message, self._file, line))
+
+    def line(self, number: int, tokens: list[_Token]) -> None:
+        if not tokens:
+            return
+        marks = [token.text for token in tokens if token.type == "mark"]
+        if tokens[0].type == "mark" and tokens[0].text == "}":
+            self._close(number, rest=tokens[1:])
+        elif tokens[-1].type == "mark" and tokens[-1].text == "{":
+            self._begin(number, tokens)
+        elif "{" in marks or "}" in marks:
+            raise _BehindName(
+                "a block begins with a line `KIND NAME {` and ends with a line `}`; a brace in a value is quoted"
+            )
+        elif tokens[0].type != "word" or not _NAME.fullmatch(tokens[0].text):
+            raise _BehindName("a line begins with the name of a directive and a blank; there is no `=`")
+        else:
+            self._directive(Directive(tokens[0].text, _values(tokens[1:]), number))
+
+    def broken(self, number: int, line: str, problem: str) -> None:
+        """A line that `line` could not take. With its name it is kept: what is there shall not be called missing."""
+        name = _NAME.match(line.lstrip())
+        if name:
+            self._directive(Directive(name[0], [], number, problem))
+        else:
+            self.mistake(number, problem)
+
+    def _directive(self, directive: Directive) -> None:
+        if not self._nested:
+            (self._open.directives if self._open else self.document.directives).append(directive)
+
+    def finish(self) -> None:
+        """Call after the last line."""
+        if self._open is not None:
+            self.mistake(self._open.line, f"the {self._open.kind} block is not closed: a line `}}` is missing")
+
+    def _begin(self, number: int, tokens: list[_Token]) -> None:
+        if self._open is not None:
+            self._nested.append(number)
+            raise _Mistake(f"a block within a block: a line `}}` for line {self._open.line} is missing")
+        # Opened whatever else is wrong with the line: what follows belongs to it, and shall not look wrong too.
+        kind = tokens[0].text if tokens[0].type == "word" else ""
+        self._open = Block(kind, tokens[1].text if len(tokens) == 3 else "", [], number)
+        self.document.blocks.append(self._open)
+        if not _NAME.fullmatch(kind) or len(tokens) != 3 or tokens[1].type == "mark":
+            self.document.blocks.pop()
+            raise _Mistake("a block begins with its kind and one name: `KIND NAME {`")
+
+    def _close(self, number: int, rest: list[_Token]) -> None:
+        if self._nested:
+            self._nested.pop()
+        elif self._open is None:
+            raise _Mistake("`}` without a block")
+        else:
+            self._open = None
+        if rest:
+            raise _Mistake("nothing may follow `}`")
+
+
+def _values(tokens: list[_Token]) -> list[str]:
+    if not tokens:
+        raise _BehindName("a value is missing")
+    if tokens[0].type == "word" and tokens[0].text.startswith("="):
+        raise _BehindName("there is no `=` between a directive and its value")
+    for index, token in enumerate(tokens):
+        if (token.type == "mark") != (index % 2 == 1):
+            missing = "a value" if token.type == "mark" else "a comma"
+            raise _BehindName(f"column {token.column}: {missing} is missing (a value with blanks in it is quoted)")
+    if len(tokens) % 2 == 0:
+        raise _BehindName(f"column {tokens[-1].column}: a value is missing after the comma")
+    return [token.text for token in tokens[::2]]

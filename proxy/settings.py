@@ -1,0 +1,90 @@
+"""What the operator asked for, checked and parsed: one frozen `Settings`.
+
+One attribute per directive, of the same name. Durations are seconds, sizes bytes. How a setting is written, and what it
+defaults to, stands in `options`; nothing is parsed here. Secrets never appear in a `repr`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from ipaddress import IPv4Network, IPv6Network
+from typing import Literal, NamedTuple
+
+from proxy.model import Endpoint
+
+Network = IPv4Network | IPv6Network
+
+
+class Rate(NamedTuple):
+    """At most `amount` in any `seconds` seconds; `amount` is at least 1."""
+
+    amount: int
+    seconds: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceSettings:
+    """One `instance NAME { … }` block; an empty tuple means that the block does not say."""
+
+    name: str
+    allow_from: tuple[Network, ...]
+    source_ip: tuple[Network, ...]
+    auth_shared_secret: tuple[bytes, ...] = field(repr=False)
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThrottleSettings:
+    """One `throttle NAME { … }` block; empty `source` or `destination`: any. 0 connections or no rate: unlimited."""
+
+    name: str
+    source: tuple[Network, ...]
+    destination: tuple[Network, ...]
+    max_concurrent_connections: int
+    max_delivery_rate: tuple[Rate, ...]
+    wait: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The whole configuration. `None` and empty tuples mean what the comments say."""
+
+    config_filename: str | None  # None: no file was given
+    listen: tuple[Endpoint, ...]
+    listen_socks5: tuple[Endpoint, ...]
+    listen_proxy_protocol: tuple[Endpoint, ...]
+    listen_status: Endpoint | None
+    allow_from: tuple[Network, ...]
+    listen_proxy_protocol_allow_from: tuple[Network, ...]
+    listen_status_allow_from: tuple[Network, ...]
+    auth_shared_secret: tuple[bytes, ...] = field(repr=False)  # those of the files are among them
+    auth_shared_secret_file: tuple[str, ...]
+    socks5_auth: Literal["required", "none"]
+    listen_tls: bool
+    tls_certificate_file: str | None  # None: a certificate is made in memory
+    tls_private_key_file: str | None
+    source_ip: tuple[Network, ...]  # empty: any address of this machine but loopback and unspecified
+    default_source_ip: tuple[str, ...]  # canonical IPs, or ("same",); empty: the system's choice
+    destination_port: tuple[tuple[int, int], ...]  # inclusive ranges
+    deny_destination: tuple[Network, ...]
+    allow_destination: tuple[Network, ...]
+    connect_timeout: float
+    auth_timeout: float
+    idle_timeout: float
+    drain_timeout: float
+    max_connections: int | None  # None: from RLIMIT_NOFILE
+    reuse_connections: bool
+    reuse_connections_max_idle: float
+    reuse_connections_max_age: float
+    reuse_connections_max_messages: int
+    reuse_connections_max_cached: int
+    reuse_connections_max_cached_per_destination: int
+    throttle_enforce: bool
+    throttle_store: str = field(repr=False)  # a redis:// address may hold a password
+    workers: int | Literal["auto"]
+    log_verbose: bool
+    log_format: Literal["text", "json"]
+    log_connections: Literal["all", "errors", "none"]
+    stats_interval: float
+    instance: tuple[InstanceSettings, ...]
+    throttle: tuple[ThrottleSettings, ...]

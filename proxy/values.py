@@ -1,0 +1,246 @@
+"""The forms that a value can have: text in, a typed value out.
+
+A `Kind` is one form. Its `parse` raises `ValueError`, with a few words where more can be said than that the value is
+not `valid`. Nothing here knows a directive, a file or a line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address, ip_network
+
+from proxy.model import Endpoint, canonical_ip
+from proxy.settings import Network, Rate
+
+#: Timers and TCP_USER_TIMEOUT (milliseconds in a C int) hold 24.8 days.
+LONGEST_DURATION = 24 * 86400.0
+SHORTEST_SECRET = 32
+
+_DURATION_UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+_DURATION = re.compile(
+    "".join(rf"(?:([0-9]{{1,9}}(?:\.[0-9]{{1,9}})?){unit})?" for unit in ("d", "h", "m(?!s)", "s", "ms"))
+)
+_SIZE_UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
+_RATE_UNITS = {
+    **dict.fromkeys(("s", "sec", "second"), 1),
+    **dict.fromkeys(("m", "min", "minute"), 60),
+    **dict.fromkeys(("h", "hr", "hour"), 3600),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One form of a value.
+
+    Args:
+        name: the form's name, as the documents use it.
+        parse: text → value; raises ValueError.
+        valid: completes the sentence "this value is not …".
+        verbatim: on the command line and in the environment, a comma belongs to the value instead of separating two.
+    """
+
+    name: str
+    parse: Callable[[str], object]
+    valid: str
+    verbatim: bool = False
+
+
+def _number(text: str) -> int:
+    # Not isdigit() alone: it and int() take the digits of every script, and int() is slow on thousands of them.
+    if not re.fullmatch(r"[0-9]{1,12}", text):
+        raise ValueError
+    return int(text)
+
+
+def _ip(text: str) -> str:
+    host = canonical_ip(text)
+    address = ip_address(host)
+    if isinstance(address, IPv6Address) and address.ipv4_mapped:
+        raise ValueError(f"write it as {address.ipv4_mapped}")
+    return host
+
+
+def parse_boolean(text: str) -> bool:
+    """yes, no, true or false, in any case."""
+    try:
+        return {"yes": True, "true": True, "no": False, "false": False}[text.lower()]
+    except KeyError:
+        raise ValueError from None
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """`192.0.2.1:807` or `[::]:807`; port 0 is any free port."""
+    host, colon, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not colon or (text.startswith("[") and not bracketed):
+        raise ValueError("the port is missing")
+    if ":" in host and not bracketed:
+        raise ValueError("an IPv6 address goes into brackets")
+    if bracketed != (":" in host):
+        raise ValueError
+    try:
+        host = _ip(host.strip("[]"))
+    except ValueError as error:
+        hint = str(error) if str(error).startswith("write") else "host names and * are not taken, only IP addresses"
+        raise ValueError(hint) from None
+    number = _number(port)
+    if number > 65535:
+        raise ValueError("a port is at most 65535")
+    return Endpoint(host, number)
+
+
+def parse_network(text: str) -> Network:
+    """An IP address or a CIDR; `10.0.0.1/8` is an error, since one of its two parts was meant otherwise."""
+    address, slash, length = text.partition("/")
+    ip = canonical_ip(address)
+    if not slash:
+        return ip_network(ip)
+    network = ip_network(f"{ip}/{_number(length)}", strict=False)
+    if str(network.network_address) != ip:
+        raise ValueError(f"the network is {network}, the address alone {ip}")
+    return network
+
+
+def parse_source(text: str) -> str:
+    """An address to leave from, in canonical form, or `same`."""
+    if text == "same":
+        return text
+    host = _ip(text)
+    address = ip_address(host)
+    if address.is_unspecified or address.is_multicast:
+        raise ValueError("no connection can leave from it")
+    return host
+
+
+def parse_ports(text: str) -> tuple[int, int]:
+    """`25` or `2500-2599`, as an inclusive range."""
+    low, dash, high = text.partition("-")
+    first = _number(low.strip())
+    last = _number(high.strip()) if dash else first
+    if not 1 <= first <= last <= 65535:
+        raise ValueError("ports are 1 to 65535, the lower one first")
+    return first, last
+
+
+def parse_duration(text: str) -> float:
+    """`30s`, `4h15m`, `1.5s`, `250ms`: seconds. A bare `0` needs no unit, any other number does."""
+    if text == "0":
+        return 0.0
+    match = _DURATION.fullmatch(text)
+    if not text or match is None:
+        raise ValueError("a unit is missing: d, h, m, s or ms" if re.fullmatch(r"[0-9.]+", text) else "")
+    return sum(float(part) * unit for part, unit in zip(match.groups(), _DURATION_UNITS.values(), strict=True) if part)
+
+
+def parse_size(text: str) -> int:
+    """`64K`, `1M`, `4096`: bytes; K is 1024."""
+    match = re.fullmatch(r"([0-9]{1,12})([KMG]?)", text)
+    if match is None:
+        raise ValueError
+    return int(match[1]) * _SIZE_UNITS[match[2]]
+
+
+def parse_rate(text: str) -> Rate | None:
+    """`1000/hr`, `50/min`, `10/s`; None for 0, which is no limit."""
+    if text == "0":
+        return None
+    amount, slash, unit = text.partition("/")
+    if not slash or unit not in _RATE_UNITS:
+        raise ValueError("the time is missing" if not slash else "the time is hr, min or s")
+    number = _number(amount)
+    if number > 10**9:
+        raise ValueError("at most 1000000000")
+    return Rate(number, _RATE_UNITS[unit]) if number else None
+
+
+def parse_text(text: str) -> str:
+    """Any text, but for control characters (they are mistakes in a path) and what UTF-8 cannot hold."""
+    if not text:
+        raise ValueError("it is empty")
+    if any(ord(character) < 32 or ord(character) == 127 or 0xD800 <= ord(character) < 0xE000 for character in text):
+        raise ValueError("it has a control character or a broken UTF-8 sequence in it")
+    return text
+
+
+def parse_secret(text: str) -> bytes:
+    """A shared secret: 32 characters or more, as UTF-8."""
+    parse_text(text)
+    if len(text) < SHORTEST_SECRET:
+        raise ValueError("it is shorter")
+    return text.encode()
+
+
+def parse_workers(text: str) -> int | str:
+    """A number of processes, or `auto`."""
+    if text == "auto":
+        return text
+    if not 1 <= _number(text) <= 1024:
+        raise ValueError
+    return _number(text)
+
+
+def parse_store(text: str) -> str:
+    """`memory` or a `redis://` address."""
+    if text != "memory" and not re.fullmatch(r"rediss?://[^\s]+", text):
+        raise ValueError
+    return text
+
+
+def parse_weight(text: str) -> float:
+    """A share's weight, 1/16 to 16: beyond that a session would starve (design of the scheduler)."""
+    if not re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,6})?", text) or not 1 / 16 <= float(text) <= 16:
+        raise ValueError
+    return float(text)
+
+
+def count(minimum: int, maximum: int = 10**9) -> Kind:
+    """A whole number within bounds."""
+
+    def parse(text: str) -> int:
+        number = _number(text)
+        if not minimum <= number <= maximum:
+            raise ValueError
+        return number
+
+    return Kind("number", parse, f"a whole number from {minimum} to {maximum}")
+
+
+def choice(*words: str) -> Kind:
+    """One of some words."""
+
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError
+        return text
+
+    return Kind("word", parse, " or ".join((", ".join(words[:-1]), words[-1])))
+
+
+def duration(minimum: float = 0.0) -> Kind:
+    """A duration of at least `minimum` seconds."""
+
+    def parse(text: str) -> float:
+        seconds = parse_duration(text)
+        if seconds < minimum:
+            raise ValueError("it is too short")
+        if seconds > LONGEST_DURATION:
+            raise ValueError("it is longer than 24d")
+        return seconds
+
+    return Kind("duration", parse, "a duration such as 30s, 15m or 4h15m")
+
+
+BOOLEAN = Kind("boolean", parse_boolean, "yes or no")
+ENDPOINT = Kind("endpoint", parse_endpoint, "an IP:port such as 192.0.2.1:807 or [::]:807")
+NETWORK = Kind("network", parse_network, "an IP address or a CIDR such as 192.0.2.7, 10.0.0.0/8 or fd00::/8")
+SOURCE = Kind("address", parse_source, "an IP address of this machine, or the word same")
+PORTS = Kind("ports", parse_ports, "a port such as 25 or a range such as 2500-2599")
+SIZE = Kind("size", parse_size, "a size such as 64K or 1M")
+RATE = Kind("rate", parse_rate, "a rate such as 1000/hr, 50/min or 10/s")
+PATH = Kind("path", parse_text, "a file name", verbatim=True)
+SECRET = Kind("secret", parse_secret, f"a secret of at least {SHORTEST_SECRET} characters", verbatim=True)
+WORKERS = Kind("number", parse_workers, "a number of processes or the word auto")
+STORE = Kind("store", parse_store, "memory or a redis:// address", verbatim=True)
+WEIGHT = Kind("weight", parse_weight, "a number from 0.0625 to 16")

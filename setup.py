@@ -1,0 +1,67 @@
+"""Packaging. The relay's compiled twin is built where Cython and a compiler are there, and left out otherwise."""
+
+import re
+from pathlib import Path
+
+from setuptools import Extension, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "proxy" / "__init__.py").read_text(encoding="utf-8"))[1]
+FAST_RELAY = "proxy/_fastrelay.pyx"
+
+
+def extensions() -> list[Extension]:
+    if not (HERE / FAST_RELAY).exists():
+        return []
+    try:
+        from Cython.Build import cythonize
+    except ImportError:
+        return []
+    return cythonize([Extension("proxy._fastrelay", [FAST_RELAY], optional=True)], language_level=3)
+
+
+def existing(*names: str) -> list[str]:
+    return [name for name in names if (HERE / name).exists()]
+
+
+setup(
+    name="greenarrow-proxy",
+    version=VERSION,
+    description="SMTP egress proxy: connection proxying, cooperative throttling, connection sharing",
+    long_description="\n".join((HERE / name).read_text(encoding="utf-8") for name in existing("README.md")),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=["proxy"],
+    py_modules=["greenarrow_proxy"],
+    package_data={"proxy": ["py.typed", "*.html", "*.css"]},
+    ext_modules=extensions(),
+    install_requires=[
+        "gevent>=23.9",
+        "configargparse>=1.7",
+        "colorlog>=6",
+        "msgspec>=0.18",
+        "cryptography>=42",
+        "prometheus_client",
+    ],
+    extras_require={
+        "test": [
+            "aiosmtpd",
+            "hypothesis",
+            "mypy",
+            "psutil",
+            "PySocks",
+            "pytest>=8",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "trustme",
+        ],
+    },
+    entry_points={"console_scripts": ["greenarrow_proxy = proxy.cli:main"]},
+    data_files=[
+        ("share/man/man1", existing("man/greenarrow_proxy.1")),
+        ("share/man/man5", existing("man/greenarrow_proxy.conf.5")),
+        ("share/greenarrow_proxy", existing("etc/greenarrow_proxy.conf", "etc/greenarrow_proxy.service")),
+    ],
+)
