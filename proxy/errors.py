@@ -7,7 +7,8 @@
 
 A class carries what every protocol needs to tell its outcome: `code` (a stable word for logs, metrics and the native
 protocol), `socks_reply` (RFC 1928 section 6) and `retry` (whether the same request may succeed later). What happened is
-one English sentence, without a secret and without a line break. Nothing here formats for a protocol: each does so itself.
+one English sentence, without a secret and without a line break. Nothing here formats for a protocol: each does that
+itself.
 """
 
 from __future__ import annotations

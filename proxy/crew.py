@@ -1,0 +1,51 @@
+"""Pooled greenlets: a greenlet that has done its work waits for the next instead of dying.
+
+Starting a greenlet costs more than all the Python of a short connection's set-up, so `Crew.run` hands the work to one
+that is idle, at once (not in the next turn of the loop). Work must not raise; if it does, the loop's error handler
+tells it and the greenlet goes on. Used from the hub only.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from gevent import get_hub, getcurrent
+from greenlet import greenlet
+
+_MAX_IDLE = 256  # a burst's greenlets are let go again
+
+
+class Crew:
+    """A pool of greenlets without an upper limit; `max_connections` is the limit."""
+
+    def __init__(self) -> None:
+        self._hub: Any = get_hub()
+        self._idle: list[Callable[..., Any]] = []
+        self.busy = 0
+
+    def run(self, work: Callable[..., object], *arguments: Any) -> None:
+        """Start `work(*arguments)` now; returns when it waits for something for the first time, or has ended."""
+        job = (work, arguments)
+        if self._idle:
+            self._idle.pop()(job)
+        else:
+            greenlet(self._worker, self._hub).switch(job)
+
+    def _worker(self, job: Any) -> None:
+        idle, rest, switch = self._idle, self._hub.switch, getcurrent().switch
+        while True:
+            self.busy += 1
+            try:
+                job[0](*job[1])
+            except Exception:
+                self._hub.handle_error(job[0], *sys.exc_info())
+            finally:
+                self.busy -= 1
+            if len(idle) >= _MAX_IDLE:
+                return
+            idle.append(switch)
+            job = rest()
+            while job.__class__ is not tuple:  # a wake-up meant for this greenlet's former life
+                job = rest()

@@ -1,0 +1,355 @@
+"""The data path: one accepted connection from its first byte to its closing log line, whatever protocol it speaks.
+
+`serve` runs in a pooled greenlet and reads top to bottom: greet (the handshake, under one deadline), connect (access
+rules, bind, connect), answer, hand over to the relay. From then on the connection has no greenlet; `Visit.ended` is
+called when it is over. What goes wrong on the way is one `ProxyError`, told to the client in its own protocol and
+logged as one line.
+"""
+
+from __future__ import annotations
+
+import itertools
+from _socket import SHUT_WR
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+from gevent import Timeout
+
+from proxy import log, upstream
+from proxy.errors import ClientNotAllowed, HandshakeTimeout, PeerError, ProxyError, UpstreamError
+from proxy.model import (
+    Accepted,
+    BindSource,
+    Connect,
+    Ending,
+    Endpoint,
+    Event,
+    Handshake,
+    HealthCheck,
+    Login,
+    Route,
+)
+from proxy.proxy_protocol import ProxyProtocol
+from proxy.relay import RawSocket
+from proxy.services import Services
+from proxy.socks5 import Socks5
+
+#: A KumoMTA gives up 60 s after its request; the answer must be there before, waiting included.
+ANSWER_WITHIN = 50.0
+_READ_SIZE = 4096
+#: A refused client gets this long, and may send this much, until it has read why and closed.
+_LINGER_SECONDS = 2.0
+_LINGER_BYTES = 65536
+
+_numbers = itertools.count(1)
+
+
+class Door:
+    """One listener as its connections see it."""
+
+    __slots__ = ("endpoint", "open_connections", "protocol")
+
+    def __init__(self, protocol: str, endpoint: Endpoint) -> None:
+        self.protocol = protocol
+        self.endpoint = endpoint
+        self.open_connections = 0
+
+
+def _socks5(services: Services) -> Handshake:
+    return Socks5(services.settings.socks5_auth == "required")
+
+
+def _proxy_protocol(services: Services) -> Handshake:
+    return ProxyProtocol(services.host_name)
+
+
+_HANDSHAKES: dict[str, Callable[[Services], Handshake]] = {"socks5": _socks5, "proxy_protocol": _proxy_protocol}
+
+
+def serve(
+    services: Services, door: Door, sock: RawSocket, address: tuple[Any, ...], refusal: ProxyError | None = None
+) -> None:
+    """Serve one accepted connection; returns when it is relayed or over. Never raises.
+
+    Args:
+        refusal: the proxy is full or shuts down: do the handshake, then say this instead of connecting.
+    """
+    visit = Visit(services, door, sock, address)
+    try:
+        if not services.access.client_allowed(visit.client.host, door.protocol):
+            visit.failed(ClientNotAllowed(f"{visit.client.host} is not in allow_from"))
+            return
+        visit.run(refusal)
+    except ProxyError as error:
+        visit.failed(error)
+        visit.tell(error)
+    except OSError:
+        services.counters.refused.count("client_gone")
+    except Exception as error:
+        visit.broken(error)
+    finally:
+        visit.leave()
+
+
+class Visit:
+    """One connection's record: what it asked for, what it holds, and what its log line says."""
+
+    __slots__ = (
+        *("services", "door", "socket", "client", "registered", "handshake"),
+        *("number", "started", "instance", "source", "destination", "upstream", "relayed"),
+    )
+
+    def __init__(self, services: Services, door: Door, sock: RawSocket, address: tuple[Any, ...]) -> None:
+        self.services = services
+        self.door = door
+        self.socket = sock
+        self.client = Endpoint(address[0], address[1])
+        self.registered = False
+        self.handshake: Handshake | None = None
+        self.number = next(_numbers)
+        self.started = monotonic()
+        self.instance = ""
+        self.source = ""
+        self.destination: Endpoint | None = None
+        self.upstream: RawSocket | None = None
+        self.relayed = False
+        door.open_connections += 1
+        services.counters.accepted.count(door.protocol)
+
+    # ---------------------------------------------------------------- top to bottom
+
+    def run(self, refusal: ProxyError | None) -> None:
+        """Handshake, connect, answer, hand over.
+
+        Raises:
+            ProxyError: to be told to the client.
+            OSError: the client is gone.
+        """
+        handshake = self.handshake = _HANDSHAKES[self.door.protocol](self.services)
+        request = self._greet(handshake)
+        if request is None:
+            self.services.counters.probes += 1
+            return
+        if refusal is not None:
+            raise refusal
+        missed: list[int] = []
+        if self.registered:
+            self.services.engine.watch(self.socket.fileno(), missed.append)
+        upstream_readable = self._connect(request.route)
+        self._hand_over(handshake, bool(missed), upstream_readable)
+
+    def _greet(self, handshake: Handshake) -> Connect | None:
+        """Read until the request is there; None for a health check. One deadline covers all of it."""
+        timer: Timeout | None = None
+        silent = True
+        try:
+            while True:
+                event = handshake.next_event()
+                if event is None:
+                    try:
+                        data = self.socket.recv(_READ_SIZE)
+                    except BlockingIOError:
+                        if timer is None:
+                            timer = Timeout.start_new(self.services.settings.auth_timeout)
+                        self._wait()
+                        continue
+                    if data:
+                        silent = False
+                        handshake.receive(data)
+                    elif silent:
+                        return None
+                    else:
+                        raise PeerError("the client closed in the middle of its handshake")
+                elif event.__class__ is Connect:
+                    return event
+                elif event.__class__ is HealthCheck:
+                    return None
+                else:
+                    self._write(handshake.send(self._verdict(event)))
+        except Timeout as fired:
+            if fired is not timer:
+                raise
+            raise HandshakeTimeout("the handshake was not finished within auth_timeout") from None
+        finally:
+            if timer is not None:
+                timer.close()
+
+    def _verdict(self, event: Event) -> Accepted:
+        """Decide on what comes before the request.
+
+        Raises:
+            ProxyError: no.
+        """
+        services = self.services
+        if event.__class__ is Login:
+            self.instance = services.access.authenticate(event)
+        elif event.__class__ is BindSource:
+            source = event.source
+            services.access.check_source(self.instance or self._instance_of_address(), source)
+            # Bound now, since only here can the client be told that the source is wrong; the connect uses it.
+            self._bind(source)
+            return Accepted(Endpoint(source, 0))
+        return Accepted()
+
+    def _connect(self, route: Route) -> bool:
+        """Connect as the route says; whether upstream may have spoken already.
+
+        Raises:
+            ProxyError: refused or failed.
+        """
+        services = self.services
+        settings = services.settings
+        destination = self.destination = route.destination
+        instance = self.instance = self.instance or self._instance_of_address()
+        source = self.source = route.source or self._default_source(instance, destination)
+        services.access.check_route(instance, source, destination)
+        sock = self.upstream
+        if sock is None:
+            sock = self.upstream = upstream.bind(source, settings.idle_timeout)
+        return upstream.connect(
+            services.engine, sock, source, destination, min(settings.connect_timeout, ANSWER_WITHIN)
+        )
+
+    def _bind(self, source: str) -> RawSocket:
+        sock = self.upstream = upstream.bind(source, self.services.settings.idle_timeout)
+        self.services.gauges.outgoing += 1
+        return sock
+
+    def _hand_over(self, handshake: Handshake, client_readable: bool, upstream_readable: bool) -> None:
+        """Say yes and let the relay take both sockets."""
+        assert self.upstream is not None
+        services = self.services
+        answer = handshake.send(Accepted(upstream.local_endpoint(self.upstream)))
+        if answer:
+            self._write(answer)
+        early = handshake.trailing
+        self.handshake = None
+        services.engine.watch(self.upstream.fileno(), None)
+        self.relayed = True
+        services.counters.fresh += 1
+        services.engine.join(
+            self.socket,
+            self.upstream,
+            self,
+            services.settings.idle_timeout,
+            early,
+            self.registered,
+            client_readable,
+            upstream_readable,
+        )
+
+    # ---------------------------------------------------------------- ends
+
+    def ended(self, ending: Ending, up: int, down: int) -> None:
+        """The relay is over; called from the hub, must not wait."""
+        services = self.services
+        counters = services.counters
+        counters.bytes_up += up
+        counters.bytes_down += down
+        counters.ended.count(ending)
+        services.gauges.outgoing -= 1
+        self.door.open_connections -= 1
+        log.connection(
+            self.number,
+            self.instance,
+            self.door.protocol,
+            self.client,
+            self.source,
+            self.destination,
+            False,
+            "",
+            up,
+            down,
+            monotonic() - self.started,
+            ending,
+        )
+
+    def leave(self) -> None:
+        """What `serve` does last: nothing if the relay has the sockets, else close them."""
+        if self.relayed:
+            return
+        engine = self.services.engine
+        engine.close(self.socket)
+        if self.upstream is not None:
+            engine.close(self.upstream)
+            self.services.gauges.outgoing -= 1
+        self.door.open_connections -= 1
+
+    def failed(self, error: ProxyError) -> None:
+        """Count and log an outcome that is not a relay."""
+        counters = self.services.counters
+        if isinstance(error, UpstreamError):
+            counters.failed.count(error.step)
+        else:
+            counters.refused.count(error.code)
+        log.refused(
+            self.number,
+            self.instance,
+            self.door.protocol,
+            self.client,
+            self.source,
+            self.destination,
+            monotonic() - self.started,
+            error,
+        )
+
+    def broken(self, error: Exception) -> None:
+        """An exception that is a bug of ours: costs this connection only."""
+        self.services.counters.internal_errors += 1
+        log.internal_error(f"connection {self.number} of {self.client}", error)
+
+    def tell(self, error: ProxyError) -> None:
+        """Tell the client why, and wait until it has read it: a plain close would be a reset and take it away."""
+        if self.handshake is None:
+            return
+        timer = Timeout.start_new(_LINGER_SECONDS)
+        try:
+            self._write(self.handshake.send(error))
+            self.socket.shutdown(SHUT_WR)
+            left = _LINGER_BYTES
+            while left > 0:
+                data = self._receive()
+                if not data:
+                    return
+                left -= len(data)
+        except OSError:
+            pass
+        except Timeout as fired:
+            if fired is not timer:
+                raise
+        finally:
+            timer.close()
+
+    # ---------------------------------------------------------------- small things
+
+    def _instance_of_address(self) -> str:
+        return self.services.access.instance_of_address(self.client.host)
+
+    def _default_source(self, instance: str, destination: Endpoint) -> str:
+        """The source for a client that names none: configured, the address it dialled, or the system's choice."""
+        dialled = upstream.local_endpoint(self.socket).host
+        source = self.services.access.default_source(instance, destination, dialled)
+        return source or upstream.system_source(destination)
+
+    def _receive(self) -> bytes:
+        while True:
+            try:
+                return self.socket.recv(_READ_SIZE)
+            except BlockingIOError:
+                self._wait()
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            try:
+                data = data[self.socket.send(data) :]
+            except BlockingIOError:
+                self._wait()
+
+    def _wait(self) -> None:
+        engine = self.services.engine
+        fd = self.socket.fileno()
+        if not self.registered:
+            engine.register(fd)
+            self.registered = True
+        engine.wait(fd)

@@ -1,0 +1,345 @@
+"""The running program: listeners, signals, reload, drain, and the wiring of everything else.
+
+`run` is the whole life from the first socket to the exit code. Each connection is dispatched here, with the services of
+the moment. A reload builds everything that can fail before it changes anything: it is all or nothing.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from time import monotonic
+from typing import Any
+
+import gevent
+from gevent.event import Event
+
+from proxy import __version__, front, log, systemd, upstream
+from proxy.access import Access
+from proxy.crew import Crew
+from proxy.errors import ConfigError, Draining, Overloaded
+from proxy.listener import Listener, ListenError, endpoint_of, open_socket
+from proxy.model import Ending, Endpoint
+from proxy.relay import Engine, RawSocket
+from proxy.services import Gauges, Services
+from proxy.settings import Settings
+from proxy.stats import Counters, Snapshot
+
+EXIT_OK, EXIT_FORCED, EXIT_CANNOT_LISTEN = 0, 1, 69
+
+#: Descriptors that are not for connections: listeners, log, epoll, pipes of the relay (64), files read at a reload.
+_OTHER_DESCRIPTORS = 160
+#: Held back so that a reload, a status request and the log work when connections have used up all others.
+_RESERVED_DESCRIPTORS = 16
+#: Connections over the limit that are told so at a time; the rest are closed without a word.
+_REFUSALS_AT_A_TIME = 32
+_SWEEPS_AN_IDLE_TIMEOUT = 8
+_LONGEST_SWEEP_PERIOD = 15.0
+_DRAIN_POLL = 0.05
+_EXTEND_EVERY = 5.0
+
+
+def run(load: Callable[[], Settings], settings: Settings) -> int:
+    """Serve until a signal ends it.
+
+    Args:
+        load: reads the configuration anew, for SIGHUP; raises ConfigError.
+        settings: what to start with.
+
+    Returns:
+        The exit code: 0 clean stop, 1 a second signal ended the drain, 69 cannot listen.
+    """
+    log.setup(settings)
+    try:
+        return Server(load, settings).run()
+    finally:
+        log.flush(1.0)
+
+
+class Server:
+    """The program's one instance; lives in the hub's thread."""
+
+    def __init__(self, load: Callable[[], Settings], settings: Settings) -> None:
+        self._load = load
+        self._descriptors = _raise_descriptor_limit()
+        self._engine = Engine()
+        self._counters = Counters()
+        self._gauges = Gauges()
+        self._crew = Crew()
+        self._listeners: dict[Endpoint, Listener] = {}  # by configured address
+        self._doors: list[front.Door] = []  # listeners that were closed and still have connections
+        self._refusing = 0
+        self._draining: Draining | None = None
+        self._signals = 0
+        self._reload_wanted = False
+        self._reloading = False
+        self._stop = Event()
+        self._reserve = _Reserve()
+        self._inherited = systemd.inherited_sockets()
+        self.services = self._wire(settings)
+
+    # ---------------------------------------------------------------- life
+
+    def run(self) -> int:
+        """Start, serve, drain; the exit code."""
+        settings = self.services.settings
+        log.note(log.Event.START, log.INFO, f"greenarrow_proxy {__version__} starts", pid=os.getpid())
+        try:
+            opened = self._open_missing(settings)
+        except ListenError as error:
+            log.note(log.Event.LISTEN, log.ERROR, str(error))
+            return EXIT_CANNOT_LISTEN
+        self._take(settings, opened)
+        self._watch_signals()
+        gevent.spawn(self._report_forever)
+        gevent.spawn(self._sweep_forever)
+        _freeze_garbage()
+        systemd.notify("READY=1", "STATUS=serving")
+        self._stop.wait()
+        return self._drain()
+
+    def _wire(self, settings: Settings) -> Services:
+        own = (listener.door.endpoint for listener in self._listeners.values())
+        return Services(
+            settings=settings,
+            access=Access(settings, upstream.LocalAddresses(), own),
+            engine=self._engine,
+            counters=self._counters,
+            gauges=self._gauges,
+            crew=self._crew,
+            host_name=socket.gethostname(),
+        )
+
+    def _watch_signals(self) -> None:
+        for number, act in (
+            (signal.SIGHUP, self._reload_soon),
+            (signal.SIGTERM, self._stop_soon),
+            (signal.SIGINT, self._stop_soon),
+            (signal.SIGUSR1, self._report),
+        ):
+            gevent.signal_handler(number, act)
+
+    # ---------------------------------------------------------------- listeners
+
+    def _wanted(self, settings: Settings) -> dict[Endpoint, str]:
+        """Configured address → protocol."""
+        wanted = dict.fromkeys(settings.listen, "native")
+        wanted |= dict.fromkeys(settings.listen_socks5, "socks5")
+        wanted |= dict.fromkeys(settings.listen_proxy_protocol, "proxy_protocol")
+        return wanted
+
+    def _open_missing(self, settings: Settings) -> dict[Endpoint, socket.socket]:
+        """Sockets for the addresses that nothing listens on yet; all or none.
+
+        Raises:
+            ListenError: one of them cannot be had.
+        """
+        opened: dict[Endpoint, socket.socket] = {}
+        try:
+            for endpoint in self._wanted(settings):
+                if endpoint not in self._listeners:
+                    opened[endpoint] = self._inherited.pop(endpoint, None) or open_socket(endpoint)
+        except ListenError:
+            for sock in opened.values():
+                sock.close()
+            raise
+        return opened
+
+    def _take(self, settings: Settings, opened: dict[Endpoint, socket.socket]) -> None:
+        """Put new settings in force. Nothing here can fail."""
+        wanted = self._wanted(settings)
+        for endpoint in set(self._listeners) - set(wanted):
+            listener = self._listeners.pop(endpoint)
+            self._doors.append(listener.door)
+            listener.close()
+        for endpoint, protocol in wanted.items():
+            if endpoint in opened:
+                door = front.Door(protocol, endpoint_of(opened[endpoint]))
+                listener = Listener(opened[endpoint], door, self._admit, self._accept_failed)
+                self._listeners[endpoint] = listener
+                listener.start()
+                log.note(log.Event.LISTEN, log.INFO, f"listening on {door.endpoint}", protocol=protocol)
+            listener = self._listeners[endpoint]
+            if listener.door.protocol != protocol:
+                self._doors.append(listener.door)
+                listener.door = front.Door(protocol, listener.door.endpoint)
+            listener.set_options(settings.idle_timeout)
+        self.services = self._wire(settings)
+        self._max_connections = settings.max_connections or (self._descriptors - _OTHER_DESCRIPTORS) // 2
+
+    def _admit(self, listener: Listener, sock: RawSocket, address: tuple[Any, ...]) -> None:
+        """Serve one accepted connection, or refuse it when there are too many."""
+        if self._open_connections() < self._max_connections:
+            self._crew.run(front.serve, self.services, listener.door, sock, address)
+        elif self._refusing < _REFUSALS_AT_A_TIME:
+            self._crew.run(self._refuse, listener.door, sock, address)
+        else:
+            self._counters.refused.count(Overloaded.code)
+            sock.close()
+
+    def _refuse(self, door: front.Door, sock: RawSocket, address: tuple[Any, ...]) -> None:
+        self._refusing += 1
+        try:
+            refusal = Overloaded(f"max_connections ({self._max_connections}) are open")
+            front.serve(self.services, door, sock, address, refusal)
+        finally:
+            self._refusing -= 1
+
+    def _open_connections(self) -> int:
+        count = 0
+        for listener in self._listeners.values():
+            count += listener.door.open_connections
+        for door in self._doors:
+            count += door.open_connections
+        return count
+
+    def _accept_failed(self, listener: Listener, error: OSError) -> None:
+        self._counters.accept_errors += 1
+        text = os.strerror(error.errno or 0)
+        log.note(log.Event.ACCEPT, log.ERROR, f"accept on {listener.door.endpoint}: {text}; trying again soon")
+
+    # ---------------------------------------------------------------- reload
+
+    def _reload_soon(self) -> None:
+        """SIGHUP; one that comes during a reload makes another reload follow."""
+        self._reload_wanted = True
+        if self._reloading:
+            return
+        self._reloading = True
+        try:
+            while self._reload_wanted and not self._stop.is_set():
+                self._reload_wanted = False
+                self._reload()
+        finally:
+            self._reloading = False
+
+    def _reload(self) -> None:
+        """Read the configuration anew; on any error the old one stays in force, whole."""
+        systemd.notify("RELOADING=1", f"MONOTONIC_USEC={int(monotonic() * 1e6)}")
+        try:
+            with self._reserve.lent():
+                settings = self._load()
+                opened = self._open_missing(settings)
+        except (ConfigError, ListenError) as error:
+            self._counters.reloads_failed += 1
+            for line in str(error).splitlines():
+                log.note(log.Event.RELOAD_FAILED, log.ERROR, line)
+            log.note(log.Event.RELOAD_FAILED, log.ERROR, "the old configuration is still in force")
+        else:
+            self._take(settings, opened)
+            log.reconfigure(settings)
+            self._counters.reloads += 1
+            log.note(
+                log.Event.RELOAD, log.INFO, "the new configuration is in force", file=settings.config_filename or "-"
+            )
+        systemd.notify("READY=1", "STATUS=serving")
+
+    # ---------------------------------------------------------------- the end
+
+    def _stop_soon(self) -> None:
+        """SIGTERM or SIGINT: the first one drains, a second one ends at once."""
+        self._signals += 1
+        if self._signals > 1:
+            log.note(
+                log.Event.STOP, log.WARNING, "second signal: ending at once", open_connections=self._open_connections()
+            )
+            log.flush(1.0)
+            os._exit(EXIT_FORCED)
+        self._stop.set()
+
+    def _drain(self) -> int:
+        """Accept nothing more, let what is open finish within `drain_timeout`, reset the rest."""
+        timeout = self.services.settings.drain_timeout
+        systemd.notify("STOPPING=1", "STATUS=draining")
+        self._draining = Draining("the proxy is shutting down")
+        for listener in self._listeners.values():
+            listener.close()
+        open_now = self._open_connections()
+        log.note(log.Event.DRAIN, log.INFO, "stopping: no new connections", open_connections=open_now, timeout=timeout)
+        end = monotonic() + timeout
+        extended = 0.0
+        while self._open_connections() and monotonic() < end:
+            if monotonic() - extended >= _EXTEND_EVERY:
+                extended = monotonic()
+                systemd.notify(f"EXTEND_TIMEOUT_USEC={int(3 * _EXTEND_EVERY * 1e6)}")
+            gevent.sleep(_DRAIN_POLL)
+        cut = self._engine.pairs
+        self._engine.abort_all(Ending.DRAIN_TIMEOUT)
+        log.note(log.Event.STOP, log.INFO, "stopped", reset_connections=cut)
+        return EXIT_OK
+
+    # ---------------------------------------------------------------- what happens now and then
+
+    def snapshot(self) -> Snapshot:
+        """The figures of this moment."""
+        listeners = tuple((door.endpoint, door.open_connections) for door in self._all_doors())
+        return Snapshot(listeners=listeners, manager=None, active=self._gauges.outgoing, cached=0)
+
+    def _all_doors(self) -> Iterator[front.Door]:
+        for listener in self._listeners.values():
+            yield listener.door
+        self._doors = [door for door in self._doors if door.open_connections]
+        yield from self._doors
+
+    def _report(self) -> None:
+        log.status(self.snapshot().lines())
+
+    def _report_forever(self) -> None:
+        while True:
+            gevent.sleep(self.services.settings.stats_interval)
+            self._report()
+            systemd.notify("WATCHDOG=1")
+
+    def _sweep_forever(self) -> None:
+        while True:
+            period = self.services.settings.idle_timeout / _SWEEPS_AN_IDLE_TIMEOUT
+            gevent.sleep(min(period, _LONGEST_SWEEP_PERIOD))
+            for _ in self._engine.sweep(monotonic()):
+                gevent.sleep(0)
+
+
+class _Reserve:
+    """Descriptors held back; lent while something that must not fail for want of one is done."""
+
+    def __init__(self) -> None:
+        self._held: list[int] = []
+        self._fill()
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        for fd in self._held:
+            os.close(fd)
+        self._held.clear()
+        try:
+            yield
+        finally:
+            self._fill()
+
+    def _fill(self) -> None:
+        try:
+            while len(self._held) < _RESERVED_DESCRIPTORS:
+                self._held.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+
+
+def _raise_descriptor_limit() -> int:
+    """Use all descriptors that we may; how many that is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
+
+
+def _freeze_garbage() -> None:
+    """What exists at the start lives for ever: the collector need not look at it again (5 % of a session's CPU)."""
+    import gc
+
+    gc.collect()
+    gc.freeze()

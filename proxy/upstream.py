@@ -1,0 +1,174 @@
+"""Outgoing connections: bind to the requested local address, connect, say exactly what failed.
+
+The one place where an errno of an outgoing socket becomes an outcome. Which source may be used, which destination may
+be reached and how long all of it may take is decided elsewhere; what is said over the connection is not known here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from _socket import (
+    AF_INET,
+    AF_INET6,
+    IPPROTO_IP,
+    IPPROTO_TCP,
+    SO_KEEPALIVE,
+    SOCK_CLOEXEC,
+    SOCK_DGRAM,
+    SOCK_NONBLOCK,
+    SOCK_STREAM,
+    SOL_SOCKET,
+    TCP_KEEPCNT,
+    TCP_KEEPIDLE,
+    TCP_KEEPINTVL,
+    TCP_NODELAY,
+    TCP_USER_TIMEOUT,
+)
+from select import EPOLLOUT
+
+from gevent import Timeout
+
+from proxy.errors import Overloaded, Step, UpstreamError
+from proxy.model import Endpoint
+from proxy.relay import Engine, RawSocket
+
+#: Linux: choose the local port at connect, not at bind: 28,000 connections a source and peer, not 28,000 a source.
+_IP_BIND_ADDRESS_NO_PORT = 24
+_KEEPALIVE_IDLE, _KEEPALIVE_INTERVAL, _KEEPALIVE_PROBES = 60, 15, 4
+_STREAM = SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC
+_OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+def keep_alive(sock: RawSocket, idle_timeout: float) -> None:
+    """TCP's own watch over a dead peer; accepted sockets inherit it from their listener.
+
+    TCP_USER_TIMEOUT equals the idle timeout (seconds): a shorter one would kill a live peer whose window is closed.
+    """
+    set_option = sock.setsockopt
+    set_option(IPPROTO_TCP, TCP_NODELAY, 1)
+    set_option(SOL_SOCKET, SO_KEEPALIVE, 1)
+    set_option(IPPROTO_TCP, TCP_KEEPIDLE, _KEEPALIVE_IDLE)
+    set_option(IPPROTO_TCP, TCP_KEEPINTVL, _KEEPALIVE_INTERVAL)
+    set_option(IPPROTO_TCP, TCP_KEEPCNT, _KEEPALIVE_PROBES)
+    set_option(IPPROTO_TCP, TCP_USER_TIMEOUT, int(idle_timeout * 1000))
+
+
+def bind(source: str, idle_timeout: float) -> RawSocket:
+    """A non-blocking TCP socket bound to `source`, any port.
+
+    Raises:
+        UpstreamError: step `bind`; the address is not on this machine (EADDRNOTAVAIL), or may not be used.
+        Overloaded: no descriptor or memory for one more socket.
+    """
+    sock = _open(AF_INET6 if ":" in source else AF_INET, _STREAM)
+    try:
+        keep_alive(sock, idle_timeout)
+        sock.setsockopt(IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+        sock.bind((source, 0))
+    except OSError as error:
+        sock.close()
+        number = error.errno or 0
+        why = "not an address of this machine" if number == errno.EADDRNOTAVAIL else os.strerror(number)
+        raise UpstreamError(f"bind {source}: {why}", Step.BIND, number) from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def connect(engine: Engine, sock: RawSocket, source: str, destination: Endpoint, timeout: float) -> bool:
+    """Connect a bound socket; it is registered with the engine from now on. Closes nothing, whatever happens.
+
+    Args:
+        source: the address that the socket is bound to, for the error's text.
+        timeout: seconds.
+
+    Returns:
+        Whether the peer's first bytes may have come already.
+
+    Raises:
+        UpstreamError: step `connect`, with the errno; a timeout is ETIMEDOUT, no free port is EADDRNOTAVAIL.
+    """
+    number = sock.connect_ex(destination)
+    engine.register(sock.fileno())
+    events = 0
+    if number == errno.EINPROGRESS:
+        timer = Timeout.start_new(timeout)
+        try:
+            number, events = _await(engine, sock, destination)
+        except Timeout as fired:
+            if fired is not timer:
+                raise
+            number = errno.ETIMEDOUT
+        finally:
+            timer.close()
+    if number:
+        raise UpstreamError(f"connect {source} -> {destination}: {_why(number)}", Step.CONNECT, number)
+    return events != EPOLLOUT
+
+
+def _await(engine: Engine, sock: RawSocket, destination: Endpoint) -> tuple[int, int]:
+    """Wait until the connect is decided: a second connect tells it (0, or the errno), whatever woke us."""
+    fd = sock.fileno()
+    while True:
+        events = engine.wait(fd)
+        number = sock.connect_ex(destination)
+        if number != errno.EALREADY:
+            return (0 if number == errno.EISCONN else number), events
+
+
+def _why(number: int) -> str:
+    if number == errno.EADDRNOTAVAIL:
+        return "no free local port for this source and destination"
+    return os.strerror(number)
+
+
+def local_endpoint(sock: RawSocket) -> Endpoint:
+    """The real local address of a socket."""
+    name = sock.getsockname()
+    return Endpoint(name[0], name[1])
+
+
+def system_source(destination: Endpoint) -> str:
+    """The local address that the system would leave from. A connected UDP socket tells it and sends nothing.
+
+    Raises:
+        UpstreamError: step `connect`; there is no route.
+        Overloaded: no descriptor.
+    """
+    sock = _open(AF_INET6 if destination.is_ipv6 else AF_INET, SOCK_DGRAM | SOCK_CLOEXEC)
+    try:
+        sock.connect(destination)
+        host: str = sock.getsockname()[0]
+    except OSError as error:
+        number = error.errno or 0
+        raise UpstreamError(f"route to {destination.host}: {os.strerror(number)}", Step.CONNECT, number) from None
+    finally:
+        sock.close()
+    return host
+
+
+class LocalAddresses:
+    """The addresses of this machine, as a container: whether one can be bound now, which no list of them could tell."""
+
+    def __contains__(self, host: object) -> bool:
+        assert isinstance(host, str)
+        sock = _open(AF_INET6 if ":" in host else AF_INET, SOCK_DGRAM | SOCK_CLOEXEC)
+        try:
+            sock.bind((host, 0))
+        except OSError:
+            return False
+        finally:
+            sock.close()
+        return True
+
+
+def _open(family: int, kind: int) -> RawSocket:
+    try:
+        return RawSocket(family, kind, 0)
+    except OSError as error:
+        if error.errno in _OUT_OF_DESCRIPTORS:
+            raise Overloaded(f"no outgoing socket: {os.strerror(error.errno or 0)}") from None
+        number = error.errno or 0
+        raise UpstreamError(f"no outgoing socket: {os.strerror(number)}", Step.BIND, number) from None
