@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from ipaddress import ip_network
+from itertools import pairwise
 
 from proxy.errors import PeerError
 from proxy.model import Accepted, Connect, Event, Handshake, Reply
@@ -70,7 +71,7 @@ def run(handshake: Handshake, chunks: Iterable[bytes], answer: Answer = accept) 
 def split(data: bytes, cuts: Sequence[int]) -> list[bytes]:
     """`data` cut at the given places (taken modulo its length)."""
     places = sorted({cut % (len(data) + 1) for cut in cuts} | {0, len(data)})
-    return [data[start:end] for start, end in zip(places, places[1:], strict=False)]
+    return [data[start:end] for start, end in pairwise(places)]
 
 
 def feed(make: Callable[[], Handshake], data: bytes, answer: Answer = accept) -> Outcome:
