@@ -35,7 +35,7 @@ def _value(sample: Mapping[str, Any] | None, key: str) -> float | None:
     if not sample or "failed" in sample:
         return None
     value = sample.get(key)
-    return float(value) if value else None  # 0 means that nothing was watched
+    return None if value is None else float(value)
 
 
 def absolute(rounds: Rounds, candidate: str, key: str, scale: float = 1.0) -> Figure | None:
@@ -48,7 +48,7 @@ def ratio(rounds: Rounds, candidate: str, against: str, key: str) -> Figure | No
     values = []
     for samples in rounds:
         ours, theirs = _value(samples.get(candidate), key), _value(samples.get(against), key)
-        if ours is not None and theirs is not None:
+        if ours is not None and theirs:
             values.append(ours / theirs)
     return _figure(values)
 

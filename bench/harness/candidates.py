@@ -15,6 +15,7 @@ from harness.machine import BENCH, ROOT
 SINK = "127.0.1.1:2525"
 SECRET = "a-secret-that-only-the-benchmark-knows"
 _FIRST_PORT = 5100  # below the range of ephemeral ports, ten for each candidate
+_OFFSETS = {"proxy": 0, "socks": 1, "native": 2, "redis": 3}
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,30 @@ class Candidate:
     title: str
     command: Callable[[Candidate, Path], list[str]] | None
     port: int
-    door_kinds: tuple[str, ...] = ("proxy",)
+    door_kinds: tuple[str, ...]  # of _OFFSETS; the first one is taken where a workload does not care
     settings: Mapping[str, str] = field(default_factory=dict)
     version: tuple[str, ...] = ()
     reads_stdout: bool = False  # its log goes through a pipe to a reader, as under systemd
 
+    def door_port(self, kind: str) -> int:
+        return self.port + _OFFSETS[kind]
+
     def door(self, kind: str) -> Door | None:
-        """The door of that kind, or for "proxy" the nearest thing that the candidate has."""
+        """The door of that kind ("any": its first one), or None."""
         if self.command is None:
             return Door(SINK, ("--handshake", "none"))
-        if kind == "proxy" and "proxy" in self.door_kinds:
-            return Door(f"127.0.0.1:{self.port}", ("--handshake", "v2"))
-        if kind == "proxy" or kind in self.door_kinds:
-            return Door(f"127.0.0.1:{self.port + 1}", ("--handshake", "socks5", *self.socks_arguments))
-        return None
+        kind = self.door_kinds[0] if kind == "any" else kind
+        if kind not in self.door_kinds:
+            return None
+        arguments = {"proxy": ("--handshake", "v2"), "socks": ("--handshake", "socks5", *self._socks_arguments)}
+        return Door(f"127.0.0.1:{self.door_port(kind)}", arguments.get(kind, ()))
 
     @property
-    def socks_arguments(self) -> tuple[str, ...]:
+    def speaks_smtp(self) -> bool:
+        return "redis" not in self.door_kinds
+
+    @property
+    def _socks_arguments(self) -> tuple[str, ...]:
         if not self.name.startswith("greenarrow"):
             return ()
         return ("--user", "bench", "--password", SECRET, "--bind")
@@ -73,7 +81,7 @@ def _program(name: str, package: str) -> str:
 def _write_config(candidate: Candidate, directory: Path, template: str, **values: str) -> str:
     """Fills the @NAMES@ of a template in bench/peers/."""
     text = (BENCH / "peers" / template).read_text()
-    ports = {"PROXY_PORT": candidate.port, "SOCKS_PORT": candidate.port + 1, "NATIVE_PORT": candidate.port + 2}
+    ports = {f"{kind.upper()}_PORT": candidate.door_port(kind) for kind in _OFFSETS}
     for name, value in {**ports, "DIR": directory, **candidate.settings, **values}.items():
         text = text.replace(f"@{name}@", str(value))
     path = directory / template
@@ -103,12 +111,16 @@ def _dante(candidate: Candidate, directory: Path) -> list[str]:
     return [_program("danted", "dante-server"), "-f", config, "-p", f"{directory}/danted.pid"]
 
 
+def _two_ports(candidate: Candidate) -> tuple[str, str]:
+    return str(candidate.door_port("proxy")), str(candidate.door_port("socks"))
+
+
 def _tokio(candidate: Candidate, _directory: Path) -> list[str]:
     try:
         builds.build_tokio_relay()
     except builds.BuildError as error:
         raise Unavailable(str(error)) from error
-    return [str(builds.TOKIO_RELAY), str(candidate.port), str(candidate.port + 1)]
+    return [str(builds.TOKIO_RELAY), *_two_ports(candidate)]
 
 
 def project_python() -> str:
@@ -119,7 +131,7 @@ def project_python() -> str:
 
 def _classic(candidate: Candidate, _directory: Path) -> list[str]:
     script = BENCH / "peers" / "classic_gevent.py"
-    return [project_python(), str(script), str(candidate.port), str(candidate.port + 1)]
+    return [project_python(), str(script), *_two_ports(candidate)]
 
 
 def _greenarrow(candidate: Candidate, directory: Path) -> list[str]:
@@ -130,22 +142,30 @@ def _greenarrow(candidate: Candidate, directory: Path) -> list[str]:
     return [project_python(), str(program), "--config-filename", config]
 
 
+def _redis(candidate: Candidate, directory: Path) -> list[str]:
+    port = str(candidate.door_port("redis"))
+    program = _program("redis-server", "redis-server")
+    return [program, "--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
+
+
 _QUIET = {"LOG_CONNECTIONS": "none", "TLS": "no"}
 _LOGGING = {"LOG_CONNECTIONS": "all", "TLS": "no"}
 _SPLICE = "option splice-auto"
 _TCPLOG = f"option tcplog\n    log {SINK} local0"
 _BOTH = ("proxy", "socks")
+_ALL = ("proxy", "socks", "native")
 
 _TABLE = (
-    ("greenarrow", "GreenArrow Proxy", _greenarrow, _BOTH, _QUIET, (), False),
-    ("greenarrow-log", "GreenArrow Proxy, log_connections all", _greenarrow, _BOTH, _LOGGING, (), True),
-    ("haproxy", "HAProxy", _haproxy, ("proxy",), {"OPTIONS": "", "GLOBAL": ""}, ("haproxy", "-v"), False),
-    ("haproxy-splice", "HAProxy, splice-auto", _haproxy, ("proxy",), {"OPTIONS": _SPLICE, "GLOBAL": ""}, (), False),
-    ("haproxy-tcplog", "HAProxy, tcplog", _haproxy, ("proxy",), {"OPTIONS": _TCPLOG, "GLOBAL": ""}, (), False),
+    ("greenarrow", "GreenArrow Proxy", _greenarrow, _ALL, _QUIET, (), False),
+    ("greenarrow-log", "GreenArrow Proxy, log_connections all", _greenarrow, _ALL, _LOGGING, (), True),
+    ("haproxy", "HAProxy", _haproxy, ("proxy",), {"OPTIONS": ""}, ("haproxy", "-v"), False),
+    ("haproxy-splice", "HAProxy, splice-auto", _haproxy, ("proxy",), {"OPTIONS": _SPLICE}, (), False),
+    ("haproxy-tcplog", "HAProxy, tcplog", _haproxy, ("proxy",), {"OPTIONS": _TCPLOG}, (), False),
     ("nginx", "nginx stream", _nginx, ("proxy",), {}, ("nginx", "-v"), False),
     ("tokio", "tokio copy relay", _tokio, _BOTH, {}, (), False),
     ("dante", "Dante", _dante, ("socks",), {}, ("danted", "-v"), False),
     ("classic", "classic gevent (two greenlets, sendall)", _classic, _BOTH, {}, (), False),
+    ("redis", "redis INCR", _redis, ("redis",), {}, ("redis-server", "--version"), False),
     ("direct", "no proxy", None, _BOTH, {}, (), False),
 )
 

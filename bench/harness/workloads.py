@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from harness import driven
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class Metric:
 
 
 CPU_SESSION = Metric("cpu_us_per_unit", "CPU µs a session", 1, 1)
+CPU_SET_UP = Metric("cpu_us_per_unit", "CPU µs to set one up", 1, 1)
 CPU_ROUND_TRIP = Metric("cpu_us_per_unit", "CPU µs a round trip", 1, 2)
 CPU_MB = Metric("cpu_us_per_unit", "CPU µs a MB", 1, 1)
 MACHINE = Metric("machine_us_per_unit", "whole machine, CPU µs", 1, 1)
@@ -29,6 +33,10 @@ SESSION_P50 = Metric("session_p50_us", "p50 ms", 0.001, 2)
 SESSION_P99 = Metric("session_p99_us", "p99 ms", 0.001, 2)
 TRIP_P50 = Metric("round_trip_p50_us", "p50 µs", 1, 0)
 TRIP_P99 = Metric("round_trip_p99_us", "p99 µs", 1, 0)
+CPU_PERMIT = Metric("cpu_us_per_unit", "CPU µs a permit", 1, 2)
+PERMITS = Metric("units_per_second", "permits/s", 1, 0, True)
+PERMIT_P50 = Metric("permit_p50_us", "p50 µs", 1, 0)
+PERMIT_P99 = Metric("permit_p99_us", "p99 µs", 1, 0)
 MEMORY = Metric("kb_per_connection", "KB a relay", 1, 2)
 KERNEL_MEMORY = Metric("slab_kb_per_connection", "kernel KB, all sockets", 1, 1)
 IDLE_CPU = Metric("idle_cpu_percent", "CPU % while idle", 1, 2)
@@ -54,7 +62,7 @@ class Workload:
     metrics: tuple[Metric, ...]
     candidates: tuple[str, ...] = RELAYS
     baseline: str = "haproxy"
-    door: str = "proxy"
+    door: str = "any"
     fresh: bool = False  # a new process for each sample: memory
     idle_relays: int = 0  # held open beside the load
     measure: Callable[..., dict[str, Any]] | None = None
@@ -92,13 +100,12 @@ def _bulk(name: str, title: str, shape: str) -> Workload:
         _words(f"{shape} --megabytes 6000"),
         _words(f"{shape} --megabytes 1500"),
         (CPU_MB, MB_SECOND, MACHINE),
-        tuple(name for name in RELAYS),
     )
 
 
 def _idle(name: str, count: int, candidates: tuple[str, ...]) -> Workload:
     shape = _words(f"--connections {count} --seconds 2")
-    metrics = (MEMORY, CPU_SESSION, IDLE_CPU, KERNEL_MEMORY)
+    metrics = (MEMORY, CPU_SET_UP, IDLE_CPU, KERNEL_MEMORY)
     return Workload(name, f"{count:,} idle relays", "idle", shape, shape, metrics, candidates, fresh=True)
 
 
@@ -106,6 +113,20 @@ def _growth(count: int) -> Workload:
     title = f"sess1 beside {count:,} idle relays"
     return _sessions(
         f"grow{count}", title, "--connections 100", candidates=("greenarrow", "haproxy"), idle_relays=count
+    )
+
+
+def _permits(depth: int, title: str) -> Workload:
+    return Workload(
+        f"permits{depth}",
+        title,
+        "",
+        (),
+        (),
+        (CPU_PERMIT, PERMITS, PERMIT_P50, PERMIT_P99),
+        ("greenarrow", "redis"),
+        "redis",
+        measure=partial(driven.permits, depth=depth),
     )
 
 
@@ -160,6 +181,8 @@ WORKLOADS = {
         _growth(100),
         _growth(1000),
         _growth(8000),
+        _permits(1, "permits one by one, 50 clients"),
+        _permits(16, "permits, 50 clients, 16 in flight each"),
     )
 }
 

@@ -1,0 +1,55 @@
+"""Workloads that the C generator does not speak: they are driven from Python, and only the proxy's CPU is counted.
+
+A driver gets the bench and a running candidate and returns a sample with the generator's keys. What the driver itself
+costs therefore does not enter the figures, except where it could not load the candidate fully: rates are lower bounds.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import subprocess
+import time
+from typing import TYPE_CHECKING, Any
+
+from harness.machine import pinned
+
+if TYPE_CHECKING:
+    from harness.measure import Bench, Running
+
+_PERMITS = 400_000
+_PERMITS_QUICK = 100_000
+
+
+def process_cpu(pid: int) -> float:
+    """CPU seconds of one process, all threads, in nanosecond steps (clock_getcpuclockid(3) in Python)."""
+    return time.clock_gettime((~pid << 3) | 2)
+
+
+def permits(bench: Bench, running: Running, depth: int) -> dict[str, Any]:
+    """Permits asked for by 50 clients, `depth` in flight each."""
+    driver = {"redis": _redis_increments}.get(running.candidate.name)
+    return driver(bench, running, depth) if driver else {"failed": "no driver for it"}
+
+
+def _redis_increments(bench: Bench, running: Running, depth: int) -> dict[str, Any]:
+    """One INCR stands for one permit: the least that a limiter on redis can do."""
+    assert running.pid is not None
+    count = _PERMITS_QUICK if bench.quick else _PERMITS
+    port = str(running.candidate.door_port("redis"))
+    command = ["redis-benchmark", "-p", port, "-t", "incr", "-c", "50", "-n", str(count), "-P", str(depth), "--csv"]
+    before = process_cpu(running.pid)
+    done = subprocess.run(pinned(bench.cores.load, command), capture_output=True, text=True, check=False)
+    spent = process_cpu(running.pid) - before
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    if not rows:
+        return {"failed": done.stderr.strip() or "redis-benchmark said nothing"}
+    return {
+        "units": count,
+        "unit": "permit",
+        "errors": 0,
+        "units_per_second": float(rows[0]["rps"]),
+        "cpu_us_per_unit": spent * 1e6 / count,
+        "permit_p50_us": float(rows[0]["p50_latency_ms"]) * 1000,
+        "permit_p99_us": float(rows[0]["p99_latency_ms"]) * 1000,
+    }
