@@ -213,7 +213,7 @@ _limiter = Limiter()
 
 
 def setup(settings: LogSettings, environ: Mapping[str, str] | None = None, stdout: int = 1, stderr: int = 2) -> None:
-    """Take over the two inherited outputs; to be called once, before which no line is written anywhere.
+    """Take over the two inherited outputs; before this no line is written anywhere.
 
     When both are the same pipe, file or socket they share one writer, so that no line is cut in two by another.
     """
@@ -221,9 +221,13 @@ def setup(settings: LogSettings, environ: Mapping[str, str] | None = None, stdou
     environ = os.environ if environ is None else environ
     if _out is None:
         atexit.register(flush, 1.0)
+    for writer in {_out, _err}:
+        if writer is not None:
+            writer.close()
     _out = Writer(stdout, environ, partial(_lost_line, 0))
     _err = Writer(stderr, environ, partial(_lost_line, 1))
     if _err.identity == _out.identity:
+        _err.close()
         _err = _out
     # A log handler that fails must not print a traceback to the stream that it failed on.
     logging.raiseExceptions = False

@@ -57,7 +57,7 @@ class Writer:
         self._lost = 0
         self._scheduled = False
         self._watcher: Any = None
-        self._fd, self._write = _opened(fd, status.st_mode)
+        self._fd, self._write, self._close = _opened(fd, status.st_mode)
 
     def put(self, line: str) -> None:
         """Queue one line (without its line end). Costs an append; the write happens in the loop's next pass."""
@@ -93,6 +93,15 @@ class Writer:
                 self._lose_pending()
                 return False
         return True
+
+    def close(self) -> None:
+        """Forget what waits and close what was opened here; the inherited descriptor stays open."""
+        self._queue.clear()
+        self._pending = b""
+        if self._watcher is not None:
+            self._watcher.stop()
+            self._watcher.close()
+        self._close()
 
     def _pass(self) -> None:
         """The loop's callback. It must not raise: the hub would print a traceback, to the very stream that failed."""
@@ -144,19 +153,19 @@ class Writer:
         self._queue.append(self._lost_line(lost, self.lost_total))
 
 
-def _opened(fd: int, mode: int) -> tuple[int, Callable[[bytes], int]]:
-    """A descriptor to wait on, and a write function that raises BlockingIOError instead of waiting."""
+def _opened(fd: int, mode: int) -> tuple[int, Callable[[bytes], int], Callable[[], None]]:
+    """A descriptor to wait on, a write function that raises BlockingIOError instead of waiting, a close function."""
     if stat.S_ISSOCK(mode):
         stream = socket.socket(fileno=os.dup(fd))
-        return stream.fileno(), lambda data: stream.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        return stream.fileno(), lambda data: stream.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL), stream.close
     if stat.S_ISREG(mode):
-        return fd, lambda data: os.write(fd, data)
+        return fd, lambda data: os.write(fd, data), lambda: None
     try:
         own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError:
         # No /proc, or another user's pipe (we were started through `su`).
-        return fd, lambda data: _polite_write(fd, data)
-    return own, lambda data: os.write(own, data)
+        return fd, lambda data: _polite_write(fd, data), lambda: None
+    return own, lambda data: os.write(own, data), lambda: os.close(own)
 
 
 def _polite_write(fd: int, data: bytes) -> int:

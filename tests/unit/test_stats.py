@@ -11,6 +11,7 @@ from proxy.stats import (
     Backlog,
     Counters,
     Flow,
+    Limiter,
     ManagerFigures,
     SessionFigures,
     Snapshot,
@@ -119,10 +120,38 @@ def test_counters_start_at_zero_and_a_dump_is_a_copy() -> None:
     counters.bytes_up += 10
     dump = counters.as_dict()
     counters.ended.count(Ending.CLIENT_CLOSED)
-    assert dump["ended"] == {"closed": 1}
+    assert dump["ended"] == {"client_closed": 1}
     assert dump["bytes_up"] == 10
     assert set(dump) == set(Counters.__slots__)
 
 
 def test_only_a_normal_end_is_clean() -> None:
-    assert {outcome for outcome in Ending if outcome.is_clean} == {Ending.CLIENT_CLOSED, Ending.UPSTREAM_CLOSED, Ending.KEPT}
+    clean = {ending for ending in Ending if ending.is_clean}
+    assert clean == {Ending.CLIENT_CLOSED, Ending.UPSTREAM_CLOSED, Ending.KEPT}
+
+
+def test_a_limiter_admits_so_many_a_window_and_tells_what_it_left_out() -> None:
+    limiter = Limiter(lines=3, window=60, keys=8)
+    assert [limiter.admit("a", 100 + n) for n in range(5)] == [True, True, True, False, False]
+    assert limiter.admit("b", 104)
+    assert limiter.expired(110) == []
+    assert not limiter.admit("a", 159.9)
+    assert limiter.expired(170) == [("a", 3)]
+    assert limiter.admit("a", 170)
+    assert limiter.expired(240) == []
+
+
+def test_a_limiter_looks_at_its_table_rarely() -> None:
+    limiter = Limiter(lines=1, window=60)
+    limiter.admit("a", 0)
+    limiter.admit("a", 0)
+    assert limiter.expired(59) == []
+    assert limiter.expired(61) == []
+    assert limiter.expired(69) == [("a", 1)]
+
+
+def test_a_limiter_holds_a_bounded_number_of_keys() -> None:
+    limiter = Limiter(lines=2, window=60, keys=10)
+    admitted = sum(limiter.admit(f"key-{n}", 0) for n in range(1000))
+    assert admitted == 10 + 2
+    assert dict(limiter.expired(60)) == {"others": 988}
