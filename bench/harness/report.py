@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness import analysis
+from harness import analysis, sizing
 from harness.candidates import CANDIDATES
 from harness.targets import TARGETS, Target
 from harness.workloads import WORKLOADS, Metric, Workload
@@ -107,7 +107,7 @@ def _machine_line(blocks: Mapping[str, Any]) -> str:
 
 def markdown(blocks: Mapping[str, Any]) -> str:
     ordered = {name: blocks[name] for name in WORKLOADS if name in blocks}
-    parts = [_machine_line(ordered), targets_table(ordered)]
+    parts = [_machine_line(ordered), targets_table(ordered), sizing.section(ordered)]
     parts += [workload_table(name, block) for name, block in ordered.items()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
