@@ -2,8 +2,8 @@
 
 Only decides: it holds opaque connections and tells the caller what to close; probing, RSET, QUIT and closing are
 `upstream`'s. A connection is offered after it was proven clean, and is in here only while it is idle: taking it moves
-it out, and its user offers it anew. Every offered connection ends exactly once, as a hit or as a discard with a reason, so
-`offered == hits + sum(discards) + len(pool)` holds at any time.
+it out, and its user offers it anew. Every offered connection ends exactly once, as a hit or as a discard with a
+reason, so `offered == hits + sum(discards) + len(pool)` holds at any time.
 
 No call looks at all connections except `apply` and `drain` (a reload, a stop) and `listing` (a status page). Being held
 is membership in the containers that `_insert` and `_remove` alone touch, so no count can drift.
