@@ -22,6 +22,7 @@ from cryptography import x509
 from proxy.config import OPTIONS, Given, Settings
 from proxy.config_rules import DOORS
 from proxy.model import Endpoint
+from proxy.settings import Network
 
 #: RFC 5321, section 4.5.3.2.6: a client waits ten minutes for the reply to the final dot.
 SHORTEST_IDLE_TIMEOUT = 600.0
@@ -154,6 +155,18 @@ def _advice(settings: Settings) -> Iterator[Finding]:
         yield Finding(False, "listen_tls", None, "no: mail and its addresses are readable on the way to the proxy")
     if not any(network.is_loopback for network in settings.deny_destination):
         yield Finding(False, "deny_destination", None, "loopback is not in it: services of this machine can be reached")
-    if any(not block.max_delivery_rate and not block.max_concurrent_connections for block in settings.throttle):
-        names = [b.name for b in settings.throttle if not b.max_delivery_rate and not b.max_concurrent_connections]
-        yield Finding(False, "throttle", None, f"{', '.join(names)}: no limit is set in it")
+    for block in settings.instance:
+        for directive, inner, outer in (
+            ("allow_from", block.allow_from, settings.allow_from),
+            ("source_ip", block.source_ip, settings.source_ip),
+        ):
+            if outer and any(not _within(network, outer) for network in inner):
+                message = f"{block.name}: its {directive} goes beyond the global {directive}, which holds as well"
+                yield Finding(False, "instance", None, message)
+    for throttle in settings.throttle:
+        if not throttle.max_delivery_rate and not throttle.max_concurrent_connections:
+            yield Finding(False, "throttle", None, f"{throttle.name}: no limit is set in it")
+
+
+def _within(network: Network, others: Sequence[Network]) -> bool:
+    return any(network.version == other.version and network.subnet_of(other) for other in others)  # type: ignore[arg-type]

@@ -85,8 +85,8 @@ def _sources(settings: Settings) -> Iterator[Finding]:
     for ipv6, family in ((False, "IPv4"), (True, "IPv6")):
         if sum((":" in ip) == ipv6 for ip in chosen) > 1:
             yield "default_source_ip", f"more than one {family} address"
-    lists = [settings.source_ip, *(block.source_ip for block in settings.instance)]
-    allowed = [network for networks in lists for network in networks]
+    # Without source_ip all but loopback may be left from, and loopback where an instance block lists it.
+    allowed = settings.source_ip or tuple(network for block in settings.instance for network in block.source_ip)
     for ip in map(ip_address, chosen):
         if not any(ip in network for network in allowed) and (settings.source_ip or ip.is_loopback):
             yield "default_source_ip", f"{ip} is not in source_ip: no connection could leave from it"

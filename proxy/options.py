@@ -126,10 +126,8 @@ OPTIONS: tuple[Option, ...] = (
 #: What may stand in the blocks. Blocks exist in the file only.
 BLOCKS: dict[str, tuple[Option, ...]] = {
     "instance": (
-        _many("allow_from", NETWORK, None, "NETWORK", "addresses that are this instance on the PROXY protocol door"),
-        _many(
-            "source_ip", NETWORK, None, "NETWORK", "local addresses that this instance may leave from (as source_ip)"
-        ),
+        _many("allow_from", NETWORK, None, "NETWORK", "addresses that this instance comes from (any)"),
+        _many("source_ip", NETWORK, None, "NETWORK", "local addresses that this instance may leave from (any)"),
         _many(
             "auth_shared_secret", SECRET, None, "SECRET", "this instance's own secret instead of the global one", True
         ),
