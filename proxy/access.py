@@ -11,7 +11,7 @@ machine (the bind tells), failure budgets and rate limits, and how a refusal is 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Iterable
+from collections.abc import Container, Iterable
 from functools import lru_cache
 from hashlib import sha256
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
@@ -45,7 +45,7 @@ class Access:
 
     Args:
         settings: the configuration.
-        own_addresses: this machine's addresses, or a function that gives the current ones: a listener on a wildcard
+        own_addresses: contains this machine's addresses, as they are when it is asked: a listener on a wildcard
             address is reached through each of them.
         own_listeners: listeners beside those in `settings` that must not be connected to: the real ports behind a
             port 0, inherited sockets.
@@ -54,11 +54,11 @@ class Access:
     def __init__(
         self,
         settings: Settings,
-        own_addresses: Callable[[], frozenset[str]] | frozenset[str],
+        own_addresses: Container[str],
         own_listeners: Iterable[Endpoint] = (),
     ) -> None:
         self._settings = settings
-        self._own_addresses = own_addresses if callable(own_addresses) else lambda: own_addresses
+        self._own_addresses = own_addresses
         self._own_ports = _hosts_by_port((*_listeners(settings), *own_listeners))
         everyone = _Networks(settings.allow_from)
         self._doors: dict[Door, _Networks] = {
@@ -204,7 +204,7 @@ class Access:
 
     def _is_own_listener(self, endpoint: Endpoint) -> bool:
         hosts = self._own_ports[endpoint.port]
-        own = self._own_addresses()
+        own = self._own_addresses
         for form in _forms(_parse(endpoint.host)):
             text = str(form)
             # Connecting to the unspecified address means this machine. A [::] that we inherited may serve IPv4, too.
