@@ -8,7 +8,6 @@ logged as one line.
 
 from __future__ import annotations
 
-import itertools
 from _socket import SHUT_WR
 from collections.abc import Callable
 from time import monotonic
@@ -32,7 +31,7 @@ from proxy.model import (
 )
 from proxy.proxy_protocol import ProxyProtocol
 from proxy.relay import RawSocket
-from proxy.services import Services
+from proxy.services import Services, numbers
 from proxy.socks5 import Socks5
 
 #: A KumoMTA gives up 60 s after its request; the answer must be there before, waiting included.
@@ -41,8 +40,6 @@ _READ_SIZE = 4096
 #: A refused client gets this long, and may send this much, until it has read why and closed.
 _LINGER_SECONDS = 2.0
 _LINGER_BYTES = 65536
-
-_numbers = itertools.count(1)
 
 
 class Door:
@@ -107,7 +104,7 @@ class Visit:
         self.client = Endpoint(address[0], address[1])
         self.registered = False
         self.handshake: Handshake | None = None
-        self.number = next(_numbers)
+        self.number = next(numbers)
         self.started = monotonic()
         self.instance = ""
         self.source = ""
@@ -152,6 +149,7 @@ class Visit:
                     except BlockingIOError:
                         if timer is None:
                             timer = Timeout.start_new(self.services.settings.auth_timeout)
+                            self.services.newcomers.enter(self, self.socket)
                         self._wait()
                         continue
                     if data:
@@ -174,6 +172,7 @@ class Visit:
         finally:
             if timer is not None:
                 timer.close()
+                self.services.newcomers.leave(self)
 
     def _verdict(self, event: Event) -> Accepted:
         """Decide on what comes before the request.
@@ -202,11 +201,9 @@ class Visit:
         settings = services.settings
         destination = self.destination = route.destination
         instance = self.instance = self.instance or self._instance_of_address()
-        source = self.source = route.source or self._default_source(instance, destination)
+        source = self.source = upstream.source_for(services.access, instance, self.socket, route.source, destination)
         services.access.check_route(instance, source, destination)
-        sock = self.upstream
-        if sock is None:
-            sock = self.upstream = upstream.bind(source, settings.idle_timeout)
+        sock = self.upstream or self._bind(source)
         return upstream.connect(
             services.engine, sock, source, destination, min(settings.connect_timeout, ANSWER_WITHIN)
         )
@@ -325,12 +322,6 @@ class Visit:
 
     def _instance_of_address(self) -> str:
         return self.services.access.instance_of_address(self.client.host)
-
-    def _default_source(self, instance: str, destination: Endpoint) -> str:
-        """The source for a client that names none: configured, the address it dialled, or the system's choice."""
-        dialled = upstream.local_endpoint(self.socket).host
-        source = self.services.access.default_source(instance, destination, dialled)
-        return source or upstream.system_source(destination)
 
     def _receive(self) -> bytes:
         while True:

@@ -26,7 +26,7 @@ from proxy.errors import ConfigError, Draining, Overloaded
 from proxy.listener import Listener, ListenError, endpoint_of, open_socket
 from proxy.model import Ending, Endpoint
 from proxy.relay import Engine, RawSocket
-from proxy.services import Gauges, Services
+from proxy.services import Gauges, Newcomers, Services
 from proxy.settings import Settings
 from proxy.stats import Counters, Snapshot
 
@@ -38,6 +38,8 @@ _OTHER_DESCRIPTORS = 160
 _RESERVED_DESCRIPTORS = 16
 #: Connections over the limit that are told so at a time; the rest are closed without a word.
 _REFUSALS_AT_A_TIME = 32
+#: Connections that have not said who they are.
+_MAX_NEWCOMERS = 1024
 _SWEEPS_AN_IDLE_TIMEOUT = 8
 _LONGEST_SWEEP_PERIOD = 15.0
 _DRAIN_POLL = 0.05
@@ -71,6 +73,7 @@ class Server:
         self._counters = Counters()
         self._gauges = Gauges()
         self._crew = Crew()
+        self._newcomers = Newcomers(_MAX_NEWCOMERS)
         self._listeners: dict[Endpoint, Listener] = {}  # by configured address
         self._doors: list[front.Door] = []  # listeners that were closed and still have connections
         self._refusing = 0
@@ -112,6 +115,7 @@ class Server:
             counters=self._counters,
             gauges=self._gauges,
             crew=self._crew,
+            newcomers=self._newcomers,
             host_name=socket.gethostname(),
         )
 

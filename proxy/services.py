@@ -6,11 +6,16 @@ the program (engine, counters, gauges, crew) are the same object in each; those 
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from _socket import SHUT_RDWR
+from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from proxy.access import Access
 from proxy.crew import Crew
-from proxy.relay import Engine
+from proxy.relay import Engine, RawSocket
 from proxy.settings import Settings
 from proxy.stats import Counters
 
@@ -22,6 +27,38 @@ class Gauges:
 
     def __init__(self) -> None:
         self.outgoing = 0
+
+
+#: Numbers connections and SMTP sessions in the log.
+numbers: Iterator[int] = itertools.count(1)
+
+
+class Newcomers:
+    """Connections that have not said yet who they are, oldest first; beyond the limit the oldest is cut off.
+
+    Who floods us with silent connections pushes out its own. Only those that must be waited for are entered.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.dropped = 0
+        self._sockets: OrderedDict[object, RawSocket] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._sockets)
+
+    def enter(self, who: object, sock: RawSocket) -> None:
+        """Whoever waits for this socket sees the end of the file when it is cut off."""
+        self._sockets[who] = sock
+        if len(self._sockets) > self.limit:
+            _, oldest = self._sockets.popitem(last=False)
+            self.dropped += 1
+            with contextlib.suppress(OSError):
+                oldest.shutdown(SHUT_RDWR)
+
+    def leave(self, who: object) -> None:
+        """Is known now, or gone; also after it was cut off."""
+        self._sockets.pop(who, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,4 +75,5 @@ class Services:
     counters: Counters
     gauges: Gauges
     crew: Crew
+    newcomers: Newcomers
     host_name: str

@@ -29,6 +29,7 @@ from select import EPOLLOUT
 
 from gevent import Timeout
 
+from proxy.access import Access
 from proxy.errors import Overloaded, Step, UpstreamError
 from proxy.model import Endpoint
 from proxy.relay import Engine, RawSocket
@@ -147,6 +148,21 @@ def system_source(destination: Endpoint) -> str:
     finally:
         sock.close()
     return host
+
+
+def source_for(access: Access, instance: str, client: RawSocket, wanted: str | None, destination: Endpoint) -> str:
+    """The address to leave from: the wanted one, else the configured default, else the system's choice.
+
+    Args:
+        client: the client's socket; its local address is the one that was dialled (`default_source_ip same`).
+
+    Raises:
+        UpstreamError, Overloaded: as `system_source`.
+    """
+    if wanted is not None:
+        return wanted
+    default = access.default_source(instance, destination, local_endpoint(client).host)
+    return default or system_source(destination)
 
 
 class LocalAddresses:
