@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from harness.machine import BENCH, ROOT
 SINK = "127.0.1.1:2525"
 SECRET = "a-secret-that-only-the-benchmark-knows"
 _FIRST_PORT = 5100  # below the range of ephemeral ports, ten for each candidate
-_OFFSETS = {"proxy": 0, "socks": 1, "native": 2, "redis": 3}
+_OFFSETS = {"proxy": 0, "socks": 1, "native": 2, "redis": 3, "tls": 0}
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,9 @@ class Candidate:
         return Door(f"127.0.0.1:{self.door_port(kind)}", arguments.get(kind, ()))
 
     @property
-    def speaks_smtp(self) -> bool:
-        return "redis" not in self.door_kinds
+    def for_generator(self) -> bool:
+        """Whether the C generator can talk to it."""
+        return self.command is None or bool({"proxy", "socks"} & set(self.door_kinds))
 
     @property
     def _socks_arguments(self) -> tuple[str, ...]:
@@ -91,6 +93,17 @@ def _write_config(candidate: Candidate, directory: Path, template: str, **values
 
 def _haproxy(candidate: Candidate, directory: Path) -> list[str]:
     return [_program("haproxy", "haproxy"), "-db", "-f", _write_config(candidate, directory, "haproxy.cfg")]
+
+
+def _haproxy_tls(candidate: Candidate, directory: Path) -> list[str]:
+    """TLS ends at HAProxy. A P-256 key and no session tickets, as on our native door: the cheapest full handshake."""
+    key, certificate, both = (directory / name for name in ("key.pem", "certificate.pem", "both.pem"))
+    make = [_program("openssl", "openssl"), "req", "-x509", "-nodes", "-days", "30", "-subj", "/CN=bench"]
+    make += ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(make, check=True, capture_output=True)
+    both.write_text(certificate.read_text() + key.read_text())
+    config = _write_config(candidate, directory, "haproxy.cfg", BIND=f" ssl crt {both} no-tls-tickets")
+    return [_program("haproxy", "haproxy"), "-db", "-f", config]
 
 
 def _nginx(candidate: Candidate, directory: Path) -> list[str]:
@@ -150,17 +163,19 @@ def _redis(candidate: Candidate, directory: Path) -> list[str]:
 
 _QUIET = {"LOG_CONNECTIONS": "none", "TLS": "no"}
 _LOGGING = {"LOG_CONNECTIONS": "all", "TLS": "no"}
-_SPLICE = "option splice-auto"
-_TCPLOG = f"option tcplog\n    log {SINK} local0"
+_PLAIN = {"OPTIONS": "", "BIND": ""}
+_SPLICE = {"OPTIONS": "option splice-auto", "BIND": ""}
+_TCPLOG = {"OPTIONS": f"option tcplog\n    log {SINK} local0", "BIND": ""}
 _BOTH = ("proxy", "socks")
 _ALL = ("proxy", "socks", "native")
 
 _TABLE = (
     ("greenarrow", "GreenArrow Proxy", _greenarrow, _ALL, _QUIET, (), False),
     ("greenarrow-log", "GreenArrow Proxy, log_connections all", _greenarrow, _ALL, _LOGGING, (), True),
-    ("haproxy", "HAProxy", _haproxy, ("proxy",), {"OPTIONS": ""}, ("haproxy", "-v"), False),
-    ("haproxy-splice", "HAProxy, splice-auto", _haproxy, ("proxy",), {"OPTIONS": _SPLICE}, (), False),
-    ("haproxy-tcplog", "HAProxy, tcplog", _haproxy, ("proxy",), {"OPTIONS": _TCPLOG}, (), False),
+    ("haproxy", "HAProxy", _haproxy, ("proxy",), _PLAIN, ("haproxy", "-v"), False),
+    ("haproxy-splice", "HAProxy, splice-auto", _haproxy, ("proxy",), _SPLICE, (), False),
+    ("haproxy-tcplog", "HAProxy, tcplog", _haproxy, ("proxy",), _TCPLOG, (), False),
+    ("haproxy-tls", "HAProxy, TLS ends there", _haproxy_tls, ("tls",), {"OPTIONS": ""}, (), False),
     ("nginx", "nginx stream", _nginx, ("proxy",), {}, ("nginx", "-v"), False),
     ("tokio", "tokio copy relay", _tokio, _BOTH, {}, (), False),
     ("dante", "Dante", _dante, ("socks",), {}, ("danted", "-v"), False),

@@ -9,10 +9,12 @@ from __future__ import annotations
 import csv
 import io
 import subprocess
-import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from harness import smtp_driver
 from harness.machine import pinned
+from harness.usage import process_cpu
 
 if TYPE_CHECKING:
     from harness.measure import Bench, Running
@@ -21,9 +23,16 @@ _PERMITS = 400_000
 _PERMITS_QUICK = 100_000
 
 
-def process_cpu(pid: int) -> float:
-    """CPU seconds of one process, all threads, in nanosecond steps (clock_getcpuclockid(3) in Python)."""
-    return time.clock_gettime((~pid << 3) | 2)
+def driven_sessions(bench: Bench, running: Running) -> dict[str, Any]:
+    """One message of 20 KB each, over whatever the candidate's own door is."""
+    assert running.pid is not None
+    candidate = running.candidate
+    if candidate.name == "haproxy-tls":
+        context = smtp_driver.unverified_tls()
+        dial = partial(smtp_driver.dial_proxy_tls, candidate.door_port("tls"), context)
+    else:
+        dial = partial(smtp_driver.dial_socks5, candidate.door_port("socks"))
+    return smtp_driver.drive_sessions(running.pid, bench.quick, dial)
 
 
 def permits(bench: Bench, running: Running, depth: int) -> dict[str, Any]:

@@ -98,6 +98,7 @@ class Bench:
         self._running: dict[str, Running] = {}
 
     def __enter__(self) -> Bench:
+        os.sched_setaffinity(0, {self.cores.load})  # drivers in Python run here; children are pinned one by one
         command = pinned(self.cores.load, [str(GENERATOR), "sink", "--target", SINK])
         self._sink = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self._sink.stdout is not None
@@ -123,7 +124,7 @@ class Bench:
             self._running.pop(candidate.name).stop()
         if candidate.name not in self._running:
             running = self._running[candidate.name] = Running(candidate, self.cores)
-            if candidate.speaks_smtp:
+            if candidate.for_generator:
                 warm_up = Workload("warm-up", "", "load", ("--connections", "50", "--sessions", "300"), (), ())
                 self.generate(warm_up, running, warm_up.arguments)
         return self._running[candidate.name]

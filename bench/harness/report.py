@@ -57,7 +57,8 @@ def workload_table(name: str, block: Mapping[str, Any]) -> str:
     lines = [
         f"### {name}: {workload.title}",
         "",
-        f"{len(block['rounds'])} rounds, {block['machine']['date']}, revision {block['machine']['commit']}.",
+        f"{len(block['rounds'])} rounds, {block['machine']['date']}, revision {block['machine']['commit']}, "
+        f"{block['machine'].get('relay', 'unknown')} relay, load average before {block['machine']['load_average_before']}.",
         "",
         f"| {' | '.join(columns)} |",
         "|" + "---|" * len(columns),

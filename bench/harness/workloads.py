@@ -181,6 +181,17 @@ WORKLOADS = {
         _growth(100),
         _growth(1000),
         _growth(8000),
+        Workload(
+            "tls",
+            "1 message of 20 KB each, driven from Python: TLS ends at the proxy; GreenArrow by SOCKS5 without TLS",
+            "",
+            (),
+            (),
+            (CPU_SESSION, SESSIONS, SESSION_P50, SESSION_P99),
+            ("greenarrow", "haproxy-tls"),
+            "haproxy-tls",
+            measure=driven.driven_sessions,
+        ),
         _permits(1, "permits one by one, 50 clients"),
         _permits(16, "permits, 50 clients, 16 in flight each"),
     )
