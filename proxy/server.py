@@ -83,7 +83,8 @@ class Server:
         self._reloading = False
         self._stop = Event()
         self._reserve = _Reserve()
-        self._inherited = systemd.inherited_sockets()
+        self._manager = systemd.Notifier(os.environ, os.getpid())
+        self._inherited = systemd.Inherited(os.environ, os.getpid())
         self.services = self._wire(settings)
 
     # ---------------------------------------------------------------- life
@@ -98,11 +99,13 @@ class Server:
             log.note(log.Event.LISTEN, log.ERROR, str(error))
             return EXIT_CANNOT_LISTEN
         self._take(settings, opened)
+        self._close_unclaimed()
         self._watch_signals()
         gevent.spawn(self._report_forever)
         gevent.spawn(self._sweep_forever)
+        gevent.spawn(self._watchdog_forever)
         _freeze_garbage()
-        systemd.notify("READY=1", "STATUS=serving")
+        self._manager.ready("serving")
         self._stop.wait()
         return self._drain()
 
@@ -147,12 +150,20 @@ class Server:
         try:
             for endpoint in self._wanted(settings):
                 if endpoint not in self._listeners:
-                    opened[endpoint] = self._inherited.pop(endpoint, None) or open_socket(endpoint)
+                    opened[endpoint] = self._inherited.take(endpoint) or open_socket(endpoint)
         except ListenError:
             for sock in opened.values():
                 sock.close()
             raise
         return opened
+
+    def _close_unclaimed(self) -> None:
+        """Sockets that systemd opened and nothing in the configuration names: clients must not hang in their backlog."""
+        for endpoint in self._inherited.left():
+            log.note(log.Event.SYSTEMD, log.WARNING, f"the inherited socket {endpoint} is not in the configuration")
+        for fd in self._inherited.unusable:
+            log.note(log.Event.SYSTEMD, log.WARNING, f"the inherited descriptor {fd} is not a listening TCP socket")
+        self._inherited.close()
 
     def _take(self, settings: Settings, opened: dict[Endpoint, socket.socket]) -> None:
         """Put new settings in force. Nothing here can fail."""
@@ -224,7 +235,7 @@ class Server:
 
     def _reload(self) -> None:
         """Read the configuration anew; on any error the old one stays in force, whole."""
-        systemd.notify("RELOADING=1", f"MONOTONIC_USEC={int(monotonic() * 1e6)}")
+        self._manager.reloading()
         try:
             with self._reserve.lent():
                 settings = self._load()
@@ -241,7 +252,7 @@ class Server:
             log.note(
                 log.Event.RELOAD, log.INFO, "the new configuration is in force", file=settings.config_filename or "-"
             )
-        systemd.notify("READY=1", "STATUS=serving")
+        self._manager.ready("serving")
 
     # ---------------------------------------------------------------- the end
 
@@ -259,18 +270,18 @@ class Server:
     def _drain(self) -> int:
         """Accept nothing more, let what is open finish within `drain_timeout`, reset the rest."""
         timeout = self.services.settings.drain_timeout
-        systemd.notify("STOPPING=1", "STATUS=draining")
+        self._manager.stopping("draining", 3 * _EXTEND_EVERY)
         self._draining = Draining("the proxy is shutting down")
         for listener in self._listeners.values():
             listener.close()
         open_now = self._open_connections()
         log.note(log.Event.DRAIN, log.INFO, "stopping: no new connections", open_connections=open_now, timeout=timeout)
         end = monotonic() + timeout
-        extended = 0.0
+        extended = monotonic()
         while self._open_connections() and monotonic() < end:
             if monotonic() - extended >= _EXTEND_EVERY:
                 extended = monotonic()
-                systemd.notify(f"EXTEND_TIMEOUT_USEC={int(3 * _EXTEND_EVERY * 1e6)}")
+                self._manager.extend(3 * _EXTEND_EVERY)
             gevent.sleep(_DRAIN_POLL)
         cut = self._engine.pairs
         self._engine.abort_all(Ending.DRAIN_TIMEOUT)
@@ -297,7 +308,12 @@ class Server:
         while True:
             gevent.sleep(self.services.settings.stats_interval)
             self._report()
-            systemd.notify("WATCHDOG=1")
+
+    def _watchdog_forever(self) -> None:
+        interval = self._manager.watchdog_interval
+        while interval:
+            self._manager.watchdog()
+            gevent.sleep(interval)
 
     def _sweep_forever(self) -> None:
         while True:
