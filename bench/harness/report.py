@@ -50,6 +50,14 @@ def _rows(workload: Workload, block: Mapping[str, Any]) -> list[str]:
     return rows
 
 
+def _provenance(block: Mapping[str, Any]) -> str:
+    machine = block["machine"]
+    return (
+        f"{len(block['rounds'])} rounds, {machine['date']}, revision {machine['commit']}, {machine['relay']} relay, "
+        f"load average before {machine['load_average_before']}."
+    )
+
+
 def workload_table(name: str, block: Mapping[str, Any]) -> str:
     workload = WORKLOADS[name]
     heads = [metric.title for metric in workload.metrics]
@@ -57,8 +65,7 @@ def workload_table(name: str, block: Mapping[str, Any]) -> str:
     lines = [
         f"### {name}: {workload.title}",
         "",
-        f"{len(block['rounds'])} rounds, {block['machine']['date']}, revision {block['machine']['commit']}, "
-        f"{block['machine'].get('relay', 'unknown')} relay, load average before {block['machine']['load_average_before']}.",
+        _provenance(block),
         "",
         f"| {' | '.join(columns)} |",
         "|" + "---|" * len(columns),
