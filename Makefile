@@ -1,0 +1,59 @@
+# Everything one does with this repository. A virtual environment is made when there is none; later calls are quick.
+#
+#   make demo         two messages through the proxy on this machine, from two source addresses
+#   make test         all tests but the slow ones
+#   make check        formatting, lint, types
+#   make bench-quick  a few minutes: a first look at the cost against HAProxy and others
+#   make bench        the full tables of docs/performance.md
+#   make soak         the slow tests: leaks, long fuzzing
+#   make run          the proxy in the foreground; CONFIG=file (default: etc/greenarrow_proxy.conf)
+#   make clean        everything that was made here, the virtual environment too
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+CONFIG ?= etc/greenarrow_proxy.conf
+PYTEST_ARGS ?=
+
+.PHONY: help demo test check bench bench-quick soak run clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(READY): setup.py pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (once; takes a minute) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $(READY)
+
+demo: $(READY)
+	@$(BIN)/python demo/demo.py
+
+test: $(READY)
+	@tests/fetch_smtp_sink.sh
+	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+check: $(READY)
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: $(READY)
+	@$(BIN)/python bench/run.py
+
+bench-quick: $(READY)
+	@$(BIN)/python bench/run.py --quick
+
+soak: $(READY)
+	@tests/fetch_smtp_sink.sh
+	@$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
+
+run: $(READY)
+	@exec $(BIN)/greenarrow_proxy --config-filename=$(CONFIG)
+
+clean:
+	rm -rf $(VENV) build bench/build .cache .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -f proxy/*.so proxy/*.c
