@@ -13,7 +13,7 @@ from pathlib import Path
 from harness import builds
 from harness.machine import BENCH, ROOT
 
-SINK = "127.0.1.1:2525"
+SINK = "127.0.4.1:2525"
 SECRET = "a-secret-that-only-the-benchmark-knows"
 _FIRST_PORT = 5100  # below the range of ephemeral ports, ten for each candidate
 _OFFSETS = {"proxy": 0, "socks": 1, "native": 2, "redis": 3, "tls": 0}

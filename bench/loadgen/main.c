@@ -24,7 +24,7 @@ static struct session *sessions;
 _Noreturn static void usage(void)
 {
     fputs("usage: loadgen sink|load|pingpong|bulk|idle OPTIONS\n"
-          "  --target IP:PORT        the sink (127.0.1.1:2525)\n"
+          "  --target IP:PORT        the sink (127.0.4.1:2525)\n"
           "  --proxy IP:PORT         connect here instead (default: straight to the target)\n"
           "  --handshake none|v1|v2|socks5\n"
           "  --user NAME --password WORD, --bind     SOCKS5: log in; name the source by BIND first\n"
@@ -91,7 +91,7 @@ static void parse_options(int argc, char **argv)
         {"bytes", 1, 0, BYTES}, {"pipelining", 0, 0, PIPELINING}, {"megabytes", 1, 0, MEGABYTES},
         {"download", 0, 0, DOWN}, {"watch", 1, 0, WATCH}, {"sink-pid", 1, 0, SINK_PID}, {"core", 1, 0, CORE}, {0},
     };
-    opt.target = parse_address("127.0.1.1:2525");
+    opt.target = parse_address("127.0.4.1:2525");
     inet_pton(AF_INET, "127.0.2.1", &opt.first_source);
     inet_pton(AF_INET, "127.0.3.1", &opt.first_client);
     for (int key; (key = getopt_long(argc, argv, "", table, NULL)) != -1;)
