@@ -48,6 +48,10 @@ class Running:
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
+    @property
+    def ended(self) -> bool:
+        return self._process is not None and self._process.poll() is not None
+
     def _start(self, cores: Cores) -> subprocess.Popen[bytes]:
         assert self.candidate.command is not None
         command = pinned(cores.proxy, self.candidate.command(self.candidate, self.directory))
@@ -120,7 +124,8 @@ class Bench:
         Raises:
             Unavailable: a program is missing, or it does not start.
         """
-        if fresh and candidate.name in self._running:
+        running = self._running.get(candidate.name)
+        if running and (fresh or running.ended):
             self._running.pop(candidate.name).stop()
         if candidate.name not in self._running:
             running = self._running[candidate.name] = Running(candidate, self.cores)
