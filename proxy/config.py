@@ -270,7 +270,7 @@ def _unknown(name: str, options: Mapping[str, Option]) -> str:
         return f"{name}: does not belong in this block (is a line `}}` missing above?)"
     if homes:
         return f"{name}: belongs in a block: `{homes[0]} NAME {{`"
-    if not hint and len(name) >= 32:  # perhaps a secret that slid to a line of its own
+    if not hint and len(name) > 20:  # perhaps a secret, or half of one, that slid to a line of its own
         return "unknown directive (not shown: it could be a secret)"
     return f"unknown directive {_shown(name)}{hint}"
 

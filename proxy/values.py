@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import IPv6Address, ip_address, ip_network
+from ipaddress import ip_address, ip_network
 
 from proxy.model import Endpoint, canonical_ip
 from proxy.settings import Network, Rate
@@ -54,14 +54,6 @@ def _number(text: str) -> int:
     return int(text)
 
 
-def _ip(text: str) -> str:
-    host = canonical_ip(text)
-    address = ip_address(host)
-    if isinstance(address, IPv6Address) and address.ipv4_mapped:
-        raise ValueError(f"write it as {address.ipv4_mapped}")
-    return host
-
-
 def parse_boolean(text: str) -> bool:
     """yes, no, true or false, in any case."""
     try:
@@ -81,10 +73,9 @@ def parse_endpoint(text: str) -> Endpoint:
     if bracketed != (":" in host):
         raise ValueError
     try:
-        host = _ip(host.strip("[]"))
-    except ValueError as error:
-        hint = str(error) if str(error).startswith("write") else "host names and * are not taken, only IP addresses"
-        raise ValueError(hint) from None
+        host = canonical_ip(host.strip("[]"))
+    except ValueError:
+        raise ValueError("host names and * are not taken, only IP addresses") from None
     number = _number(port)
     if number > 65535:
         raise ValueError("a port is at most 65535")
@@ -107,7 +98,7 @@ def parse_source(text: str) -> str:
     """An address to leave from, in canonical form, or `same`."""
     if text == "same":
         return text
-    host = _ip(text)
+    host = canonical_ip(text)
     address = ip_address(host)
     if address.is_unspecified or address.is_multicast:
         raise ValueError("no connection can leave from it")
