@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 from harness import builds, machine, plot, report
@@ -78,20 +79,20 @@ def measure(bench: Bench, workload: Workload, names: list[str], rounds: int) -> 
                 missing[name] = str(reason)
                 say(f"  - {workload.name:10} {name:15} not measured: {reason}")
         done.append(samples)
+    measured = [name for name in present if any(name in samples for samples in done)]
     return {
         "machine": facts,
         "baseline": workload.baseline,
-        "candidates": [name for name in present if name not in missing],
+        "candidates": measured,
         "missing": missing,
-        "versions": versions(CANDIDATES[name] for name in present if name not in missing),
+        "versions": versions(CANDIDATES[name] for name in measured),
         "rounds": done,
     }
 
 
-def versions(candidates: Any) -> dict[str, str]:
+def versions(candidates: Iterable[Candidate]) -> dict[str, str]:
     found: dict[str, str] = {}
     for candidate in candidates:
-        assert isinstance(candidate, Candidate)
         text = version_of(candidate)
         if text:
             found[candidate.name] = text
