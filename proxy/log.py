@@ -111,7 +111,15 @@ def word(text: str) -> str:
     """`text` as the value of `key=value`: bare where possible, `-` when empty, else quoted with JSON's escapes."""
     if _PLAIN_WORD.fullmatch(text):
         return text
-    return '"' + printable(text.replace("\\", "\\\\").replace('"', '\\"')) + '"' if text else "-"
+    return _quoted(text, FIELD_LIMIT) if text else "-"
+
+
+def _quoted(text: str, limit: int) -> str:
+    return '"' + printable(text.replace("\\", "\\\\").replace('"', '\\"'), limit) + '"'
+
+
+def _figure(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else word(str(value))
 
 
 class _Clock:
@@ -137,7 +145,11 @@ _PRIORITY = {DEBUG: "<7>", WARNING: "<4>", ERROR: "<3>", logging.CRITICAL: "<2>"
 
 
 class _TextFormatter(colorlog.ColoredFormatter):
-    """`[time ][LEVEL ]event: message key=value ...`; status lines carry their documented text and nothing else."""
+    """`[time ][LEVEL ]event: message key=value ...`, two kinds of lines excepted.
+
+    Status lines carry their documented text and nothing else. Those about a connection look like the closing line, with
+    the message in the last place: it may hold a receiver's words, which must not pass for our figures.
+    """
 
     def __init__(self, writer: Writer) -> None:
         super().__init__("%(log_color)s%(line)s", log_colors=_COLOURS, no_color=not writer.is_terminal)
@@ -145,9 +157,12 @@ class _TextFormatter(colorlog.ColoredFormatter):
 
     def format(self, record: logging.LogRecord) -> str:
         event, message, fields = _parts(record)
-        line = message if event is Event.STATUS else f"{event}: {message}"
-        for key, value in fields.items():
-            line += f" {key}={word(str(value))}"
+        figures = "".join(f" {key}={_figure(value)}" for key, value in fields.items())
+        if event in (Event.REFUSED, Event.FAILED):
+            line = f"{event}{figures} message={_quoted(message, MESSAGE_LIMIT)}"
+        else:
+            text = printable(message, MESSAGE_LIMIT)
+            line = text + figures if event is Event.STATUS else f"{event}: {text}{figures}"
         if record.levelno != INFO:
             line = f"{record.levelname} {line}"
         record.line = line if self._journal else f"{_clock.stamp()} {line}"
@@ -165,7 +180,7 @@ class _JSONFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         event, message, fields = _parts(record)
         entry: dict[str, Any] = {} if self._journal else {"time": _clock.stamp()}
-        entry |= {"level": record.levelname.lower(), "event": event.value, "message": message}
+        entry |= {"level": record.levelname.lower(), "event": event.value, "message": printable(message, MESSAGE_LIMIT)}
         entry |= {key: _plain(value) for key, value in fields.items()}
         prefix = _PRIORITY.get(record.levelno, "") if self._journal else ""
         return prefix + msgspec.json.encode(entry).decode()
@@ -176,12 +191,12 @@ def _plain(value: object) -> object:
 
 
 def _parts(record: logging.LogRecord) -> tuple[Event, str, dict[str, object]]:
-    """Event, harmless message and fields of a record; a library's record has neither event nor fields."""
+    """Event, message (not yet escaped) and fields of a record; a library's record has neither event nor fields."""
     event: Event = getattr(record, "event", Event.LIBRARY)
     fields: dict[str, object] = dict(getattr(record, "fields", {}))
     if record.exc_info and record.exc_info[1] is not None:
         fields |= _where(record.exc_info[1])
-    return event, printable(record.getMessage(), MESSAGE_LIMIT), fields
+    return event, record.getMessage(), fields
 
 
 def _where(error: BaseException) -> dict[str, object]:
