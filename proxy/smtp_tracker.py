@@ -65,7 +65,6 @@ class Tracker:
         "_reason",
         "_reply_line",
         "_server_lost",
-        "_switch",
         "_tail",
         "accepted",
         "mails",
@@ -82,7 +81,6 @@ class Tracker:
         self._chunk_left = 0
         self._outstanding = 0
         self._dot_first = False
-        self._switch = b""
         self._reply_line = b""
         self._code = 0  # of a reply whose last line has not come; 0: none
         self._server_lost = False
@@ -163,14 +161,14 @@ class Tracker:
         if verb == b"MAIL":
             self.mails += 1
         elif verb == b"DATA":
-            self._switch, self._client = verb, _Client.SWITCHING
+            self._client = _Client.SWITCHING
         elif verb not in _HARMLESS:
             self._on_harmful(verb, words[1] if len(words) > 1 else b"")
 
     def _on_harmful(self, verb: bytes, argument: bytes) -> None:
         self._blame(_HARMFUL.get(verb, Discard.UNKNOWN_VERB))
         if verb == b"STARTTLS":
-            self._switch, self._client = verb, _Client.SWITCHING
+            self._client = _Client.SWITCHING
         elif verb == b"BDAT" and argument.isdigit() and len(argument) < 20:
             # Looked at only so that MAIL commands behind it are still counted.
             self._chunk_left = int(argument)
@@ -248,16 +246,12 @@ class Tracker:
             self._blame(Discard.PROTOCOL_ERROR)
 
     def _on_switch(self, code: int) -> None:
-        """The reply to DATA (354, or the message is not wanted) or to STARTTLS (220, or no TLS)."""
-        self._client = _Client.COMMAND
+        """The reply to DATA or STARTTLS: no (4xx, 5xx), 354, or what ends our understanding: TLS, or nonsense."""
         if code >= 400:
-            return
-        if self._switch == b"DATA" and code == 354:
+            self._client = _Client.COMMAND
+        elif code == 354:
             self._client = _Client.DATA
             self._tail = b"\r\n"  # the line end of DATA itself counts (RFC 5321 4.1.1.4)
-        elif self._switch == b"STARTTLS" and code == 220:
-            self._client = _Client.LOST
-            self._server_lost = True
         else:
             self._lose_client()
 
