@@ -1,0 +1,199 @@
+"""The throttles and paths that instances have named: whose limits are in force, from when and until when.
+
+Makes throttles when a path first names them, reconciles the instances' parts, slows down and returns, and forgets a key
+only when nobody needs it and its debt is paid. Giving out slots and places is left to the two who do that.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+from proxy.dispenser import Dispenser
+from proxy.flows import Flow, Path, Receiver
+from proxy.limits import BackoffRule, Part, Stake, Terms
+from proxy.places import PlaceBook, Places
+from proxy.throttle import SECOND, TICK, Key, Throttle
+from proxy.wheel import Wheel
+
+
+class Notice(enum.StrEnum):
+    """What is worth a line in the log."""
+
+    UNPERMITTED = "unpermitted"
+    BACKOFF = "backoff"
+    MIXED_MODES = "mixed_modes"
+
+
+class Remark(NamedTuple):
+    """A notice; `instance` may be empty where it is nobody's; `detail` is a sentence."""
+
+    notice: Notice
+    instance: str
+    detail: str
+
+
+class Registry:
+    """Throttles by key and paths by their throttles.
+
+    Args:
+        start: when this manager began, in nanoseconds.
+    """
+
+    def __init__(self, start: int, dispenser: Dispenser, book: PlaceBook) -> None:
+        self.throttles: dict[Key, Throttle] = {}
+        self.remarks: list[Remark] = []
+        self.leases: Wheel[tuple[Throttle, str]] = Wheel(SECOND)
+        self.backoffs: Wheel[Throttle] = Wheel(TICK)
+        self.forgetting: Wheel[Throttle] = Wheel(SECOND)
+        self._start = start
+        self._dispenser = dispenser
+        self._book = book
+        self._paths: dict[tuple[Throttle, ...], Path] = {}
+
+    # --- joining and leaving ---
+
+    def throttle(self, key: Key) -> Throttle:
+        throttle = self.throttles.get(key)
+        if throttle is None:
+            throttle = self.throttles[key] = Throttle(key)
+            throttle.terms = Terms()
+        return throttle
+
+    def join(self, receiver: Receiver, id: int, throttles: tuple[Throttle, ...]) -> Flow:
+        """A flow of `receiver` on the path of these throttles; `stake` for each throttle comes next."""
+        path = self._paths.get(throttles)
+        if path is None:
+            path = self._paths[throttles] = Path(throttles)
+        path.refs += 1
+        flow = Flow(receiver, id, path)
+        for throttle in throttles:
+            terms = _terms(throttle)
+            terms.flows[flow] = None
+            stake = terms.stakes.get(receiver.name)
+            if stake is not None:
+                stake.flows += 1
+        return flow
+
+    def stake(self, throttle: Throttle, name: str, part: Part, now: int) -> None:
+        """The instance's part in a throttle, new, changed or said again."""
+        terms = _terms(throttle)
+        stake = terms.stakes.get(name)
+        if stake is None:
+            stake = terms.stakes[name] = Stake(part)
+            stake.flows = sum(flow.receiver.name == name for flow in terms.flows)
+        elif stake.part == part:
+            return
+        stake.part = part
+        self.relimit(throttle, now)
+
+    def leave(self, flow: Flow, now: int, lease_until: int | None) -> None:
+        """The flow is over. Its instance's part stays until `lease_until` (None: goes now) unless it comes back."""
+        self._dispenser.withdraw(flow)
+        flow.paused, flow.fine = False, 0
+        self._book.retry(flow, now)
+        path = flow.path
+        path.refs -= 1
+        if path.refs == 0:
+            del self._paths[path.throttles]
+        name = flow.receiver.name
+        for throttle in path.throttles:
+            terms = _terms(throttle)
+            del terms.flows[flow]
+            stake = terms.stakes.get(name)
+            if stake is None:
+                continue
+            stake.flows -= 1
+            if stake.flows == 0:
+                if lease_until is not None and lease_until > now:
+                    self.leases.arm((throttle, name), lease_until)
+                else:
+                    self.end_lease(throttle, name, now)
+
+    def end_lease(self, throttle: Throttle, name: str, now: int) -> None:
+        """Drop the instance's part, if no flow of it is left."""
+        terms = _terms(throttle)
+        stake = terms.stakes.get(name)
+        if stake is not None and stake.flows == 0:
+            del terms.stakes[name]
+            self.relimit(throttle, now)
+            self.forget(throttle, now)
+
+    def forget(self, throttle: Throttle, now: int) -> None:
+        """Drop a throttle that nobody names, holds or waits for, but not before its debt is paid."""
+        terms = _terms(throttle)
+        if terms.stakes or terms.flows or throttle.used or throttle.line is not None:
+            return
+        debt = throttle.debt_until()
+        if debt > now:
+            self.forgetting.arm(throttle, debt)
+        elif self.throttles.get(throttle.key) is throttle:
+            del self.throttles[throttle.key]
+            self._dispenser.wheel.disarm(throttle)
+            self.backoffs.disarm(throttle)
+
+    def released(self, places: Places, now: int) -> None:
+        """Places were given back: throttles that were remembered only for them may go."""
+        for throttle in places.throttles:
+            if throttle.terms is not None and not throttle.terms.stakes:
+                self.forget(throttle, now)
+
+    # --- limits in force ---
+
+    def relimit(self, throttle: Throttle, now: int) -> None:
+        """Put in force what follows from the parts and the backoff, and tell those whom it concerns."""
+        terms = _terms(throttle)
+        slowed, mixed = terms.backoff is not None, terms.mixed
+        effective = terms.effective(now)
+        if terms.mixed and not mixed:
+            self.remarks.append(
+                Remark(
+                    Notice.MIXED_MODES,
+                    "",
+                    f"{throttle.key.name}: instances disagree on sum or average, the lower holds",
+                )
+            )
+        changed = throttle.limit_to(effective.limits, self._start, now)
+        if throttle.cap != effective.places:
+            throttle.cap = effective.places
+            changed = True
+            self._book.pump(throttle, now)
+            self._book.crowded[throttle] = None
+        if terms.backoff is not None:
+            self.backoffs.arm(throttle, terms.backoff.next_change(now))
+        if changed or mixed != terms.mixed or slowed != (terms.backoff is not None):
+            self._dispenser.serve(throttle, now)
+            for flow in terms.flows:
+                self.announce(flow)
+
+    def announce(self, flow: Flow) -> None:
+        """The receiver of `flow` is to be told the limits in force."""
+        flow.receiver.limits[flow] = None
+        self._dispenser.touched[flow.receiver] = None
+
+    def slow_down(self, throttle: Throttle, rule: BackoffRule, name: str, now: int) -> None:
+        """Enter backoff, or stay in it for longer."""
+        terms = _terms(throttle)
+        if terms.backoff is None:
+            self.remarks.append(
+                Remark(Notice.BACKOFF, name, f"{throttle.key.name} for {throttle.key.source} slows down")
+            )
+        terms.enter_backoff(rule, now)
+        for flow in terms.flows:
+            self.announce(flow)
+        self.relimit(throttle, now)
+
+    def stretch(self, path: Path, need: int, now: int) -> None:
+        """Permits of this path need `need` nanoseconds of slack."""
+        for throttle in path.throttles:
+            if throttle.stretch(need, self._start, now):
+                for flow in _terms(throttle).flows:
+                    self._dispenser.forget_slots(flow)
+                    self._dispenser.activate(flow, now)
+                    self.announce(flow)
+
+
+def _terms(throttle: Throttle) -> Terms:
+    terms = throttle.terms
+    assert terms is not None, "throttles of the registry have terms from the start"
+    return terms

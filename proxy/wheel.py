@@ -1,0 +1,82 @@
+"""A timing wheel: things that fall due, in buckets of one tick, without a timer each.
+
+Its one job is "what is due by now, and when must I look again". An item sits in at most one bucket; arming it again
+moves it. A bucket fires at its end, so never before an item is due and at most one tick after. Nothing here knows
+what an item is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from heapq import heappop, heappush
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item", bound=Hashable)
+
+
+class Wheel(Generic[Item]):
+    """Items by due time.
+
+    Args:
+        tick_ns: width of a bucket in nanoseconds.
+    """
+
+    __slots__ = ("_bucket_of", "_buckets", "_order", "_tick")
+
+    def __init__(self, tick_ns: int) -> None:
+        self._tick = tick_ns
+        self._bucket_of: dict[Item, int] = {}
+        self._buckets: dict[int, list[Item]] = {}
+        self._order: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._bucket_of)
+
+    def __contains__(self, item: Item) -> bool:
+        return item in self._bucket_of
+
+    def arm(self, item: Item, due_ns: int) -> None:
+        """Let `item` fall due at `due_ns`, whatever was said about it before."""
+        index = -(-due_ns // self._tick)
+        if self._bucket_of.get(item) == index:
+            return
+        self._bucket_of[item] = index
+        bucket = self._buckets.get(index)
+        if bucket is None:
+            self._buckets[index] = [item]
+            heappush(self._order, index)
+        else:
+            bucket.append(item)
+
+    def arm_earlier(self, item: Item, due_ns: int) -> None:
+        """Like `arm`, but never later than it already is."""
+        index = self._bucket_of.get(item)
+        if index is None or -(-due_ns // self._tick) < index:
+            self.arm(item, due_ns)
+
+    def disarm(self, item: Item) -> None:
+        """Forget `item`; its place in a bucket is cleared when that bucket fires."""
+        self._bucket_of.pop(item, None)
+
+    def expire(self, now_ns: int) -> list[Item]:
+        """The items that are due, each once; they are no longer armed."""
+        due: list[Item] = []
+        bucket_of = self._bucket_of
+        while self._order and self._order[0] * self._tick <= now_ns:
+            index = heappop(self._order)
+            for item in self._buckets.pop(index):
+                # An item that was moved or disarmed left a stale entry behind.
+                if bucket_of.get(item) == index:
+                    del bucket_of[item]
+                    due.append(item)
+        return due
+
+    def next_wakeup(self) -> int | None:
+        """Nanosecond at which the first bucket fires, None when nothing is armed."""
+        while self._order:
+            index = self._order[0]
+            if any(self._bucket_of.get(item) == index for item in self._buckets[index]):
+                return index * self._tick
+            heappop(self._order)
+            del self._buckets[index]
+        return None
