@@ -236,7 +236,8 @@ def failed(error: ProxyError, attempts: Iterable[tuple[m.Address, UpstreamError]
         retry=error.retry,
         retry_after_ms=_retry_after_ms(error),
         throttle=throttled.throttle if throttled else None,
-        attempts=[m.Attempt(a, e.step, e.errno, _reply(e), _sentence(e)) for a, e in attempts],
+        # 32 attempts with the longest texts still fit in one frame.
+        attempts=[m.Attempt(a, e.step, e.errno, _reply(e), str(e)[:200]) for a, e in attempts],
     )
 
 
@@ -252,4 +253,4 @@ def _sentence(error: ProxyError) -> str:
 def _reply(error: UpstreamError) -> bytes | None:
     if error.smtp_reply is None:
         return None
-    return error.smtp_reply.encode("utf-8", "surrogateescape")[:4096]
+    return error.smtp_reply.encode("utf-8", "surrogateescape")[:1024]

@@ -74,8 +74,10 @@ class ReplayWindow:
             self._seen = (kept | 1) & ((1 << self.SIZE) - 1)
             self._highest = counter
             return True
+        if -ahead >= self.SIZE or counter < 1:
+            return False
         bit = 1 << -ahead
-        if -ahead >= self.SIZE or counter < 1 or self._seen & bit:
+        if self._seen & bit:
             return False
         self._seen |= bit
         return True
