@@ -8,7 +8,6 @@ logged as one line.
 
 from __future__ import annotations
 
-from _socket import SHUT_WR
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from gevent import Timeout
 
 from proxy import log, upstream
+from proxy.conversation import farewell
 from proxy.errors import ClientNotAllowed, HandshakeTimeout, PeerError, ProxyError, UpstreamError
 from proxy.model import (
     Accepted,
@@ -31,26 +31,13 @@ from proxy.model import (
 )
 from proxy.proxy_protocol import ProxyProtocol
 from proxy.relay import RawSocket
-from proxy.services import Services, numbers
+from proxy.services import Door, Services, numbers
 from proxy.socks5 import Socks5
+from proxy.tls import PlainStream
 
 #: A KumoMTA gives up 60 s after its request; the answer must be there before, waiting included.
 ANSWER_WITHIN = 50.0
 _READ_SIZE = 4096
-#: A refused client gets this long, and may send this much, until it has read why and closed.
-_LINGER_SECONDS = 2.0
-_LINGER_BYTES = 65536
-
-
-class Door:
-    """One listener as its connections see it."""
-
-    __slots__ = ("endpoint", "open_connections", "protocol")
-
-    def __init__(self, protocol: str, endpoint: Endpoint) -> None:
-        self.protocol = protocol
-        self.endpoint = endpoint
-        self.open_connections = 0
 
 
 def _socks5(services: Services) -> Handshake:
@@ -297,38 +284,18 @@ class Visit:
         log.internal_error(f"connection {self.number} of {self.client}", error)
 
     def tell(self, error: ProxyError) -> None:
-        """Tell the client why, and wait until it has read it: a plain close would be a reset and take it away."""
+        """Tell the client why, in its own protocol."""
         if self.handshake is None:
             return
-        timer = Timeout.start_new(_LINGER_SECONDS)
-        try:
-            self._write(self.handshake.send(error))
-            self.socket.shutdown(SHUT_WR)
-            left = _LINGER_BYTES
-            while left > 0:
-                data = self._receive()
-                if not data:
-                    return
-                left -= len(data)
-        except OSError:
-            pass
-        except Timeout as fired:
-            if fired is not timer:
-                raise
-        finally:
-            timer.close()
+        engine = self.services.engine
+        if not self.registered:
+            engine.register(self.socket.fileno())
+        farewell(engine, PlainStream(self.socket), self.handshake.send(error))
 
     # ---------------------------------------------------------------- small things
 
     def _instance_of_address(self) -> str:
         return self.services.access.instance_of_address(self.client.host)
-
-    def _receive(self) -> bytes:
-        while True:
-            try:
-                return self.socket.recv(_READ_SIZE)
-            except BlockingIOError:
-                self._wait()
 
     def _write(self, data: bytes) -> None:
         while data:

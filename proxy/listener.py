@@ -17,9 +17,9 @@ from typing import Any
 from gevent.server import StreamServer
 
 from proxy.errors import ProxyError
-from proxy.front import Door
 from proxy.model import Endpoint, canonical_ip
 from proxy.relay import RawSocket
+from proxy.services import Door
 from proxy.upstream import keep_alive
 
 _BACKLOG = 4096

@@ -14,19 +14,22 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import gevent
 from gevent.event import Event
 
-from proxy import __version__, front, log, systemd, upstream
+from proxy import __version__, front, log, native_door, systemd, tls, upstream
 from proxy.access import Access
+from proxy.budget import FailureBudget
+from proxy.channel import Channel
 from proxy.crew import Crew
 from proxy.errors import ConfigError, Draining, Overloaded
 from proxy.listener import Listener, ListenError, endpoint_of, open_socket
 from proxy.model import Ending, Endpoint
+from proxy.native_messages import Kind
 from proxy.relay import Engine, RawSocket
-from proxy.services import Gauges, Newcomers, Services
+from proxy.services import Door, Gauges, Instances, Newcomers, Services
 from proxy.settings import Settings
 from proxy.stats import Counters, Snapshot
 
@@ -74,8 +77,12 @@ class Server:
         self._gauges = Gauges()
         self._crew = Crew()
         self._newcomers = Newcomers(_MAX_NEWCOMERS)
+        self._budget = FailureBudget()
+        self._instances = Instances()
+        self._incarnation = int.from_bytes(os.urandom(4), "big")
+        self._generated: tls.ServerIdentity | None = None
         self._listeners: dict[Endpoint, Listener] = {}  # by configured address
-        self._doors: list[front.Door] = []  # listeners that were closed and still have connections
+        self._doors: list[Door] = []  # listeners that were closed and still have connections
         self._refusing = 0
         self._draining: Draining | None = None
         self._signals = 0
@@ -85,20 +92,19 @@ class Server:
         self._reserve = _Reserve()
         self._manager = systemd.Notifier(os.environ, os.getpid())
         self._inherited = systemd.Inherited(os.environ, os.getpid())
-        self.services = self._wire(settings)
+        self._first_settings = settings
+        self.services: Services
 
     # ---------------------------------------------------------------- life
 
     def run(self) -> int:
         """Start, serve, drain; the exit code."""
-        settings = self.services.settings
         log.note(log.Event.START, log.INFO, f"greenarrow_proxy {__version__} starts", pid=os.getpid())
         try:
-            opened = self._open_missing(settings)
+            self._take(self._prepare(self._first_settings))
         except ListenError as error:
             log.note(log.Event.LISTEN, log.ERROR, str(error))
             return EXIT_CANNOT_LISTEN
-        self._take(settings, opened)
         self._close_unclaimed()
         self._watch_signals()
         gevent.spawn(self._report_forever)
@@ -109,7 +115,16 @@ class Server:
         self._stop.wait()
         return self._drain()
 
-    def _wire(self, settings: Settings) -> Services:
+    def _prepare(self, settings: Settings) -> _Prepared:
+        """Everything about new settings that can fail.
+
+        Raises:
+            ConfigError: the certificate is of no use. ListenError: an address cannot be had. Nothing has changed then.
+        """
+        identity = self._identity(settings)
+        return _Prepared(settings, identity, self._open_missing(settings))
+
+    def _wire(self, settings: Settings, identity: tls.ServerIdentity | None) -> Services:
         own = (listener.door.endpoint for listener in self._listeners.values())
         return Services(
             settings=settings,
@@ -119,8 +134,30 @@ class Server:
             gauges=self._gauges,
             crew=self._crew,
             newcomers=self._newcomers,
+            budget=self._budget,
+            instances=self._instances,
+            identity=identity,
+            incarnation=self._incarnation,
             host_name=socket.gethostname(),
         )
+
+    def _identity(self, settings: Settings) -> tls.ServerIdentity | None:
+        """What the native listener shows; a certificate made in memory stays the same over reloads.
+
+        Raises:
+            ConfigError: the operator's files are of no use.
+        """
+        if not settings.listen or not settings.listen_tls:
+            return None
+        certificate, key = settings.tls_certificate_file, settings.tls_private_key_file
+        if certificate is None or key is None:
+            self._generated = self._generated or tls.generated_identity(socket.gethostname())
+            return self._generated
+        try:
+            return tls.load_identity(certificate, key)
+        except (OSError, ValueError) as error:
+            why = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+            raise ConfigError(f"tls_certificate_file {certificate}, tls_private_key_file {key}: {why}") from None
 
     def _watch_signals(self) -> None:
         for number, act in (
@@ -158,15 +195,16 @@ class Server:
         return opened
 
     def _close_unclaimed(self) -> None:
-        """Sockets that systemd opened and nothing in the configuration names: clients must not hang in their backlog."""
+        """Close what systemd opened and the configuration does not name: no client shall hang in a backlog."""
         for endpoint in self._inherited.left():
             log.note(log.Event.SYSTEMD, log.WARNING, f"the inherited socket {endpoint} is not in the configuration")
         for fd in self._inherited.unusable:
             log.note(log.Event.SYSTEMD, log.WARNING, f"the inherited descriptor {fd} is not a listening TCP socket")
         self._inherited.close()
 
-    def _take(self, settings: Settings, opened: dict[Endpoint, socket.socket]) -> None:
+    def _take(self, prepared: _Prepared) -> None:
         """Put new settings in force. Nothing here can fail."""
+        settings, opened = prepared.settings, prepared.opened
         wanted = self._wanted(settings)
         for endpoint in set(self._listeners) - set(wanted):
             listener = self._listeners.pop(endpoint)
@@ -174,7 +212,7 @@ class Server:
             listener.close()
         for endpoint, protocol in wanted.items():
             if endpoint in opened:
-                door = front.Door(protocol, endpoint_of(opened[endpoint]))
+                door = Door(protocol, endpoint_of(opened[endpoint]))
                 listener = Listener(opened[endpoint], door, self._admit, self._accept_failed)
                 self._listeners[endpoint] = listener
                 listener.start()
@@ -182,26 +220,45 @@ class Server:
             listener = self._listeners[endpoint]
             if listener.door.protocol != protocol:
                 self._doors.append(listener.door)
-                listener.door = front.Door(protocol, listener.door.endpoint)
+                listener.door = Door(protocol, listener.door.endpoint)
             listener.set_options(settings.idle_timeout)
-        self.services = self._wire(settings)
+        self.services = self._wire(settings, prepared.identity)
         self._max_connections = settings.max_connections or (self._descriptors - _OTHER_DESCRIPTORS) // 2
 
     def _admit(self, listener: Listener, sock: RawSocket, address: tuple[Any, ...]) -> None:
         """Serve one accepted connection, or refuse it when there are too many."""
+        door = listener.door
         if self._open_connections() < self._max_connections:
-            self._crew.run(front.serve, self.services, listener.door, sock, address)
+            if door.protocol == "native":
+                self._crew.run(self._native, door, sock, address)
+            else:
+                self._crew.run(front.serve, self.services, door, sock, address)
         elif self._refusing < _REFUSALS_AT_A_TIME:
-            self._crew.run(self._refuse, listener.door, sock, address)
+            self._crew.run(self._refuse, door, sock, address)
         else:
             self._counters.refused.count(Overloaded.code)
             sock.close()
 
-    def _refuse(self, door: front.Door, sock: RawSocket, address: tuple[Any, ...]) -> None:
+    def _native(self, door: Door, sock: RawSocket, address: tuple[Any, ...]) -> None:
+        """One native connection: who is it, and is it a session or a channel?"""
+        door.open_connections += 1
+        try:
+            guest = native_door.enter(self.services, door, sock, address)
+            if guest is not None and guest.handshake.peer is not None and guest.handshake.peer.kind is Kind.CHANNEL:
+                Channel(lambda: self.services, door, guest).serve()
+        finally:
+            door.open_connections -= 1
+            self._engine.close(sock)
+
+    def _refuse(self, door: Door, sock: RawSocket, address: tuple[Any, ...]) -> None:
         self._refusing += 1
         try:
             refusal = Overloaded(f"max_connections ({self._max_connections}) are open")
-            front.serve(self.services, door, sock, address, refusal)
+            if door.protocol == "native":
+                native_door.enter(self.services, door, sock, address, refusal)
+                self._engine.close(sock)
+            else:
+                front.serve(self.services, door, sock, address, refusal)
         finally:
             self._refusing -= 1
 
@@ -238,15 +295,15 @@ class Server:
         self._manager.reloading()
         try:
             with self._reserve.lent():
-                settings = self._load()
-                opened = self._open_missing(settings)
+                prepared = self._prepare(self._load())
         except (ConfigError, ListenError) as error:
             self._counters.reloads_failed += 1
             for line in str(error).splitlines():
                 log.note(log.Event.RELOAD_FAILED, log.ERROR, line)
             log.note(log.Event.RELOAD_FAILED, log.ERROR, "the old configuration is still in force")
         else:
-            self._take(settings, opened)
+            settings = prepared.settings
+            self._take(prepared)
             log.reconfigure(settings)
             self._counters.reloads += 1
             log.note(
@@ -295,7 +352,7 @@ class Server:
         listeners = tuple((door.endpoint, door.open_connections) for door in self._all_doors())
         return Snapshot(listeners=listeners, manager=None, active=self._gauges.outgoing, cached=0)
 
-    def _all_doors(self) -> Iterator[front.Door]:
+    def _all_doors(self) -> Iterator[Door]:
         for listener in self._listeners.values():
             yield listener.door
         self._doors = [door for door in self._doors if door.open_connections]
@@ -321,6 +378,14 @@ class Server:
             gevent.sleep(min(period, _LONGEST_SWEEP_PERIOD))
             for _ in self._engine.sweep(monotonic()):
                 gevent.sleep(0)
+
+
+class _Prepared(NamedTuple):
+    """New settings with what they need, had but not yet used."""
+
+    settings: Settings
+    identity: tls.ServerIdentity | None
+    opened: dict[Endpoint, socket.socket]
 
 
 class _Reserve:

@@ -9,15 +9,31 @@ from __future__ import annotations
 import contextlib
 import itertools
 from _socket import SHUT_RDWR
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from proxy.access import Access
+from proxy.budget import FailureBudget
 from proxy.crew import Crew
+from proxy.model import Endpoint
+from proxy.native_auth import ChannelKey, Fences
 from proxy.relay import Engine, RawSocket
 from proxy.settings import Settings
 from proxy.stats import Counters
+from proxy.tls import ServerIdentity
+
+
+class Door:
+    """One listener as its connections see it."""
+
+    __slots__ = ("endpoint", "open_connections", "protocol")
+
+    def __init__(self, protocol: str, endpoint: Endpoint) -> None:
+        self.protocol = protocol
+        self.endpoint = endpoint
+        self.open_connections = 0
 
 
 class Gauges:
@@ -61,11 +77,42 @@ class Newcomers:
         self._sockets.pop(who, None)
 
 
+class Instances:
+    """What the native doors know of the instances that are connected now.
+
+    Args:
+        channel_keys: key id → what a live session handed out for its channels.
+        fences: which run of each name holds the name.
+        hosts: addresses with a live session → how many; they are slowed after failures, never shut out.
+        channels: the open channels.
+    """
+
+    __slots__ = ("channel_keys", "channels", "fences", "hosts")
+
+    def __init__(self) -> None:
+        self.channel_keys: dict[bytes, ChannelKey] = {}
+        self.fences = Fences()
+        self.hosts: Counter[str] = Counter()
+        self.channels: dict[Hosted, None] = {}
+
+
+class Hosted(Protocol):
+    """A long-lived native connection, as the program's housekeeping sees it."""
+
+    def goaway(self, seconds: float, reason: str) -> None:
+        """Tell the client to finish within `seconds`; must not wait."""
+
+    def sweep(self, now: float) -> None:
+        """Look whether it has been idle for too long; must not wait."""
+
+
 @dataclass(frozen=True, slots=True)
 class Services:
     """Wired by `server`, read by everything that serves a connection.
 
     Args:
+        identity: what the native listener shows as TLS server; None: it speaks in clear.
+        incarnation: 32 random bits that name this run of the program to its native clients.
         host_name: this proxy's name in what it says as an SMTP server.
     """
 
@@ -76,4 +123,8 @@ class Services:
     gauges: Gauges
     crew: Crew
     newcomers: Newcomers
+    budget: FailureBudget
+    instances: Instances
+    identity: ServerIdentity | None
+    incarnation: int
     host_name: str
