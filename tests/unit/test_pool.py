@@ -195,6 +195,9 @@ def test_take_does_not_wait_for_the_sweep():
     taken = pool.take(KEY, 25.0)
     assert taken.entry.connection == "a"
     assert reasons(taken.discarded) == [("b", Discard.MAX_AGE)]
+    pool.offer(entry("c", opened_at=20.0), 30.0)
+    taken = pool.take(KEY, 60.0)
+    assert (taken.entry, reasons(taken.discarded)) == (None, [("c", Discard.MAX_IDLE)])
 
 
 def test_a_connection_found_dead_is_no_hit():
@@ -276,6 +279,15 @@ def test_the_status_lists_keys_and_destinations():
     pool.offer(entry("c", OTHER, opened_at=3.0), 4.0)
     assert pool.listing(10.0) == [Listed(KEY, 2, 7, 9.0), Listed(OTHER, 1, 0, 7.0)]
     assert pool.destinations() == {MX: 2, OTHER.destination: 1}
+
+
+def test_the_oldest_stays_the_oldest_while_others_come_and_go():
+    pool, old = Checked(limits(max_idle=1e6, max_age=1e3)), entry("old")
+    pool.offer(entry("young", opened_at=50.0), 50.0)
+    for at in range(60, 300):
+        pool.offer(old, float(at))
+        assert pool.next_expiry() == 1000.0
+        assert pool.take(KEY, float(at)).entry is old
 
 
 def test_rounds_through_the_pool_do_not_pile_up():
