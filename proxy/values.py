@@ -19,9 +19,7 @@ LONGEST_DURATION = 24 * 86400.0
 SHORTEST_SECRET = 32
 
 _DURATION_UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-_DURATION = re.compile(
-    "".join(rf"(?:([0-9]{{1,9}}(?:\.[0-9]{{1,9}})?){unit})?" for unit in ("d", "h", "m(?!s)", "s", "ms"))
-)
+_DURATION = re.compile("".join(rf"(?:([0-9]{{1,9}}(?:\.[0-9]{{1,9}})?){unit})?" for unit in _DURATION_UNITS))
 _SIZE_UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 _RATE_UNITS = {
     **dict.fromkeys(("s", "sec", "second"), 1),

@@ -1,12 +1,17 @@
 """The program as a user calls it: exit codes, what is printed where, and no secret and no traceback in any of it."""
 
+import fcntl
 import os
+import pty
 import socket
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
+import trustme
+from cryptography.hazmat.primitives import serialization
 
 from proxy import __version__
 
@@ -130,6 +135,33 @@ def test_a_broken_file_is_exit_78(conf, text):
     code, out, err = run(conf(text))
     assert (code, out) == (78, "")
     assert err
+
+
+def test_a_key_with_a_password_is_a_mistake_and_no_question(conf, tmp_path):
+    """OpenSSL by itself would ask on the terminal, so the program gets one."""
+    issued = trustme.CA().issue_cert("proxy.example")
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "crt")
+    key = serialization.load_pem_private_key(issued.private_key_pem.bytes(), None)
+    protection = serialization.BestAvailableEncryption(b"password")
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, protection)
+    (tmp_path / "key").write_bytes(key.private_bytes(*form))
+    text = BASE + f"tls_certificate_file {tmp_path}/crt\ntls_private_key_file {tmp_path}/key\n"
+    master, terminal = pty.openpty()
+    try:
+        code, _, err = run(
+            "--check-config",
+            conf(text),
+            start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(terminal, termios.TIOCSCTTY, 0),
+        )
+        os.set_blocking(master, False)
+        with pytest.raises(BlockingIOError):
+            os.read(master, 100)
+    finally:
+        os.close(master)
+        os.close(terminal)
+    assert code == 78
+    assert ":4: tls_certificate_file: " in err
 
 
 def test_a_crlf_file_with_a_byte_order_mark(conf):

@@ -190,8 +190,11 @@ def test_a_secret_outside_the_file_is_taken_as_it_is(secret):
 
 
 def test_an_empty_variable_is_not_set_and_an_unknown_one_is_ignored():
-    environ = {"GREENARROW_PROXY_LOG_VERBOSE": "", "GREENARROW_PROXY_PORT": "tcp://10.0.0.1:807"}
-    assert load(BASE + "log_verbose yes\n", environ=environ).log_verbose is True
+    empty = dict.fromkeys((f"GREENARROW_PROXY_{name}" for name in ("LOG_VERBOSE", "LOG_FORMAT", "ALLOW_FROM")), "")
+    environ = empty | {"GREENARROW_PROXY_PORT": "tcp://10.0.0.1:807"}  # Kubernetes sets such
+    settings = load(BASE + "log_verbose yes\nlog_format json\n", environ=environ)
+    assert (settings.log_verbose, settings.log_format) == (True, "json")
+    assert settings.allow_from == networks("127.0.0.1")
 
 
 def test_an_empty_value_in_the_file_is_not_overlooked():
