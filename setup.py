@@ -34,7 +34,7 @@ setup(
     python_requires=">=3.11",
     packages=["proxy"],
     py_modules=["greenarrow_proxy"],
-    package_data={"proxy": ["py.typed", "*.html", "*.css"]},
+    package_data={"proxy": ["py.typed"]},
     ext_modules=extensions(),
     install_requires=[
         "gevent>=23.9",

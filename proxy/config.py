@@ -36,6 +36,7 @@ __all__ = [
 _BY_NAME = {option.name: option for option in OPTIONS}
 _BLOCK_TYPES: dict[str, Callable[..., Any]] = {"instance": InstanceSettings, "throttle": ThrottleSettings}
 LONGEST_NAME = 64  # as in the native protocol
+MOST_MISTAKES = 200  # that are told; the wrong file, given to a reload, would fill the log
 _SHOWN = 60  # characters of a value in a message
 
 
@@ -57,7 +58,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str], read_file: Callable[[s
 
     Raises:
         UsageError: the command line cannot be understood.
-        ConfigError: every mistake found, one a line.
+        ConfigError: every mistake found, one a line, up to `MOST_MISTAKES`.
     """
     file = _File(read_file)
     given = _gather(build_parser(file), argv, environ, file)
@@ -68,7 +69,9 @@ def load(argv: Sequence[str], environ: Mapping[str, str], read_file: Callable[[s
     if len(mistakes) == 1:
         raise mistakes[0]
     if mistakes:
-        raise ConfigError("\n".join(map(str, mistakes)))
+        lines = [str(mistake) for mistake in mistakes[:MOST_MISTAKES]]
+        more = len(mistakes) - len(lines)
+        raise ConfigError("\n".join(lines + [f"and {more} more mistakes"] * (more > 0)))
     return settings
 
 

@@ -370,6 +370,12 @@ def test_what_a_word_alone_on_a_line_is_called_depends_on_its_length():
     assert '"Troubadour"' in mistakes(BASE + "Troubadour x\n")[0]
 
 
+def test_the_wrong_file_does_not_fill_the_log():
+    found = mistakes(BASE + "nonsense 1\n" * 1000)
+    assert len(found) == config.MOST_MISTAKES + 1
+    assert found[-1] == "and 800 more mistakes"
+
+
 def test_a_value_in_a_message_is_escaped_and_cut():
     found = mistakes(BASE, "--log-format=\x1b[31m\udc80" + "x" * 100)
     assert found == ['command line: log_format: "\\u001b[31m\\udc80' + "x" * 54 + '..." is not text or json']
