@@ -114,6 +114,13 @@ class DestinationNotAllowed(Refused):
     code = "destination_not_allowed"
 
 
+class UnknownPath(Refused):
+    """An OPEN names a throttle path that the run has not registered, or the run has no session now."""
+
+    code = "unknown_path"
+    retry = True
+
+
 class FamilyMismatch(Refused):
     """Source and destination are not both IPv4 or both IPv6."""
 

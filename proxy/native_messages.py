@@ -38,7 +38,7 @@ LongName = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"\A[^\x00-
 HostName = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"\A[!-~]+\Z")]
 Word = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"\A[a-z][a-z0-9_]*\Z")]
 Sentence = Annotated[str, Meta(max_length=512)]
-Reply = Annotated[bytes, Meta(max_length=1024)]
+Reply = Annotated[bytes, Meta(max_length=4096)]
 Errno = Annotated[int, Meta(ge=0, le=65535)]
 
 canonical_host = lru_cache(maxsize=4096)(canonical_ip)

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from proxy import native, native_auth
+from proxy import errors, native, native_auth
 from proxy import native_messages as m
 from proxy import native_session as s
 from proxy.errors import PeerError
@@ -17,8 +17,10 @@ VECTORS = json.loads((ROOT / "tests/vectors/native.json").read_text())
 MESSAGES = {vector["name"]: vector for vector in VECTORS["messages"]}
 CONTROL = [vector for vector in VECTORS["messages"] if vector["type"] != "DATA"]
 TYPES = {
-    "CHANNEL_AUTH": m.ChannelAuth,
-    **{kind.__name__.upper(): kind for module in (m, s) for kind in vars(module).values() if hasattr(kind, "TYPE")},
+    re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__).upper(): kind
+    for module in (m, s)
+    for kind in vars(module).values()
+    if hasattr(kind, "TYPE")
 }
 TABLES = [getattr(native, name) for name in dir(native) if isinstance(getattr(native, name), dict) and name.isupper()]
 
@@ -189,6 +191,30 @@ def test_document_lists_every_message_with_its_number():
     for name, kind in {**TYPES, "DATA": None}.items():
         number = kind.TYPE if kind else native.DATA
         assert f"| 0x{number:02x} | {name} |" in text
+
+
+def subclasses(kind: type) -> set[type]:
+    return {kind}.union(*(subclasses(each) for each in kind.__subclasses__()))
+
+
+def test_document_explains_every_code_and_says_whether_to_retry():
+    text = (ROOT / "docs/protocol.md").read_text().partition("## 9. Codes")[2].partition("## 10.")[0]
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (yes|no) \|$", text, re.M)
+    never_sent = {
+        "error",  # the base
+        "bad_configuration",
+        "bad_usage",
+        "client_not_allowed",  # closed without an answer
+        "command_not_supported",  # SOCKS
+        "address_type_not_supported",  # SOCKS
+        "refused_by_proxy",  # the client's
+    }
+    codes = {
+        kind.code: "yes" if kind.retry else "no"
+        for kind in subclasses(errors.ProxyError)
+        if kind.__module__ in ("proxy.errors", "proxy.native_auth")
+    }
+    assert dict(rows) == {code: retry for code, retry in codes.items() if code not in never_sent}
 
 
 def test_document_names_every_field_in_order():

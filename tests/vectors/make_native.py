@@ -243,7 +243,7 @@ def channel(maker: Maker) -> None:
     data = frame(0x13, text)
     maker.raw("data", data, (data[:4], "length"), (data[4:5], "type DATA"), (text, "raw bytes, no MessagePack"))
     maker.message("eof", "EOF", 0x14)
-    maker.message("aborted", "ABORTED", 0x15, code="upstream_reset", errno=104, message="connection reset by peer")
+    maker.message("aborted", "ABORTED", 0x15, code="upstream_failed", errno=104, message="connection reset by peer")
     maker.message("end", "END", 0x16, keep=True, messages=1)
     maker.message("ended", "ENDED", 0x17, kept=True, reason="kept")
 
