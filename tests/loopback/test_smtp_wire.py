@@ -1,4 +1,4 @@
-"""The SMTP rooms against a real server: bring-up in every TLS mode, RSET, QUIT, and `smtplib` watched by the tracker."""
+"""The SMTP rooms on real sockets: bring-up in every TLS mode, RSET, QUIT, and `smtplib` watched by the tracker."""
 
 from __future__ import annotations
 
