@@ -19,10 +19,11 @@ COALESCE = 10_000_000
 
 
 class Permit(NamedTuple):
-    """Allows one message, once. Times in nanoseconds of the client's clock."""
+    """Allows one message, once: the `serial`th of its session. Times in nanoseconds of the client's clock."""
 
     not_before: int
     use_by: int
+    serial: int
 
     def usable(self, now: int) -> bool:
         return self.not_before <= now <= self.use_by
@@ -87,7 +88,7 @@ class Lease:
             return None
         run = self._runs[0]
         self._skip(1)
-        return Permit(run.not_before, run.use_by)
+        return Permit(run.not_before, run.use_by, run.serial)
 
     def next_at(self, now: int) -> int | None:
         """When the next permit can be used, None if there is none."""

@@ -21,7 +21,7 @@ from proxy.limits import BackoffRule, Part
 from proxy.places import PlaceBook, Places, Ticket
 from proxy.refusals import refusal
 from proxy.registry import Registry, Remark
-from proxy.session import DEAD_AFTER, LEASE, PING_EVERY, End, Output, Session
+from proxy.session import DEAD_AFTER, LEASE, PING_EVERY, SMALLEST_SLACK, End, Output, Session
 from proxy.throttle import MICROSECOND, TICK, Key, Throttle, check
 from proxy.wheel import Wheel
 
@@ -86,7 +86,11 @@ class Manager:
         """The answer to our ping of `t` microseconds; one of another time or from the future measures nothing."""
         rtt = now - (t + hold_us) * MICROSECOND
         if session.end is None and -MICROSECOND <= rtt <= DEAD_AFTER:
-            session.measured(max(0, rtt), now)
+            if session.measured(max(0, rtt), now):
+                for flow in session.flows.values():
+                    if flow.want > 0:
+                        self._registry.stretch(flow.path, session.slack, now)
+                        self._registry.announce(flow)  # perhaps it is too far away: then this says so
             self._unpark(session, now)
 
     def congest(self, session: Session, congested: bool, now: int) -> None:
@@ -137,8 +141,8 @@ class Manager:
             session.lying += 1
             return
         session.backlog(id, ram, bounce, disk)
-        if session.worst_rtt and session.needed_slack > flow.path.slack:
-            self._registry.stretch(flow.path, session.needed_slack, now)
+        if session.slack > SMALLEST_SLACK:
+            self._registry.stretch(flow.path, session.slack, now)
         self._dispenser.demand(flow, want, got, now)
         if want:
             for throttle in flow.path.throttles:

@@ -22,6 +22,8 @@ DEAD_AFTER = 5 * SECOND
 LEASE = 10 * SECOND
 #: Room beside two round trips that the slack of a permit should leave.
 SLACK_MARGIN = 50_000_000
+#: No path has less.
+SMALLEST_SLACK = 100_000_000
 
 
 class End(enum.StrEnum):
@@ -95,6 +97,7 @@ class Session(Receiver):
     __slots__ = (
         *("run", "address", "since", "end", "flows", "backlogs", "ram", "bounce", "disk", "congested", "lying"),
         *("ping_t", "ping_at", "pong_at", "rtt", "worst_rtt", "pongs", "ping_due", "caps", "unpermitted", "warned_at"),
+        "slack",
     )
 
     def __init__(self, name: str, run: bytes, address: str, weight: float, now: int) -> None:
@@ -110,6 +113,7 @@ class Session(Receiver):
         self.pong_at = now
         self.rtt = 0
         self.worst_rtt = 0
+        self.slack = SMALLEST_SLACK
         self.congested = False
         self.end: End | None = None
         self.pongs: list[tuple[int, int]] = []
@@ -133,11 +137,16 @@ class Session(Receiver):
         self.ping_at = now
         self.pongs.append((t, now))
 
-    def measured(self, rtt: int, now: int) -> None:
+    def measured(self, rtt: int, now: int) -> bool:
+        """A round trip. Returns whether `slack`, what this session's permits need, has grown."""
         self.rtt = rtt
         # One slow round trip is remembered for a while: slack follows the worst, not the last.
         self.worst_rtt = max(rtt, self.worst_rtt * 7 // 8)
         self.pong_at = now
+        if self.needed_slack <= self.slack:
+            return False
+        self.slack = self.needed_slack * 9 // 8
+        return True
 
     def backlog(self, id: int, ram: int, bounce: int, disk: int) -> None:
         """The latest figures of one path; the session's are the sums."""

@@ -1,0 +1,128 @@
+"""Judges what a throttle let through, slot by slot, from the outside. Shares no arithmetic with the program.
+
+Told of every slot that was granted (with the true time), every return of a holder, and every use. A count of uses per
+window is blind to broken recycling, so the oracle looks at slots: minted ones must follow GCRA, also over restarts of the
+manager; a slot given out again must be one that came back, each time once; each is used at most once and within
+[slot, slot + slack]. At the end the uses are also counted in windows of W, W/10 and 10 W.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from fractions import Fraction
+from math import ceil
+
+SECOND = 1_000_000_000
+
+
+class Violation(AssertionError):
+    """The throttle broke its word."""
+
+
+class Rule:
+    """One limit as the design states it: L per W with burst B; strict from a minute on.
+
+    `slack` is the d that the interval is made for, `latest` the largest d that permits may get when sessions are far away.
+    """
+
+    def __init__(self, amount: int, seconds: int, burst: int = 1, slack: int = 0, latest: int = 0) -> None:
+        self.amount, self.seconds, self.burst, self.latest = amount, seconds, burst, max(slack, latest)
+        window = seconds * SECOND
+        if seconds >= 60:
+            self.interval = Fraction(window + slack, amount - burst + 1)
+        else:
+            self.interval = Fraction(window, amount)
+
+    def most(self, window: int) -> int:
+        """Uses that any half-open window of this many nanoseconds may hold."""
+        return ceil(Fraction(window + self.latest) / self.interval) + self.burst - 1
+
+
+def check_slots(slots: list[int], rule: Rule) -> None:
+    """`slots` (sorted) follow GCRA: k of them span at least (k - burst) intervals.
+
+    Sorted, because a path that waits for another throttle takes slots that lie a little ahead of the next path's. For
+    sorted slots, and only for them, the running check below says the same as that inequality for every pair.
+    """
+    tat = Fraction(-(10**30))
+    for slot in slots:
+        if slot < tat - (rule.burst - 1) * rule.interval:
+            raise Violation(f"slot {slot} is not allowed before {float(tat)} (burst {rule.burst})")
+        tat = max(tat, slot) + rule.interval
+
+
+class Oracle:
+    """Everything that was given out, by path, and used.
+
+    Args:
+        rules: throttle name → its limits. paths: path name → the throttles it passes.
+        slack: path name → d of its permits, in nanoseconds.
+    """
+
+    def __init__(self, rules: dict[str, list[Rule]], paths: dict[str, tuple[str, ...]], slack: dict[str, int]) -> None:
+        self.rules = rules
+        self.paths = paths
+        self.slack = slack
+        self.minted: dict[str, list[int]] = {name: [] for name in rules}
+        self.came_back: dict[str, Counter[int]] = {path: Counter() for path in paths}
+        self.granted: list[tuple[str, int]] = []
+        self.uses: list[tuple[str, int, int]] = []
+        self._spent: set[int] = set()
+
+    def grant(self, path: str, slot: int, now: int, horizon: int) -> int:
+        """A slot is given out; its number, for `use` and `give_back`."""
+        if slot > now + horizon:
+            raise Violation(f"slot {slot} is given out {slot - now} ns ahead")
+        if self.came_back[path][slot]:
+            self.came_back[path][slot] -= 1
+        else:
+            for name in self.paths[path]:
+                self.minted[name].append(slot)
+        self.granted.append((path, slot))
+        return len(self.granted) - 1
+
+    def give_back(self, number: int) -> None:
+        """The holder returns it instead of using it."""
+        if number in self._spent:
+            raise Violation("a spent slot came back")
+        self._spent.add(number)
+        path, slot = self.granted[number]
+        self.came_back[path][slot] += 1
+
+    def restarted(self) -> None:
+        """A new manager: it knows of nothing that came back, and must not break what its predecessor gave out."""
+        for counter in self.came_back.values():
+            counter.clear()
+
+    def use(self, number: int, now: int) -> None:
+        path, slot = self.granted[number]
+        if number in self._spent:
+            raise Violation(f"slot {slot} is used twice")
+        self._spent.add(number)
+        if not slot <= now <= slot + self.slack[path]:
+            raise Violation(f"slot {slot} is used at {now}, {now - slot} ns after it (slack {self.slack[path]})")
+        self.uses.append((path, slot, now))
+
+    def finish(self) -> None:
+        """The slots conform, those given out and those used, and no window held too many uses."""
+        for name, rules in self.rules.items():
+            self.minted[name].sort()
+            used = [(slot, at) for path, slot, at in self.uses if name in self.paths[path]]
+            times = sorted(at for _, at in used)
+            for rule in rules:
+                check_slots(self.minted[name], rule)
+                check_slots(sorted(slot for slot, _ in used), rule)
+                window = rule.seconds * SECOND
+                for size in (window, window // 10, window * 10):
+                    check_windows(times, size, rule.most(size))
+                if rule.seconds >= 60:
+                    check_windows(times, window, rule.amount)
+
+
+def check_windows(uses: list[int], window: int, most: int) -> None:
+    """No half-open window [t, t + window) holds more than `most` of `uses` (sorted). Those that begin at a use are the worst."""
+    for index, start in enumerate(uses):
+        held = bisect_left(uses, start + window) - index
+        if held > most:
+            raise Violation(f"{held} uses within {window / SECOND} s from {start}, allowed are {most}")
