@@ -13,8 +13,11 @@ Rules that keep it right (each was broken once, each has a test in tests/loopbac
 - A direction with bytes that the kernel did not take (`pending`, `in_pipe`) reads nothing: that is the back-pressure,
   and it is what keeps a queued continuation from overwriting those bytes.
 - A descriptor is closed at the end of the batch, so that no event of this batch meets a successor with its number.
-- Nothing escapes `_drain`: an exception would stop the one watcher, and with it every relay. `sweep` restarts a watcher
-  that died all the same.
+- Nothing escapes `_drain`, not even a `gevent.Timeout` that a dying greenlet lets out: an exception would stop the one
+  watcher, and with it every relay. `sweep` restarts a watcher that died all the same.
+
+`proxy._fastrelay`, if it was built, has an `Engine` that does the same with its inner loop in C; `make_engine` chooses.
+Rules, limits and tests are the same for both: whoever changes one changes the other.
 
 Bytes that go from raw socket to raw socket in bulk are spliced through a pipe and never seen. What the connection is
 for, what it may cost and what its end means is not known here.
@@ -38,7 +41,7 @@ from gevent import get_hub, getcurrent
 
 from proxy.model import Ending
 
-__all__ = ["IPPROTO_TCP", "TCP_NODELAY", "Engine", "Owner", "Pair", "RawSocket"]
+__all__ = ["IPPROTO_TCP", "TCP_NODELAY", "Engine", "Owner", "Pair", "RawSocket", "engine_name", "make_engine"]
 
 _IN, _OUT, _ERR, _HUP, _RDHUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLERR, select.EPOLLHUP, select.EPOLLRDHUP
 _REGISTERED = _IN | _OUT | _RDHUP | select.EPOLLET
@@ -64,8 +67,8 @@ _SPLICE_FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
 
 
 class Owner(Protocol):
-    """Whoever joined a pair; is told once, from the hub, when it has ended, with the bytes delivered up (to upstream)
-    and down (to the client). Must not block or raise."""
+    """Whoever joined a pair; is told once, from the hub or from within `join`, when it has ended, with the bytes
+    delivered up (to upstream) and down (to the client). Must not block; raising costs nobody else anything."""
 
     def ended(self, ending: Ending, up: int, down: int) -> None: ...
 
@@ -75,7 +78,7 @@ class Half:
 
     __slots__ = (
         *("source", "target", "recv_into", "send", "pair", "peer"),
-        *("pending", "pipe", "in_pipe", "moved", "full_reads", "done"),
+        *("pending", "pipe", "in_pipe", "moved", "full_reads", "done", "queued"),
     )
 
     def __init__(self, source: RawSocket, target: RawSocket, pair: Pair) -> None:
@@ -91,6 +94,7 @@ class Half:
         self.moved = 0  # bytes received
         self.full_reads = 0  # reads running that filled the buffer
         self.done = False  # the source has said FIN and the target was told
+        self.queued = False  # in the engine's `_again`
 
     @property
     def delivered(self) -> int:
@@ -140,9 +144,12 @@ class Engine:
         self._in_batch = False
         self._graveyard: list[RawSocket] = []
         self._free_pipes: list[tuple[int, int]] = []
-        self._pipes = 0
-        self._max_pipes = _MAX_PIPES
-        self.faults = 0  # exceptions that are bugs of ours; each closed its pair
+        self.pipes = 0  # that exist, free or not
+        self.max_pipes = _MAX_PIPES
+        self.pipe_size = _PIPE_SIZE
+        self.reads_a_turn = _READS_A_TURN
+        self.splices_a_turn = _SPLICES_A_TURN
+        self.faults = 0  # exceptions that are bugs of ours; each cost at most its pair
         self.rearmed = 0  # times that the watcher was found dead
         self._watcher = self._loop.io(self._epoll.fileno(), 1)
         self._watcher.start(self._drain)
@@ -162,12 +169,14 @@ class Engine:
         Returns:
             The epoll events; perhaps spurious, so try, then wait, in a loop.
         """
-        self._table[fd] = getcurrent().switch
+        table = self._table
+        switch = table[fd] = getcurrent().switch
         try:
             events = self._hub_switch()
             return events if events.__class__ is int else 0
         finally:
-            self._table[fd] = None
+            if table[fd] is switch:  # else the socket was closed meanwhile, and the number may be another's
+                table[fd] = None
 
     def watch(self, fd: int, callback: Callable[[int], object] | None) -> None:
         """Call `callback(events)` from the hub for each event of `fd`, until something else is set; None: ignore."""
@@ -213,11 +222,13 @@ class Engine:
         up = pair.up
         table = self._table
         table[upstream.fileno()] = pair.down
-        if client_registered:
-            table[client.fileno()] = up
-        else:
-            self.register(client.fileno())  # brings an event if there is something to read
-            table[client.fileno()] = up
+        if not client_registered:
+            try:
+                self.register(client.fileno())  # brings an event if there is something to read
+            except OSError:  # no memory, or too many watches (epoll_ctl(2))
+                self._fault(up)
+                return
+        table[client.fileno()] = up
         if early:
             up.moved = len(early)
             up.pending = early
@@ -231,6 +242,11 @@ class Engine:
     def pairs(self) -> int:
         """How many pairs are being relayed."""
         return len(self._pairs)
+
+    @property
+    def free_pipes(self) -> int:
+        """How many pipes no transfer uses."""
+        return len(self._free_pipes)
 
     def abort_all(self, ending: Ending) -> None:
         """Reset every pair."""
@@ -259,24 +275,25 @@ class Engine:
         table = self._table
         view = _VIEW
         self._in_batch = True
-        for fd, events in self._epoll.poll(0, _EVENTS_A_BATCH):
-            half = table[fd]
-            if half.__class__ is not Half:
-                if half is not None:
-                    try:
-                        half(events)
-                    except Exception:
-                        self._fault()
-                continue
-            try:
-                if events & _OUT:
-                    peer = half.peer
-                    if peer.pending is not None or peer.in_pipe:
-                        self._writable(peer)
-                if events & _READABLE and half.pending is None:
-                    if half.pipe is not None:
-                        if not half.in_pipe:
-                            self._splice(half)
+        try:
+            for fd, events in self._epoll.poll(0, _EVENTS_A_BATCH):
+                half = table[fd]
+                if half.__class__ is not Half:
+                    if half is not None:
+                        try:
+                            half(events)
+                        except BaseException:
+                            self._fault()
+                    continue
+                try:
+                    if events & _OUT:
+                        peer = half.peer
+                        if peer.pending is not None or peer.in_pipe:
+                            self._writable(peer)
+                    if not events & _READABLE:
+                        continue
+                    if half.pending is not None or half.pipe is not None:
+                        self._readable(half, events)
                         continue
                     count = half.recv_into(_BUFFER)
                     if not count:
@@ -291,24 +308,33 @@ class Engine:
                         half.pending = bytes(view[sent:count])
                     elif count == BUFFER_SIZE or events & _CLOSING:
                         self._pump(half)
-            except BlockingIOError:
-                pass
-            except OSError:
-                self._broken(half)
-            except Exception:
-                self._fault(half)
-        self._in_batch = False
-        graveyard = self._graveyard
-        if graveyard:
-            for sock in graveyard:
-                sock.close()
-            graveyard.clear()
+                except BlockingIOError:
+                    pass
+                except OSError:
+                    self._broken(half)
+                except BaseException:
+                    self._fault(half)
+        finally:
+            self._in_batch = False
+            graveyard = self._graveyard
+            if graveyard:
+                for sock in graveyard:
+                    sock.close()
+                graveyard.clear()
+
+    def _readable(self, half: Half, events: int) -> None:
+        """The source of a direction that holds bytes back, or splices, has something to say."""
+        if half.pending is not None or half.in_pipe:
+            if events & _ERR:  # it was reset; must not wait until the other side reads again
+                self._abort(half.pair, self._reset_ending(half))
+        else:
+            self._splice(half)
 
     def _pump(self, half: Half) -> None:
         """Read until there is nothing more, within the budget; then queue the half to go on."""
         recv_into = half.recv_into
         send = half.send
-        for _ in range(_READS_A_TURN):
+        for _ in range(self.reads_a_turn):
             count = recv_into(_BUFFER)
             if not count:
                 self._end_of_file(half, 0)
@@ -334,9 +360,9 @@ class Engine:
         """Move bytes through the kernel's pipe until there is nothing more, within the budget."""
         assert half.pipe is not None
         read_end, write_end = half.pipe
-        source, target = half.source.fileno(), half.target.fileno()
-        for _ in range(_SPLICES_A_TURN):
-            count = os.splice(source, write_end, _PIPE_SIZE, flags=_SPLICE_FLAGS)
+        source, target, size = half.source.fileno(), half.target.fileno(), self.pipe_size
+        for _ in range(self.splices_a_turn):
+            count = os.splice(source, write_end, size, flags=_SPLICE_FLAGS)
             if not count:
                 self._give_pipe(half)
                 self._end_of_file(half, 0)
@@ -391,6 +417,9 @@ class Engine:
                 self._pump(half)
 
     def _go_on_later(self, half: Half) -> None:
+        if half.queued:  # an event came first and used up a budget of its own
+            return
+        half.queued = True
         self._again.append(half)
         if not self._again_scheduled:
             self._again_scheduled = True
@@ -401,6 +430,7 @@ class Engine:
         self._again_scheduled = False
         for _ in range(len(self._again)):
             half = self._again.popleft()
+            half.queued = False
             if half.pending is None and not half.in_pipe and not half.done:
                 self._guarded(self._read_on, half)
 
@@ -412,7 +442,7 @@ class Engine:
             pass
         except OSError:
             self._broken(half)
-        except Exception:
+        except BaseException:
             self._fault(half)
 
     # ---------------------------------------------------------------- ends
@@ -438,17 +468,10 @@ class Engine:
         pair = half.pair
         if pair not in self._pairs:
             return
-        # A socket that was reset has lost its peer; the other one has not.
+        # A socket that was reset has no peer any more; so has one that was closed both ways, but that is no reset.
         culprit = half
-        try:
-            half.source.getpeername()
-        except OSError:
-            pass
-        else:
-            try:
-                half.target.getpeername()
-            except OSError:
-                culprit = half.peer
+        if (half.peer.done or _has_peer(half.source)) and not _has_peer(half.target):
+            culprit = half.peer
         self._abort(pair, self._reset_ending(culprit))
 
     def _reset_ending(self, half: Half) -> Ending:
@@ -457,7 +480,8 @@ class Engine:
     def _fault(self, half: Half | None = None) -> None:
         """An exception that is a bug of ours: told by the loop's error handler, and it costs this pair only."""
         self.faults += 1
-        self._loop.handle_error(self, *sys.exc_info())
+        with contextlib.suppress(Exception):  # standard error may be gone
+            self._loop.handle_error(self, *sys.exc_info())
         if half is not None:
             self._abort(half.pair, Ending.INTERNAL_ERROR)
 
@@ -477,7 +501,10 @@ class Engine:
                 self._give_pipe(half)
             half.pending = _CLOSED
             half.done = True
-        pair.owner.ended(ending, up_bytes, down_bytes)
+        try:
+            pair.owner.ended(ending, up_bytes, down_bytes)
+        except BaseException:
+            self._fault()
 
     # ---------------------------------------------------------------- pipes
 
@@ -486,20 +513,20 @@ class Engine:
             half.pipe = self._free_pipes.pop()
             return True
         half.full_reads = 0  # ask again only after as many full reads
-        if self._pipes >= self._max_pipes:
+        if self.pipes >= self.max_pipes:
             return False
         try:
             pipe = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError:
             return False
         try:
-            fcntl.fcntl(pipe[0], fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
+            fcntl.fcntl(pipe[0], fcntl.F_SETPIPE_SZ, self.pipe_size)
         except OSError:  # the user's allowance of big pipes is used up
             os.close(pipe[0])
             os.close(pipe[1])
-            self._max_pipes = self._pipes
+            self.max_pipes = self.pipes
             return False
-        self._pipes += 1
+        self.pipes += 1
         half.pipe = pipe
         return True
 
@@ -508,7 +535,7 @@ class Engine:
         if half.in_pipe:  # it holds a dead connection's bytes
             os.close(half.pipe[0])
             os.close(half.pipe[1])
-            self._pipes -= 1
+            self.pipes -= 1
             half.in_pipe = 0
         else:
             self._free_pipes.append(half.pipe)
@@ -530,5 +557,32 @@ class Engine:
         for pipe in self._free_pipes:
             os.close(pipe[0])
             os.close(pipe[1])
-        self._pipes -= len(self._free_pipes)
+        self.pipes -= len(self._free_pipes)
         self._free_pipes.clear()
+
+
+def _has_peer(sock: RawSocket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError:
+        return False
+    return True
+
+
+def _engine_class() -> type[Engine]:
+    if os.environ.get("GREENARROW_PROXY_RELAY") != "python":
+        with contextlib.suppress(ImportError):
+            from proxy import _fastrelay
+
+            return _fastrelay.Engine
+    return Engine
+
+
+def make_engine() -> Engine:
+    """The compiled engine if it was built and GREENARROW_PROXY_RELAY is not `python`, else this module's."""
+    return _engine_class()()
+
+
+def engine_name() -> str:
+    """Which engine `make_engine` makes: `compiled` or `python`; for --version."""
+    return _engine_class().name
