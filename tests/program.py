@@ -50,8 +50,8 @@ Address = tuple[str, int]
 
 
 def config(more: str = "", base: str = BASE) -> str:
-    """`base` with `more` behind it; a directive that `more` names is taken out of `base`."""
-    named = {line.split()[0] for line in more.splitlines() if line.split()}
+    """`base` with `more` behind it; a directive that `more` names is taken out of `base`. Indent blocks."""
+    named = {line.split()[0] for line in more.splitlines() if line[:1].isalpha()}  # what stands in a block is indented
     return "".join(line for line in base.splitlines(True) if line.split()[0] not in named) + more
 
 

@@ -16,6 +16,7 @@ from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
 
 Address = tuple[str, int]
+GREETING = b"220 mx\r\n"
 
 
 class Received(NamedTuple):
@@ -157,6 +158,14 @@ def echo(sock: socket.socket) -> None:
     """Send back what comes; end when the client has ended."""
     while data := sock.recv(65536):
         sock.sendall(data)
+    sock.shutdown(socket.SHUT_WR)
+
+
+def greet(sock: socket.socket) -> None:
+    """Say `220 mx` and wait for the client's end."""
+    sock.sendall(GREETING)
+    while sock.recv(65536):
+        pass
     sock.shutdown(socket.SHUT_WR)
 
 
