@@ -261,6 +261,10 @@ class Channel:
             request.requiretls,
             request.tenant or "",
         )
+        if request.reuse and (kept := services.keeper.take(key)) is not None:
+            services.gauges.outgoing += 1
+            services.counters.reused += 1
+            return kept, key, True
         seconds = (ends_at - monotonic()) / left
         if seconds <= 0:
             raise UpstreamError(f"connect {source} -> {destination}: no time left", Step.CONNECT, 110)
@@ -428,15 +432,32 @@ class Channel:
     def _finish(self, session: _Session) -> tuple[Ending, bool]:
         """Answer END: keep the connection for the next one, or close it; how it ended, and whether by a reset."""
         assert session.end is not None
-        if session.broken is not None:
-            self._send(native.encode(m.Ended(False, Discard.PEER_CLOSED)))
-            return session.broken, True
-        reason = Discard.NOT_OFFERED
-        self._flush_up(session)
+        reason = self._why_not_kept(session, session.end)
+        if reason is None:
+            self._send(native.encode(m.Ended(True, "kept")))
+            return Ending.KEPT, False
+        if session.end.keep:
+            session.services.keeper.decline(reason)
+        if session.broken is None:
+            self._flush_up(session)
         self._send(native.encode(m.Ended(False, reason)))
-        if session.receiver_done:
-            return Ending.UPSTREAM_CLOSED, False
-        return Ending.CLIENT_CLOSED, bool(session.held_up)
+        if session.broken is not None:
+            return session.broken, True
+        return Ending.UPSTREAM_CLOSED if session.receiver_done else Ending.CLIENT_CLOSED, bool(session.held_up)
+
+    def _why_not_kept(self, session: _Session, end: m.End) -> Discard | None:
+        """Only what the tracker has found clean is kept, and only when the client says so."""
+        if not end.keep or session.tracker is None:
+            return Discard.NOT_OFFERED
+        if not self._current().settings.reuse_connections:
+            return Discard.DISABLED
+        if self._goaway is not None:
+            return Discard.DRAINING
+        if session.broken is not None or session.receiver_done:
+            return Discard.PEER_CLOSED
+        if session.held_up or session.finished or session.receiver.stream.unsent:
+            return Discard.OUTSTANDING
+        return session.tracker.verdict()
 
     def _flush_up(self, session: _Session) -> None:
         """What the client gave before END shall reach the receiver."""
@@ -455,9 +476,15 @@ class Channel:
         services, receiver = session.services, session.receiver
         if self._doom is not None:
             ending = self._doom
-        self._engine.close(receiver.stream.socket, reset)
         services.gauges.outgoing -= 1
         counters = services.counters
+        if session.tracker is not None:
+            receiver.messages += session.tracker.mails
+            counters.messages += session.tracker.mails
+        if ending is Ending.KEPT:
+            services.keeper.give(receiver, session.key)
+        else:
+            self._engine.close(receiver.stream.socket, reset)
         counters.bytes_up += session.up
         counters.bytes_down += session.down
         counters.ended.count(ending)

@@ -1,8 +1,8 @@
 """Pooled greenlets: a greenlet that has done its work waits for the next instead of dying.
 
 Starting a greenlet costs more than all the Python of a short connection's set-up, so `Crew.run` hands the work to one
-that is idle, at once (not in the next turn of the loop). Work must not raise; if it does, the loop's error handler
-tells it and the greenlet goes on. Used from the hub only.
+that is idle; from the hub at once, not in the next turn of the loop. Work must not raise; if it does, the loop's error
+handler tells it and the greenlet goes on.
 """
 
 from __future__ import annotations
@@ -26,8 +26,16 @@ class Crew:
         self.busy = 0
 
     def run(self, work: Callable[..., object], *arguments: Any) -> None:
-        """Start `work(*arguments)` now; returns when it waits for something for the first time, or has ended."""
-        job = (work, arguments)
+        """Start `work(*arguments)`: now if the caller is the hub (an event's callback), else in its next turn.
+
+        Only the hub may switch to another greenlet and be sure to be switched back to.
+        """
+        if getcurrent() is self._hub:
+            self._start((work, arguments))
+        else:
+            self._hub.loop.run_callback(self._start, (work, arguments))
+
+    def _start(self, job: tuple[Callable[..., object], tuple[Any, ...]]) -> None:
         if self._idle:
             self._idle.pop()(job)
         else:

@@ -16,7 +16,7 @@ from gevent import Timeout
 
 from proxy import log, upstream
 from proxy.conversation import farewell
-from proxy.errors import ClientNotAllowed, HandshakeTimeout, PeerError, ProxyError, UpstreamError
+from proxy.errors import ClientNotAllowed, HandshakeTimeout, Overloaded, PeerError, ProxyError, UpstreamError
 from proxy.model import (
     Accepted,
     BindSource,
@@ -169,7 +169,7 @@ class Visit:
         """
         services = self.services
         if event.__class__ is Login:
-            self.instance = services.access.authenticate(event)
+            self.instance = services.access.authenticate(event, self.client.host)
         elif event.__class__ is BindSource:
             source = event.source
             services.access.check_source(self.instance or self._instance_of_address(), source)
@@ -196,7 +196,11 @@ class Visit:
         )
 
     def _bind(self, source: str) -> RawSocket:
-        sock = self.upstream = upstream.bind(source, self.services.settings.idle_timeout)
+        try:
+            sock = self.upstream = upstream.bind(source, self.services.settings.idle_timeout)
+        except Overloaded:
+            self.services.keeper.shed(1)
+            raise
         self.services.gauges.outgoing += 1
         return sock
 

@@ -24,7 +24,8 @@ from proxy.access import Access
 from proxy.budget import FailureBudget
 from proxy.channel import Channel
 from proxy.crew import Crew
-from proxy.errors import ConfigError, Draining, Overloaded
+from proxy.errors import ConfigError, Overloaded
+from proxy.keeper import Keeper
 from proxy.listener import Listener, ListenError, endpoint_of, open_socket
 from proxy.model import Ending, Endpoint
 from proxy.native_messages import Kind
@@ -43,6 +44,8 @@ _RESERVED_DESCRIPTORS = 16
 _REFUSALS_AT_A_TIME = 32
 #: Connections that have not said who they are.
 _MAX_NEWCOMERS = 1024
+#: Cached connections given up when there is no descriptor for a client.
+_SHED_WHEN_SHORT = 32
 _SWEEPS_AN_IDLE_TIMEOUT = 8
 _LONGEST_SWEEP_PERIOD = 15.0
 _DRAIN_POLL = 0.05
@@ -79,12 +82,12 @@ class Server:
         self._newcomers = Newcomers(_MAX_NEWCOMERS)
         self._budget = FailureBudget()
         self._instances = Instances()
+        self._keeper = Keeper(self._engine, self._crew, self._counters, settings, lambda receiver: None)
         self._incarnation = int.from_bytes(os.urandom(4), "big")
         self._generated: tls.ServerIdentity | None = None
         self._listeners: dict[Endpoint, Listener] = {}  # by configured address
         self._doors: list[Door] = []  # listeners that were closed and still have connections
         self._refusing = 0
-        self._draining: Draining | None = None
         self._signals = 0
         self._reload_wanted = False
         self._reloading = False
@@ -109,6 +112,7 @@ class Server:
         self._watch_signals()
         gevent.spawn(self._report_forever)
         gevent.spawn(self._sweep_forever)
+        gevent.spawn(self._keeper.run)
         gevent.spawn(self._watchdog_forever)
         _freeze_garbage()
         self._manager.ready("serving")
@@ -136,6 +140,7 @@ class Server:
             newcomers=self._newcomers,
             budget=self._budget,
             instances=self._instances,
+            keeper=self._keeper,
             identity=identity,
             incarnation=self._incarnation,
             host_name=socket.gethostname(),
@@ -223,6 +228,7 @@ class Server:
                 listener.door = Door(protocol, listener.door.endpoint)
             listener.set_options(settings.idle_timeout)
         self.services = self._wire(settings, prepared.identity)
+        self._keeper.apply(settings)
         self._max_connections = settings.max_connections or (self._descriptors - _OTHER_DESCRIPTORS) // 2
 
     def _admit(self, listener: Listener, sock: RawSocket, address: tuple[Any, ...]) -> None:
@@ -272,6 +278,7 @@ class Server:
 
     def _accept_failed(self, listener: Listener, error: OSError) -> None:
         self._counters.accept_errors += 1
+        self._keeper.shed(_SHED_WHEN_SHORT)
         text = os.strerror(error.errno or 0)
         log.note(log.Event.ACCEPT, log.ERROR, f"accept on {listener.door.endpoint}: {text}; trying again soon")
 
@@ -328,20 +335,26 @@ class Server:
         """Accept nothing more, let what is open finish within `drain_timeout`, reset the rest."""
         timeout = self.services.settings.drain_timeout
         self._manager.stopping("draining", 3 * _EXTEND_EVERY)
-        self._draining = Draining("the proxy is shutting down")
+
         for listener in self._listeners.values():
             listener.close()
+        for channel in list(self._instances.channels):
+            channel.goaway(timeout, "the proxy is shutting down")
+        self._keeper.drain()
         open_now = self._open_connections()
         log.note(log.Event.DRAIN, log.INFO, "stopping: no new connections", open_connections=open_now, timeout=timeout)
         end = monotonic() + timeout
         extended = monotonic()
-        while self._open_connections() and monotonic() < end:
+        while (self._open_connections() or self._keeper.cached) and monotonic() < end:
             if monotonic() - extended >= _EXTEND_EVERY:
                 extended = monotonic()
                 self._manager.extend(3 * _EXTEND_EVERY)
             gevent.sleep(_DRAIN_POLL)
-        cut = self._engine.pairs
+        cut = self._open_connections()
         self._engine.abort_all(Ending.DRAIN_TIMEOUT)
+        for channel in list(self._instances.channels):
+            channel.cut(Ending.DRAIN_TIMEOUT)
+        gevent.sleep(0)
         log.note(log.Event.STOP, log.INFO, "stopped", reset_connections=cut)
         return EXIT_OK
 
@@ -350,7 +363,7 @@ class Server:
     def snapshot(self) -> Snapshot:
         """The figures of this moment."""
         listeners = tuple((door.endpoint, door.open_connections) for door in self._all_doors())
-        return Snapshot(listeners=listeners, manager=None, active=self._gauges.outgoing, cached=0)
+        return Snapshot(listeners=listeners, manager=None, active=self._gauges.outgoing, cached=self._keeper.cached)
 
     def _all_doors(self) -> Iterator[Door]:
         for listener in self._listeners.values():
@@ -378,6 +391,8 @@ class Server:
             gevent.sleep(min(period, _LONGEST_SWEEP_PERIOD))
             for _ in self._engine.sweep(monotonic()):
                 gevent.sleep(0)
+            for channel in list(self._instances.channels):
+                channel.sweep(monotonic())
 
 
 class _Prepared(NamedTuple):

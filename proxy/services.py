@@ -17,7 +17,8 @@ from typing import Protocol
 from proxy.access import Access
 from proxy.budget import FailureBudget
 from proxy.crew import Crew
-from proxy.model import Endpoint
+from proxy.keeper import Keeper
+from proxy.model import Ending, Endpoint
 from proxy.native_auth import ChannelKey, Fences
 from proxy.relay import Engine, RawSocket
 from proxy.settings import Settings
@@ -102,6 +103,9 @@ class Hosted(Protocol):
     def goaway(self, seconds: float, reason: str) -> None:
         """Tell the client to finish within `seconds`; must not wait."""
 
+    def cut(self, ending: Ending) -> None:
+        """End it now, whatever is in progress; must not wait."""
+
     def sweep(self, now: float) -> None:
         """Look whether it has been idle for too long; must not wait."""
 
@@ -125,6 +129,7 @@ class Services:
     newcomers: Newcomers
     budget: FailureBudget
     instances: Instances
+    keeper: Keeper
     identity: ServerIdentity | None
     incarnation: int
     host_name: str
