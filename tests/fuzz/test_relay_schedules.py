@@ -1,0 +1,32 @@
+"""A few random schedules against each engine; many of them, with the sanitizers, where time does not matter."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from gevent import get_hub
+
+from proxy import relay
+from tests.fuzz.relay_schedules import schedule
+from tests.loopback.relays import ENGINES
+
+
+@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("kind", ENGINES, ids=lambda engine: engine.name)
+def test_random_schedules(kind: type[relay.Engine], seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(get_hub(), "exception_stream", None)
+    engine = kind()
+    schedule(engine, seed, 300)
+    engine.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs a compiler")
+def test_the_compiled_engine_with_sanitizers() -> None:
+    script = Path(__file__).with_name("relay_schedules.py")
+    subprocess.run([sys.executable, str(script), "--asan", "--rounds", "40", "--steps", "2000"], check=True)
