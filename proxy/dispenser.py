@@ -23,6 +23,8 @@ from proxy.wheel import Wheel
 MAX_STEP = (WORD - 1) * MICROSECOND
 #: No permit is usable longer than this after its slot.
 LONGEST_SLACK = 2_000_000_000
+#: Throttles that are served within one another's turn; beyond that a turn may be taken out of order.
+DEEPEST = 8
 
 
 class Slots:
@@ -44,6 +46,7 @@ class Dispenser:
         self.touched: dict[Receiver, None] = {}
         self.paid: list[Flow] = []
         self._order = count()
+        self._serving: list[Throttle] = []
 
     # --- demand ---
 
@@ -105,11 +108,19 @@ class Dispenser:
     def serve(self, throttle: Throttle, now: int) -> None:
         """Give out the slots of `throttle` that are due; arm the wheel for the rest."""
         slots = throttle.slots
-        if slots is None:
+        if slots is None or throttle in self._serving:
             return
+        self._serving.append(throttle)
+        if self._serve(throttle, slots, now):
+            throttle.slots = None
+            self.wheel.disarm(throttle)
+        self._serving.pop()
+
+    def _serve(self, throttle: Throttle, slots: Slots, now: int) -> bool:
+        """Whether nobody is left in the queue."""
         queue, times, horizon = slots.queue, slots.times, now + TICK
         while queue:
-            time, _, flow = queue[0]
+            time, order, flow = queue[0]
             receiver = flow.receiver
             path = flow.path
             if flow.want <= 0 or flow.paused or not receiver.may_receive(now):
@@ -117,8 +128,8 @@ class Dispenser:
                 self._stand_aside(flow)
                 continue
             own = times[receiver.name]
-            if time < own:  # it got something elsewhere meanwhile
-                heapreplace(queue, (own, next(self._order), flow))
+            if time < own:  # its session got something meanwhile; among that session's flows it keeps its turn
+                heapreplace(queue, (own, order, flow))
                 continue
             slot, decider = path.earliest(now)
             if decider is None:
@@ -129,18 +140,33 @@ class Dispenser:
             if slot > horizon:
                 if decider is throttle:
                     self.wheel.arm(throttle, slot - TICK)
-                    return
+                    return False
                 heappop(queue)
                 self._enqueue(flow, decider)
                 self.wheel.arm_earlier(decider, slot - TICK)
+                continue
+            if len(path.throttles) > 1 and self._serve_others(path, throttle, now):
                 continue
             slots.clock = own
             for each in path.throttles:
                 each.take_slot(slot)
             self._give(flow, slot)
             heapreplace(queue, (times[receiver.name], next(self._order), flow))
-        throttle.slots = None
-        self.wheel.disarm(throttle)
+        return True
+
+    def _serve_others(self, path: Path, throttle: Throttle, now: int) -> bool:
+        """Serve who waits at other throttles of `path` that are due: nobody overtakes them by way of this one.
+
+        Returns:
+            whether anything was served, so that the next slot must be looked up again.
+        """
+        served = False
+        if len(self._serving) < DEEPEST:
+            for other in path.throttles:
+                if other.slots is not None and other not in self._serving and other.earliest(now) <= now + TICK:
+                    self.serve(other, now)
+                    served = True
+        return served
 
     def expire(self, now: int) -> None:
         """Serve the throttles whose turn has come."""

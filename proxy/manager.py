@@ -320,6 +320,11 @@ class Manager:
         return remarks
 
     @property
+    def throttles(self) -> dict[Key, Throttle]:
+        """Those that instances have named, by key; to be read only."""
+        return self._registry.throttles
+
+    @property
     def unpermitted(self) -> int:
         """Messages that were sent without a permit."""
         return self._audit.unpermitted

@@ -98,26 +98,19 @@ class Window:
     def change(self, limit: Limit, slack: int, floor: int, now: int, lead: int) -> None:
         """Take other terms from now on; slots already given out keep theirs.
 
-        The debt is scaled by I_new/I_old. A rise scales only what lies beyond the slots given out (up to now + lead).
-        A fall never gives more debt than a throttle with the new terms can have: else one slot of a fast limit, given
-        out `lead` ahead, would become hours. And what a manager does not know about the time before its start holds
-        for the new terms too: `floor` is theirs.
+        The debt is scaled by I_new/I_old, but only what lies beyond the slots that are given out ahead (up to
+        now + lead): scaled up, those would turn 25 ms of a fast limit into hours, scaled down they would be forgotten.
+        So a limit that falls and rises again gains nothing. And what a manager does not know about the time before its
+        start holds for the new terms too: `floor` is theirs.
         """
         old, self.limit, self.slack = self.interval, limit, slack
         self.interval = interval(limit, slack)
         self.tau = (limit.burst - 1) * self.interval
         ahead = now + lead
-        if self.interval < old:
-            if self.tat > ahead:
-                self.tat = ahead + _scaled(self.tat - ahead, self.interval, old)
-        elif self.tat > now:
-            most = ahead + self.tau + self.interval
-            self.tat = max(self.tat, min(now + _scaled(self.tat - now, self.interval, old), most))
+        if self.tat > ahead:
+            scaled = -(-(self.tat - ahead) * self.interval // (old * MICROSECOND)) * MICROSECOND
+            self.tat = -(-ahead // MICROSECOND) * MICROSECOND + scaled
         self.tat = max(self.tat, floor)
-
-
-def _scaled(debt: int, new: int, old: int) -> int:
-    return -(-debt * new // (old * MICROSECOND)) * MICROSECOND
 
 
 class Throttle:

@@ -1,8 +1,8 @@
 """Judges what a throttle let through, slot by slot, from the outside. Shares no arithmetic with the program.
 
 Told of every slot that was granted (with the true time), every return of a holder, and every use. A count of uses per
-window is blind to broken recycling, so the oracle looks at slots: minted ones must follow GCRA, also over restarts of the
-manager; a slot given out again must be one that came back, each time once; each is used at most once and within
+window is blind to broken recycling, so the oracle looks at slots: minted ones must follow GCRA, also over restarts of
+the manager; a slot given out again must be one that came back, each time once; each is used at most once and within
 [slot, slot + slack]. At the end the uses are also counted in windows of W, W/10 and 10 W.
 """
 
@@ -23,7 +23,7 @@ class Violation(AssertionError):
 class Rule:
     """One limit as the design states it: L per W with burst B; strict from a minute on.
 
-    `slack` is the d that the interval is made for, `latest` the largest d that permits may get when sessions are far away.
+    `slack` is the d that the interval is made for, `latest` the largest d that permits may get for far sessions.
     """
 
     def __init__(self, amount: int, seconds: int, burst: int = 1, slack: int = 0, latest: int = 0) -> None:
@@ -121,7 +121,7 @@ class Oracle:
 
 
 def check_windows(uses: list[int], window: int, most: int) -> None:
-    """No half-open window [t, t + window) holds more than `most` of `uses` (sorted). Those that begin at a use are the worst."""
+    """No half-open window [t, t + window) holds more than `most` of `uses` (sorted); the worst begin at a use."""
     for index, start in enumerate(uses):
         held = bisect_left(uses, start + window) - index
         if held > most:

@@ -119,12 +119,16 @@ MUTANTS = [
 ]
 
 
+def soak_all() -> None:
+    for seed in range(12):
+        soak(seed, 250)
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_mutant_is_caught(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
     mutant(monkeypatch)
     with pytest.raises(Violation):
-        for seed in range(12):
-            soak(seed, 250)
+        soak_all()
 
 
 # --- the oracle itself, against sequences written by hand ---

@@ -175,7 +175,7 @@ def test_shares_are_equal_within_every_second() -> None:
 def test_a_session_200_ms_away_gets_its_share() -> None:
     clients = near(1)
     clients.append(Client("far", 7 * SECOND, (99 * MS, 101 * MS)))
-    world = saturated(3, 60, clients, "fast")
+    saturated(3, 60, clients, "fast")
     total = sum(client.sent for client in clients)
     assert clients[1].sent >= 0.99 * total / 2
 

@@ -1,8 +1,8 @@
 """A small world for the throttle core: one manager, some MTAs, a network that delays, stops and breaks, and true time.
 
-Nothing is real but the code under test (`manager`, `lease`). Every frame is a call that is made later, in order for each
-direction; clients have clocks of their own. All that happens is told to the oracle, which knows only what went over the
-wire. Randomness comes from the caller.
+Nothing is real but the code under test (`manager`, `lease`). Every frame is a call that is made later, in order for
+each direction; clients have clocks of their own. All that happens is told to the oracle, which knows only what went
+over the wire. Randomness comes from the caller.
 """
 
 from __future__ import annotations
