@@ -316,7 +316,7 @@ class Proxy:
             for thread in self._threads:
                 thread.join(5)
             done = condition()
-        assert done, f"not within {timeout} s: {what}; it wrote:\n" + "\n".join(self.lines[-60:])
+        assert done, f"not within {timeout} s: {what}; it wrote:\n" + "\n".join(self.lines[-20:])
 
     def _ended(self) -> bool:
         return not any(thread.is_alive() for thread in self._threads)
