@@ -73,7 +73,7 @@ class Lease:
         """
         use_by = (ping_t_us + hold_us + first_offset_us + self.slack_us) * MICROSECOND
         not_before = received + first_offset_us * MICROSECOND
-        if self.slack_us:
+        if self.slack_us and not_before <= use_by:  # else the frame was under way for longer than d
             heappush(self._runs, _Run(use_by, self.got, not_before, n, step_us * MICROSECOND, True))
             self._count += n
         else:
