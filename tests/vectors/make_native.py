@@ -192,7 +192,7 @@ def channel(maker: Maker) -> None:
         messages=3,
         age_ms=41250,
         greeting=b"220 mx.example.net ESMTP",
-        ehlo=[b"250-mx.example.net", b"250-SIZE 52428800", b"250 8BITMIME"],
+        ehlo=[b"mx.example.net", b"SIZE 52428800", b"8BITMIME"],
         tls=["TLSv1.3", "TLS_AES_256_GCM_SHA384", False, "self-signed certificate", DER],
     )
     maker.message(

@@ -1,0 +1,12 @@
+"""The MTA's side of the native protocol: blocking sockets and threads, for any Python MTA, also under gevent.
+
+`Session` is the way in. This package needs the native protocol's codec and the standard library, and nothing else of
+the proxy; docs/protocol.md describes what goes over the wire.
+"""
+
+from proxy.client.errors import ProxyFailure, ProxyRefused, ProxyRejected, ProxyUnavailable
+from proxy.client.session import Session
+from proxy.client.smtp import ProxiedSMTP
+from proxy.client.stream import Stream
+
+__all__ = ["ProxiedSMTP", "ProxyFailure", "ProxyRefused", "ProxyRejected", "ProxyUnavailable", "Session", "Stream"]
