@@ -299,11 +299,11 @@ class Engine:
                     if not count:
                         self._end_of_file(half, events)
                         continue
-                    half.moved += count
                     try:
                         sent = half.send(view[:count])
                     except BlockingIOError:
                         sent = 0
+                    half.moved += count
                     if sent != count:
                         half.pending = bytes(view[sent:count])
                     elif count == BUFFER_SIZE or events & _CLOSING:
@@ -339,11 +339,11 @@ class Engine:
             if not count:
                 self._end_of_file(half, 0)
                 return
-            half.moved += count
             try:
                 sent = send(_VIEW[:count])
             except BlockingIOError:
                 sent = 0
+            half.moved += count
             if sent != count:
                 half.pending = bytes(_VIEW[sent:count])
                 return

@@ -20,7 +20,7 @@ from tests.loopback.relays import ENGINES
 def test_random_schedules(kind: type[relay.Engine], seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(get_hub(), "exception_stream", None)
     engine = kind()
-    schedule(engine, seed, 300)
+    schedule(engine, seed, 1500)
     engine.stop()
 
 

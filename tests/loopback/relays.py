@@ -89,14 +89,17 @@ class Relayed:
         buffers: int | None = None,
         owner: Owner | None = None,
         before: Callable[[Relayed], object] = lambda relayed: None,
+        client_registered: bool = False,
     ) -> None:
         self.owner = owner or Owner()
         self.client, ours = tcp_pair("127.0.0.1", buffers)
         self.upstream, theirs = tcp_pair("127.0.0.2", buffers)
         self.fds = ours.fileno(), theirs.fileno()
         engine.register(theirs.fileno())
+        if client_registered:
+            engine.register(ours.fileno())
         before(self)
-        engine.join(ours, theirs, self.owner, idle_timeout, early, False, False, True)
+        engine.join(ours, theirs, self.owner, idle_timeout, early, client_registered, client_registered, True)
 
     def close(self) -> None:
         self.client.close()
