@@ -21,18 +21,22 @@ from gevent.event import Event
 
 from proxy import __version__, front, log, native_door, systemd, tls, upstream
 from proxy.access import Access
+from proxy.admission import Admission, clock_ns
 from proxy.budget import FailureBudget
 from proxy.channel import Channel
+from proxy.control import Control
 from proxy.crew import Crew
 from proxy.errors import ConfigError, Overloaded
 from proxy.keeper import Keeper
 from proxy.listener import Listener, ListenError, endpoint_of, open_socket
+from proxy.manager import Manager
 from proxy.model import Ending, Endpoint
 from proxy.native_messages import Kind
+from proxy.receiver import Receiver
 from proxy.relay import Engine, RawSocket
 from proxy.services import Door, Gauges, Instances, Newcomers, Services
 from proxy.settings import Settings
-from proxy.stats import Counters, Snapshot
+from proxy.stats import Counters, ManagerFigures, Snapshot, sum_flows
 
 EXIT_OK, EXIT_FORCED, EXIT_CANNOT_LISTEN = 0, 1, 69
 
@@ -82,7 +86,9 @@ class Server:
         self._newcomers = Newcomers(_MAX_NEWCOMERS)
         self._budget = FailureBudget()
         self._instances = Instances()
-        self._keeper = Keeper(self._engine, self._crew, self._counters, settings, lambda receiver: None)
+        self._keeper = Keeper(self._engine, self._crew, self._counters, settings, self._receiver_closed)
+        manager = Manager(self._incarnation, clock_ns(), settings.throttle_enforce, settings.throttle)
+        self._admission = Admission(manager, self._keeper.make_way)
         self._incarnation = int.from_bytes(os.urandom(4), "big")
         self._generated: tls.ServerIdentity | None = None
         self._listeners: dict[Endpoint, Listener] = {}  # by configured address
@@ -141,6 +147,7 @@ class Server:
             budget=self._budget,
             instances=self._instances,
             keeper=self._keeper,
+            admission=self._admission,
             identity=identity,
             incarnation=self._incarnation,
             host_name=socket.gethostname(),
@@ -229,7 +236,11 @@ class Server:
             listener.set_options(settings.idle_timeout)
         self.services = self._wire(settings, prepared.identity)
         self._keeper.apply(settings)
-        self._max_connections = settings.max_connections or (self._descriptors - _OTHER_DESCRIPTORS) // 2
+        self._admission.manager.reload(settings.throttle_enforce, settings.throttle, clock_ns())
+        self._admission.settle()
+        for session in list(self._instances.sessions):
+            session.reloaded()
+        self._max_connections = settings.max_connections or max(1, (self._descriptors - _OTHER_DESCRIPTORS) // 2)
 
     def _admit(self, listener: Listener, sock: RawSocket, address: tuple[Any, ...]) -> None:
         """Serve one accepted connection, or refuse it when there are too many."""
@@ -250,8 +261,10 @@ class Server:
         door.open_connections += 1
         try:
             guest = native_door.enter(self.services, door, sock, address)
-            if guest is not None and guest.handshake.peer is not None and guest.handshake.peer.kind is Kind.CHANNEL:
-                Channel(lambda: self.services, door, guest).serve()
+            if guest is None or guest.handshake.peer is None:
+                return
+            serve = Channel if guest.handshake.peer.kind is Kind.CHANNEL else Control
+            serve(lambda: self.services, door, guest).serve()
         finally:
             door.open_connections -= 1
             self._engine.close(sock)
@@ -338,8 +351,8 @@ class Server:
 
         for listener in self._listeners.values():
             listener.close()
-        for channel in list(self._instances.channels):
-            channel.goaway(timeout, "the proxy is shutting down")
+        for hosted in [*self._instances.channels, *self._instances.sessions]:
+            hosted.goaway(timeout, "the proxy is shutting down")
         self._keeper.drain()
         open_now = self._open_connections()
         log.note(log.Event.DRAIN, log.INFO, "stopping: no new connections", open_connections=open_now, timeout=timeout)
@@ -354,6 +367,8 @@ class Server:
         self._engine.abort_all(Ending.DRAIN_TIMEOUT)
         for channel in list(self._instances.channels):
             channel.cut(Ending.DRAIN_TIMEOUT)
+        for session in list(self._instances.sessions):
+            session.cut()
         gevent.sleep(0)
         log.note(log.Event.STOP, log.INFO, "stopped", reset_connections=cut)
         return EXIT_OK
@@ -363,7 +378,21 @@ class Server:
     def snapshot(self) -> Snapshot:
         """The figures of this moment."""
         listeners = tuple((door.endpoint, door.open_connections) for door in self._all_doors())
-        return Snapshot(listeners=listeners, manager=None, active=self._gauges.outgoing, cached=self._keeper.cached)
+        manager = self._manager_figures() if self.services.settings.listen else None
+        return Snapshot(listeners=listeners, manager=manager, active=self._gauges.outgoing, cached=self._keeper.cached)
+
+    def _manager_figures(self) -> ManagerFigures:
+        sessions = tuple(f for session in self._instances.sessions if (f := session.figures()) is not None)
+        return ManagerFigures(
+            incarnation=f"{self._incarnation:08x}",
+            throttles=self._admission.manager.active_throttles(clock_ns()),
+            sessions=sessions,
+            forward=sum_flows(session.forward for session in sessions),
+            back=sum_flows(session.back for session in sessions),
+        )
+
+    def _receiver_closed(self, receiver: Receiver) -> None:
+        self._admission.leave(receiver.place)
 
     def _all_doors(self) -> Iterator[Door]:
         for listener in self._listeners.values():
