@@ -68,6 +68,7 @@ class Proxy:
         ready: wait for the listeners; False when they are not expected to come.
         exit_code: what it must end with.
         clean: whether it must end without an internal error.
+        shared: let every user read the file (for a program that `before` makes unprivileged).
 
     Attributes:
         lines: what it wrote on both outputs, without line ends and timestamps, in the order in which it was read.
@@ -88,6 +89,7 @@ class Proxy:
         ready: bool = True,
         exit_code: int = 0,
         clean: bool = True,
+        shared: bool = False,
     ) -> None:
         self.lines: list[str] = []
         self.stdout_lines: list[str] = []
@@ -104,6 +106,9 @@ class Proxy:
         self._stdout = stdout
         self._ready = ready
         self._clean = clean
+        self._mode = 0o644 if shared else 0o600
+        if shared:
+            self._directory.chmod(0o755)
         self._news = threading.Condition()
         self._threads: list[threading.Thread] = []
         self._process: subprocess.Popen[bytes]
@@ -217,7 +222,7 @@ class Proxy:
     def _write(self, text: str) -> None:
         temporary = self.path.with_suffix(".new")
         temporary.write_text(text)
-        temporary.chmod(0o600)
+        temporary.chmod(self._mode)
         temporary.replace(self.path)
 
     # -- looking at it
