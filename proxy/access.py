@@ -103,6 +103,11 @@ class Access:
             raise BadCredentials("unknown instance or wrong secret")
         return login.instance
 
+    def weight_of(self, instance: str) -> float:
+        """The instance's weight in the fair division of throttles: its block's, else 1."""
+        block = self._instances.get(instance)
+        return block.weight if block else 1.0
+
     def instance_allowed(self, instance: str, client: str) -> bool:
         """Whether the instance may come from this address: its block's `allow_from`, if there is one."""
         block = self._instances.get(instance)
@@ -246,12 +251,13 @@ class _Networks:
 class _Instance:
     """One `instance` block, prepared."""
 
-    __slots__ = ("clients", "digests", "secrets", "single_sources", "sources")
+    __slots__ = ("clients", "digests", "secrets", "single_sources", "sources", "weight")
 
     def __init__(self, block: InstanceSettings) -> None:
         self.clients = _Networks(block.allow_from)
         self.sources = _Networks(block.source_ip)
         self.secrets = block.auth_shared_secret
+        self.weight = block.weight
         self.digests = _digests(block.auth_shared_secret)
         #: At most one of each family: where a block lists several addresses or a network, none is "the" source.
         families = [[net for net in block.source_ip if net.version == version] for version in (4, 6)]

@@ -1,7 +1,7 @@
 """How often an address may fail to prove who it is: a budget that refills, and what follows when it is used up.
 
-Pure: the clock is an argument. Doors ask `delay` before they answer a failure and `exhausted` before they listen at
-all. Whether an address has a live session is told by the caller: behind one NAT address there may be a good instance
+Pure: the clock is an argument. Doors ask `exhausted` before they listen to an address, and again before they answer a
+failure. Whether an address has a live session is told by the caller: behind one NAT address there may be a good instance
 beside a bad one, so such an address is slowed but never shut out.
 """
 

@@ -19,12 +19,16 @@ from gevent import Timeout, get_hub, getcurrent
 
 from proxy import log, native, upstream
 from proxy import native_messages as m
+from proxy.admission import clock_ns
 from proxy.conversation import farewell, send_all
-from proxy.errors import Draining, PeerError, ProxyError, Refused, Step, UpstreamError
+from proxy.errors import Draining, PeerError, ProxyError, Refused, Step, UnknownPath, UpstreamError
+from proxy.flows import Flow
 from proxy.model import Discard, Ending, Endpoint
 from proxy.native_door import Guest
+from proxy.places import Places
 from proxy.pool import PoolKey
 from proxy.receiver import Receiver, Wish, open_receiver
+from proxy.relay import GONE
 from proxy.services import Door, Services, numbers
 from proxy.smtp import try_next_destination
 from proxy.smtp_tracker import Tracker
@@ -92,6 +96,14 @@ class Channel:
         self._waiting = False
         self._moved = 0
         self._swept = (-1, 0.0)
+
+    @property
+    def instance(self) -> str:
+        return self._peer.instance
+
+    @property
+    def run_id(self) -> bytes:
+        return self._peer.run_id
 
     # ---------------------------------------------------------------- the whole life
 
@@ -201,7 +213,8 @@ class Channel:
             self._log_refused(number, error, request, started)
             self._send(native.encode(native.failed(error, attempts)))
             return
-        tracker = Tracker() if request.reuse and request.ehlo_name else None
+        tracked = request.ehlo_name is not None and (request.reuse or request.throttles)
+        tracker = Tracker() if tracked else None
         session = _Session(number, request, key, receiver, reused, started, services, tracker)
         self._session = session
         ending, reset = Ending.CLIENT_RESET, True
@@ -227,6 +240,7 @@ class Channel:
         """
         access, instance = services.access, self._peer.instance
         ends_at = monotonic() + request.deadline_ms / 1000
+        flows = self._flows(services, request)
         socket = self._stream.socket
         routes = []
         for address in request.destinations:
@@ -238,7 +252,7 @@ class Channel:
         try:
             for number, (address, source, endpoint) in enumerate(routes):
                 try:
-                    return self._open_one(services, request, source, endpoint, ends_at, len(routes) - number)
+                    return self._open_one(services, request, flows, source, endpoint, ends_at, len(routes) - number)
                 except UpstreamError as error:
                     attempts.append((address, error))
                     if not try_next_destination(error) or number == len(routes) - 1:
@@ -247,8 +261,37 @@ class Channel:
         finally:
             self._engine.watch(socket.fileno(), None)
 
+    def _flows(self, services: Services, request: m.Open) -> tuple[Flow, ...]:
+        """The paths that the OPEN names, as the manager knows them.
+
+        Raises:
+            UnknownPath: not registered by a live session of this run, or for another source address.
+        """
+        if not request.throttles:
+            return ()
+        manager = services.admission.manager
+        session = manager.sessions.get(self.instance)
+        if session is None or session.run != self.run_id:
+            raise UnknownPath("there is no session of this run that could have registered a path")
+        try:
+            flows = manager.flows(session, request.throttles)
+        except KeyError as error:
+            raise UnknownPath(f"path {error.args[0]} is not registered") from None
+        for flow in flows:
+            source = flow.path.throttles[0].key.source
+            if source != request.source_ip:
+                raise UnknownPath(f"path {flow.id} is for source {source}")
+        return flows
+
     def _open_one(
-        self, services: Services, request: m.Open, source: str, destination: Endpoint, ends_at: float, left: int
+        self,
+        services: Services,
+        request: m.Open,
+        flows: tuple[Flow, ...],
+        source: str,
+        destination: Endpoint,
+        ends_at: float,
+        left: int,
     ) -> tuple[Receiver, PoolKey, bool]:
         key = PoolKey(
             source,
@@ -261,10 +304,24 @@ class Channel:
             request.requiretls,
             request.tenant or "",
         )
+        admission, instance = services.admission, self.instance
+        who = (
+            instance or self._guest.client.host,
+            services.access.weight_of(instance),
+            source,
+            destination.host,
+            flows,
+        )
         if request.reuse and (kept := services.keeper.take(key)) is not None:
-            services.gauges.outgoing += 1
-            services.counters.reused += 1
-            return kept, key, True
+            may, places = admission.swap(kept.place, *who)
+            if may:
+                kept.place = places
+                services.gauges.outgoing += 1
+                services.counters.reused += 1
+                return kept, key, True
+            services.keeper.part(kept, Discard.YIELDED)
+        seconds = (ends_at - monotonic()) / left
+        places = admission.enter(*who, seconds)
         seconds = (ends_at - monotonic()) / left
         if seconds <= 0:
             raise UpstreamError(f"connect {source} -> {destination}: no time left", Step.CONNECT, 110)
@@ -282,13 +339,15 @@ class Channel:
             )
         except BaseException:
             services.gauges.outgoing -= 1
+            admission.leave(places)
             raise
+        receiver.place = places
         services.counters.fresh += 1
         return receiver, key, False
 
     def _client_event(self, events: int) -> None:
         """While we connect: a client that is gone ends the wait. What else it sends is read afterwards."""
-        if events & _GONE:
+        if events & GONE:
             self._greenlet.throw(ClientGone())
 
     # ---------------------------------------------------------------- bytes
@@ -447,7 +506,7 @@ class Channel:
 
     def _why_not_kept(self, session: _Session, end: m.End) -> Discard | None:
         """Only what the tracker has found clean is kept, and only when the client says so."""
-        if not end.keep or session.tracker is None:
+        if not end.keep or not session.request.reuse or session.tracker is None:
             return Discard.NOT_OFFERED
         if not self._current().settings.reuse_connections:
             return Discard.DISABLED
@@ -457,6 +516,8 @@ class Channel:
             return Discard.PEER_CLOSED
         if session.held_up or session.finished or session.receiver.stream.unsent:
             return Discard.OUTSTANDING
+        if session.receiver.place is not None and self._current().admission.manager.wanted(session.receiver.place):
+            return Discard.YIELDED
         return session.tracker.verdict()
 
     def _flush_up(self, session: _Session) -> None:
@@ -481,10 +542,12 @@ class Channel:
         if session.tracker is not None:
             receiver.messages += session.tracker.mails
             counters.messages += session.tracker.mails
+            self._audit(services, receiver.place, session.tracker.mails)
         if ending is Ending.KEPT:
             services.keeper.give(receiver, session.key)
         else:
             self._engine.close(receiver.stream.socket, reset)
+            services.admission.leave(receiver.place)
         counters.bytes_up += session.up
         counters.bytes_down += session.down
         counters.ended.count(ending)
@@ -502,6 +565,12 @@ class Channel:
             monotonic() - session.started,
             ending,
         )
+
+    def _audit(self, services: Services, places: Places | None, messages: int) -> None:
+        """Each MAIL should have had a permit."""
+        if places is not None and places.flows and messages:
+            services.admission.manager.mail_sent(places, messages, clock_ns())
+            services.admission.settle()
 
     def _log_refused(
         self, number: int, error: ProxyError, request: m.Open | None = None, started: float | None = None
@@ -565,9 +634,6 @@ class Channel:
     def _wake(self) -> None:
         if self._waiting:
             get_hub().loop.run_callback(self._greenlet.switch)
-
-
-_GONE = 0x2000 | 0x10 | 0x08  # EPOLLRDHUP, EPOLLHUP, EPOLLERR
 
 
 def _opened(session: _Session) -> m.Opened:

@@ -53,13 +53,15 @@ def send_all(engine: Engine, stream: Stream, data: bytes) -> None:
 
 
 def farewell(engine: Engine, stream: Stream, data: bytes) -> None:
-    """Say the last word and wait a little until it is read; the caller closes.
+    """Say the last word (perhaps none) and wait a little until it is read; the caller closes.
 
     A plain close with bytes unread in our buffer would be a reset, and a reset takes the last word away from the peer.
     """
     timer = Timeout.start_new(FAREWELL_SECONDS)
     try:
         send_all(engine, stream, data)
+        stream.finish()
+        send_all(engine, stream, b"")
         stream.socket.shutdown(SHUT_WR)
         left = _FAREWELL_BYTES
         while left > 0:

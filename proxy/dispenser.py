@@ -12,7 +12,7 @@ Pure: the runs that a receiver gets pile up in its `runs`. Sessions, their pings
 from __future__ import annotations
 
 from bisect import bisect_right
-from heapq import heappop, heappush, heapreplace
+from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 
 from proxy.flows import WORD, Flow, Path, Receiver, Run
@@ -23,8 +23,8 @@ from proxy.wheel import Wheel
 MAX_STEP = (WORD - 1) * MICROSECOND
 #: No permit is usable longer than this after its slot.
 LONGEST_SLACK = 2_000_000_000
-#: Throttles that are served within one another's turn; beyond that a turn may be taken out of order.
-DEEPEST = 8
+#: When a throttle's next slot is, a number to tell equals apart, and the throttle.
+Turn = tuple[int, int, Throttle]
 
 
 class Slots:
@@ -46,7 +46,6 @@ class Dispenser:
         self.touched: dict[Receiver, None] = {}
         self.paid: list[Flow] = []
         self._order = count()
-        self._serving: list[Throttle] = []
 
     # --- demand ---
 
@@ -63,9 +62,6 @@ class Dispenser:
         if flow.want <= 0 or flow.paused or flow.queued is not None:
             return
         path = flow.path
-        if path.waiting is None:
-            path.waiting = set()
-        path.waiting.add(flow)
         if path.returned:
             self.recycle(path, now)
             if flow.want <= 0:
@@ -82,8 +78,6 @@ class Dispenser:
         """The session of `flow` is gone or means another path: it wants nothing, and what it held is not reused."""
         flow.want = 0
         flow.held = None
-        if flow.path.waiting is not None:
-            flow.path.waiting.discard(flow)
 
     def unpark(self, receiver: Receiver, now: int) -> None:
         """`receiver` may receive again."""
@@ -107,22 +101,34 @@ class Dispenser:
 
     def serve(self, throttle: Throttle, now: int) -> None:
         """Give out the slots of `throttle` that are due; arm the wheel for the rest."""
-        slots = throttle.slots
-        if slots is None or throttle in self._serving:
-            return
-        self._serving.append(throttle)
-        if self._serve(throttle, slots, now):
-            throttle.slots = None
-            self.wheel.disarm(throttle)
-        self._serving.pop()
+        self._serve([throttle], now)
 
-    def _serve(self, throttle: Throttle, slots: Slots, now: int) -> bool:
-        """Whether nobody is left in the queue."""
+    def expire(self, now: int) -> None:
+        """Serve the throttles whose turn has come."""
+        due = self.wheel.expire(now)
+        if due:
+            self._serve(due, now)
+
+    def _serve(self, throttles: list[Throttle], now: int) -> None:
+        """Serve these and whom they lead to, in the order of their slots.
+
+        The order matters where paths share a throttle: a slot taken for a later instant would waste what lies before.
+        """
+        agenda: list[Turn] = [(throttle.earliest(now), next(self._order), throttle) for throttle in throttles]
+        heapify(agenda)
+        while agenda:
+            throttle = heappop(agenda)[2]
+            slots = throttle.slots
+            if slots is not None and self._take_turn(throttle, slots, agenda, now):
+                throttle.slots = None
+                self.wheel.disarm(throttle)
+
+    def _take_turn(self, throttle: Throttle, slots: Slots, agenda: list[Turn], now: int) -> bool:
+        """Serve the queue of `throttle` while its slots are the next ones and near. Whether nobody is left in it."""
         queue, times, horizon = slots.queue, slots.times, now + TICK
         while queue:
             time, order, flow = queue[0]
-            receiver = flow.receiver
-            path = flow.path
+            receiver, path = flow.receiver, flow.path
             if flow.want <= 0 or flow.paused or not receiver.may_receive(now):
                 heappop(queue)
                 self._stand_aside(flow)
@@ -145,8 +151,16 @@ class Dispenser:
                 self._enqueue(flow, decider)
                 self.wheel.arm_earlier(decider, slot - TICK)
                 continue
-            if len(path.throttles) > 1 and self._serve_others(path, throttle, now):
-                continue
+            if len(path.throttles) > 1:
+                elsewhere = self._where_to_wait(flow, throttle, slot, decider, now)
+                if elsewhere is not None:
+                    heappop(queue)
+                    self._enqueue(flow, elsewhere)
+                    heappush(agenda, (slot, next(self._order), elsewhere))
+                    continue
+                if agenda and agenda[0][0] < slot:
+                    heappush(agenda, (slot, next(self._order), throttle))
+                    return False
             slots.clock = own
             for each in path.throttles:
                 each.take_slot(slot)
@@ -154,32 +168,22 @@ class Dispenser:
             heapreplace(queue, (times[receiver.name], next(self._order), flow))
         return True
 
-    def _serve_others(self, path: Path, throttle: Throttle, now: int) -> bool:
-        """Serve who waits at other throttles of `path` that are due: nobody overtakes them by way of this one.
-
-        Returns:
-            whether anything was served, so that the next slot must be looked up again.
-        """
-        served = False
-        if len(self._serving) < DEEPEST:
-            for other in path.throttles:
-                if other.slots is not None and other not in self._serving and other.earliest(now) <= now + TICK:
-                    self.serve(other, now)
-                    served = True
-        return served
-
-    def expire(self, now: int) -> None:
-        """Serve the throttles whose turn has come."""
-        for throttle in self.wheel.expire(now):
-            self.serve(throttle, now)
+    def _where_to_wait(self, flow: Flow, throttle: Throttle, slot: int, decider: Throttle, now: int) -> Throttle | None:
+        """The throttle of its path that a flow must wait for before it may take `slot`; None: none."""
+        if decider is not throttle and throttle.earliest(now) < slot:
+            return decider
+        if flow.yielded != slot:
+            for other in flow.path.throttles:
+                # Others came first there for the same instant; it yields to them once.
+                if other is not throttle and other.slots is not None and other.earliest(now) <= slot:
+                    flow.yielded = slot
+                    return other
+        return None
 
     def _stand_aside(self, flow: Flow) -> None:
         flow.queued = None
-        if flow.want > 0:
-            if not flow.paused:  # who pauses it activates it again
-                flow.receiver.parked[flow] = None
-        elif flow.path.waiting is not None:
-            flow.path.waiting.discard(flow)
+        if flow.want > 0 and not flow.paused:  # who pauses it activates it again
+            flow.receiver.parked[flow] = None
 
     def _give(self, flow: Flow, slot: int) -> None:
         """One slot to `flow`, charged at every throttle of its path; the caller has taken it from them."""
@@ -220,8 +224,6 @@ class Dispenser:
             self.paid.append(flow)
         flow.balance += flow.want
         flow.want = flow.fine = 0
-        if flow.path.waiting is not None:
-            flow.path.waiting.discard(flow)
         if n > 0:
             flow.open = None
             flow.receiver.runs.append(Run(flow, flow.granted, -(-now // MICROSECOND) * MICROSECOND, n))
@@ -296,9 +298,7 @@ class Dispenser:
                 heappop(returned)
                 continue
             waiting = [
-                flow
-                for flow in path.waiting or ()
-                if flow.want > 0 and not flow.paused and flow.receiver.may_receive(now)
+                flow for flow in path.flows() if flow.want > 0 and not flow.paused and flow.receiver.may_receive(now)
             ]
             if not waiting:
                 return

@@ -59,13 +59,17 @@ class Receiver:
 class Path:
     """Throttles that a message passes together. `returned` holds slots that came back and may be used again."""
 
-    __slots__ = ("refs", "returned", "throttles", "waiting")
+    __slots__ = ("refs", "returned", "throttles")
 
     def __init__(self, throttles: tuple[Throttle, ...]) -> None:
         self.throttles = throttles
         self.returned: list[int] | None = None
-        self.waiting: set[Flow] | None = None
         self.refs = 0
+
+    def flows(self) -> list[Flow]:
+        """The flows on this path."""
+        fewest = min((each.terms for each in self.throttles if each.terms is not None), key=len)
+        return [flow for flow in fewest if flow.path is self]
 
     def earliest(self, now: int) -> tuple[int, Throttle | None]:
         """The next slot that all throttles have, and the throttle that decides it (None: nothing limits the rate)."""
@@ -90,6 +94,7 @@ class Flow:
         id: the session's number for the path.
         want: permits wanted beyond those on their way. granted: permits granted so far.
         balance: permits granted and not returned, minus messages seen.
+        yielded: the slot for which it last let others go first.
         fine: slots to take from this flow's share without giving them (messages that were sent without a permit).
         queued: the throttle in whose queue it stands. open: the run that may still grow. held: runs that were sent.
         places, waiting_places: connections open and requested. listed: either is not 0, and its throttles know.
@@ -99,7 +104,7 @@ class Flow:
     # One flow for each path of each session: 100,000 of them must stay small.
     __slots__ = (
         *("id", "receiver", "path", "want", "granted", "balance", "fine", "paused", "queued", "open", "held"),
-        *("places", "waiting_places", "listed", "gated", "cap"),
+        *("places", "waiting_places", "listed", "gated", "cap", "yielded"),
     )
 
     def __init__(self, receiver: Receiver, id: int, path: Path) -> None:
@@ -109,6 +114,7 @@ class Flow:
         self.want = 0
         self.granted = 0
         self.balance = 0
+        self.yielded = 0
         self.fine = 0
         self.paused = False
         self.queued: Throttle | None = None

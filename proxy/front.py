@@ -12,7 +12,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-from gevent import Timeout
+from gevent import Timeout, getcurrent
 
 from proxy import log, upstream
 from proxy.conversation import farewell
@@ -29,8 +29,9 @@ from proxy.model import (
     Login,
     Route,
 )
+from proxy.places import Places
 from proxy.proxy_protocol import ProxyProtocol
-from proxy.relay import RawSocket
+from proxy.relay import GONE, RawSocket
 from proxy.services import Door, Services, numbers
 from proxy.socks5 import Socks5
 from proxy.tls import PlainStream
@@ -81,7 +82,7 @@ class Visit:
 
     __slots__ = (
         *("services", "door", "socket", "client", "registered", "handshake"),
-        *("number", "started", "instance", "source", "destination", "upstream", "relayed"),
+        *("number", "started", "instance", "source", "destination", "upstream", "relayed", "missed", "place"),
     )
 
     def __init__(self, services: Services, door: Door, sock: RawSocket, address: tuple[Any, ...]) -> None:
@@ -98,6 +99,8 @@ class Visit:
         self.destination: Endpoint | None = None
         self.upstream: RawSocket | None = None
         self.relayed = False
+        self.missed: list[int] = []  # events of the client while we looked elsewhere
+        self.place: Places | None = None
         door.open_connections += 1
         services.counters.accepted.count(door.protocol)
 
@@ -117,11 +120,10 @@ class Visit:
             return
         if refusal is not None:
             raise refusal
-        missed: list[int] = []
         if self.registered:
-            self.services.engine.watch(self.socket.fileno(), missed.append)
+            self.services.engine.watch(self.socket.fileno(), self.missed.append)
         upstream_readable = self._connect(request.route)
-        self._hand_over(handshake, bool(missed), upstream_readable)
+        self._hand_over(handshake, upstream_readable)
 
     def _greet(self, handshake: Handshake) -> Connect | None:
         """Read until the request is there; None for a health check. One deadline covers all of it."""
@@ -190,10 +192,36 @@ class Visit:
         instance = self.instance = self.instance or self._instance_of_address()
         source = self.source = upstream.source_for(services.access, instance, self.socket, route.source, destination)
         services.access.check_route(instance, source, destination)
+        asked_at = monotonic()
+        if services.admission.manager.blocks:
+            self._take_place(instance, source, destination)
         sock = self.upstream or self._bind(source)
-        return upstream.connect(
-            services.engine, sock, source, destination, min(settings.connect_timeout, ANSWER_WITHIN)
-        )
+        timeout = min(settings.connect_timeout, asked_at + ANSWER_WITHIN - monotonic())
+        return upstream.connect(services.engine, sock, source, destination, timeout)
+
+    def _take_place(self, instance: str, source: str, destination: Endpoint) -> None:
+        """Wait for a place under the proxy's own throttles; a client that goes away meanwhile gives up its turn.
+
+        Raises:
+            Throttled: not in time. OSError: the client is gone.
+        """
+        services, fd, greenlet = self.services, self.socket.fileno(), getcurrent()
+        if not self.registered:
+            services.engine.register(fd)
+            self.registered = True
+        early: list[int] = []
+
+        def client_event(events: int) -> None:
+            early.append(events)
+            if events & GONE:
+                greenlet.throw(ConnectionResetError())
+
+        services.engine.watch(fd, client_event)
+        owner = instance or self.client.host
+        weight = services.access.weight_of(instance)
+        self.place = services.admission.enter(owner, weight, source, destination.host, (), ANSWER_WITHIN)
+        self.missed += early
+        services.engine.watch(fd, self.missed.append)
 
     def _bind(self, source: str) -> RawSocket:
         try:
@@ -204,7 +232,7 @@ class Visit:
         self.services.gauges.outgoing += 1
         return sock
 
-    def _hand_over(self, handshake: Handshake, client_readable: bool, upstream_readable: bool) -> None:
+    def _hand_over(self, handshake: Handshake, upstream_readable: bool) -> None:
         """Say yes and let the relay take both sockets."""
         assert self.upstream is not None
         services = self.services
@@ -213,6 +241,8 @@ class Visit:
             self._write(answer)
         early = handshake.trailing
         self.handshake = None
+        client_readable = bool(self.missed)
+        self.missed.clear()
         services.engine.watch(self.upstream.fileno(), None)
         self.relayed = True
         services.counters.fresh += 1
@@ -237,6 +267,8 @@ class Visit:
         counters.bytes_down += down
         counters.ended.count(ending)
         services.gauges.outgoing -= 1
+        if self.place is not None:
+            services.admission.leave(self.place)
         self.door.open_connections -= 1
         log.connection(
             self.number,
@@ -262,6 +294,8 @@ class Visit:
         if self.upstream is not None:
             engine.close(self.upstream)
             self.services.gauges.outgoing -= 1
+        if self.place is not None:
+            self.services.admission.leave(self.place)
         self.door.open_connections -= 1
 
     def failed(self, error: ProxyError) -> None:

@@ -7,6 +7,7 @@ run in pooled ones. An idle connection has no greenlet and no timer.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from time import monotonic
@@ -22,6 +23,7 @@ from proxy.receiver import Receiver
 from proxy.relay import Engine
 from proxy.smtp import Quit, Rset
 from proxy.stats import Counters
+from proxy.throttle import Throttle
 
 #: Seconds for the 250 to RSET, and for the 221 to QUIT.
 _RSET_SECONDS = 10.0
@@ -38,7 +40,6 @@ _POLITE = frozenset(
         Discard.PEER_LIMIT,
         Discard.MAX_CACHED,
         Discard.MAX_CACHED_PER_DESTINATION,
-        Discard.YIELDED,
         Discard.DRAINING,
         Discard.OVERLOADED,
     }
@@ -92,8 +93,24 @@ class Keeper:
     def give(self, receiver: Receiver, key: PoolKey) -> None:
         """Take a connection back; whether it is fit to be kept turns out behind the caller's back."""
         entry = Entry(receiver, key, receiver.opened_at, receiver.messages, receiver.mailmax)
+        if receiver.place is not None:
+            entry.limits = receiver.place.throttles
         self._busy += 1
         self._crew.run(self._clean, entry)
+
+    def part(self, receiver: Receiver, reason: Discard) -> None:
+        """Close a connection that was taken and cannot be used, for a reason that is not its own."""
+        self._counters.discarded.count(reason)
+        self._say_quit(receiver)
+
+    def make_way(self, throttle: Throttle) -> None:
+        """Somebody waits under this throttle: a cached connection that holds a place there gives it up at once."""
+        discarded = self._pool.yield_for(throttle)
+        if discarded is not None:
+            receiver = _receiver(discarded.entry)
+            self._counters.discarded.count(discarded.reason)
+            self._engine.watch(receiver.stream.socket.fileno(), None)
+            self._say_goodbye(receiver)
 
     def decline(self, reason: Discard) -> None:
         """Count a connection that was offered and is not fit."""
@@ -173,10 +190,19 @@ class Keeper:
             self._counters.discarded.count(reason)
             receiver = _receiver(entry)
             if reason in _POLITE:
-                self._busy += 1
-                self._crew.run(self._quit, receiver)
+                self._say_quit(receiver)
             else:
                 self._close(receiver)
+
+    def _say_quit(self, receiver: Receiver) -> None:
+        self._busy += 1
+        self._crew.run(self._quit, receiver)
+
+    def _say_goodbye(self, receiver: Receiver) -> None:
+        """QUIT without waiting for the answer: the place is wanted now."""
+        with contextlib.suppress(OSError):
+            receiver.stream.send(Quit.command)
+        self._close(receiver)
 
     def _quit(self, receiver: Receiver) -> None:
         engine, stream, farewell = self._engine, receiver.stream, Quit()

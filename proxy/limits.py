@@ -7,7 +7,7 @@ and the slow return. `Terms` keeps both for one throttle. How a limit is enforce
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from proxy.throttle import SECOND, Limit
@@ -153,29 +153,56 @@ class Backoff:
 
 
 class Stake:
-    """One instance's part in a throttle; `flows` of its sessions name the throttle, with none it is only remembered."""
+    """One instance's part in a throttle, and its flows that name the throttle; with none it is only remembered.
 
-    __slots__ = ("flows", "part")
+    Nearly always there is one flow: it is kept without a container, since there may be 100,000 throttles.
+    """
 
-    def __init__(self, part: Part) -> None:
+    __slots__ = ("_flow", "_more", "name", "part")
+
+    def __init__(self, name: str, part: Part) -> None:
+        self.name = name
         self.part = part
-        self.flows = 0
+        self._flow: Flow | None = None
+        self._more: dict[Flow, None] | None = None
+
+    def add(self, flow: Flow) -> None:
+        if self._flow is None:
+            self._flow = flow
+        else:
+            if self._more is None:
+                self._more = {}
+            self._more[flow] = None
+
+    def remove(self, flow: Flow) -> None:
+        if self._flow is flow:
+            self._flow = None
+        elif self._more is not None:
+            del self._more[flow]
+
+    def __iter__(self) -> Iterator[Flow]:
+        if self._flow is not None:
+            yield self._flow
+        if self._more is not None:
+            yield from self._more
+
+    def __len__(self) -> int:
+        return (self._flow is not None) + len(self._more or ())
 
 
 class Terms:
-    """All that was said about one throttle, and by whom.
+    """All that was said about one throttle, and by whom; iterates over the flows whose path names it.
 
     Attributes:
-        stakes: parts by instance name. flows: all flows whose path names the throttle.
-        users: those with connections, open or waiting. advice: how many each of them should have, if they are too few.
+        stakes: one for each instance.
+        users: flows with connections, open or waiting. advice: how many each should have, if they are too few.
         mixed: the instances' modes contradict each other. bad, total: outcomes of the current period.
     """
 
-    __slots__ = ("advice", "backoff", "bad", "flows", "mixed", "period_end", "stakes", "total", "users")
+    __slots__ = ("advice", "backoff", "bad", "mixed", "period_end", "stakes", "total", "users")
 
     def __init__(self) -> None:
-        self.stakes: dict[str, Stake] = {}
-        self.flows: dict[Flow, None] = {}
+        self.stakes: list[Stake] = []
         self.users: dict[Flow, None] | None = None
         self.advice: dict[Flow, int] | None = None
         self.backoff: Backoff | None = None
@@ -184,9 +211,22 @@ class Terms:
         self.bad = 0
         self.period_end = 0
 
+    def stake(self, name: str) -> Stake | None:
+        for stake in self.stakes:
+            if stake.name == name:
+                return stake
+        return None
+
+    def __iter__(self) -> Iterator[Flow]:
+        for stake in self.stakes:
+            yield from stake
+
+    def __len__(self) -> int:
+        return sum(map(len, self.stakes))
+
     def effective(self, now: int) -> Effective:
         """What is in force now."""
-        full = reconcile(stake.part for stake in self.stakes.values())
+        full = reconcile([stake.part for stake in self.stakes])
         self.mixed = full.mixed
         if self.backoff is not None and self.backoff.over(now):
             self.backoff = None

@@ -26,7 +26,7 @@ from proxy.throttle import MICROSECOND, TICK, Key, Throttle, check
 from proxy.wheel import Wheel
 
 #: Departed flows are cleared away this many at a time, so that a session with 100,000 paths stops nobody.
-SWEEP = 500
+SWEEP = 100
 
 
 class Manager:
@@ -117,14 +117,16 @@ class Manager:
             return
         registry = self._registry
         throttles = tuple([registry.throttle(key) for key in keys])
-        old = flow = session.flows.get(id)
-        if flow is None or flow.path.throttles != throttles:
-            flow = session.flows[id] = registry.join(session, id, throttles)
-        for throttle, (_, part) in zip(throttles, parts, strict=True):
-            registry.stake(throttle, session.name, part, now)
-        if old is not None and old is not flow:  # last, so that no throttle is without limits in between
-            registry.leave(old, now, None)
-            session.backlog(id, 0, 0, 0)
+        said = [part for _, part in parts]
+        flow = session.flows.get(id)
+        if flow is not None and flow.path.throttles == throttles:
+            registry.restake(flow, said, now)
+        else:
+            old, flow = flow, registry.join(session, id, throttles, said, now)
+            session.flows[id] = flow
+            if old is not None:  # last, so that no throttle is without limits in between
+                registry.leave(old, now, None)
+                session.backlog(id, 0, 0, 0)
         flow.paused = any(part.paused for _, part in parts)
         if not flow.paused:
             self._dispenser.activate(flow, now)
@@ -163,7 +165,7 @@ class Manager:
             return
         for throttle in flow.path.throttles:
             terms = throttle.terms
-            stake = terms.stakes.get(session.name) if terms is not None else None
+            stake = terms.stake(session.name) if terms is not None else None
             if terms is None or stake is None:
                 continue
             rule = stake.part.backoff

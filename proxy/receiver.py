@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import ssl
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from proxy import tls, upstream
 from proxy.conversation import receive, send_all
 from proxy.errors import Step, UpstreamError
 from proxy.model import Endpoint, TlsMode
+from proxy.places import Places
 from proxy.relay import Engine
 from proxy.smtp import ClientDialogue, Then, mailmax
 from proxy.tls import PlainStream, Stream, TlsStream
@@ -65,7 +66,7 @@ class Receiver:
     tls: TlsFacts | None = None
     mailmax: int | None = None
     messages: int = 0
-    place: object = field(default=None)
+    place: Places | None = None
 
 
 def open_receiver(

@@ -7,6 +7,7 @@ only when nobody needs it and its debt is paid. Giving out slots and places is l
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from proxy.dispenser import Dispenser
@@ -15,6 +16,8 @@ from proxy.limits import BackoffRule, Part, Stake, Terms
 from proxy.places import PlaceBook, Places
 from proxy.throttle import SECOND, TICK, Key, Throttle
 from proxy.wheel import Wheel
+
+MAX_PARTS = 4096
 
 
 class Notice(enum.StrEnum):
@@ -50,6 +53,7 @@ class Registry:
         self._dispenser = dispenser
         self._book = book
         self._paths: dict[tuple[Throttle, ...], Path] = {}
+        self._parts: dict[Part, Part] = {}
 
     # --- joining and leaving ---
 
@@ -60,31 +64,39 @@ class Registry:
             throttle.terms = Terms()
         return throttle
 
-    def join(self, receiver: Receiver, id: int, throttles: tuple[Throttle, ...]) -> Flow:
-        """A flow of `receiver` on the path of these throttles; `stake` for each throttle comes next."""
+    def join(
+        self, receiver: Receiver, id: int, throttles: tuple[Throttle, ...], parts: Iterable[Part], now: int
+    ) -> Flow:
+        """A new flow of `receiver` on the path of these throttles, with its instance's part in each."""
         path = self._paths.get(throttles)
         if path is None:
             path = self._paths[throttles] = Path(throttles)
         path.refs += 1
         flow = Flow(receiver, id, path)
-        for throttle in throttles:
+        for throttle, part in zip(throttles, parts, strict=True):
             terms = _terms(throttle)
-            terms.flows[flow] = None
-            stake = terms.stakes.get(receiver.name)
-            if stake is not None:
-                stake.flows += 1
+            stake = terms.stake(receiver.name)
+            known = stake is not None and stake.part == part
+            if stake is None:
+                stake = Stake(receiver.name, part)
+                terms.stakes.append(stake)
+            stake.add(flow)
+            if not known:
+                self._restake(throttle, stake, part, now)
         return flow
 
-    def stake(self, throttle: Throttle, name: str, part: Part, now: int) -> None:
-        """The instance's part in a throttle, new, changed or said again."""
-        terms = _terms(throttle)
-        stake = terms.stakes.get(name)
-        if stake is None:
-            stake = terms.stakes[name] = Stake(part)
-            stake.flows = sum(flow.receiver.name == name for flow in terms.flows)
-        elif stake.part == part:
-            return
-        stake.part = part
+    def restake(self, flow: Flow, parts: Iterable[Part], now: int) -> None:
+        """The instance's part in each throttle of the flow's path, changed or said again."""
+        for throttle, part in zip(flow.path.throttles, parts, strict=True):
+            stake = _terms(throttle).stake(flow.receiver.name)
+            if stake is not None and stake.part != part:
+                self._restake(throttle, stake, part, now)
+
+    def _restake(self, throttle: Throttle, stake: Stake, part: Part, now: int) -> None:
+        # Instances have few different parts and many throttles: equal ones are kept once.
+        if len(self._parts) >= MAX_PARTS:
+            self._parts.clear()
+        stake.part = self._parts.setdefault(part, part)
         self.relimit(throttle, now)
 
     def leave(self, flow: Flow, now: int, lease_until: int | None) -> None:
@@ -98,13 +110,10 @@ class Registry:
             del self._paths[path.throttles]
         name = flow.receiver.name
         for throttle in path.throttles:
-            terms = _terms(throttle)
-            del terms.flows[flow]
-            stake = terms.stakes.get(name)
-            if stake is None:
-                continue
-            stake.flows -= 1
-            if stake.flows == 0:
+            stake = _terms(throttle).stake(name)
+            assert stake is not None, "a stake outlives its flows"
+            stake.remove(flow)
+            if len(stake) == 0:
                 if lease_until is not None and lease_until > now:
                     self.leases.arm((throttle, name), lease_until)
                 else:
@@ -113,16 +122,16 @@ class Registry:
     def end_lease(self, throttle: Throttle, name: str, now: int) -> None:
         """Drop the instance's part, if no flow of it is left."""
         terms = _terms(throttle)
-        stake = terms.stakes.get(name)
-        if stake is not None and stake.flows == 0:
-            del terms.stakes[name]
+        stake = terms.stake(name)
+        if stake is not None and len(stake) == 0:
+            terms.stakes.remove(stake)
             self.relimit(throttle, now)
             self.forget(throttle, now)
 
     def forget(self, throttle: Throttle, now: int) -> None:
         """Drop a throttle that nobody names, holds or waits for, but not before its debt is paid."""
         terms = _terms(throttle)
-        if terms.stakes or terms.flows or throttle.used or throttle.line is not None:
+        if terms.stakes or throttle.used or throttle.line is not None:
             return
         debt = throttle.debt_until()
         if debt > now:
@@ -163,7 +172,7 @@ class Registry:
             self.backoffs.arm(throttle, terms.backoff.next_change(now))
         if changed or mixed != terms.mixed or slowed != (terms.backoff is not None):
             self._dispenser.serve(throttle, now)
-            for flow in terms.flows:
+            for flow in terms:
                 self.announce(flow)
 
     def announce(self, flow: Flow) -> None:
@@ -179,7 +188,7 @@ class Registry:
                 Remark(Notice.BACKOFF, name, f"{throttle.key.name} for {throttle.key.source} slows down")
             )
         terms.enter_backoff(rule, now)
-        for flow in terms.flows:
+        for flow in terms:
             self.announce(flow)
         self.relimit(throttle, now)
 
@@ -187,7 +196,7 @@ class Registry:
         """Permits of this path need `need` nanoseconds of slack."""
         for throttle in path.throttles:
             if throttle.stretch(need, self._start, now):
-                for flow in _terms(throttle).flows:
+                for flow in _terms(throttle):
                     self._dispenser.forget_slots(flow)
                     self._dispenser.activate(flow, now)
                     self.announce(flow)

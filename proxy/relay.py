@@ -41,13 +41,15 @@ from gevent import get_hub, getcurrent
 
 from proxy.model import Ending
 
-__all__ = ["IPPROTO_TCP", "TCP_NODELAY", "Engine", "Owner", "Pair", "RawSocket", "engine_name", "make_engine"]
+__all__ = ["GONE", "IPPROTO_TCP", "TCP_NODELAY", "Engine", "Owner", "Pair", "RawSocket", "engine_name", "make_engine"]
 
 _IN, _OUT, _ERR, _HUP, _RDHUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLERR, select.EPOLLHUP, select.EPOLLRDHUP
 _REGISTERED = _IN | _OUT | _RDHUP | select.EPOLLET
 _READABLE = _IN | _RDHUP | _HUP | _ERR
 _CLOSING = _RDHUP | _HUP | _ERR
 _DEAD = _HUP | _ERR
+#: Events of a peer that has closed, at least its sending side, or is gone.
+GONE = _CLOSING
 
 _LINGER_RESET = struct.pack("ii", 1, 0)
 _CLOSED = b""  # as `Half.pending`: not None, so nothing is read any more; empty, so nothing is written

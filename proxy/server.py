@@ -33,7 +33,7 @@ from proxy.manager import Manager
 from proxy.model import Ending, Endpoint
 from proxy.native_messages import Kind
 from proxy.receiver import Receiver
-from proxy.relay import Engine, RawSocket
+from proxy.relay import RawSocket, make_engine
 from proxy.services import Door, Gauges, Instances, Newcomers, Services
 from proxy.settings import Settings
 from proxy.stats import Counters, ManagerFigures, Snapshot, sum_flows
@@ -79,17 +79,17 @@ class Server:
     def __init__(self, load: Callable[[], Settings], settings: Settings) -> None:
         self._load = load
         self._descriptors = _raise_descriptor_limit()
-        self._engine = Engine()
+        self._engine = make_engine()
         self._counters = Counters()
         self._gauges = Gauges()
         self._crew = Crew()
         self._newcomers = Newcomers(_MAX_NEWCOMERS)
         self._budget = FailureBudget()
         self._instances = Instances()
+        self._incarnation: int = int.from_bytes(os.urandom(4), "big")
         self._keeper = Keeper(self._engine, self._crew, self._counters, settings, self._receiver_closed)
         manager = Manager(self._incarnation, clock_ns(), settings.throttle_enforce, settings.throttle)
         self._admission = Admission(manager, self._keeper.make_way)
-        self._incarnation = int.from_bytes(os.urandom(4), "big")
         self._generated: tls.ServerIdentity | None = None
         self._listeners: dict[Endpoint, Listener] = {}  # by configured address
         self._doors: list[Door] = []  # listeners that were closed and still have connections
@@ -351,14 +351,16 @@ class Server:
 
         for listener in self._listeners.values():
             listener.close()
-        for hosted in [*self._instances.channels, *self._instances.sessions]:
-            hosted.goaway(timeout, "the proxy is shutting down")
+        for channel in list(self._instances.channels):
+            channel.goaway(timeout, "the proxy is shutting down")
+        for session in list(self._instances.sessions):
+            session.goaway(timeout, "the proxy is shutting down")
         self._keeper.drain()
         open_now = self._open_connections()
         log.note(log.Event.DRAIN, log.INFO, "stopping: no new connections", open_connections=open_now, timeout=timeout)
         end = monotonic() + timeout
         extended = monotonic()
-        while (self._open_connections() or self._keeper.cached) and monotonic() < end:
+        while self._busy() and monotonic() < end:
             if monotonic() - extended >= _EXTEND_EVERY:
                 extended = monotonic()
                 self._manager.extend(3 * _EXTEND_EVERY)
@@ -372,6 +374,10 @@ class Server:
         gevent.sleep(0)
         log.note(log.Event.STOP, log.INFO, "stopped", reset_connections=cut)
         return EXIT_OK
+
+    def _busy(self) -> bool:
+        """Whether anything is open that a drain waits for; sessions stay until all else is done."""
+        return self._open_connections() > len(self._instances.sessions) or self._keeper.cached > 0
 
     # ---------------------------------------------------------------- what happens now and then
 

@@ -15,14 +15,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from proxy.access import Access
+from proxy.admission import Admission
 from proxy.budget import FailureBudget
 from proxy.crew import Crew
+from proxy.errors import ProxyError
 from proxy.keeper import Keeper
 from proxy.model import Ending, Endpoint
 from proxy.native_auth import ChannelKey, Fences
 from proxy.relay import Engine, RawSocket
 from proxy.settings import Settings
-from proxy.stats import Counters
+from proxy.stats import Counters, SessionFigures
 from proxy.tls import ServerIdentity
 
 
@@ -85,29 +87,51 @@ class Instances:
         channel_keys: key id → what a live session handed out for its channels.
         fences: which run of each name holds the name.
         hosts: addresses with a live session → how many; they are slowed after failures, never shut out.
-        channels: the open channels.
+        channels: the open channels. sessions: the open sessions.
     """
 
-    __slots__ = ("channel_keys", "channels", "fences", "hosts")
+    __slots__ = ("channel_keys", "channels", "fences", "hosts", "sessions")
 
     def __init__(self) -> None:
         self.channel_keys: dict[bytes, ChannelKey] = {}
         self.fences = Fences()
         self.hosts: Counter[str] = Counter()
-        self.channels: dict[Hosted, None] = {}
+        self.channels: dict[HostedChannel, None] = {}
+        self.sessions: dict[HostedSession, None] = {}
 
 
-class Hosted(Protocol):
-    """A long-lived native connection, as the program's housekeeping sees it."""
+class HostedChannel(Protocol):
+    """A channel, as the program's housekeeping sees it. None of these calls waits."""
+
+    @property
+    def instance(self) -> str: ...
+    @property
+    def run_id(self) -> bytes: ...
 
     def goaway(self, seconds: float, reason: str) -> None:
-        """Tell the client to finish within `seconds`; must not wait."""
+        """Tell the client to finish within `seconds`."""
 
     def cut(self, ending: Ending) -> None:
-        """End it now, whatever is in progress; must not wait."""
+        """End it now, whatever is in progress."""
 
     def sweep(self, now: float) -> None:
-        """Look whether it has been idle for too long; must not wait."""
+        """Look whether it has been idle for too long."""
+
+
+class HostedSession(Protocol):
+    """A session, as the program's housekeeping sees it. None of these calls waits."""
+
+    def goaway(self, seconds: float, reason: str) -> None:
+        """Tell the client that the proxy will be gone in `seconds`; it gets no more permits."""
+
+    def cut(self, error: ProxyError | None = None) -> None:
+        """Close the connection, with a reason or without a word."""
+
+    def reloaded(self) -> None:
+        """The settings are new."""
+
+    def figures(self) -> SessionFigures | None:
+        """For the status lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +154,7 @@ class Services:
     budget: FailureBudget
     instances: Instances
     keeper: Keeper
+    admission: Admission
     identity: ServerIdentity | None
     incarnation: int
     host_name: str

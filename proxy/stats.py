@@ -7,6 +7,7 @@ do not belong here.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,6 +39,12 @@ class Flow(NamedTuple):
 
     def __str__(self) -> str:
         return f"(in={self.entering}/{self.depth} out={self.leaving}/{self.depth} buf={self.parked})"
+
+
+def sum_flows(flows: Iterable[Flow]) -> Flow:
+    """The manager's figure: that of all its sessions; the depth is that of one queue."""
+    parts = list(flows)
+    return Flow(sum(f.entering for f in parts), sum(f.leaving for f in parts), sum(f.parked for f in parts))
 
 
 class SessionFigures(NamedTuple):

@@ -56,12 +56,7 @@ def generated_identity(host_name: str, now: datetime | None = None) -> ServerIde
     pem = certificate.public_bytes(serialization.Encoding.PEM) + key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    fd = os.memfd_create("certificate", os.MFD_CLOEXEC)
-    try:
-        os.write(fd, pem)
-        return load_identity(f"/proc/self/fd/{fd}", f"/proc/self/fd/{fd}")
-    finally:
-        os.close(fd)
+    return _identity(pem)
 
 
 def load_identity(certificate_file: str, key_file: str) -> ServerIdentity:
@@ -71,23 +66,34 @@ def load_identity(certificate_file: str, key_file: str) -> ServerIdentity:
         OSError: a file cannot be read; ssl.SSLError: not PEM, or the key does not fit the certificate.
         ValueError: the certificate file holds no certificate.
     """
+    with open(certificate_file, "rb") as certificates, open(key_file, "rb") as key:
+        return _identity(certificates.read() + b"\n" + key.read())
+
+
+def _identity(pem: bytes) -> ServerIdentity:
+    """From certificates (the leaf first) and a key. Read once, so that what is shown is what was hashed."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.num_tickets = 0  # a resumed handshake costs no less here, and channels live long
-    context.load_cert_chain(certificate_file, key_file)
-    with open(certificate_file, "rb") as file:
-        leaf = x509.load_pem_x509_certificates(file.read())[0]
+    leaf = x509.load_pem_x509_certificates(pem)[0]
+    fd = os.memfd_create("certificate", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, pem)
+        # A key with a password is an error, not a question on the terminal.
+        context.load_cert_chain(f"/proc/self/fd/{fd}", password="")
+    finally:
+        os.close(fd)
     return ServerIdentity(context, certificate_hash(leaf.public_bytes(serialization.Encoding.DER)))
 
 
 @lru_cache(maxsize=2)
 def client_context(verify: bool) -> ssl.SSLContext:
     """For TLS to a receiver; `verify` checks name and chain, against the system's authorities or SSL_CERT_FILE's."""
-    if verify:
-        return ssl.create_default_context()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
+    context = ssl.create_default_context()
+    context.options |= ssl.OP_NO_RENEGOTIATION  # in the middle of a write we could not read
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
     return context
 
 
@@ -185,10 +191,9 @@ class TlsStream:
                 if self._outgoing.pending:
                     self.flush()  # an answer to a key update
                 self._read_socket()
-            except ssl.SSLZeroReturnError:
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                # Many a receiver ends with a FIN and no close_notify. SMTP has its own ends: nothing hangs on that one.
                 return b""
-            except ssl.SSLEOFError:
-                raise ConnectionResetError("the connection was cut without TLS's close_notify") from None
 
     def send(self, data: bytes | memoryview) -> int:
         if self.unsent:
@@ -213,12 +218,11 @@ class TlsStream:
 
     def finish(self) -> None:
         """Send close_notify; TLS 1.3 lets the other direction go on, and so do we (no FIN)."""
-        try:
+        unread = self._incoming.read()  # unwrap looks for the peer's close_notify, and would stumble over data
+        with contextlib.suppress(ssl.SSLError):
             self.tls.unwrap()
-        except (ssl.SSLWantReadError, ssl.SSLSyscallError):
-            pass
-        except ssl.SSLError as error:
-            raise ConnectionResetError(f"TLS: {error.reason}") from None
+        if unread:
+            self._incoming.write(unread)
         self.flush()
 
     def _read_socket(self) -> None:

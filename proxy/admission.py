@@ -1,0 +1,190 @@
+"""The throttle manager's doing: its clock, its one timer, and the greenlets that wait for a place.
+
+`manager` decides and never waits. Here a request for a connection waits until its ticket is admitted or its time is up,
+and after each call what follows from it is carried out: tickets are woken, sessions are given what they are to send,
+notices are logged, and the timer is set. With no throttle configured or named, a connection costs one look.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from gevent import Timeout, get_hub, getcurrent
+
+from proxy import log
+from proxy.flows import Flow
+from proxy.manager import Manager
+from proxy.places import Places, Ticket
+from proxy.session import End, Session
+from proxy.throttle import Throttle
+
+_NANOSECONDS = 1_000_000_000
+
+
+def clock_ns() -> int:
+    """Nanoseconds of a clock that never steps and goes on while the machine is suspended."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+class Client:
+    """Who serves a session's connection, as the admission sees it."""
+
+    def deliver(self) -> None:
+        """Something waits to be sent to the session; must not wait."""
+        raise NotImplementedError
+
+    def ended(self, reason: End) -> None:
+        """The manager is done with the session: close its connection; must not wait."""
+        raise NotImplementedError
+
+
+class Admission:
+    """The one manager and whoever deals with it.
+
+    Args:
+        make_way: told a full throttle under which a request waits: a cached connection should give up its place.
+    """
+
+    def __init__(self, manager: Manager, make_way: Callable[[Throttle], None]) -> None:
+        self.manager = manager
+        self.clients: dict[Session, Client] = {}
+        self._make_way = make_way
+        self._hub: Any = get_hub()
+        self._waiting: dict[Ticket, Callable[[], object]] = {}
+        self._timer: Any = self._hub.loop.timer(0)
+        self._armed_for: int | None = None
+        self._settling = False
+
+    # ---------------------------------------------------------------- places
+
+    def enter(
+        self, owner: str, weight: float, source: str, destination: str, flows: tuple[Flow, ...], seconds: float
+    ) -> Places | None:
+        """Wait in fair order for a place under every throttle that applies; None: none does.
+
+        Args:
+            owner: instance name, else the client's address.
+            seconds: the longest to wait; the proxy's own throttles may say less.
+
+        Raises:
+            Throttled: not in time; says which throttle, and when to come back.
+        """
+        manager = self.manager
+        if not flows and not manager.blocks:
+            return None
+        answer = manager.admit(owner, weight, source, destination, flows, clock_ns())
+        self.settle()
+        if isinstance(answer, Places):
+            return answer
+        for throttle in manager.blockers(answer):
+            self._make_way(throttle)
+        own = manager.wait_of(answer)
+        self._wait_for(answer, min(seconds, own) if own else seconds)
+        return answer.places
+
+    def swap(
+        self,
+        old: Places | None,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+    ) -> tuple[bool, Places | None]:
+        """A cached connection changes its user: its places for those of the new one, in one call, without waiting.
+
+        Returns:
+            whether it may, and the new places; if not, the old ones are as they were.
+        """
+        manager = self.manager
+        if old is None:
+            if not flows and not manager.blocks:
+                return True, None
+            answer = manager.admit(owner, weight, source, destination, flows, clock_ns())
+            if isinstance(answer, Ticket):
+                manager.cancel(answer, clock_ns())
+                self.settle()
+                return False, None
+            self.settle()
+            return True, answer
+        new = manager.swap(old, owner, weight, source, destination, flows, clock_ns())
+        self.settle()
+        return new is not None, new
+
+    def leave(self, places: Places | None) -> None:
+        """The socket is closed."""
+        if places is not None:
+            self._wake(self.manager.release(places, clock_ns()))
+            self.settle()
+
+    def _wait_for(self, ticket: Ticket, seconds: float) -> None:
+        """Until the ticket is admitted.
+
+        Raises:
+            Throttled: time is up.
+        """
+        timer = Timeout.start_new(max(seconds, 0.001))
+        self._waiting[ticket] = getcurrent().switch
+        try:
+            while ticket.places is None:
+                self._hub.switch()
+        except BaseException as reason:
+            refusal = self.manager.refusal(ticket, clock_ns())
+            self._wake(self.manager.cancel(ticket, clock_ns()))
+            if reason is timer:
+                raise refusal from None
+            raise
+        finally:
+            timer.close()
+            del self._waiting[ticket]
+            self.settle()
+
+    def _wake(self, tickets: list[Ticket]) -> None:
+        for ticket in tickets:
+            switch = self._waiting.get(ticket)
+            if switch is not None:
+                self._hub.loop.run_callback(switch)
+
+    # ---------------------------------------------------------------- what follows from a call
+
+    def settle(self) -> None:
+        """Carry out what the last calls to the manager have led to. To be called after each."""
+        if self._settling:
+            return  # a delivery called the manager: the loop below goes round once more
+        self._settling = True
+        manager = self.manager
+        try:
+            while True:
+                admitted, ready, ended = manager.take_admitted(), manager.take_ready(), manager.take_ended()
+                self._wake(admitted)
+                for session in ready:
+                    client = self.clients.get(session)
+                    if client is not None:
+                        client.deliver()
+                for session in ended:
+                    client = self.clients.pop(session, None)
+                    if client is not None and session.end is not None:
+                        client.ended(session.end)
+                if not (admitted or ready or ended):
+                    break
+            for remark in manager.take_notices():
+                log.note(log.Event.THROTTLE, log.WARNING, remark.detail, notice=remark.notice, instance=remark.instance)
+        finally:
+            self._settling = False
+        self._arm()
+
+    def _arm(self) -> None:
+        due = self.manager.next_wakeup()
+        if due is None or (self._armed_for is not None and self._armed_for <= due):
+            return  # it rings early at worst
+        self._armed_for = due
+        self._timer.stop()
+        self._timer = self._hub.loop.timer(max(0.0, (due - clock_ns()) / _NANOSECONDS))
+        self._timer.start(self._ring)
+
+    def _ring(self) -> None:
+        self._armed_for = None
+        self.manager.advance(clock_ns())
+        self.settle()
