@@ -29,7 +29,7 @@ $(READY): setup.py pyproject.toml
 	@touch $(READY)
 
 demo: $(READY)
-	@$(BIN)/python demo/demo.py
+	@$(BIN)/python -m demo
 
 test: $(READY)
 	@tests/fetch_smtp_sink.sh

@@ -12,7 +12,7 @@ PROGRAM = ROOT / "greenarrow_proxy.py"
 
 
 def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "demo" / "demo.py", *arguments]
+    command = [sys.executable, "-m", "demo", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=ROOT)
 
 

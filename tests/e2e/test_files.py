@@ -15,6 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from proxy.client import Session
+from tests.clients import DOORS
+from tests.program import SECRET, Proxy
+from tests.sinks import Sink
+
 ROOT = Path(__file__).resolve().parents[2]
 INIT = ROOT / "etc" / "greenarrow_proxy.init"
 SHELL_SCRIPTS = ["etc/greenarrow_proxy.init", "tests/fetch_smtp_sink.sh", ".ci/run"]
@@ -78,6 +83,36 @@ def test_the_unit_says_what_is_documented() -> None:
     assert {"network.target", "iptables.service", "firewalld.service"} <= set(after.removeprefix("After=").split())
     (user,) = (line for line in lines if line.startswith("User="))
     assert user != "User=root"
+
+
+def allowed_by_filter(name: str) -> set[str]:
+    """The system calls in one of systemd's named sets."""
+    calls = set()
+    for line in run(tool("systemd-analyze"), "syscall-filter", "--no-pager", name).stdout.splitlines()[1:]:
+        entry = line.strip()
+        if entry.startswith("@"):
+            calls |= allowed_by_filter(entry)
+        elif entry and not entry.startswith("#"):
+            calls.add(entry)
+    return calls
+
+
+def test_the_unit_allows_the_system_calls_that_are_made(tmp_path: Path) -> None:
+    """All doors used, a reload, a drain: the unit's SystemCallFilter would have let every call pass."""
+    trace = tmp_path / "trace"
+    before = f'set -- {tool("strace")} -D -f -qq -o {trace} "$@"'
+    with Sink() as mx, Proxy(before=before) as proxy:
+        with Session(proxy.native, SECRET, "server-a") as session:
+            session.smtp([mx.endpoint], "a.example", source_ip="127.0.0.11", tls="none").release(wait=True)
+        for connect in DOORS.values():
+            with connect(proxy, mx.endpoint, "127.0.0.11") as sock:
+                assert sock.recv(3) == b"220"
+        proxy.hup()
+    calls = set(re.findall(r"^\d+ +([a-z0-9_]+)\(", trace.read_text(), re.MULTILINE))
+    assert {"accept4", "connect", "epoll_pwait"} & calls
+    allowed = allowed_by_filter("@system-service") - allowed_by_filter("@privileged")
+    assert len(allowed) > 200
+    assert calls - allowed == set()
 
 
 # ---------------------------------------------------------------- scripts, man pages, Makefile
