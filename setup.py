@@ -17,7 +17,10 @@ def extensions() -> list[Extension]:
         from Cython.Build import cythonize
     except ImportError:
         return []
-    return cythonize([Extension("proxy._fastrelay", [FAST_RELAY], optional=True)], language_level=3)
+    built = cythonize([Extension("proxy._fastrelay", [FAST_RELAY])], language_level=3)
+    for extension in built:
+        extension.optional = True  # only now: cythonize forgets it
+    return built
 
 
 def existing(*names: str) -> list[str]:

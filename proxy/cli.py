@@ -61,7 +61,9 @@ def _main(argv: list[str]) -> int:
         _print(parser.format_help(), sys.stdout)
         return EX_OK
     if flags.version:
-        _print(f"greenarrow_proxy {__version__}", sys.stdout)
+        from proxy import relay  # late: --help needs no gevent
+
+        _print(f"greenarrow_proxy {__version__} (relay: {relay.engine_name()})", sys.stdout)
         return EX_OK
     # Flags that talk to a running proxy instead of starting one have their place here, before the configuration.
     load = functools.partial(config.load, argv, os.environ, read_file)

@@ -61,7 +61,9 @@ def test_help_shows_nothing_of_the_environment_or_the_file(conf):
 
 
 def test_version():
-    assert run("--version") == (0, f"greenarrow_proxy {__version__}\n", "")
+    code, out, err = run("--version")
+    assert (code, err) == (0, "")
+    assert out in [f"greenarrow_proxy {__version__} (relay: {engine})\n" for engine in ("compiled", "python")]
 
 
 def test_neither_needs_gevent(tmp_path):

@@ -158,6 +158,7 @@ def schedule(engine: relay.Engine, seed: int, steps: int) -> None:
     engine.reads_a_turn = rng.choice((1, 2, 16))
     engine.splices_a_turn = rng.choice((1, 8))
     engine.max_pipes = rng.choice((0, 1, 32))
+    loop_runs = rng.choice((0.3, 0.5, 0.8, 0.95))  # the rarer, the more comes in one batch
     before = open_descriptors()
     now = 0.0
     alive: list[Session] = []
@@ -167,7 +168,7 @@ def schedule(engine: relay.Engine, seed: int, steps: int) -> None:
             alive.append(Session(engine, rng))
         for session in alive:
             session.step(rng)
-        if rng.random() < 0.5:
+        if rng.random() < loop_runs:
             gevent.sleep(0)
         chance = rng.random()
         if chance < 0.05:
