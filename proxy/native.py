@@ -24,7 +24,7 @@ VERSIONS = (1, 1)
 HEADER = 5
 #: Longest payload of any frame.
 MAX_PAYLOAD = 65_536
-#: Longest payload of a control frame before the peer is authenticated.
+#: Longest payload before the peer is authenticated.
 MAX_HANDSHAKE_PAYLOAD = 4_096
 #: Frame type of raw bytes; the only type without MessagePack.
 DATA = 0x13
@@ -63,7 +63,7 @@ class FrameDecoder:
     over is then copied. DATA comes in pieces as they arrive, `(DATA, piece)`, so a frame of it may give several.
 
     Args:
-        limit: longest payload of a control frame in bytes; may be raised between two frames.
+        limit: longest payload in bytes; may be raised between two frames.
     """
 
     __slots__ = ("_at", "_left", "_partial", "_view", "limit")
@@ -109,11 +109,6 @@ class FrameDecoder:
         self._view, self._at = _EMPTY, 0
         return None
 
-    @property
-    def at_boundary(self) -> bool:
-        """Whether the peer may close here without having cut a frame in two; to ask after `next_frame` gave None."""
-        return not self._left and not self._partial
-
     def _piece(self) -> Frame | None:
         at = self._at
         piece = self._view[at : at + self._left]
@@ -153,9 +148,8 @@ class FrameDecoder:
         return False
 
     def _check(self, length: int, kind: int) -> None:
-        limit = MAX_PAYLOAD if kind == DATA else self.limit
-        if length > limit:
-            raise PeerError(f"frame of type 0x{kind:02x} with {length} bytes, at most {limit} are allowed here")
+        if length > self.limit:
+            raise PeerError(f"frame of type 0x{kind:02x} with {length} bytes, at most {self.limit} are allowed here")
         if kind == DATA and not length:
             raise PeerError("DATA frame without a byte")
 

@@ -225,7 +225,7 @@ class Link:
         return handshake.welcome
 
     def next_frame(self, timeout: float | None) -> native.Frame | None:
-        """The next frame; None when the proxy has closed between two frames.
+        """The next frame; None when the proxy has closed.
 
         Raises:
             TimeoutError: it did not come within `timeout` seconds; frames stay whole, call again.
@@ -234,8 +234,6 @@ class Link:
         while (frame := self.decoder.next_frame()) is None:
             data = self._wire.read(timeout)
             if not data:
-                if not self.decoder.at_boundary:
-                    raise ConnectionResetError("closed in the middle of a frame")
                 return None
             self.decoder.receive(data)
         return frame

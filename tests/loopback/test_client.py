@@ -18,6 +18,7 @@ from proxy import native_messages as m
 from proxy import native_session as s
 from proxy.client import ProxyRefused, ProxyRejected, ProxyUnavailable, Session
 from proxy.client import control as control_module
+from proxy.client.channel import Channel, State
 from proxy.errors import Draining, NameInUse, Step
 from tests.loopback.fake_proxy import DESTINATION, INCARNATION, SECRET, Dead, FakeProxy, Receiver, opened
 from tests.waiting import wait_for
@@ -280,6 +281,18 @@ def test_surplus_channels_are_closed_after_their_end_has_arrived(proxy):
             stream.release()
         wait_for(lambda: len(proxy.ends) == 3)
         assert len(session._idle) == 1
+
+
+def test_a_channel_is_not_closed_before_its_end_has_arrived(proxy, monkeypatch):
+    """A close with unread bytes is a reset, and a reset may overtake END."""
+    states = []
+    close = Channel.close
+    monkeypatch.setattr(Channel, "close", lambda channel: [states.append(channel.state), close(channel)])
+    with session_of(proxy, max_idle_channels=0) as session:
+        session.connect([DESTINATION]).release()
+    with session_of(proxy) as session:
+        session.connect([DESTINATION]).release()
+    assert states == [State.IDLE, State.IDLE]
 
 
 def test_old_idle_channels_are_closed(proxy, session):
@@ -724,6 +737,24 @@ def test_listeners_hear_the_dialogue_and_can_speak(proxy):
         wait_for(lambda: [each for each in ear.heard if isinstance(each, str)] == ["up", "down", "up"])
     assert ear.heard[-1] == "down"
     assert not session._control.send(demand)
+
+
+def test_many_threads_speak_in_the_session(proxy, session):
+    ready(session, proxy)
+    demands = [s.Demand(INCARNATION, [s.Want(id, 1, 0)] * 3000) for id in range(4)]
+    results: list[bool] = []
+
+    def speak(demand: s.Demand) -> None:
+        results.extend(session._control.send(demand) for _ in range(30))
+
+    threads = [threading.Thread(target=speak, args=(demand,)) for demand in demands]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [True] * 120
+    wait_for(lambda: sum(isinstance(message, s.Demand) for message in proxy.session_messages) == 120)
+    assert len(proxy.sessions) == 1
 
 
 def test_under_gevents_monkey_patching():

@@ -82,7 +82,6 @@ def test_a_caller_may_reuse_its_buffer_once_it_has_taken_everything(frames, poin
             out += bytes(frame[1])
         buffer[:] = bytes(len(buffer))
     assert out == b"".join(payload for _, payload in frames)
-    assert decoder.at_boundary
 
 
 def test_frames_not_taken_stay_first_in_line():
@@ -100,23 +99,9 @@ def test_data_does_not_wait_for_its_frame():
     assert frame == (native.DATA, b"abc")
     assert isinstance(frame[1], memoryview)
     assert decoder.next_frame() is None
-    assert not decoder.at_boundary
     decoder.receive(b"d" * 997)
     assert decoder.next_frame() == (native.DATA, b"d" * 997)
     assert decoder.next_frame() is None
-    assert decoder.at_boundary
-
-
-def test_at_boundary_is_false_inside_a_control_frame():
-    decoder = native.FrameDecoder()
-    for at in range(1, len(END)):
-        decoder.receive(END[at - 1 : at])
-        assert decoder.next_frame() is None
-        assert not decoder.at_boundary
-    decoder.receive(END[-1:])
-    assert decoder.next_frame() is not None
-    assert decoder.next_frame() is None
-    assert decoder.at_boundary
 
 
 @pytest.mark.parametrize("limit", [0, 10, native.MAX_PAYLOAD])

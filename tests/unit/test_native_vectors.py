@@ -67,10 +67,12 @@ def test_decodes_to_the_fields(vector):
             assert plain(getattr(message, name)) == value, (way, name)
 
 
-@pytest.mark.parametrize("vector", CONTROL, ids=lambda vector: vector["name"])
+#: One leaves out the fields with defaults, as an encoder may; ours writes them.
+COMPLETE = [vector for vector in CONTROL if vector["name"] != "open-raw"]
+
+
+@pytest.mark.parametrize("vector", COMPLETE, ids=lambda vector: vector["name"])
 def test_encodes_to_the_bytes(vector):
-    if vector["name"] == "open-raw":
-        pytest.skip("leaves out the fields with defaults, as an encoder may; ours writes them")
     kind = TYPES[vector["type"]]
     raw = {
         name: msgspec.convert(unplain(value), type=field.type)
