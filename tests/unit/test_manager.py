@@ -184,6 +184,21 @@ def test_a_path_that_is_held_up_elsewhere_does_not_hold_up_others(bench: Bench) 
     assert sum(grant.n for grant in grants if grant.id == 1) >= 198
 
 
+@pytest.mark.parametrize(("sessions", "paths"), [(1, 10), (5, 10), (3, 2)])
+def test_paths_that_share_a_throttle_waste_none_of_it(bench: Bench, sessions: int, paths: int) -> None:
+    """The rules together allow as much as the address: slots must be taken in their order, or most are skipped."""
+    for index in range(sessions):
+        session = bench.session(f"s{index}")
+        for id in range(paths):
+            rule = (Key(SOURCE, f"rule{id}"), part(Limit(1000 // paths, 1)))
+            bench.register(session, rule, (ALL, part(Limit(1000, 1))), id=id)
+            bench.want(session, 10**6, id=id)
+    bench.run(SECOND)
+    shares = count(bench.run(5 * SECOND))
+    assert sum(shares.values()) >= 5000 * 0.99
+    assert max(shares.values()) - min(shares.values()) <= 0.02 * 5000 / sessions
+
+
 # --- fairness ---
 
 

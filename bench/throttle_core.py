@@ -1,0 +1,167 @@
+"""What the pure throttle core costs: `python bench/throttle_core.py`. No network: microseconds a call, memory, frames.
+
+A permit is counted from the wheel's turn to the wire records that `native` would encode. Prints one line a figure.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from pathlib import Path
+from time import perf_counter
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from proxy.limits import Part
+from proxy.manager import Manager
+from proxy.places import Places, Ticket
+from proxy.session import Session
+from proxy.throttle import SECOND, Key, Limit
+
+
+def manager_with(sessions: int, now: int) -> tuple[Manager, list[Session]]:
+    manager = Manager(1, 0)
+    made = [manager.hello(f"mta{index}", b"run", "10.0.0.1", 1.0, now) for index in range(sessions)]
+    for session in made:
+        manager.ping(session, now // 1000, now)
+    return manager, made
+
+
+def run(manager: Manager, sessions: list[Session], now: int, seconds: int) -> tuple[int, int, int]:
+    """Let the manager work; permits, frames that carry them, and when it ended."""
+    permits = frames = 0
+    end = now + seconds * SECOND
+    while (wake := manager.next_wakeup()) is not None and wake <= end:
+        now = wake
+        for session in sessions:
+            session.pong_at = now
+        manager.advance(now)
+        for session in manager.take_ready():
+            output = manager.take(session, now)
+            if output.grants:
+                frames += 1
+                permits += sum(grant.n for grant in output.grants)
+    return permits, frames, end
+
+
+def permits(sessions: int, rate: int, paths: int = 1, shared: bool = False) -> None:
+    now = 10_000 * SECOND
+    manager, made = manager_with(sessions, now)
+    for session in made:
+        for id in range(paths):
+            parts = [(Key("192.0.2.1", f"rule{id}"), Part((Limit(rate // paths, 1),)))]
+            if shared:
+                parts.append((Key("192.0.2.1", "address"), Part((Limit(rate, 1),))))
+            manager.register(session, id, parts, now)
+            manager.demand(session, id, 2**31, 0, 0, 0, 0, now)
+    run(manager, made, now, 1)
+    begin = perf_counter()
+    count, frames, _ = run(manager, made, now + SECOND, 20)
+    spent = perf_counter() - begin
+    what = f"{sessions} sessions, {paths} paths{', one limit above' if shared else ''}, {rate}/s"
+    assert count >= rate * 20 * 0.995, f"{count} of {rate * 20} permits"
+    print(f"permit ({what}): {spent / count * 1e6:.2f} us, {count / spent:.0f}/s, {frames / count:.3f} frames a permit")
+
+
+def one_by_one(sessions: int) -> None:
+    """A demand for one message on an idle throttle, answered in the same call."""
+    now = 10_000 * SECOND
+    manager, made = manager_with(sessions, now)
+    for session in made:
+        manager.register(session, 0, [(Key("192.0.2.1", session.name), Part((Limit(10**6, 1),)))], now)
+    for session in manager.take_ready():
+        manager.take(session, now)
+    got = dict.fromkeys(made, 0)
+    begin = perf_counter()
+    for index in range(100_000):
+        session = made[index % sessions]
+        manager.demand(session, 0, 1, got[session], 1, 0, 0, now + index * 1000)
+        for ready in manager.take_ready():
+            got[ready] += len(manager.take(ready, now + index * 1000).grants)
+    spent = perf_counter() - begin
+    print(f"demand and grant, one by one: {spent / 100_000 * 1e6:.2f} us ({sum(got.values())} permits)")
+
+
+def many_throttles(count: int) -> None:
+    """One session over many throttles: memory, registration, registration again, demand for all, and its end."""
+    now = 10_000 * SECOND
+    gc.collect()
+    process = psutil.Process()
+    before = process.memory_info().rss
+    manager, (session,) = manager_with(1, now)
+    for step in ("register", "register again"):
+        begin = perf_counter()
+        for id in range(count):
+            key, part = Key("192.0.2.1", f"rule-{id:06}"), Part((Limit(1000, 3600),), 20)
+            manager.register(session, id, [(key, part)], now)
+        print(f"{step}: {(perf_counter() - begin) / count * 1e6:.2f} us a path")
+    manager.take(session, now)
+    gc.collect()
+    grown = process.memory_info().rss - before
+    print(f"memory of {count} throttles with one session: {grown / 2**20:.0f} MiB, {grown / count:.0f} B each")
+    begin = perf_counter()
+    for id in range(count):
+        manager.demand(session, id, 5, 0, 5, 0, 0, now)
+    print(f"demand on all: {(perf_counter() - begin) / count * 1e6:.2f} us each")
+    grown = process.memory_info().rss - before
+    print(f"memory with demand on all: {grown / 2**20:.0f} MiB")
+    manager.take(session, now)
+    begin = perf_counter()
+    figure = manager.active_throttles(now)
+    print(f"status figure of {figure} active throttles: {(perf_counter() - begin) * 1e3:.1f} ms")
+    begin = perf_counter()
+    manager.bye(session, now)
+    longest, calls = perf_counter() - begin, 1
+    while manager.next_wakeup() == 0:
+        begin = perf_counter()
+        manager.advance(now)
+        longest = max(longest, perf_counter() - begin)
+        calls += 1
+    print(f"end of that session: {calls} calls, the longest {longest * 1e3:.1f} ms")
+
+
+def places() -> None:
+    now = 10_000 * SECOND
+    for owners in (10, 1000):
+        manager, made = manager_with(owners, now)
+        for session in made:
+            manager.register(session, 0, [(Key("192.0.2.1", "rule"), Part((), 20))], now)
+        held, waiting = [], 0
+        for session in made:
+            for _ in range(3):
+                answer = manager.admit(
+                    session.name, 1.0, "192.0.2.1", "198.51.100.1", manager.flows(session, (0,)), now
+                )
+                if isinstance(answer, Places):
+                    held.append(answer)
+                elif isinstance(answer, Ticket):
+                    waiting += 1
+        begin = perf_counter()
+        for _ in range(20_000):
+            places = held.pop(0)
+            held += [ticket.places for ticket in manager.release(places, now) if ticket.places is not None]
+            session = manager.sessions[places.owner]
+            manager.admit(session.name, 1.0, "192.0.2.1", "198.51.100.1", manager.flows(session, (0,)), now)
+        spent = perf_counter() - begin
+        print(f"release, next in, wait again ({owners} owners, {waiting} waiting): {spent / 20_000 * 1e6:.2f} us")
+    manager, (session,) = manager_with(1, now)
+    manager.register(session, 0, [(Key("192.0.2.1", "rule"), Part((), 0))], now)
+    flows = manager.flows(session, (0,))
+    begin = perf_counter()
+    for _ in range(50_000):
+        answer = manager.admit("mta0", 1.0, "192.0.2.1", "198.51.100.1", flows, now)
+        assert isinstance(answer, Places)
+        manager.release(answer, now)
+    print(f"admit and release, nobody waits: {(perf_counter() - begin) / 50_000 * 1e6:.2f} us")
+
+
+if __name__ == "__main__":
+    permits(1, 3500)
+    permits(5, 3500)
+    permits(10, 100_000)
+    permits(5, 3500, paths=10, shared=True)
+    one_by_one(50)
+    places()
+    many_throttles(100_000)
