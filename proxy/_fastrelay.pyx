@@ -12,7 +12,7 @@ Read proxy/relay.py first; it says why things are done as they are. What differs
 
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_INCREF, Py_XDECREF
-from libc.errno cimport EAGAIN, EINTR, errno
+from libc.errno cimport EAGAIN, EBADF, EINTR, errno
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcpy, memset
 
@@ -212,6 +212,8 @@ cdef class Engine:
             raise _os_error()
 
     def wait(self, int fd):
+        if fd < 0:
+            raise OSError(EBADF, os.strerror(EBADF))
         self._check(fd)
         switch = getcurrent().switch
         self._set_callback(fd, switch)
@@ -223,8 +225,9 @@ cdef class Engine:
                 self._set_callback(fd, None)
 
     def watch(self, int fd, callback):
-        self._check(fd)
-        self._set_callback(fd, callback)
+        if fd >= 0:
+            self._check(fd)
+            self._set_callback(fd, callback)
 
     def close(self, sock, bint reset=False):
         cdef int fd = sock.fileno()

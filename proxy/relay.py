@@ -26,6 +26,7 @@ for, what it may cost and what its end means is not known here.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import select
@@ -170,7 +171,12 @@ class Engine:
 
         Returns:
             The epoll events; perhaps spurious, so try, then wait, in a loop.
+
+        Raises:
+            OSError: EBADF; the socket was closed (its number is -1).
         """
+        if fd < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         table = self._table
         switch = table[fd] = getcurrent().switch
         try:
@@ -181,8 +187,10 @@ class Engine:
                 table[fd] = None
 
     def watch(self, fd: int, callback: Callable[[int], object] | None) -> None:
-        """Call `callback(events)` from the hub for each event of `fd`, until something else is set; None: ignore."""
-        self._table[fd] = callback
+        """Call `callback(events)` from the hub for each event of `fd`, until something else is set; None: ignore.
+        A closed socket (its number is -1) has no events: nothing happens."""
+        if fd >= 0:
+            self._table[fd] = callback
 
     def close(self, sock: RawSocket, reset: bool = False) -> None:
         """Close a socket that is or was registered; with `reset` the peer sees RST instead of FIN."""

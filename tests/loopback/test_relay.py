@@ -635,6 +635,17 @@ def test_a_pair_that_ends_within_a_batch_keeps_its_descriptors_until_the_end(eng
     peer.close()
 
 
+def test_a_closed_socket_can_be_neither_waited_for_nor_watched(engine: relay.Engine) -> None:
+    _, sock = tcp_pair()
+    engine.register(sock.fileno())
+    engine.close(sock)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        engine.wait(sock.fileno())
+    engine.watch(sock.fileno(), pytest.fail)
+    engine.watch(sock.fileno(), None)
+    Relayed(engine).check()
+
+
 def test_close_with_reset(engine: relay.Engine) -> None:
     for wanted in (True, False):
         peer, sock = tcp_pair()
