@@ -12,6 +12,7 @@ import os
 import socket
 import sys
 import tracemalloc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -718,6 +719,22 @@ def test_memory_of_an_idle_relay(engine: relay.Engine) -> None:
     assert traced + malloced < (300 if engine.name == "compiled" else 950)
 
 
+def test_an_owner_is_let_go(engine: relay.Engine) -> None:
+    class Weak(Owner):
+        pass
+
+    owner: Owner | None = Weak()
+    reference = weakref.ref(owner)
+    pair = Relayed(engine, owner=owner)
+    pair.check()
+    pair.close()
+    pair.owner.ending()
+    owner = None
+    del pair
+    gc.collect()
+    assert reference() is None
+
+
 def test_no_leak_over_many_sessions(engine: relay.Engine) -> None:
     def session(number: int) -> None:
         pair = Relayed(engine, early=b"e" * (number % 3))
@@ -730,12 +747,13 @@ def test_no_leak_over_many_sessions(engine: relay.Engine) -> None:
     for number in range(20):
         session(number)
     gc.collect()
-    descriptors, greenlets = open_descriptors(), _greenlets()
+    descriptors, greenlets, malloced = open_descriptors(), _greenlets(), _malloced()
     for number in range(2000):
         session(number)
     gc.collect()
     assert open_descriptors() == descriptors
     assert _greenlets() == greenlets
+    assert _malloced() - malloced < 100_000  # 50 bytes a session; a pair that is not freed has 200
     assert engine.pairs == engine.faults == 0
 
 
