@@ -1,0 +1,100 @@
+"""Which address the mail leaves from when the client does not say, and which it may leave from when it does."""
+
+import pytest
+
+from tests.clients import Refused, exactly, socks5
+from tests.program import BASE, Proxy
+from tests.sinks import GREETING, Raw, greet
+
+EVERYTHING = "127.0.0.0/8, ::1/128"
+
+
+def left_from(proxy, host="127.0.0.2", **more):
+    """The address that the receiver sees, and the one that the reply and the log name: all three must be the same."""
+    with Raw(greet, host) as mx:
+        with socks5(proxy.socks5, mx.endpoint, **more) as sock:
+            assert exactly(sock, 8) == GREETING
+        found = proxy.wait_line(rf"^connection .* source=(\S+) destination=\S*:{mx.endpoint[1]} ")
+        assert found[1] == mx.peers[0][0]
+        return found[1]
+
+
+def test_the_systems_choice():
+    with Proxy() as proxy:
+        assert left_from(proxy) == "127.0.0.1"
+        assert left_from(proxy, "::1") == "::1"
+
+
+def test_the_systems_choice_must_be_allowed():
+    """Nothing is sent from an address that is not in source_ip."""
+    with Proxy("source_ip 127.0.0.5\n") as proxy, Raw() as mx:
+        with pytest.raises(Refused) as refused:
+            socks5(proxy.socks5, mx.endpoint)
+        assert refused.value.args[0][:2] == b"\x05\x02"
+        assert mx.connects == 0
+        assert left_from(proxy, source="127.0.0.5") == "127.0.0.5"
+
+
+def test_loopback_must_be_listed():
+    """Without source_ip every address of the machine will do, but those."""
+    base = "".join(line for line in BASE.splitlines(True) if not line.startswith("source_ip"))
+    with Proxy(base=base) as proxy, Raw() as mx:
+        for source in (None, "127.0.0.5"):
+            with pytest.raises(Refused, match=r"x05\\x02"):
+                socks5(proxy.socks5, mx.endpoint, source)
+        assert "loopback must be listed in source_ip" in proxy.wait_line(r"^WARNING refused .*")[0]
+
+
+def test_default_source_ip_of_each_family():
+    with Proxy("default_source_ip 127.0.0.41, ::1\n") as proxy:
+        assert left_from(proxy) == "127.0.0.41"
+        assert left_from(proxy, "::1") == "::1"
+        assert left_from(proxy, source="127.0.0.42") == "127.0.0.42"
+
+
+def test_default_source_ip_of_one_family_only():
+    """For the other one it is the system's choice, and no mistake."""
+    with Proxy("default_source_ip 127.0.0.41\n") as proxy:
+        assert left_from(proxy, "::1") == "::1"
+
+
+def test_same():
+    """Leave from the address that was dialled: with a listener on each address, or one on all of them."""
+    with Proxy("default_source_ip same\nlisten_socks5 0.0.0.0:0\n") as proxy:
+        port = proxy.socks5[1]
+        for host in ("127.0.0.51", "127.0.0.52"):
+            with Raw(greet) as mx, socks5((host, port), mx.endpoint) as sock:
+                assert exactly(sock, 8) == GREETING
+                assert mx.peers[0][0] == host
+
+
+def test_an_instances_one_source_is_its_default():
+    text = f"""\
+source_ip {EVERYTHING}
+default_source_ip 127.0.0.41
+instance one {{
+    source_ip 127.0.0.61
+}}
+instance two {{
+    source_ip 127.0.0.62, 127.0.0.63
+}}
+"""
+    with Proxy(text) as proxy, Raw() as mx:
+        assert left_from(proxy, user="one") == "127.0.0.61"
+        assert left_from(proxy, user="two", source="127.0.0.63") == "127.0.0.63"
+        with pytest.raises(Refused):  # the default is not one of its own
+            socks5(proxy.socks5, mx.endpoint, user="two")
+        with pytest.raises(Refused):
+            socks5(proxy.socks5, mx.endpoint, "127.0.0.62", user="one")
+        assert left_from(proxy, user="three") == "127.0.0.41"
+        assert mx.connects == 0
+
+
+def test_both_lists_hold():
+    """An instance's source_ip narrows the global one and cannot widen it."""
+    text = "source_ip 127.0.0.0/24\ninstance one {\n    source_ip 127.0.0.61, 127.1.0.61\n}\n"
+    with Proxy(text) as proxy, Raw() as mx:
+        assert left_from(proxy, user="one", source="127.0.0.61") == "127.0.0.61"
+        for source in ("127.1.0.61", "127.0.0.62"):
+            with pytest.raises(Refused):
+                socks5(proxy.socks5, mx.endpoint, source, user="one")
