@@ -1,8 +1,8 @@
 """How often an address may fail to prove who it is: a budget that refills, and what follows when it is used up.
 
 Pure: the clock is an argument. Doors ask `exhausted` before they listen to an address, and again before they answer a
-failure. Whether an address has a live session is told by the caller: behind one NAT address there may be a good instance
-beside a bad one, so such an address is slowed but never shut out.
+failure. Whether there is a good client at an address, too, is known to the caller: behind one NAT address there may be
+a good instance beside a bad one, so such an address is slowed but never shut out.
 """
 
 from __future__ import annotations

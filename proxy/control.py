@@ -117,7 +117,9 @@ class Control(Client):
         key = b""
         if services.identity is not None:
             self._key_id, key = os.urandom(8), os.urandom(32)
-            instances.channel_keys[self._key_id] = ChannelKey(peer.instance, peer.run_id, peer.version, key)
+            instances.channel_keys[self._key_id] = ChannelKey(
+                peer.instance, peer.run_id, peer.version, key, peer.secret
+            )
         keeps = services.settings.reuse_connections
         welcome = self._guest.handshake.welcome(
             services.incarnation,

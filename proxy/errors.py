@@ -129,10 +129,18 @@ class FamilyMismatch(Refused):
 
 
 class Overloaded(Refused):
-    """`max_connections` is reached, or the proxy is out of descriptors."""
+    """`max_connections` is reached, the proxy is out of descriptors, or an address has failed too often.
+
+    Args:
+        retry_after: seconds until asking again makes sense; 0: not known.
+    """
 
     code = "overloaded"
     retry = True
+
+    def __init__(self, message: str, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Draining(Refused):

@@ -85,12 +85,17 @@ class ReplayWindow:
 
 @dataclass(slots=True)
 class ChannelKey:
-    """What a live session handed out for its channels; kept by the proxy as long as the session lives."""
+    """What a live session handed out for its channels; kept by the proxy as long as the session lives.
+
+    Args:
+        secret: the one that the session proved itself with.
+    """
 
     instance: str
     run_id: bytes
     version: int
-    key: bytes
+    key: bytes = field(repr=False)
+    secret: bytes = field(default=b"", repr=False)
     window: ReplayWindow = field(default_factory=ReplayWindow)
 
 
@@ -140,13 +145,19 @@ class Fences:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A client that has proven who it is. `one_flight`: by CHANNEL_AUTH; no WELCOME is due then."""
+    """A client that has proven who it is.
+
+    Args:
+        one_flight: by CHANNEL_AUTH; no WELCOME is due then.
+        secret: the one that proved it, directly or through its session; a reload may have taken it back meanwhile.
+    """
 
     kind: m.Kind
     instance: str
     run_id: bytes
     version: int
     one_flight: bool
+    secret: bytes = field(default=b"", repr=False)
 
 
 class ServerHandshake:
@@ -182,6 +193,11 @@ class ServerHandshake:
         self._version = 0
         self._transcript = b""
         self._server_proof = b""
+
+    @property
+    def claimed_instance(self) -> str:
+        """The name that the client gave, proven or not; empty before it gave one."""
+        return self._hello.instance if self._hello else ""
 
     def receive(self, data: bytes) -> bytes:
         """Take bytes, give the bytes to answer with, perhaps none.
@@ -250,7 +266,7 @@ class ServerHandshake:
         if matched is _NO_SECRET:
             raise BadCredentials("unknown instance or wrong secret")
         self._server_proof = server_proof
-        self._accept(Peer(hello.kind, hello.instance, hello.run_id, self._version, one_flight=False))
+        self._accept(Peer(hello.kind, hello.instance, hello.run_id, self._version, one_flight=False, secret=matched))
 
     def _channel(self, auth: m.ChannelAuth) -> None:
         known = self._channel_key_of(auth.key_id)
@@ -265,7 +281,8 @@ class ServerHandshake:
             or not known.window.accept(auth.counter)
         ):
             raise StaleKey("channel key, counter or proof is not valid: authenticate in full")
-        self._accept(Peer(m.Kind.CHANNEL, known.instance, known.run_id, known.version, one_flight=True))
+        peer = Peer(m.Kind.CHANNEL, known.instance, known.run_id, known.version, one_flight=True, secret=known.secret)
+        self._accept(peer)
 
     def _accept(self, peer: Peer) -> None:
         self.peer = peer

@@ -52,8 +52,11 @@ class Receiver:
     Args:
         opened_at: when it was connected, on the monotonic clock, in seconds.
         messages: MAIL commands over all its users.
-        greeting, hello: the receiver's replies as it sent them, code and lines; None without a dialogue.
-        readable: an edge of the socket may have been seen and not acted upon.
+        greeting: code and text; None without a dialogue.
+        hello: the texts of the lines of the last reply to EHLO.
+        tls: None: in clear.
+        mailmax: MAIL commands that the receiver takes, if it said so.
+        place: what it holds under the throttles.
     """
 
     stream: Stream
@@ -86,7 +89,7 @@ def open_receiver(
         return _attempt(engine, wish, source, destination, seconds, idle_timeout)
     except UpstreamError as error:
         left = ends_at - monotonic()
-        if error.step is not Step.TLS or wish.tls is not TlsMode.OPPORTUNISTIC or left <= 0:
+        if error.step is not Step.TLS or wish.tls is not TlsMode.OPPORTUNISTIC or wish.tls_verify or left <= 0:
             raise
         # Opportunistic means: rather in clear than not at all (RFC 7435). That connection is spoilt, so a fresh one.
         plain = wish._replace(tls=TlsMode.NONE)
@@ -160,7 +163,11 @@ class _BringUp:
         wish, receiver = self._wish, self._receiver
         # Without a name there is still the address, which a certificate may carry; unverified, it is not sent as SNI.
         name = wish.tls_server_name or (receiver.destination.host if wish.tls_verify else None)
-        stream = TlsStream(receiver.stream.socket, tls.client_context(wish.tls_verify), server_side=False, name=name)
+        context = tls.client_context(wish.tls_verify)
+        try:
+            stream = TlsStream(receiver.stream.socket, context, server_side=False, name=name)
+        except ValueError:
+            raise self._failed(f"{name} cannot be a TLS server name", 0) from None
         while not stream.handshake():
             self._engine.wait(stream.socket.fileno())
         receiver.stream = stream

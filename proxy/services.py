@@ -86,7 +86,7 @@ class Instances:
     Args:
         channel_keys: key id → what a live session handed out for its channels.
         fences: which run of each name holds the name.
-        hosts: addresses with a live session → how many; they are slowed after failures, never shut out.
+        hosts: addresses with live sessions or channels → how many; they are slowed after failures, never shut out.
         channels: the open channels. sessions: the open sessions.
     """
 

@@ -1,0 +1,195 @@
+"""The client's end of a channel: frames in and out, waiting, and how others interrupt the greenlet that serves it.
+
+What the frames mean is not known here. The rules of the relay hold: try, then wait; an edge is only a hint.
+"""
+
+from __future__ import annotations
+
+import select
+from typing import Any
+
+from gevent import get_hub, getcurrent
+
+from proxy import native
+from proxy import native_messages as m
+from proxy.conversation import farewell
+from proxy.errors import PeerError, ProxyError
+from proxy.model import Ending
+from proxy.native_door import Guest
+from proxy.relay import GONE, Engine
+
+_READ_SIZE = 65536
+_RESET = select.EPOLLERR | select.EPOLLHUP
+
+
+class ClientGone(PeerError):
+    """The client's end of the channel is closed or broken, or is to be closed without a word."""
+
+    code = "client_gone"
+
+
+class Link:
+    """Belongs to the greenlet that makes it.
+
+    Attributes:
+        moved: grows with each byte that came or went, receivers' included: what idleness is measured by.
+        doom: why all of it ends now; set by `interrupt`.
+        goaway: what the client is to be told before the next OPEN at the latest.
+    """
+
+    def __init__(self, engine: Engine, guest: Guest) -> None:
+        self.engine = engine
+        self.stream = guest.stream
+        self.decoder = guest.handshake.decoder
+        self.moved = 0
+        self.doom: Ending | None = None
+        self.goaway: m.Goaway | None = None
+        self._told_goaway = False
+        self._unsent = b""  # for the client, not yet taken by the stream
+        self._greenlet: Any = getcurrent()
+        self._waiting = False
+        self._cancellable = False
+        self._reset = False
+
+    @property
+    def fd(self) -> int:
+        return self.stream.socket.fileno()
+
+    # ---------------------------------------------------------------- in
+
+    def receive(self) -> bool:
+        """Read once, for the decoder; False: there is nothing now.
+
+        Raises:
+            ClientGone: closed or broken.
+        """
+        try:
+            data = self.stream.recv(_READ_SIZE)
+        except BlockingIOError:
+            return False
+        except OSError:
+            raise ClientGone("the connection broke") from None
+        if not data:
+            raise ClientGone("the client closed")
+        self.moved += len(data)
+        self.decoder.receive(data)
+        return True
+
+    # ---------------------------------------------------------------- out
+
+    def send(self, data: bytes) -> None:
+        """Send whole frames and wait until they are gone.
+
+        Raises:
+            ClientGone.
+        """
+        self._unsent += data
+        while not self.flush():
+            self.wait()
+
+    def queue(self, data: bytes) -> bool:
+        """Send whole frames without waiting; whether all is gone."""
+        self._unsent += data
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Hand on what is held back; whether all is gone.
+
+        Raises:
+            ClientGone.
+        """
+        stream = self.stream
+        if not self._unsent and not stream.unsent:
+            return True
+        try:
+            while self._unsent:
+                sent = stream.send(self._unsent)
+                self._unsent = self._unsent[sent:]
+                self.moved += sent
+            stream.flush()
+        except BlockingIOError:
+            return False
+        except OSError:
+            raise ClientGone("the connection broke") from None
+        return not stream.unsent
+
+    def tell_goaway(self) -> None:
+        """Say GOAWAY, if there is one to be said; once."""
+        if self.goaway is not None and not self._told_goaway:
+            self._told_goaway = True
+            self.queue(native.encode(self.goaway))
+
+    def part(self, error: ProxyError | None = None) -> None:
+        """The last word, behind what is held back, and a moment for the client to read it."""
+        last = native.error_frame(error) if error is not None else b""
+        farewell(self.engine, self.stream, self._unsent + last)
+
+    # ---------------------------------------------------------------- waiting
+
+    def wait(self, *others: int) -> None:
+        """Until the client's socket or one of the other descriptors has an event, or somebody wakes us.
+
+        Raises:
+            ClientGone: we are told to end, or the client has reset the connection, which must not have to wait until
+                the receiver takes bytes again.
+        """
+        engine = self.engine
+        engine.watch(self.fd, self._client_event)
+        for fd in others:
+            engine.watch(fd, self._greenlet.switch)
+        self._waiting = True
+        try:
+            if self.doom is None:
+                get_hub().switch()
+        finally:
+            self._waiting = False
+            for fd in (self.fd, *others):
+                engine.watch(fd, None)
+        if self.doom is not None or self._reset:
+            raise ClientGone("reset, or to be cut off")
+
+    def _client_event(self, events: int) -> None:
+        self._reset = self._reset or bool(events & _RESET)
+        self._greenlet.switch()
+
+    def wake(self) -> None:
+        """Let the greenlet look around; must not wait."""
+        get_hub().loop.run_callback(self._resume)
+
+    def _resume(self) -> None:
+        if self._waiting:  # by now it may wait for something else
+            self._greenlet.switch()
+
+    def interrupt(self, ending: Ending) -> None:
+        """End whatever is in progress; must not wait."""
+        self.doom = ending
+        get_hub().loop.run_callback(self._cancel)
+        self.wake()
+
+    # ---------------------------------------------------------------- while an OPEN is served
+
+    def watch_client(self) -> None:
+        """Cancel with ClientGone whatever our greenlet waits for, when the client goes away.
+
+        Raises:
+            ClientGone: it is gone already: no edge would tell it again.
+        """
+        self._cancellable = True
+        self.engine.watch(self.fd, self._opening_event)
+        poll = select.poll()
+        poll.register(self.fd, select.POLLRDHUP)
+        if poll.poll(0):
+            raise ClientGone("the client closed")
+
+    def unwatch_client(self) -> None:
+        self._cancellable = False
+        self.engine.watch(self.fd, None)
+
+    def _opening_event(self, events: int) -> None:
+        if events & GONE:
+            self._cancel()
+
+    def _cancel(self) -> None:
+        if self._cancellable:
+            self._cancellable = False
+            self._greenlet.throw(ClientGone("the client closed"))
