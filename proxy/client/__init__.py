@@ -8,5 +8,20 @@ from proxy.client.errors import ProxyFailure, ProxyRefused, ProxyRejected, Proxy
 from proxy.client.session import Session
 from proxy.client.smtp import ProxiedSMTP
 from proxy.client.stream import Stream
+from proxy.client.throttle import Limits, Permit, PermitExpired, Throttle, ThrottleRejected, ThrottleTimeout
 
-__all__ = ["ProxiedSMTP", "ProxyFailure", "ProxyRefused", "ProxyRejected", "ProxyUnavailable", "Session", "Stream"]
+__all__ = [
+    "Limits",
+    "Permit",
+    "PermitExpired",
+    "ProxiedSMTP",
+    "ProxyFailure",
+    "ProxyRefused",
+    "ProxyRejected",
+    "ProxyUnavailable",
+    "Session",
+    "Stream",
+    "Throttle",
+    "ThrottleRejected",
+    "ThrottleTimeout",
+]

@@ -17,6 +17,7 @@ from proxy.client.errors import ProxyFailure, ProxyRefused, ProxyRejected, Proxy
 from proxy.client.link import Account, Link, tls_context, unavailable
 from proxy.client.smtp import ProxiedSMTP
 from proxy.client.stream import Stream
+from proxy.client.throttle import Dialogue, Limits, Throttle
 from proxy.errors import PeerError
 from proxy.model import TlsMode
 
@@ -64,6 +65,7 @@ class Session:
         self._lock = threading.Lock()
         self._closed = False
         self._control = Control(self._account)
+        self._dialogue: Dialogue | None = None
 
     # --- the session itself ---
 
@@ -87,6 +89,9 @@ class Session:
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
+            dialogue, self._dialogue = self._dialogue, None
+        if dialogue is not None:
+            dialogue.stop()
         self._control.stop()
         for channel in idle:
             channel.retire()
@@ -96,6 +101,38 @@ class Session:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    # --- throttles ---
+
+    def throttle(self, source_ip: str, *limits: Limits) -> Throttle:
+        """The throttle, or the several throttles, that one kind of message passes.
+
+        Args:
+            source_ip: address of the proxy's machine that the messages leave from.
+            limits: what this instance has configured; the proxy reconciles it with what others have.
+
+        Raises:
+            ValueError: a name or figure that the protocol does not allow.
+        """
+        return self._speaker().throttle(source_ip, limits)
+
+    def change_limits(self, throttle: Throttle, *limits: Limits) -> None:
+        """Other limits for the same throttles, in force when the proxy has answered.
+
+        Raises:
+            ValueError: as `throttle`, or other names than before.
+        """
+        if [each.name for each in limits] != [each.name for each in throttle.limits]:
+            raise ValueError("the names of a throttle do not change; make a new one")
+        self._speaker().change(throttle, limits)
+
+    def _speaker(self) -> Dialogue:
+        with self._lock:
+            if self._closed:
+                raise ProxyUnavailable("the session is closed")
+            if self._dialogue is None:
+                self._dialogue = Dialogue(self._control)
+            return self._dialogue
 
     # --- SMTP sessions ---
 
@@ -112,7 +149,7 @@ class Session:
         smtputf8: bool = False,
         requiretls: bool = False,
         tenant: str | None = None,
-        throttles: Sequence[int] = (),
+        throttles: Sequence[Throttle] = (),
         deadline: float = 50.0,
         timeout: float | None = 300.0,
     ) -> ProxiedSMTP:
@@ -127,7 +164,8 @@ class Session:
             tls_verify: fail unless the receiver's certificate is valid for that name.
             reuse: take a shared connection if there is one, and be able to `release` this one.
             smtputf8, requiretls, tenant: shared only with connections opened with the same.
-            throttles: ids of throttle paths that apply.
+            throttles: those whose connections this one is among; `source_ip` is theirs if not given. The proxy waits
+                for a place under each.
             deadline: seconds until the proxy answers, waiting for throttles included.
             timeout: seconds that a reply may take, as for `smtplib.SMTP`.
 
@@ -137,47 +175,57 @@ class Session:
             ValueError: not an IP address, or another value that the protocol does not allow.
         """
         request = m.Open(
-            source_ip,
+            _source(source_ip, throttles),
             [m.Address(host, port) for host, port in destinations],
             ehlo_name,
             TlsMode(tls),
             tls_server_name,
             tls_verify,
             reuse,
-            list(throttles),
+            [throttle.id for throttle in throttles],
             int(deadline * 1000),
             smtputf8,
             requiretls,
             tenant,
         )
-        return ProxiedSMTP(self._stream(request, timeout), ehlo_name, reuse)
+        return ProxiedSMTP(self._stream(request, timeout, throttles), ehlo_name, reuse, throttles)
 
     def connect(
         self,
         destinations: Sequence[tuple[str, int]],
         *,
         source_ip: str | None = None,
-        throttles: Sequence[int] = (),
+        throttles: Sequence[Throttle] = (),
         deadline: float = 50.0,
         timeout: float | None = 300.0,
     ) -> Stream:
         """A raw connection; the proxy stays out of the dialogue. Arguments and errors as for `smtp`."""
         request = m.Open(
-            source_ip,
+            _source(source_ip, throttles),
             [m.Address(host, port) for host, port in destinations],
-            throttles=list(throttles),
+            throttles=[throttle.id for throttle in throttles],
             deadline_ms=int(deadline * 1000),
         )
-        return self._stream(request, timeout)
+        return self._stream(request, timeout, throttles)
 
     # --- channels ---
 
-    def _stream(self, request: m.Open, timeout: float | None) -> Stream:
+    def _stream(self, request: m.Open, timeout: float | None, throttles: Sequence[Throttle]) -> Stream:
         _validate(request)
+        for throttle in throttles:
+            throttle.wait_until_registered(request.deadline_ms / 1000)
         if self._closed:
             raise ProxyUnavailable("the session is closed")
         channel, opened = self._open(request)
-        return Stream(channel, opened, timeout, self._give_back, lambda channel: self._open_fresh(channel, request))
+        for throttle in throttles:
+            throttle.count(1)
+
+        def over(channel: Channel) -> None:
+            for throttle in throttles:
+                throttle.count(-1)
+            self._give_back(channel)
+
+        return Stream(channel, opened, timeout, over, lambda channel: self._open_fresh(channel, request))
 
     def _open(self, request: m.Open) -> tuple[Channel, m.Opened]:
         """On an idle channel if one is alive, else on a new one."""
@@ -256,6 +304,10 @@ class Session:
                 surplus.append(channel)
         for each in surplus:
             each.retire()
+
+
+def _source(source_ip: str | None, throttles: Sequence[Throttle]) -> str | None:
+    return throttles[0].source_ip if source_ip is None and throttles else source_ip
 
 
 def _validate(request: m.Open) -> None:

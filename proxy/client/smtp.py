@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import smtplib
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 from proxy import native_messages as m
 from proxy.client.stream import Stream
+from proxy.client.throttle import Permit, Throttle
 
 _EXTENSION = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*) ?(.*)")
 
@@ -22,12 +24,15 @@ class ProxiedSMTP(smtplib.SMTP):
     Attributes:
         opened: what the proxy said, see docs/protocol.md, OPENED.
         messages: accepted by the receiver so far in this SMTP session.
+        permit: for the next message, see `Throttle.acquire`; it is checked right before MAIL FROM and used up by it.
     """
 
-    def __init__(self, stream: Stream, ehlo_name: str, reuse: bool) -> None:
+    def __init__(self, stream: Stream, ehlo_name: str, reuse: bool, throttles: Sequence[Throttle] = ()) -> None:
         super().__init__(local_hostname=ehlo_name)
         self.sock: Any = stream
         self.messages = 0
+        self.permit: Permit | None = None
+        self._throttles = throttles
         self._reuse = reuse
         stream.on_reopened = self._take_over
         self._take_over(stream.opened)
@@ -46,6 +51,22 @@ class ProxiedSMTP(smtplib.SMTP):
             self.file.close()
             self.file = None
         return stream.release(self.messages, wait) if stream is not None else ""
+
+    @property
+    def over_cap(self) -> bool:
+        """Whether this MTA has more connections than its fair share: this one should be released after the message."""
+        return any(throttle.over_cap for throttle in self._throttles)
+
+    def mail(self, sender: str, options: Sequence[str] = ()) -> tuple[int, bytes]:
+        """As `smtplib.SMTP.mail`.
+
+        Raises:
+            PermitExpired: `permit` is too old; nothing was sent.
+        """
+        permit, self.permit = self.permit, None
+        if permit is not None:
+            permit.check()
+        return super().mail(sender, options)
 
     def data(self, msg: Any) -> tuple[int, bytes]:
         code, text = super().data(msg)
