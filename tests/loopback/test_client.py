@@ -78,7 +78,6 @@ def test_mail_through_the_proxy(proxy, session):
         tls_server_name="mx.example.net",
         tls_verify=True,
         tenant="t",
-        throttles=[7],
         deadline=20,
     )
     assert smtp.opened.greeting == b"220 mx.example.net ESMTP"
@@ -97,7 +96,7 @@ def test_mail_through_the_proxy(proxy, session):
             "mx.example.net",
             True,
             True,
-            [7],
+            [],
             20_000,
             tenant="t",
         )
