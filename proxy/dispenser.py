@@ -28,11 +28,15 @@ Turn = tuple[int, int, Throttle]
 
 
 class Slots:
-    """Who waits for a throttle's slots: a heap by virtual time, and the virtual time of each name."""
+    """Who waits for a throttle's slots: a heap by virtual time, and the virtual time of each name.
 
-    __slots__ = ("clock", "queue", "times")
+    `path`: the one path of all who wait, None when there are several.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("clock", "path", "queue", "times")
+
+    def __init__(self, path: Path) -> None:
+        self.path: Path | None = path
         self.queue: list[tuple[int, int, Flow]] = []
         self.times: dict[str, int] = {}
         self.clock = 0
@@ -88,7 +92,9 @@ class Dispenser:
     def _enqueue(self, flow: Flow, throttle: Throttle) -> None:
         slots = throttle.slots
         if slots is None:
-            slots = throttle.slots = Slots()
+            slots = throttle.slots = Slots(flow.path)
+        elif slots.path is not flow.path:
+            slots.path = None
         name = flow.receiver.name
         time = slots.times.get(name, 0)
         if time < slots.clock:
@@ -150,6 +156,9 @@ class Dispenser:
                 heappop(queue)
                 self._enqueue(flow, decider)
                 self.wheel.arm_earlier(decider, slot - TICK)
+                if queue and slots.path is not None:
+                    self.wheel.arm(throttle, slot)
+                    return False
                 continue
             if len(path.throttles) > 1:
                 elsewhere = self._where_to_wait(flow, throttle, slot, decider, now)
@@ -157,6 +166,10 @@ class Dispenser:
                     heappop(queue)
                     self._enqueue(flow, elsewhere)
                     heappush(agenda, (slot, next(self._order), elsewhere))
+                    if queue and slots.path is not None:
+                        # The others would follow it for nothing: one is enough to ask there.
+                        self.wheel.arm(throttle, slot)
+                        return False
                     continue
                 if agenda and agenda[0][0] < slot:
                     heappush(agenda, (slot, next(self._order), throttle))
@@ -165,6 +178,11 @@ class Dispenser:
             for each in path.throttles:
                 each.take_slot(slot)
             self._give(flow, slot)
+            if flow.want <= 0:
+                # It spoke for those who wait at the other throttles of its path: the next one's turn.
+                for each in path.throttles:
+                    if each is not throttle and each.slots is not None:
+                        heappush(agenda, (each.earliest(now), next(self._order), each))
             heapreplace(queue, (times[receiver.name], next(self._order), flow))
         return True
 
@@ -174,8 +192,10 @@ class Dispenser:
             return decider
         if flow.yielded != slot:
             for other in flow.path.throttles:
-                # Others came first there for the same instant; it yields to them once.
-                if other is not throttle and other.slots is not None and other.earliest(now) <= slot:
+                # Others with other paths came first there for the same instant; it yields to them once.
+                if other is throttle or other.slots is None or other.slots.path is not None:
+                    continue
+                if other.earliest(now) <= slot:
                     flow.yielded = slot
                     return other
         return None

@@ -18,6 +18,7 @@ from proxy.throttle import SECOND, TICK, Key, Throttle
 from proxy.wheel import Wheel
 
 MAX_PARTS = 4096
+MAX_FINES = 4096
 
 
 class Notice(enum.StrEnum):
@@ -54,6 +55,7 @@ class Registry:
         self._book = book
         self._paths: dict[tuple[Throttle, ...], Path] = {}
         self._parts: dict[Part, Part] = {}
+        self._fines: dict[tuple[str, tuple[Throttle, ...]], int] = {}
 
     # --- joining and leaving ---
 
@@ -83,6 +85,8 @@ class Registry:
             stake.add(flow)
             if not known:
                 self._restake(throttle, stake, part, now)
+        fine = self._fines.pop((receiver.name, throttles), 0)
+        flow.fine, flow.want, flow.balance = fine, fine, -fine
         return flow
 
     def restake(self, flow: Flow, parts: Iterable[Part], now: int) -> None:
@@ -102,13 +106,14 @@ class Registry:
     def leave(self, flow: Flow, now: int, lease_until: int | None) -> None:
         """The flow is over. Its instance's part stays until `lease_until` (None: goes now) unless it comes back."""
         self._dispenser.withdraw(flow)
+        path, name = flow.path, flow.receiver.name
+        if flow.fine and len(self._fines) < MAX_FINES:
+            self._fines[name, path.throttles] = flow.fine  # a reconnect does not pay it
         flow.paused, flow.fine = False, 0
         self._book.retry(flow, now)
-        path = flow.path
         path.refs -= 1
         if path.refs == 0:
             del self._paths[path.throttles]
-        name = flow.receiver.name
         for throttle in path.throttles:
             stake = _terms(throttle).stake(name)
             assert stake is not None, "a stake outlives its flows"

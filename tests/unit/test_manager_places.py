@@ -477,6 +477,19 @@ def test_enforced_the_next_open_waits_until_the_debt_is_paid() -> None:
     assert doors.got[session] == 4
 
 
+def test_a_reconnect_does_not_pay_the_debt() -> None:
+    doors, session, places = audited(True)
+    doors.manager.mail_sent(places, 8, doors.now)
+    doors.manager.lost(session, doors.now)
+    again = doors.session("a")
+    doors.register(again, (KEY, part(Limit(10, 1))))
+    ticket = doors.waiting(again)
+    doors.run(300 * MS)
+    assert ticket.places is None
+    doors.run(400 * MS)
+    assert doors.manager.take_admitted() == [ticket]
+
+
 def test_without_a_rate_limit_nobody_needs_a_permit(doors: Doors) -> None:
     session = doors.joined("a", 5)
     doors.manager.mail_sent(doors.opened(session), 100, doors.now)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from throttle_sim import LIMITS, MS, PATHS, SOURCE, Client, World, act, make_world, soak
+from throttle_sim import LIMITS, MS, PATHS, SOURCE, Client, World, act, make_world, nobody_is_forgotten, soak
 
 from proxy.limits import Part
 from proxy.throttle import SECOND, Key
@@ -93,6 +93,11 @@ class ThrottleMachine(RuleBasedStateMachine):
             figures = session.figures(self.world.now)
             assert min(figures[1:]) >= 0
             assert figures.ram == sum(entry[0] for entry in session.backlogs.values())
+
+    @invariant()
+    def nobody_is_forgotten(self) -> None:
+        if self.world.manager is not None:
+            nobody_is_forgotten(self.world.manager, self.world.now)
 
     def teardown(self) -> None:
         self.world.run_for(3 * SECOND)

@@ -396,11 +396,27 @@ def make_world(rng: random.Random) -> World:
     return world
 
 
+def nobody_is_forgotten(manager: Manager, now: int) -> None:
+    """Whoever wants a slot and may have one stands in a queue that will be looked at, or is parked for its session."""
+    dispenser = manager._dispenser
+    for session in manager.sessions.values():
+        for flow in session.flows.values():
+            if flow.want <= 0 or flow.paused:
+                continue
+            if flow.queued is None:
+                assert flow in session.parked, flow.id
+            else:
+                assert flow.queued in dispenser.wheel, flow.id
+                assert flow.queued.slots is not None
+
+
 def soak(seed: int, steps: int) -> World:
     """A world after `steps` random actions, checked to the end."""
     rng = random.Random(seed)
     world = make_world(rng)
     for _ in range(steps):
         act(world, rng)
+        if world.manager is not None:
+            nobody_is_forgotten(world.manager, world.now)
     world.oracle.finish()
     return world
