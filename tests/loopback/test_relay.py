@@ -86,19 +86,23 @@ def test_upstream_closes_first_and_still_gets_the_rest(engine: relay.Engine) -> 
     assert pair.owner.ending() == (Ending.UPSTREAM_CLOSED, 4, 7)
 
 
+@pytest.mark.parametrize("fin", [False, True])
 @pytest.mark.parametrize("client_registered", [False, True])
-def test_what_came_before_the_join_needs_no_new_event(engine: relay.Engine, client_registered: bool) -> None:
+def test_what_came_before_the_join_needs_no_new_event(engine: relay.Engine, client_registered: bool, fin: bool) -> None:
     def before(pair: Relayed) -> None:
-        pair.client.sendall(b"c")
-        pair.client.shutdown(socket.SHUT_WR)
-        pair.upstream.sendall(b"u")
-        pair.upstream.shutdown(socket.SHUT_WR)
+        for side, data in ((pair.client, b"c"), (pair.upstream, b"u")):
+            side.sendall(data)
+            if fin:
+                side.shutdown(socket.SHUT_WR)
         gevent.sleep(0.01)  # the events come, and nobody listens
 
     pair = Relayed(engine, before=before, client_registered=client_registered)
-    assert read_all(pair.upstream) == b"c"
-    assert read_all(pair.client) == b"u"
-    assert pair.owner.ending()[1:] == (1, 1)
+    assert pair.upstream.recv(10) == b"c"
+    assert pair.client.recv(10) == b"u"
+    if not fin:
+        pair.check()
+        pair.close()
+    assert pair.owner.ending()[1:] == ((1, 1) if fin else (2, 2))
 
 
 @pytest.mark.parametrize("side", ["client", "upstream"])
