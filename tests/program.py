@@ -120,7 +120,11 @@ class Proxy:
         command = [sys.executable, str(ROOT / "greenarrow_proxy.py"), f"--config-filename={self.path}", *self._flags]
         if self._before:
             command = ["bash", "-c", f'{self._before}; exec "$@"', "bash", *command]
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("GREENARROW_PROXY_")}
+        environ = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("GREENARROW_PROXY_") or name == "GREENARROW_PROXY_RELAY"  # which engine
+        }
         for name in ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "JOURNAL_STREAM"):
             environ.pop(name, None)
         self._process = subprocess.Popen(

@@ -142,8 +142,15 @@ def test_half_close_by_the_receiver(proxy, door):
 
 def test_a_reset_by_the_client(proxy, door):
     ends = []
-    with Raw(lambda sock: ends.append(was_reset(sock))) as receiver:
-        clients.reset(door(receiver.endpoint))
+
+    def serve(sock):
+        sock.sendall(GREETING)
+        ends.append(was_reset(sock))
+
+    with Raw(serve) as receiver:
+        sock = door(receiver.endpoint)
+        assert exactly(sock, 8) == GREETING
+        clients.reset(sock)
         wait_for(lambda: ends, what="the receiver's end")
         proxy.wait_line(rf"^connection .*:{receiver.endpoint[1]} .*outcome=client_reset")
     assert ends == [True]

@@ -206,7 +206,7 @@ def test_health_checks_are_silent(proxy):
     with dial(proxy.socks5):
         pass
     proxy.wait_idle()
-    said = [line for line in proxy.lines[before:] if not re.match(r"listener\(|direct_remote_smtp", line)]
+    said = [line for line in proxy.lines[before:] if not re.match(r"listener\(|throttle: |direct_remote", line)]
     assert said == []
 
 
