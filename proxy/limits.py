@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 #: After a backoff the limit rises by a tenth of the full one each minute.
 RISE_EVERY = 60 * SECOND
 RISE_STEPS = 10
+#: No limit is higher: it must fit its field of the wire.
+MOST = 2**32 - 1
 #: Outcomes are judged over this time, and only when there are enough of them.
 OUTCOME_PERIOD = 60 * SECOND
 OUTCOME_MINIMUM = 20
@@ -90,7 +92,7 @@ def _amounts(parts: list[Part], seconds: int) -> list[int]:
 
 
 def _sum(amounts: list[int]) -> int:
-    return sum(amounts) if all(amounts) else 0
+    return min(sum(amounts), MOST) if all(amounts) else 0
 
 
 def _mean(amounts: list[int]) -> int:

@@ -96,6 +96,8 @@ class Manager:
     def congest(self, session: Session, congested: bool, now: int) -> None:
         """The session's outgoing queue is full (it gets no grants), or no longer."""
         session.congested = congested
+        if not congested:
+            self._dispenser.touched[session] = None  # what has gathered meanwhile
         self._unpark(session, now)
 
     # --- what an instance says ---

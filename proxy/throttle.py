@@ -23,6 +23,8 @@ MICROSECOND = 1_000
 TICK = 25_000_000
 #: Windows at least this long are strict by default: exactly L in any window. Shorter ones are nominal.
 STRICT_FROM_SECONDS = 60
+#: No limit gives more than 100,000 slots a second: one that did could keep the proxy busy with nothing else.
+SHORTEST_INTERVAL = 10 * MICROSECOND
 #: Slack of a permit that no rate limits.
 FREE_SLACK = 2 * SECOND
 
@@ -74,7 +76,7 @@ def interval(limit: Limit, slack: int) -> int:
         divisor = limit.amount - limit.burst + 1
     else:
         divisor = limit.amount
-    return -(-window // (divisor * MICROSECOND)) * MICROSECOND
+    return max(SHORTEST_INTERVAL, -(-window // (divisor * MICROSECOND)) * MICROSECOND)
 
 
 class Window:

@@ -387,6 +387,7 @@ def test_a_slow_consumer_gets_no_grants_and_costs_nobody(bench: Bench) -> None:
     assert "slow" not in shares
     assert shares["b"] >= 499
     bench.manager.congest(slow, False, bench.now)
+    assert slow in bench.manager.take_ready()  # what gathered meanwhile is to be fetched
     shares = count(bench.run(5 * SECOND))
     assert shares["a"] == pytest.approx(shares["b"], abs=2)
 
@@ -550,6 +551,7 @@ HOUR = 3600
         ([part(Limit(100, HOUR), places=5), part()], (Limit(100, HOUR),), 5, False),
         ([part(Limit(100, HOUR), mode=Mode.SUM), part(Limit(50, HOUR), mode=Mode.SUM)], (Limit(150, HOUR),), 0, False),
         ([part(Limit(100, HOUR), mode=Mode.SUM), part(mode=Mode.SUM)], (), 0, False),
+        ([part(Limit(2**32 - 1, HOUR), mode=Mode.SUM)] * 2, (Limit(2**32 - 1, HOUR),), 0, False),
         ([part(Limit(100, HOUR), mode=Mode.SUM), part(Limit(80, HOUR))], (Limit(80, HOUR),), 0, True),
         ([part(Limit(100, HOUR), mode=Mode.SUM), part(Limit(800, HOUR))], (Limit(100, HOUR),), 0, True),
         ([part(mode=Mode.SUM), part(Limit(800, HOUR))], (Limit(800, HOUR),), 0, True),

@@ -59,6 +59,7 @@ def test_burst_as_large_as_the_limit_is_refused(limit: Limit, valid: bool) -> No
         (Limit(10, 1), SECOND // 10, SECOND // 10),  # nominal
         (Limit(3, 1), SECOND // 10, 333_334 * MICROSECOND),
         (Limit(1, 60), SECOND // 2, 60_500_000 * MICROSECOND),
+        (Limit(10**9, 1), SECOND // 10, 10 * MICROSECOND),  # the most that is given out
     ],
 )
 def test_interval(limit: Limit, slack: int, expected: int) -> None:
