@@ -82,7 +82,7 @@ class Listener(StreamServer):  # type: ignore[misc]
         self, sock: socket.socket, door: Door, admit: Admit, accept_failed: Callable[[Listener, OSError], None]
     ) -> None:
         self.door = door
-        self.delay: float = self.min_delay
+        self._pause: float = self.min_delay  # not `delay`: the base class resets that after each `do_read`
         self._admit = admit
         self._accept_failed = accept_failed
         sock.setblocking(False)
@@ -100,6 +100,7 @@ class Listener(StreamServer):  # type: ignore[misc]
         while True:
             try:
                 accepted: tuple[int, tuple[Any, ...]] = self.socket._accept()
+                self._pause = self.min_delay
                 return accepted
             except BlockingIOError:
                 return None
@@ -119,9 +120,9 @@ class Listener(StreamServer):  # type: ignore[misc]
         """Stop accepting for a moment, twice as long each time; what waits stays in the kernel's queue."""
         self._accept_failed(self, error)
         self.stop_accepting()
-        self._timer = self.loop.timer(self.delay)
+        self._timer = self.loop.timer(self._pause)
         self._timer.start(self._start_accepting_if_started)
-        self.delay = min(self.max_delay, self.delay * 2)
+        self._pause = min(self.max_delay, self._pause * 2)
 
 
 def endpoint_of(sock: socket.socket) -> Endpoint:
