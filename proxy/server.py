@@ -50,6 +50,8 @@ _REFUSALS_AT_A_TIME = 32
 _MAX_NEWCOMERS = 1024
 #: Cached connections given up when there is no descriptor for a client.
 _SHED_WHEN_SHORT = 32
+#: Seconds between two lines about accept errors; all are counted.
+_ACCEPT_LINE_EVERY = 1.0
 _SWEEPS_AN_IDLE_TIMEOUT = 8
 _LONGEST_SWEEP_PERIOD = 15.0
 _DRAIN_POLL = 0.05
@@ -94,6 +96,7 @@ class Server:
         self._listeners: dict[Endpoint, Listener] = {}  # by configured address
         self._doors: list[Door] = []  # listeners that were closed and still have connections
         self._refusing = 0
+        self._next_accept_line = 0.0
         self._signals = 0
         self._reload_wanted = False
         self._reloading = False
@@ -292,6 +295,10 @@ class Server:
     def _accept_failed(self, listener: Listener, error: OSError) -> None:
         self._counters.accept_errors += 1
         self._keeper.shed(_SHED_WHEN_SHORT)
+        now = monotonic()
+        if now < self._next_accept_line:  # with one descriptor free now and then, every second accept fails
+            return
+        self._next_accept_line = now + _ACCEPT_LINE_EVERY
         text = os.strerror(error.errno or 0)
         log.note(log.Event.ACCEPT, log.ERROR, f"accept on {listener.door.endpoint}: {text}; trying again soon")
 
