@@ -237,8 +237,9 @@ class Visit:
         assert self.upstream is not None
         services = self.services
         answer = handshake.send(Accepted(upstream.local_endpoint(self.upstream)))
-        if answer:
-            self._write(answer)
+        if answer and self._write(answer):
+            self.missed.append(0)  # while we waited, edges of both sides went by
+            upstream_readable = True
         early = handshake.trailing
         self.handshake = None
         client_readable = bool(self.missed)
@@ -335,12 +336,16 @@ class Visit:
     def _instance_of_address(self) -> str:
         return self.services.access.instance_of_address(self.client.host)
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes) -> bool:
+        """Send all of it; whether that took a wait."""
+        waited = False
         while data:
             try:
                 data = data[self.socket.send(data) :]
             except BlockingIOError:
                 self._wait()
+                waited = True
+        return waited
 
     def _wait(self) -> None:
         engine = self.services.engine
