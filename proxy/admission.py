@@ -8,7 +8,8 @@ notices are logged, and the timer is set. With no throttle configured or named, 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from gevent import Timeout, get_hub, getcurrent
@@ -44,15 +45,18 @@ class Admission:
     """The one manager and whoever deals with it.
 
     Args:
-        make_way: told a full throttle under which a request waits: a cached connection should give up its place.
+        make_way: told a full throttle under which a request waits: a cached connection is to give up its place there;
+            says whether one did.
     """
 
-    def __init__(self, manager: Manager, make_way: Callable[[Throttle], None]) -> None:
+    def __init__(self, manager: Manager, make_way: Callable[[Throttle], bool]) -> None:
         self.manager = manager
         self.clients: dict[Session, Client] = {}
         self._make_way = make_way
         self._hub: Any = get_hub()
         self._waiting: dict[Ticket, Callable[[], object]] = {}
+        self._keys: dict[Ticket, Hashable] = {}  # what those who wait would share
+        self._awaited: Counter[Hashable] = Counter()  # the same, how often
         self._timer: Any = self._hub.loop.timer(0)
         self._armed_for: int | None = None
         self._settling = False
@@ -60,13 +64,21 @@ class Admission:
     # ---------------------------------------------------------------- places
 
     def enter(
-        self, owner: str, weight: float, source: str, destination: str, flows: tuple[Flow, ...], seconds: float
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+        seconds: float,
+        key: Hashable = None,
     ) -> Places | None:
         """Wait in fair order for a place under every throttle that applies; None: none does.
 
         Args:
             owner: instance name, else the client's address.
             seconds: the longest to wait; the proxy's own throttles may say less.
+            key: of the cached connection that would do; see `pass_on`.
 
         Raises:
             Throttled: not in time; says which throttle, and when to come back.
@@ -78,10 +90,8 @@ class Admission:
         self.settle()
         if isinstance(answer, Places):
             return answer
-        for throttle in manager.blockers(answer):
-            self._make_way(throttle)
         own = manager.wait_of(answer)
-        self._wait_for(answer, min(seconds, own) if own else seconds)
+        self._wait_for(answer, min(seconds, own) if own else seconds, key)
         return answer.places
 
     def swap(
@@ -119,7 +129,26 @@ class Admission:
             self._wake(self.manager.release(places, clock_ns()))
             self.settle()
 
-    def _wait_for(self, ticket: Ticket, seconds: float) -> None:
+    def wanted(self, places: Places | None) -> bool:
+        """Whether somebody waits for one of these places."""
+        return places is not None and self.manager.wanted(places)
+
+    def awaited(self, key: Hashable) -> bool:
+        """Whether one who waits for places, anywhere, asks for this key."""
+        return key in self._awaited
+
+    def pass_on(self, places: Places, key: Hashable) -> bool:
+        """Give the places of a cached connection back; whether one who waited and asks for its key got in by that.
+
+        That one takes over the connection when it runs next. Otherwise the caller has to close the socket at once.
+        """
+        tickets = self.manager.release(places, clock_ns())
+        taker = any(self._keys.get(ticket) == key for ticket in tickets)
+        self._wake(tickets)
+        self.settle()
+        return taker
+
+    def _wait_for(self, ticket: Ticket, seconds: float, key: Hashable) -> None:
         """Until the ticket is admitted.
 
         Raises:
@@ -127,6 +156,8 @@ class Admission:
         """
         timer = Timeout.start_new(max(seconds, 0.001))
         self._waiting[ticket] = getcurrent().switch
+        self._keys[ticket] = key
+        self._awaited[key] += 1
         try:
             while ticket.places is None:
                 self._hub.switch()
@@ -139,6 +170,10 @@ class Admission:
         finally:
             timer.close()
             del self._waiting[ticket]
+            del self._keys[ticket]
+            self._awaited[key] -= 1
+            if not self._awaited[key]:
+                del self._awaited[key]
             self.settle()
 
     def _wake(self, tickets: list[Ticket]) -> None:
@@ -159,6 +194,10 @@ class Admission:
             while True:
                 admitted, ready, ended = manager.take_admitted(), manager.take_ready(), manager.take_ended()
                 self._wake(admitted)
+                blocked = manager.take_blocked()
+                for throttle in blocked:
+                    while throttle.line is not None and throttle.full() and self._make_way(throttle):
+                        pass
                 for session in ready:
                     client = self.clients.get(session)
                     if client is not None:
@@ -167,7 +206,7 @@ class Admission:
                     client = self.clients.pop(session, None)
                     if client is not None and session.end is not None:
                         client.ended(session.end)
-                if not (admitted or ready or ended):
+                if not (admitted or ready or ended or blocked):
                     break
             for remark in manager.take_notices():
                 log.note(log.Event.THROTTLE, log.WARNING, remark.detail, notice=remark.notice, instance=remark.instance)

@@ -31,6 +31,8 @@ _MAX_CERTIFICATE = 32_768
 _MAX_GREETING = 4_096
 _MAX_EHLO = 24_576
 _MAX_EHLO_LINES = 256
+#: Why a connection that is clean is not kept: its receiver is told QUIT.
+_UNWANTED = frozenset({Discard.DISABLED, Discard.DRAINING, Discard.YIELDED})
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +45,7 @@ class _Session:
     transfer: Transfer
     started: float
     services: Services
+    unwanted: Discard | None = None  # clean and offered, but nobody may have it
 
 
 class Channel:
@@ -186,7 +189,7 @@ class Channel:
             link.send(native.encode(native.failed(error, attempts)))
             return
         tracked = request.ehlo_name is not None and (request.reuse or request.throttles)
-        transfer = Transfer(link, taken.receiver, Tracker() if tracked else None)
+        transfer = Transfer(link, taken.receiver, Tracker() if tracked else None, taken.reused)
         session = _Session(number, request, taken, transfer, started, services)
         ending, reset = Ending.CLIENT_RESET, True
         try:
@@ -225,7 +228,9 @@ class Channel:
         if reason is None:
             link.send(native.encode(m.Ended(True, "kept")))
             return Ending.KEPT, False
-        if transfer.end.keep:
+        if reason in _UNWANTED:
+            session.unwanted = reason
+        elif transfer.end.keep:
             session.services.keeper.decline(reason)
         delivered = transfer.flush()
         link.send(native.encode(m.Ended(False, reason)))
@@ -235,17 +240,21 @@ class Channel:
 
     def _why_not_kept(self, session: _Session, end: m.End) -> Discard | None:
         """Only what the tracker has found clean is kept, and only when the client says so."""
-        services, place = self._current(), session.taken.receiver.place
+        services, taken = self._current(), session.taken
         if not end.keep or not session.request.reuse or session.transfer.tracker is None:
             return Discard.NOT_OFFERED
+        reason = session.transfer.unclean()
+        if reason is not None:
+            return reason
         if not services.settings.reuse_connections:
             return Discard.DISABLED
         if self._link.goaway is not None:
             return Discard.DRAINING
-        reason = session.transfer.unclean()
-        if reason is None and place is not None and services.admission.manager.wanted(place):
+        admission = services.admission
+        # Who waits for its place may want this very connection; whose turn it is turns out when it is clean.
+        if admission.wanted(taken.receiver.place) and not admission.awaited(taken.key):
             return Discard.YIELDED
-        return reason
+        return None
 
     def _over(self, session: _Session, ending: Ending, reset: bool) -> None:
         """Close, count, log."""
@@ -254,6 +263,8 @@ class Channel:
         self._count_messages(session)
         if ending is Ending.KEPT:
             services.keeper.give(receiver, session.taken.key)
+        elif session.unwanted is not None and not reset:
+            services.keeper.dismiss(receiver, session.unwanted)
         else:
             _close(services, receiver, reset)
         counters = services.counters

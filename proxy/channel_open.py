@@ -7,6 +7,7 @@ anything is tried. Which of several failures is reported, and how, is `channel`'
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple
 
@@ -14,9 +15,10 @@ from proxy import native_messages as m
 from proxy import upstream
 from proxy.errors import Overloaded, Step, UnknownPath, UpstreamError
 from proxy.flows import Flow
-from proxy.model import Discard, Endpoint
+from proxy.model import Endpoint
 from proxy.native_auth import Peer
 from proxy.native_door import Guest
+from proxy.places import Places
 from proxy.pool import PoolKey
 from proxy.receiver import Receiver, Wish, open_receiver
 from proxy.services import Services
@@ -26,6 +28,8 @@ from proxy.smtp import try_next_destination
 _CONNECT_ONE_OF_MANY = 10.0
 
 Attempts = list[tuple[m.Address, UpstreamError]]
+#: Owner, weight, source, destination and paths, as `Admission` wants them.
+_Who = tuple[str, float, str, str, tuple[Flow, ...]]
 
 
 class Taken(NamedTuple):
@@ -109,15 +113,14 @@ class Opener:
             destination.host,
             self._flows,
         )
-        if request.reuse and request.ehlo_name is not None and (kept := services.keeper.take(key)) is not None:
-            may, places = services.admission.swap(kept.place, *who)
-            if may:
-                kept.place = places
-                services.gauges.outgoing += 1
-                services.counters.reused += 1
-                return Taken(kept, key, True)
-            services.keeper.part(kept, Discard.YIELDED)
-        places = services.admission.enter(*who, self._share(left))
+        may_share = request.reuse and request.ehlo_name is not None
+        if may_share and (kept := self._kept(key, lambda kept: self._swap(kept, who))) is not None:
+            return kept
+        places = services.admission.enter(*who, self._share(left), key if may_share else None)
+        if may_share and places is not None:  # perhaps it had to be waited for, and came with a connection
+            kept = self._kept(key, lambda kept: self._move_in(kept, places))
+            if kept is not None:
+                return kept
         try:
             receiver = self._fresh(source, destination, left)
         except BaseException:
@@ -125,6 +128,29 @@ class Opener:
             raise
         receiver.place = places
         return Taken(receiver, key, False)
+
+    def _kept(self, key: PoolKey, claim: Callable[[Receiver], bool]) -> Taken | None:
+        """A cached connection, if there is one and `claim` gets it its places."""
+        services = self._services
+        receiver = services.keeper.take(key, claim)
+        if receiver is None:
+            return None
+        services.gauges.outgoing += 1
+        services.counters.reused += 1
+        return Taken(receiver, key, True)
+
+    def _swap(self, kept: Receiver, who: _Who) -> bool:
+        """Its places for those of this path, if these are free."""
+        may, places = self._services.admission.swap(kept.place, *who)
+        if may:
+            kept.place = places
+        return may
+
+    def _move_in(self, kept: Receiver, places: Places) -> bool:
+        """Its places are given back, since we have our own."""
+        old, kept.place = kept.place, places
+        self._services.admission.leave(old)
+        return True
 
     def _fresh(self, source: str, destination: Endpoint, left: int) -> Receiver:
         services, request = self._services, self._request

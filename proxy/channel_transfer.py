@@ -6,6 +6,7 @@ and who gets the connection afterwards are `channel`'s.
 
 from __future__ import annotations
 
+import errno
 import os
 import ssl
 
@@ -33,6 +34,7 @@ class Transfer:
 
     Args:
         tracker: follows the dialogue, if the connection may be shared or its messages are counted.
+        reused: somebody else has had the connection before.
 
     Attributes:
         up, down: bytes so far.
@@ -41,7 +43,7 @@ class Transfer:
         end: what the client ended the session with.
     """
 
-    def __init__(self, link: Link, receiver: Receiver, tracker: Tracker | None) -> None:
+    def __init__(self, link: Link, receiver: Receiver, tracker: Tracker | None, reused: bool = False) -> None:
         self.receiver = receiver
         self.tracker = tracker
         self.up = 0
@@ -50,6 +52,7 @@ class Transfer:
         self.broken: Ending | None = None
         self.end: m.End | None = None
         self._link = link
+        self._reused = reused
         self._stream = receiver.stream
         self._held = b""  # for the receiver, not yet taken by the stream
         self._finished = False  # the client said EOF
@@ -201,6 +204,11 @@ class Transfer:
                     self._aborted(self._write_error)
                 else:
                     link.queue(native.encode(m.Eof()))
+                return True
+            if self._reused and not self.up:
+                # Nobody has asked it anything: the client would take this for the answer to its first command, and
+                # each later answer for that to the command after. To the client it is a connection that has died.
+                self._aborted(OSError(errno.EPROTO, ""))
                 return True
             if self.tracker is not None:
                 self.tracker.server_bytes(data)

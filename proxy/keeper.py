@@ -3,21 +3,26 @@
 What may be kept, for whom and how long is `pool`'s decision; what a clean session is, `smtp`'s. Here are the sockets:
 RSET before an idle life, an eye on the socket during it, QUIT at its end. One greenlet sweeps; cleaning and parting
 run in pooled ones. An idle connection has no greenlet and no timer.
+
+Each connection here holds its throttle places until its socket is closed. Nobody waits for a place that an idle
+connection holds: it gives way at once, or goes, with its place, to the very client that waited.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from time import monotonic
+from typing import Any, Protocol
 
-from gevent import Timeout
+from gevent import Timeout, get_hub
 from gevent.event import Event
 
 from proxy.conversation import receive, send_all
 from proxy.crew import Crew
 from proxy.model import Discard
+from proxy.places import Places
 from proxy.pool import Discarded, Entry, Pool, PoolKey, PoolSettings
 from proxy.receiver import Receiver
 from proxy.relay import Engine
@@ -30,7 +35,7 @@ _RSET_SECONDS = 10.0
 _QUIT_SECONDS = 5.0
 _READ_SIZE = 4096
 
-#: Reasons after which the receiver is alive and in a known state: it is told QUIT. After all others there is no point.
+#: Reasons after which the receiver is alive, in a known state, and nobody is in a hurry: QUIT is said and answered.
 _POLITE = frozenset(
     {
         Discard.DISABLED,
@@ -41,33 +46,46 @@ _POLITE = frozenset(
         Discard.MAX_CACHED,
         Discard.MAX_CACHED_PER_DESTINATION,
         Discard.DRAINING,
-        Discard.OVERLOADED,
     }
 )
+#: The same in a hurry: QUIT is said, and the socket is closed in the same call.
+_PRESSED = frozenset({Discard.YIELDED, Discard.OVERLOADED})
+
+
+class PlaceOffice(Protocol):
+    """Where throttle places are given back; `Admission` is one."""
+
+    def leave(self, places: Places | None) -> None:
+        """The socket is closed."""
+
+    def wanted(self, places: Places | None) -> bool:
+        """Whether somebody waits for one of these places."""
+
+    def pass_on(self, places: Places, key: Hashable) -> bool:
+        """Give places back; whether one who waited for them and asks for this key got in by that."""
 
 
 class Keeper:
-    """All connections to receivers that no client uses at the moment: being cleaned, idle, or being parted from.
-
-    Args:
-        closed: is told each connection of ours whose socket is closed, so that its throttle places come back.
-    """
+    """All connections to receivers that no client uses at the moment: being cleaned, idle, or being parted from."""
 
     def __init__(
-        self, engine: Engine, crew: Crew, counters: Counters, settings: PoolSettings, closed: Callable[[Receiver], None]
+        self, engine: Engine, crew: Crew, counters: Counters, settings: PoolSettings, office: PlaceOffice
     ) -> None:
         self._engine = engine
         self._crew = crew
         self._counters = counters
-        self._closed = closed
+        self._office = office
         self._pool = Pool(settings)
-        self._busy = 0  # being cleaned or parted from
+        self._cleaning = 0
+        self._parting: dict[Receiver, None] = {}  # QUIT is said or will be; in this order
+        self._armed: float | None = None  # when the sweeper wakes up; None: when it is told to
         self._changed = Event()
+        self._loop: Any = get_hub().loop
 
     @property
     def cached(self) -> int:
         """Connections held here, in whatever state."""
-        return len(self._pool) + self._busy
+        return len(self._pool) + self._cleaning + len(self._parting)
 
     @property
     def pool(self) -> Pool:
@@ -76,53 +94,63 @@ class Keeper:
 
     # ---------------------------------------------------------------- for channels
 
-    def take(self, key: PoolKey) -> Receiver | None:
-        """A live connection of this key, the caller's now; None: there is none."""
+    def take(self, key: PoolKey, claim: Callable[[Receiver], bool]) -> Receiver | None:
+        """A live connection of this key, the caller's now; None: there is none to be had.
+
+        Args:
+            claim: asked for a live connection whether the caller may have it (its places change hands there); if not,
+                it stays as it was. Must not wait.
+        """
         while True:
             entry, discarded = self._pool.take(key, monotonic())
             self._part(discarded)
             if entry is None:
                 return None
             receiver = _receiver(entry)
-            self._engine.watch(receiver.stream.socket.fileno(), None)
             reason = _look(receiver)
-            if reason is None:
+            if reason is not None:
+                self._part([self._pool.reject(entry, reason)])
+            elif claim(receiver):
+                self._engine.watch(receiver.stream.socket.fileno(), None)
                 return receiver
-            self._part([self._pool.reject(entry, reason)])
+            else:
+                self._pool.put_back(entry)
+                return None
 
     def give(self, receiver: Receiver, key: PoolKey) -> None:
         """Take a connection back; whether it is fit to be kept turns out behind the caller's back."""
-        entry = Entry(receiver, key, receiver.opened_at, receiver.messages, receiver.mailmax)
-        if receiver.place is not None:
-            entry.limits = receiver.place.throttles
-        self._busy += 1
+        limits = receiver.place.throttles if receiver.place is not None else ()
+        entry = Entry(receiver, key, receiver.opened_at, receiver.messages, receiver.mailmax, limits)
+        self._cleaning += 1
         self._crew.run(self._clean, entry)
 
-    def part(self, receiver: Receiver, reason: Discard) -> None:
-        """Close a connection that was taken and cannot be used, for a reason that is not its own."""
-        self._counters.discarded.count(reason)
-        self._say_quit(receiver)
-
-    def make_way(self, throttle: Throttle) -> None:
-        """Somebody waits under this throttle: a cached connection that holds a place there gives it up at once."""
-        discarded = self._pool.yield_for(throttle)
-        if discarded is not None:
-            receiver = _receiver(discarded.entry)
-            self._counters.discarded.count(discarded.reason)
-            self._engine.watch(receiver.stream.socket.fileno(), None)
-            self._say_goodbye(receiver)
-
     def decline(self, reason: Discard) -> None:
-        """Count a connection that was offered and is not fit."""
+        """Count a connection that was offered and is not fit; the caller closes it."""
         self._pool.decline(reason)
         self._counters.discarded.count(reason)
 
+    def dismiss(self, receiver: Receiver, reason: Discard) -> None:
+        """Count and close a clean connection that was offered and is not wanted."""
+        self.decline(reason)
+        self._say_quit(receiver, reason)
+
     # ---------------------------------------------------------------- housekeeping
+
+    def make_way(self, throttle: Throttle) -> bool:
+        """Somebody waits under this throttle: a connection that holds a place there is closed now; False: none does."""
+        for receiver in self._parting:
+            if receiver.place is not None and throttle in receiver.place.throttles:
+                self._parted(receiver)
+                return True
+        discarded = self._pool.yield_for(throttle)
+        if discarded is not None:
+            self._part([discarded])
+        return discarded is not None
 
     def run(self) -> None:
         """Give up what has come to its age; for a greenlet of its own."""
         while True:
-            due = self._pool.next_expiry()
+            self._armed = due = self._pool.next_expiry()
             self._changed.clear()
             self._changed.wait(None if due is None else max(0.0, due - monotonic()))
             self._part(self._pool.expire(monotonic()))
@@ -133,20 +161,20 @@ class Keeper:
         self._changed.set()
 
     def shed(self, count: int) -> None:
-        """Descriptors are short: give up `count` connections."""
+        """Descriptors are short: close `count` connections now."""
         self._part(self._pool.shed(count))
 
     def drain(self) -> None:
         """Say QUIT to all; nothing is kept from now on. `cached` falls to zero."""
         self._part(self._pool.drain())
 
-    # ---------------------------------------------------------------- inside
+    # ---------------------------------------------------------------- on the way in
 
     def _clean(self, entry: Entry) -> None:
         """RSET, and the connection is idle; or it is closed."""
         receiver = _receiver(entry)
         reason = self._reset(receiver)
-        self._busy -= 1
+        self._cleaning -= 1
         if reason is not None:
             self.decline(reason)
             self._close(receiver)
@@ -154,7 +182,11 @@ class Keeper:
         self._engine.watch(receiver.stream.socket.fileno(), partial(self._idle_event, receiver))
         self._part(self._pool.offer(entry, monotonic()))
         self._idle_event(receiver, 0)  # an edge may have come before we watched
-        self._changed.set()
+        if receiver in self._pool and self._office.wanted(receiver.place):
+            self._pass_on(receiver, entry.key)
+        due = self._pool.next_expiry()
+        if due is not None and (self._armed is None or due < self._armed):
+            self._changed.set()
 
     def _reset(self, receiver: Receiver) -> Discard | None:
         """Why the session cannot be kept, or None."""
@@ -178,33 +210,53 @@ class Keeper:
         finally:
             timer.close()
 
+    def _pass_on(self, receiver: Receiver, key: PoolKey) -> None:
+        """Somebody waits for this connection's place: it gets the place, and the connection if it wants just this one.
+
+        Otherwise the socket is closed in this very call, so at no time do more sockets exist than places allow.
+        """
+        places, receiver.place = receiver.place, None
+        if places is not None and self._office.pass_on(places, key):
+            # Whoever got the place was woken before this is called, and has taken the connection by then.
+            self._loop.run_callback(self._unclaimed, receiver)
+        else:
+            self._unclaimed(receiver)
+
+    def _unclaimed(self, receiver: Receiver) -> None:
+        """Its place is somebody else's now, so unless that one has taken the connection too, it must go."""
+        discarded = self._pool.remove(receiver, Discard.YIELDED)
+        if discarded is not None:
+            self._part([discarded])
+
     def _idle_event(self, receiver: Receiver, _events: int) -> None:
         """An idle receiver has nothing to say: TLS's own messages are read, anything else is the end."""
         reason = _look(receiver)
         if reason is not None and (discarded := self._pool.remove(receiver, reason)) is not None:
             self._part([discarded])
 
+    # ---------------------------------------------------------------- on the way out
+
     def _part(self, discarded: list[Discarded]) -> None:
         """Count, and close politely or at once."""
         for entry, reason in discarded:
             self._counters.discarded.count(reason)
-            receiver = _receiver(entry)
-            if reason in _POLITE:
-                self._say_quit(receiver)
-            else:
-                self._close(receiver)
+            self._say_quit(_receiver(entry), reason)
 
-    def _say_quit(self, receiver: Receiver) -> None:
-        self._busy += 1
-        self._crew.run(self._quit, receiver)
-
-    def _say_goodbye(self, receiver: Receiver) -> None:
-        """QUIT without waiting for the answer: the place is wanted now."""
-        with contextlib.suppress(OSError):
-            receiver.stream.send(Quit.command)
+    def _say_quit(self, receiver: Receiver, reason: Discard) -> None:
+        """QUIT, as far as the reason allows it, and close."""
+        if reason in _POLITE:
+            self._parting[receiver] = None
+            self._crew.run(self._quit, receiver)
+            return
+        if reason in _PRESSED:
+            with contextlib.suppress(OSError):
+                receiver.stream.send(Quit.command)
         self._close(receiver)
 
     def _quit(self, receiver: Receiver) -> None:
+        """QUIT, and its answer."""
+        if receiver not in self._parting:
+            return  # its place was wanted meanwhile
         engine, stream, farewell = self._engine, receiver.stream, Quit()
         engine.watch(stream.socket.fileno(), None)
         timer = Timeout.start_new(_QUIT_SECONDS)
@@ -220,12 +272,19 @@ class Keeper:
                 raise
         finally:
             timer.close()
-            self._busy -= 1
+            self._parted(receiver)
+
+    def _parted(self, receiver: Receiver) -> None:
+        """Close a connection that QUIT was said to; a second time does nothing."""
+        if receiver in self._parting:
+            del self._parting[receiver]
             self._close(receiver)
 
     def _close(self, receiver: Receiver) -> None:
+        with contextlib.suppress(OSError):
+            receiver.stream.finish()
         self._engine.close(receiver.stream.socket)
-        self._closed(receiver)
+        self._office.leave(receiver.place)
 
 
 def _receiver(entry: Entry) -> Receiver:

@@ -243,7 +243,7 @@ class Manager:
         return any(throttle.line is not None for throttle in places.throttles)
 
     def blockers(self, ticket: Ticket) -> tuple[Throttle, ...]:
-        """The full throttles in the way of `ticket`: a cached connection under each of them should give way."""
+        """The full throttles in the way of `ticket`."""
         return tuple([throttle for throttle in ticket.throttles if throttle.full()])
 
     def wait_of(self, ticket: Ticket) -> float:
@@ -309,6 +309,11 @@ class Manager:
     def take(self, session: Session, now: int) -> Output:
         """What is to be sent to `session`; `now` must not be after the moment of sending."""
         return session.take(self._dispenser, now)
+
+    def take_blocked(self) -> list[Throttle]:
+        """Full throttles that somebody began to wait under: a cached connection with a place there should give way."""
+        throttles, self._book.blocked = list(self._book.blocked), {}
+        return throttles
 
     def take_admitted(self) -> list[Ticket]:
         admitted, self._book.admitted = self._book.admitted, []

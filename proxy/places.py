@@ -126,12 +126,14 @@ class PlaceBook:
 
     Attributes:
         admitted: tickets that got in and were not yet collected.
+        blocked: full throttles that a ticket began to wait under.
         crowded: throttles whose line or occupancy changed while somebody waits.
         wheel: throttles that count connections and whose next slot is what tickets wait for.
     """
 
     def __init__(self, shut: Gate) -> None:
         self.admitted: list[Ticket] = []
+        self.blocked: dict[Throttle, None] = {}
         self.crowded: dict[Throttle, None] = {}
         self.wheel: Wheel[Throttle] = Wheel(MILLISECOND)
         self._shut = shut
@@ -226,6 +228,8 @@ class PlaceBook:
                 throttle.line.add(ticket, throttle)
                 self._moved(ticket, +1)
                 self.crowded[throttle] = None
+                if throttle.full():
+                    self.blocked[throttle] = None
                 return False
         ticket.places = self._enter(ticket, ticket.throttles, now)
         ticket.waiting, ticket.blocker = False, None

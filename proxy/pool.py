@@ -117,6 +117,9 @@ class Pool:
     def __len__(self) -> int:
         return len(self._idle)
 
+    def __contains__(self, connection: object) -> bool:
+        return connection in self._by_connection
+
     # -- the way in ----------------------------------------------------------------------------------------------------
 
     def offer(self, entry: Entry, now: float) -> list[Discarded]:
@@ -165,6 +168,15 @@ class Pool:
         """The connection just taken was found dead: the hit was none. Then `take` again."""
         self.hits -= 1
         return self._count(entry, reason)
+
+    def put_back(self, entry: Entry) -> None:
+        """The connection just taken is not needed after all: it is idle as it was, and the hit was none."""
+        self.hits -= 1
+        self.misses += 1
+        self._insert(entry)
+        for queue in [self._idle, *(index[name] for index, name in self._queues(entry))]:
+            for warmer in [each for each in queue if each.idle_since > entry.idle_since]:
+                queue.move_to_end(warmer)
 
     def remove(self, connection: Hashable, reason: Discard) -> Discarded | None:
         """The watch found a held connection closed or talking; None: it is not held (any more)."""

@@ -32,7 +32,6 @@ from proxy.listener import Listener, ListenError, endpoint_of, open_socket
 from proxy.manager import Manager
 from proxy.model import Ending, Endpoint
 from proxy.native_messages import Kind
-from proxy.receiver import Receiver
 from proxy.relay import RawSocket, make_engine
 from proxy.services import Door, Gauges, Instances, Newcomers, Services
 from proxy.settings import Settings
@@ -89,9 +88,9 @@ class Server:
         self._budget = FailureBudget()
         self._instances = Instances()
         self._incarnation: int = int.from_bytes(os.urandom(4), "big")
-        self._keeper = Keeper(self._engine, self._crew, self._counters, settings, self._receiver_closed)
         manager = Manager(self._incarnation, clock_ns(), settings.throttle_enforce, settings.throttle)
-        self._admission = Admission(manager, self._keeper.make_way)
+        self._admission = Admission(manager, lambda throttle: self._keeper.make_way(throttle))
+        self._keeper = Keeper(self._engine, self._crew, self._counters, settings, self._admission)
         self._generated: tls.ServerIdentity | None = None
         self._listeners: dict[Endpoint, Listener] = {}  # by configured address
         self._doors: list[Door] = []  # listeners that were closed and still have connections
@@ -403,9 +402,6 @@ class Server:
             forward=sum_flows(session.forward for session in sessions),
             back=sum_flows(session.back for session in sessions),
         )
-
-    def _receiver_closed(self, receiver: Receiver) -> None:
-        self._admission.leave(receiver.place)
 
     def _all_doors(self) -> Iterator[Door]:
         for listener in self._listeners.values():
