@@ -119,8 +119,9 @@ def test_its_health_checks_are_silent(sink, tmp_path):
         send(endpoint)
         assert [message.peer[0] for message in sink.messages] == [SOURCE]
         assert len(sink.peers) == 1
-        assert not proxy.matching("refused|PROXY header")
+        proxy.wait_line(rf"^connection .*:{sink.endpoint[1]} ")
         assert len(proxy.matching("^connection ")) == 1
+        assert not proxy.matching("refused|PROXY header")
         proxy.term()
         proxy.wait_exit()
         wait_for(lambda: check_status(control) == "L4CON", what="a check that fails")
