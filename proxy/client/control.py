@@ -28,6 +28,8 @@ _STEADY = 10.0
 _SHORTEST_DELAY, _LONGEST_DELAY = 0.1, 10.0
 #: After an answer that somebody has to do something about.
 _DELAY_AFTER_REJECTION = 60.0
+#: How long the proxy has to answer BYE by closing.
+_LEAVE_TIMEOUT = 2.0
 
 
 def clock_us() -> int:
@@ -109,13 +111,15 @@ class Control:
         return native_auth.channel_auth(welcome.key, certificate, live.link.version, welcome.key_id, counter)
 
     def stop(self) -> None:
-        """Say BYE and close; the thread ends. A second time does nothing."""
+        """Say BYE, and wait a moment for the proxy to close: a close with unread bytes is a reset, and a reset may
+        overtake BYE. The thread ends, at the latest when its attempt to connect does. A second time does nothing."""
         self._stopping.set()
         live = self._live
         if live is not None:
             self.send(s.Bye(live.welcome.incarnation))
+            self._thread.join(_LEAVE_TIMEOUT)
             live.link.close()
-        self._thread.join()
+        self._thread.join(_LEAVE_TIMEOUT)
 
     def _run(self) -> None:
         delay = 0.0
@@ -161,7 +165,7 @@ class Control:
 
     def _converse(self, live: _Live) -> None:
         ping_due = 0.0
-        while True:
+        while not self._stopping.is_set():
             now = time.monotonic()
             if now >= ping_due:
                 live.link.send(native.encode(s.Ping(live.welcome.incarnation, clock_us())))
@@ -178,6 +182,8 @@ class Control:
             message = native.decode(frame, native.SESSION_FROM_PROXY)
             if getattr(message, "incarnation", live.welcome.incarnation) == live.welcome.incarnation:
                 self._take(live, message, at_us)
+        while live.link.next_frame(_LEAVE_TIMEOUT) is not None:
+            pass  # what crosses BYE
 
     def _take(self, live: _Live, message: m.Message, at_us: int) -> None:
         if isinstance(message, s.Ping):

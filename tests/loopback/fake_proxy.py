@@ -224,12 +224,12 @@ class Conn:
         if proxy.context is not None:
             key_id, key = os.urandom(8), os.urandom(32)
             proxy.keys[key_id] = ChannelKey(peer.instance, peer.run_id, peer.version, key)
+        proxy.sessions.append(self)  # before the client can know of it
         self.send(self._handshake.welcome(INCARNATION, key_id=key_id, key=key))
         if proxy.announce and proxy.context is not None:
             self.send(native.encode(s.Cert(INCARNATION, [proxy.certificate])))
         if proxy.welcome_session is not None:
             proxy.welcome_session(self)
-        proxy.sessions.append(self)
         for frame in self._frames():
             message = native.decode(frame, native.SESSION_FROM_CLIENT)
             proxy.session_messages.append(message)
@@ -240,9 +240,9 @@ class Conn:
 
     def _channel(self) -> None:
         proxy = self.proxy
+        proxy.channels.append(self)
         if not self._handshake.peer.one_flight:
             self.send(self._handshake.welcome(INCARNATION))
-        proxy.channels.append(self)
         receiver: Receiver | None = None
         for frame in self._frames():
             if frame[0] == native.DATA:

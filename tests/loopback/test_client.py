@@ -19,6 +19,7 @@ from proxy import native_session as s
 from proxy.client import ProxyRefused, ProxyRejected, ProxyUnavailable, Session
 from proxy.client import control as control_module
 from proxy.client.channel import Channel, State
+from proxy.client.link import Link
 from proxy.errors import Draining, NameInUse, Step
 from tests.loopback.fake_proxy import DESTINATION, INCARNATION, SECRET, Dead, FakeProxy, Receiver, opened
 from tests.waiting import wait_for
@@ -693,6 +694,17 @@ def test_close_says_bye_and_leaves_smtp_sessions_alone(proxy):
     assert session._idle == []
     with pytest.raises(ProxyUnavailable, match="session is closed"):
         session.connect([DESTINATION])
+
+
+def test_bye_is_not_overtaken_by_the_close(proxy, monkeypatch):
+    """What the proxy sent and nobody read would make the close a reset."""
+    links = []
+    close = Link.close
+    monkeypatch.setattr(Link, "close", lambda link: [links.append(list(proxy.session_messages[-1:])), close(link)])
+    session = session_of(proxy)
+    ready(session, proxy)
+    session.close()
+    assert links[0] == [s.Bye(INCARNATION)]
 
 
 def test_close_while_the_proxy_is_away():
