@@ -12,11 +12,20 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-from gevent import Timeout, getcurrent
+from gevent import Timeout, getcurrent, sleep
 
 from proxy import log, upstream
+from proxy.budget import SLOW_ANSWER
 from proxy.conversation import farewell
-from proxy.errors import ClientNotAllowed, HandshakeTimeout, Overloaded, PeerError, ProxyError, UpstreamError
+from proxy.errors import (
+    BadCredentials,
+    ClientNotAllowed,
+    HandshakeTimeout,
+    Overloaded,
+    PeerError,
+    ProxyError,
+    UpstreamError,
+)
 from proxy.model import (
     Accepted,
     BindSource,
@@ -171,7 +180,7 @@ class Visit:
         """
         services = self.services
         if event.__class__ is Login:
-            self.instance = services.access.authenticate(event, self.client.host)
+            self.instance = self._authenticate(event)
         elif event.__class__ is BindSource:
             source = event.source
             services.access.check_source(self.instance or self._instance_of_address(), source)
@@ -179,6 +188,27 @@ class Visit:
             self._bind(source)
             return Accepted(Endpoint(source, 0))
         return Accepted()
+
+    def _authenticate(self, login: Login) -> str:
+        """The instance's name. Wrong secrets cost an address its budget, and time when that is used up.
+
+        A right one is never slowed: behind one NAT address there may be a good instance beside a bad one.
+
+        Raises:
+            BadCredentials: no.
+        """
+        services, host = self.services, self.client.host
+        try:
+            return services.access.authenticate(login, host)
+        except BadCredentials:
+            services.budget.failed(host, monotonic())
+            if services.budget.exhausted(host, monotonic()):
+                services.newcomers.enter(self, self.socket)
+                try:
+                    sleep(SLOW_ANSWER)
+                finally:
+                    services.newcomers.leave(self)
+            raise
 
     def _connect(self, route: Route) -> bool:
         """Connect as the route says; whether upstream may have spoken already.

@@ -183,11 +183,34 @@ def test_the_oldest_newcomers_are_dropped_and_nobody_else(mx):
 
 
 def test_guessing_is_slowed_but_a_good_client_is_not(mx):
-    with Proxy() as proxy:
-        for _ in range(15):
+    """Some wrong secrets are answered at once; the next ones wait, while a right one from there does not."""
+    guess = clients.WITH_PASSWORD + clients.login(password="x" * len(SECRET))
+    with Proxy("auth_timeout 60s\n") as proxy:
+        for _ in range(9):
             with dial(proxy.socks5) as sock:
-                sock.sendall(clients.WITH_PASSWORD + clients.login(password="x" * len(SECRET)))
+                sock.sendall(guess)
                 assert read_all(sock) == b"\x05\x02\x01\x01"
+        with dial(proxy.socks5) as slow:
+            slow.sendall(guess)
+            assert exactly(slow, 2) == b"\x05\x02"
+            slow.settimeout(0.1)
+            for _ in range(5):
+                with socks5(proxy.socks5, mx.endpoint) as sock:
+                    assert exactly(sock, 8) == GREETING
+                with pytest.raises(TimeoutError):
+                    slow.recv(1)
+            slow.settimeout(clients.TIMEOUT)
+            assert read_all(slow) == b"\x01\x01"
         assert len(proxy.matching("reason=bad_credentials")) <= 10
-        with socks5(proxy.socks5, mx.endpoint) as sock:
+
+
+def test_an_instance_may_come_from_its_own_addresses_only(mx):
+    """Who has the global secret cannot take any name."""
+    with Proxy("instance own {\n    allow_from 127.0.0.7\n}\n") as proxy:
+        with socks5(proxy.socks5, mx.endpoint, user="own", client="127.0.0.7") as sock:
+            assert exactly(sock, 8) == GREETING
+        with pytest.raises(Refused) as refused:
+            socks5(proxy.socks5, mx.endpoint, user="own")
+        assert refused.value.args[0] == b"\x01\x01"
+        with socks5(proxy.socks5, mx.endpoint, user="other") as sock:
             assert exactly(sock, 8) == GREETING
