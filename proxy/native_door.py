@@ -194,6 +194,7 @@ class _Entrance:
         if isinstance(error, BadCredentials):
             services.budget.failed(host, monotonic())
             if services.budget.exhausted(host, monotonic()):
+                log.note(log.Event.REFUSED, log.WARNING, f"{host} has given too many wrong secrets: shut out or slowed")
                 gevent.sleep(SLOW_ANSWER)
         if self._can_be_told:
             farewell(services.engine, self._stream, native.error_frame(error))
