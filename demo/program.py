@@ -28,6 +28,11 @@ stats_interval 1h
 """
 
 
+def say(text: str = "") -> None:
+    """Progress, at once."""
+    print(text, flush=True)
+
+
 class Failure(Exception):
     """Something is not as it should be; the text says what."""
 
@@ -81,7 +86,7 @@ class Proxy:
 
     def wait_until_cached(self, count: int) -> None:
         """Ask for the status lines until so many outgoing connections are held open."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + PATIENCE / 4
         while time.monotonic() < deadline:
             self._process.send_signal(signal.SIGUSR1)
             time.sleep(0.05)

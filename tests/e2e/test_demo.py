@@ -25,6 +25,8 @@ def test_the_demonstration_works() -> None:
     )
     expected = {("server-a", "127.0.0.11"), ("server-b", "127.0.0.12"), ("server-c", "127.0.0.13")}
     assert sorted(rows) == sorted([*expected] * 3)
+    assert re.search(r"server-e: took over a connection with TLSv1\.3, and sent", done.stdout)
+    assert re.search(r"600 a minute for both together: 3[01] messages", done.stdout)
     assert "All right" in done.stdout
 
 
@@ -47,3 +49,9 @@ def test_it_fails_when_the_proxy_refuses_nothing() -> None:
     done = demo("--program", f"{sys.executable} {PROGRAM} --source-ip=127.0.0.0/8")
     assert done.returncode == 1
     assert "leaving from 127.0.0.66 was answered with 0" in done.stdout
+
+
+def test_it_fails_when_connections_are_not_shared() -> None:
+    done = demo("--program", f"{sys.executable} {PROGRAM} --reuse-connections=no")
+    assert done.returncode == 1
+    assert "the proxy never held 1 connection open" in done.stdout
