@@ -218,11 +218,11 @@ def test_warnings_and_errors_go_to_stderr() -> None:
 
 def test_debug_lines_appear_only_when_verbose_and_a_reload_changes_that() -> None:
     output = Output()
-    log.note(Event.PROBE, log.DEBUG, "first")
+    log.note(Event.TLS, log.DEBUG, "first")
     log.reconfigure(settings(log_verbose=True))
-    log.note(Event.PROBE, log.DEBUG, "second")
+    log.note(Event.TLS, log.DEBUG, "second")
     (line,) = output.out()
-    assert line.endswith(" DEBUG probe: second")
+    assert line.endswith(" DEBUG tls: second")
 
 
 def test_peer_text_cannot_forge_a_line_or_move_the_cursor() -> None:
@@ -532,6 +532,12 @@ def test_every_event_and_outcome_is_documented() -> None:
     section = page.partition("## Log lines")[2].partition("\n## ")[0]
     assert [event for event in Event if f"| `{event}` |" not in section] == []
     assert [outcome for outcome in Ending if f"| `{outcome}` |" not in section] == []
+
+
+def test_the_vocabulary_has_no_dead_words() -> None:
+    sources = "".join(path.read_text() for path in (ROOT / "proxy").glob("*.py"))
+    # What `log` itself writes has no Event at its place in the source.
+    assert [event for event in Event if f"Event.{event.name}" not in sources and event is not Event.CONNECTION] == []
 
 
 def test_the_documented_closing_line_is_the_one_that_is_written() -> None:
