@@ -6,6 +6,7 @@ The snippets of etc/clients are loaded and filled in here, so that what a user c
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pwd
 import random
@@ -14,7 +15,7 @@ import socket
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 SNIPPETS = ROOT / "etc" / "clients"
 POSTFIX = ROOT / ".cache" / "postfix" / "usr"
 TIMEOUT = 30.0
+_CLONE_NEWNET = 0x40000000
 
 #: Arrives as it is through every peer: dots, blanks, empty lines, 8 bits, but nothing that an MTA has a right to mend.
 MESSAGE = (
@@ -45,16 +47,17 @@ MESSAGE = (
 def program(name: str) -> str:
     """The path of a program; where it is missing, the test is skipped, in continuous integration it fails."""
     path = shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
-    return path or _missing(f"{name} is not installed")
+    return path or missing(f"{name} is not installed")
 
 
 def postfix(name: str) -> str:
     """The path of one of Postfix' tools, which tests/fetch_smtp_sink.sh unpacks."""
     path = POSTFIX / "sbin" / name
-    return str(path) if path.exists() else _missing(f"{name} is not there: run tests/fetch_smtp_sink.sh")
+    return str(path) if path.exists() else missing(f"{name} is not there: run tests/fetch_smtp_sink.sh")
 
 
-def _missing(what: str) -> NoReturn:
+def missing(what: str) -> NoReturn:
+    """Skip the test, or fail it in continuous integration."""
     if os.environ.get("CI"):
         pytest.fail(what)
     pytest.skip(what)
@@ -96,6 +99,25 @@ def directory(user: str | None = None) -> Iterator[Path]:
 def unprivileged() -> str:
     """The user that a peer shall be: ourselves, but not root."""
     return "nobody" if os.getuid() == 0 else pwd.getpwuid(os.getuid()).pw_name
+
+
+def in_network_namespace(function: Callable[[], object]) -> None:
+    """Run in a thread that has a network of its own, and so have its children; needs root, else the test is skipped."""
+    failures: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET):
+                pytest.skip(f"no network namespace: {os.strerror(ctypes.get_errno())}")
+            function()
+        except BaseException as failure:
+            failures.append(failure)
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
 
 
 # -- running -----------------------------------------------------------------------------------------------------------
@@ -168,10 +190,10 @@ class Daemon:
 
 
 def listening(endpoint: tuple[str, int]) -> bool:
-    """Whether an IPv4 address is listened on, without connecting to it."""
+    """Whether an IPv4 address is listened on in this thread's network namespace, without connecting to it."""
     host = socket.inet_aton(endpoint[0])[::-1].hex().upper()
     wanted = f"{host}:{endpoint[1]:04X}"
-    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    lines = [line.split() for line in Path("/proc/thread-self/net/tcp").read_text().splitlines()]
     return any(fields[1] == wanted and fields[3] == "0A" for fields in lines)
 
 

@@ -88,6 +88,7 @@ class Raw:
     Args:
         serve: what to do with a connection; None: nothing, just hold it.
         receive_buffer: SO_RCVBUF of the accepted sockets, for a window that closes soon.
+        port: another one than 0, for a network of the test's own.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Raw:
         host: str = "127.0.0.2",
         receive_buffer: int = 0,
         backlog: int = 1024,
+        port: int = 0,
     ) -> None:
         self.sockets: list[socket.socket] = []
         self.peers: list[Address] = []
@@ -103,7 +105,7 @@ class Raw:
         self._serve = serve
         self._threads: list[threading.Thread] = []
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, 0), family=family, backlog=backlog)
+        self._listener = socket.create_server((host, port), family=family, backlog=backlog)
         if receive_buffer:
             self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.endpoint: Address = self._listener.getsockname()[:2]

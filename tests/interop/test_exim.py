@@ -94,8 +94,7 @@ def _exim():
 
 def snippet(door, name="exim.conf", auth=True):
     """The documented transport, to this proxy."""
-    values = {"10.0.0.1 port=1080": f"{door[0]} port={door[1]}"} if name == "exim.conf" else {}
-    text = peers.snippet(name, values | SECRETS)
+    text = peers.snippet(name, {"10.0.0.1 port=1080": f"{door[0]} port={door[1]}"} | SECRETS)
     return text if auth else re.sub(r"auth=name name=\S+ pass=\S+ ", "", text)
 
 
@@ -116,20 +115,25 @@ def test_without_a_password(sink, directory):
     assert [(message.content == MESSAGE, message.peer[0]) for message in sink.messages] == [(True, DEFAULT_SOURCE)]
 
 
-def test_the_address_that_was_dialled(directory, sink):
-    """`default_source_ip same`: one SOCKS address for each source, chosen by the sender's domain."""
+def test_a_source_for_each_sending_domain(directory, sink):
+    """An instance with one source_ip leaves from there: what Exim can name is the instance."""
     first, second = peers.address(), peers.address()
-    port = peers.free_port(first)
-    doors = f"listen_socks5 {first}:{port}, {second}:{port}\ndefault_source_ip same\n"
-    text = peers.snippet(
-        "exim-sources.conf", SECRETS | {"192.0.2.1": first, "192.0.2.2": second, "port=1080": f"port={port}"}
-    )
-    with Proxy(doors):
-        exim = Exim(directory, text, sink.endpoint)
+    instances = f"instance mail1 {{\n  source_ip {first}\n}}\ninstance mail2 {{\n  source_ip {second}\n}}\n"
+    with Proxy(instances) as proxy:
+        exim = Exim(directory, snippet(proxy.socks5, "exim-sources.conf"), sink.endpoint)
         exim.send("from@example.com")
         exim.send("from@example.org")
     assert [message.peer[0] for message in sink.messages] == [first, second]
     assert {message.content for message in sink.messages} == {MESSAGE}
+
+
+def test_the_address_that_was_dialled(directory, sink):
+    """`default_source_ip same`: one SOCKS listener on each source."""
+    first, second = peers.address(), peers.address()
+    with Proxy(f"listen_socks5 {first}:0, {second}:0\ndefault_source_ip same\n") as proxy:
+        for host in (first, second):
+            Exim(directory, snippet(proxy.door("socks5", host)), sink.endpoint).send()
+    assert [message.peer[0] for message in sink.messages] == [first, second]
 
 
 def test_ipv6(proxy, directory):
