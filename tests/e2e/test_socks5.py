@@ -329,7 +329,7 @@ def test_a_client_that_is_not_in_allow_from(mx):
         for _ in range(30):
             with dial(proxy.socks5) as sock, contextlib.suppress(ConnectionResetError):
                 assert read_all(sock) == b""
-        assert len(proxy.matching("client_not_allowed")) == 10  # at most so many lines a minute and address
+    assert len(proxy.matching("client_not_allowed")) == 10  # at most so many lines a minute and address
 
 
 def test_silent_and_slow_clients():
