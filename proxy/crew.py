@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from gevent import get_hub, getcurrent
 from greenlet import greenlet
 
 _MAX_IDLE = 256  # a burst's greenlets are let go again
+
+
+class _Job(NamedTuple):
+    """A type of its own: whatever else a greenlet is switched to with is no job."""
+
+    work: Callable[..., object]
+    arguments: tuple[Any, ...]
 
 
 class Crew:
@@ -31,29 +38,29 @@ class Crew:
         Only the hub may switch to another greenlet and be sure to be switched back to.
         """
         if getcurrent() is self._hub:
-            self._start((work, arguments))
+            self._start(_Job(work, arguments))
         else:
-            self._hub.loop.run_callback(self._start, (work, arguments))
+            self._hub.loop.run_callback(self._start, _Job(work, arguments))
 
-    def _start(self, job: tuple[Callable[..., object], tuple[Any, ...]]) -> None:
+    def _start(self, job: _Job) -> None:
         if self._idle:
             self._idle.pop()(job)
         else:
             greenlet(self._worker, self._hub).switch(job)
 
-    def _worker(self, job: Any) -> None:
+    def _worker(self, job: _Job) -> None:
         idle, rest, switch = self._idle, self._hub.switch, getcurrent().switch
         while True:
             self.busy += 1
             try:
-                job[0](*job[1])
+                job.work(*job.arguments)
             except Exception:
-                self._hub.handle_error(job[0], *sys.exc_info())
+                self._hub.handle_error(job.work, *sys.exc_info())
             finally:
                 self.busy -= 1
             if len(idle) >= _MAX_IDLE:
                 return
             idle.append(switch)
             job = rest()
-            while job.__class__ is not tuple:  # a wake-up meant for this greenlet's former life
+            while job.__class__ is not _Job:  # a wake-up meant for this greenlet's former life
                 job = rest()
