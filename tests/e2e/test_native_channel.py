@@ -1,0 +1,413 @@
+"""A channel's dialogue on the running program: what is not allowed, what breaks, who is slow, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests import independent_client as mta
+from tests.clients import TIMEOUT, reset
+from tests.independent_client import Peer, channel, deliver, error_from, error_of, frame, pack
+from tests.mx import Mx, close, half_close, mute, say
+from tests.mx import reset as mx_reset
+from tests.program import Proxy
+from tests.sinks import Raw, closed_port, greet
+from tests.waiting import wait_for
+
+EHLO = "mta.example.com"
+MEBIBYTE = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def proxy() -> Iterator[Proxy]:
+    with Proxy() as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def mx() -> Iterator[Mx]:
+    with Mx() as mx:
+        yield mx
+
+
+# -- what is not allowed -----------------------------------------------------------------------------------------------
+
+HERE = [["127.0.0.2", 25]]
+IDLE = {
+    "DATA": frame(mta.DATA, b"MAIL"),
+    "EOF": frame(mta.EOF, pack([])),
+    "END": frame(mta.END, pack([False, 0])),
+    "OPENED": frame(mta.OPENED, pack([])),
+    "PING": frame(mta.PING, pack([0, 0])),
+    "HELLO": frame(mta.HELLO, pack([2, 1, 1, "x", bytes(16), bytes(32)])),
+    "too long": struct.pack(">IB", 65_537, mta.OPEN),
+    "no destination": frame(mta.OPEN, pack([None, []])),
+    "33 destinations": frame(mta.OPEN, pack([None, HERE * 33])),
+    "a name as destination": frame(mta.OPEN, pack([None, [["mx.example.net", 25]]])),
+    "an address with a zone": frame(mta.OPEN, pack([None, [["fe80::1%lo", 25]]])),
+    "port 0": frame(mta.OPEN, pack([None, [["127.0.0.2", 0]]])),
+    "TLS without EHLO": frame(mta.OPEN, pack([None, HERE, None, "required"])),
+    "an unknown mode": frame(mta.OPEN, pack([None, HERE, "x", "maybe"])),
+    "an EHLO name with a line break": frame(mta.OPEN, pack([None, HERE, "x\r\nRSET"])),
+    "no time at all": frame(mta.OPEN, pack([None, HERE, None, "none", None, False, False, [], 0])),
+}
+
+
+@pytest.mark.parametrize("data", IDLE.values(), ids=IDLE)
+def test_frames_that_an_idle_channel_does_not_take(proxy: Proxy, data: bytes) -> None:
+    with channel(proxy.native) as peer:
+        peer.sock.sendall(data)
+        assert error_of(peer) == "bad_protocol"
+
+
+RUNNING = {
+    "OPEN": frame(mta.OPEN, pack([None, HERE])),
+    "no byte": frame(mta.DATA, b""),
+    "too long": struct.pack(">IB", 65_537, mta.DATA),
+    "EOF twice": frame(mta.EOF, pack([])) * 2,
+    "DATA after EOF": frame(mta.EOF, pack([])) + frame(mta.DATA, b"RSET\r\n"),
+    "END twice": frame(mta.END, pack([False])) * 2,
+    "DATA after END": frame(mta.END, pack([False])) + frame(mta.DATA, b"RSET\r\n"),
+    "END without a word": frame(mta.END, pack([])),
+    "LIST": frame(0x2B, pack([0, None])),
+}
+
+
+@pytest.mark.parametrize("data", RUNNING.values(), ids=RUNNING)
+def test_frames_that_an_smtp_session_does_not_take(proxy: Proxy, data: bytes) -> None:
+    with Mx() as mx, channel(proxy.native) as peer:
+        peer.opened(mx.endpoint)
+        peer.sock.sendall(data)
+        while (heard := peer.raw())[0] != mta.ERROR:
+            assert heard[0] in (mta.DATA, mta.EOF, mta.ENDED)
+        assert mta.unpack(heard[1])[0] == "bad_protocol"
+        assert peer.closed()
+        wait_for(lambda: mx.running == 0)
+
+
+def test_fields_that_a_later_version_adds(proxy: Proxy, mx: Mx) -> None:
+    with channel(proxy.native) as peer:
+        more = ["none", None, False, False, [], 10_000, False, False, None, "later", [1, [2]]]
+        peer.say(mta.OPEN, "127.0.0.5", [[*mx.endpoint, "later"]], None, *more)
+        peer.expect(mta.OPENED)
+        peer.say(mta.EOF, "later")
+        peer.say(mta.END, False, 0, "later")
+        while peer.hear()[0] != mta.ENDED:
+            pass
+
+
+def test_frames_byte_by_byte_and_all_at_once(proxy: Proxy, mx: Mx) -> None:
+    request = frame(mta.OPEN, pack(["127.0.0.5", [list(mx.endpoint)]]))
+    with channel(proxy.native) as peer:
+        for byte in request:
+            peer.sock.sendall(bytes((byte,)))
+        peer.expect(mta.OPENED)
+        peer.sock.sendall(frame(mta.END, pack([False])) + request)  # served after ENDED
+        while peer.hear()[0] != mta.ENDED:
+            pass
+        peer.expect(mta.OPENED)
+
+
+def test_what_was_refused_leaves_the_channel_as_it_was(proxy: Proxy, mx: Mx) -> None:
+    with channel(proxy.native) as peer, closed_port() as nobody:
+        for fields, step, code in (
+            (peer.failed(mx.endpoint, source="192.0.2.1"), None, "source_not_allowed"),
+            (peer.failed(("10.0.0.1", 25)), None, "destination_not_allowed"),
+            (peer.failed(proxy.native), None, "destination_not_allowed"),
+            (peer.failed(mx.endpoint, source="::1"), None, "family_mismatch"),
+            (peer.failed(mx.endpoint, throttles=[1]), None, "unknown_path"),
+            (peer.failed(nobody), "connect", "upstream_failed"),
+        ):
+            assert fields[:2] == [step, code], fields
+        assert fields[3] == 111
+        assert [attempt[:3] for attempt in fields[8]] == [[list(nobody), "connect", 111]]
+        peer.opened(mx.endpoint)
+
+
+def test_policy_is_asked_for_every_destination_before_anything_is_tried(proxy: Proxy) -> None:
+    with Mx() as mx, channel(proxy.native) as peer:
+        assert peer.failed(mx.endpoint, ("10.0.0.1", 25))[1] == "destination_not_allowed"
+        assert mx.connects == 0
+
+
+# -- what breaks -------------------------------------------------------------------------------------------------------
+
+Stage = Callable[[Peer, Mx], None]
+
+
+def _idle(peer: Peer, mx: Mx) -> None:
+    pass
+
+
+def _opening(peer: Peer, mx: Mx) -> None:
+    mx.script = {"greeting": mute}
+    peer.say_open(mx.endpoint, ehlo_name=EHLO, deadline_ms=600_000)
+    wait_for(lambda: mx.sessions)
+
+
+def _open(peer: Peer, mx: Mx) -> None:
+    peer.opened(mx.endpoint)
+
+
+def _half_a_frame(peer: Peer, mx: Mx) -> None:
+    peer.opened(mx.endpoint)
+    peer.sock.sendall(struct.pack(">IB", 1000, mta.DATA) + b"EHLO x\r\n")
+    wait_for(lambda: mx.sessions[0].commands)
+
+
+def _in_a_message(peer: Peer, mx: Mx) -> None:
+    peer.opened(mx.endpoint)
+    peer.data(b"EHLO x\r\nMAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.net>\r\nDATA\r\n")
+    peer.hear_until(b"<CR><LF>.<CR><LF>\r\n")
+    peer.data(b"Subject: half")
+
+
+def _half_closed(peer: Peer, mx: Mx) -> None:
+    peer.opened(mx.endpoint)
+    mx.script = {"ehlo": mute}
+    peer.data(b"EHLO x\r\n")
+    peer.say(mta.EOF)
+
+
+def _ended(peer: Peer, mx: Mx) -> None:
+    peer.opened(mx.endpoint)
+    peer.finish()
+
+
+STAGES = (_idle, _opening, _open, _half_a_frame, _in_a_message, _half_closed, _ended)
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda stage: stage.__name__.strip("_"))
+@pytest.mark.parametrize("leave", [socket.socket.close, reset], ids=["closed", "reset"])
+def test_a_channel_that_dies(proxy: Proxy, stage: Stage, leave: Callable[[socket.socket], None]) -> None:
+    """Whenever it is, the receiver's connection ends, nothing is delivered, nothing is kept."""
+    with Mx() as mx:
+        peer = channel(proxy.native)
+        stage(peer, mx)
+        leave(peer.sock)
+        wait_for(lambda: mx.running == 0, what="the receiver's connection has ended")
+        assert not mx.messages
+        proxy.wait_idle()
+        if stage in (_open, _half_a_frame, _in_a_message):
+            assert "ConnectionResetError" in (mx.sessions[0].ended or "")
+
+
+def test_a_client_that_goes_with_its_open(proxy: Proxy, mx: Mx) -> None:
+    mark = len(proxy.lines)
+    with channel(proxy.native, source="127.0.0.71") as peer:  # such lines are limited for each address
+        peer.say_open(mx.endpoint, ehlo_name=EHLO)
+    proxy.wait_line(r"reason=client_gone|outcome=client_reset", since=mark)
+    proxy.wait_idle()
+
+
+def test_a_receiver_that_resets(proxy: Proxy) -> None:
+    with Mx({"noop": mx_reset}) as mx, channel(proxy.native) as peer:
+        peer.opened(mx.endpoint)
+        peer.hear_until(b"\r\n")
+        peer.data(b"NOOP\r\n")
+        assert peer.expect(mta.ABORTED) == ["upstream_failed", 104, "Connection reset by peer"]
+        peer.data(b"discarded\r\n")
+        assert peer.finish(keep=True) == [False, "not_offered"]
+        peer.opened(mx.endpoint)  # the channel is as good as before
+
+
+def test_a_receiver_that_closes(proxy: Proxy) -> None:
+    with Mx({"noop": say(b"421 4.3.2 going down\r\n", close)}) as mx, channel(proxy.native) as peer:
+        peer.opened(mx.endpoint)
+        peer.hear_until(b"\r\n")
+        peer.data(b"NOOP\r\n")
+        assert peer.hear() == (mta.DATA, b"421 4.3.2 going down\r\n")
+        peer.expect(mta.EOF)
+        assert peer.finish() == [False, "not_offered"]
+
+
+def test_a_receiver_that_closes_while_the_client_writes(proxy: Proxy) -> None:
+    """Its last words come before the news that it takes no more."""
+
+    def refuse(sock: socket.socket) -> None:
+        sock.sendall(b"220 mx\r\n")
+        sock.recv(10)
+        sock.sendall(b"421 no more\r\n")
+        sock.close()  # with bytes unread: a reset
+
+    with Raw(refuse) as server, channel(proxy.native) as peer:
+        peer.opened(server.endpoint)
+        peer.data(os.urandom(MEBIBYTE))
+        heard = b""
+        while (item := peer.hear())[0] == mta.DATA:
+            heard += item[1]
+        assert item[0] in (mta.ABORTED, mta.EOF)
+        assert heard == b"220 mx\r\n421 no more\r\n"
+        peer.finish()
+
+
+def test_half_closes_in_both_directions(proxy: Proxy) -> None:
+    def answer(sock: socket.socket) -> None:
+        data = b"".join(iter(lambda: sock.recv(65536), b""))
+        sock.sendall(b"got %d" % len(data))
+        sock.close()
+
+    with Raw(answer) as server, channel(proxy.native) as peer:
+        peer.opened(server.endpoint)
+        peer.data(bytes(300_000))
+        peer.say(mta.EOF)
+        assert peer.hear_until(b"got 300000")
+        peer.expect(mta.EOF)
+        peer.finish()
+    with Mx({"noop": half_close}) as mx, channel(proxy.native) as peer:
+        peer.opened(mx.endpoint)
+        peer.hear_until(b"\r\n")
+        peer.data(b"NOOP\r\n")
+        peer.expect(mta.EOF)
+        peer.data(b"still here\r\n")
+        peer.finish()
+        wait_for(lambda: b"still here" in mx.sessions[0].rest)
+
+
+# -- who is slow -------------------------------------------------------------------------------------------------------
+
+
+def _flood(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            sock.sendall(bytes(65536))
+
+
+def _fill(peer: Peer, limit: int = 256 * MEBIBYTE) -> int:
+    """Send DATA until nobody takes more; how many bytes went."""
+    peer.sock.settimeout(1.0)
+    sent = 0
+    with contextlib.suppress(TimeoutError):
+        while sent < limit:
+            peer.sock.sendall(frame(mta.DATA, bytes(65536)))
+            sent += 65536
+    peer.sock.settimeout(TIMEOUT)
+    return sent
+
+
+def test_a_slow_client_slows_the_receiver_and_fills_no_memory(proxy: Proxy) -> None:
+    sent = 0
+
+    def pour(sock: socket.socket) -> None:
+        nonlocal sent
+        for _ in range(1024):
+            sock.sendall(b"x" * 65536)
+            sent += 65536
+        sock.close()
+
+    with Raw(pour) as server, channel(proxy.native) as peer:
+        before = proxy.rss()
+        peer.opened(server.endpoint)
+        wait_for(lambda: _standing_still(lambda: sent), 30, "the receiver is stopped")
+        assert sent < 60 * MEBIBYTE
+        assert proxy.rss() - before < 16 * MEBIBYTE
+        heard = 0
+        while (item := peer.hear())[0] == mta.DATA:
+            heard += len(item[1])
+        assert (item[0], heard) == (mta.EOF, 64 * MEBIBYTE)
+
+
+def test_a_slow_receiver_slows_the_client_and_fills_no_memory(proxy: Proxy) -> None:
+    with Raw(receive_buffer=65536) as server, channel(proxy.native) as peer:
+        before = proxy.rss()
+        peer.opened(server.endpoint)
+        assert _fill(peer) < 60 * MEBIBYTE
+        assert proxy.rss() - before < 16 * MEBIBYTE
+        reset(peer.sock)
+        proxy.wait_idle()
+
+
+def _standing_still(figure: Callable[[], int]) -> bool:
+    first = figure()
+    threading.Event().wait(0.5)
+    return first > 0 and first == figure()
+
+
+def test_who_reads_nothing_does_not_live_for_ever() -> None:
+    """The receiver is stopped, no byte moves: `idle_timeout`."""
+    with Proxy("idle_timeout 1s\n") as proxy, Raw(_flood) as server, channel(proxy.native) as peer:
+        peer.opened(server.endpoint)
+        proxy.wait_line(r"^connection .*outcome=idle_timeout")
+        proxy.wait_idle()
+
+
+def test_an_idle_channel_is_closed() -> None:
+    with Proxy("idle_timeout 1s\n") as proxy, channel(proxy.native) as peer:
+        assert peer.closed()
+
+
+def test_an_error_does_not_land_inside_a_frame(proxy: Proxy) -> None:
+    with Raw(_flood) as server, channel(proxy.native) as peer:
+        peer.opened(server.endpoint)
+        wait_for(lambda: _standing_still(lambda: proxy.fds()), 20)
+        peer.sock.sendall(frame(mta.EOF, pack([])) * 2)
+        assert error_from(peer)[:2] == ("bad_protocol", "EOF twice in an SMTP session")
+
+
+def test_bytes_before_end_are_given_up_after_a_while(proxy: Proxy) -> None:
+    with Raw(receive_buffer=4096) as server, channel(proxy.native) as peer:
+        peer.opened(server.endpoint)
+        payload = bytes(2 * MEBIBYTE)
+        peer.data(payload[: MEBIBYTE // 2])
+        peer.say(mta.END, False, 0)
+        assert peer.expect(mta.ENDED) == [False, "not_offered"]
+
+
+# -- how it ends -------------------------------------------------------------------------------------------------------
+
+
+def test_term_is_told_to_every_channel_and_a_message_is_finished() -> None:
+    with (
+        Proxy("drain_timeout 20s\n") as proxy,
+        Mx() as mx,
+        channel(proxy.native) as idle,
+        channel(proxy.native) as busy,
+    ):
+        busy.opened(mx.endpoint, ehlo_name=EHLO, reuse=True)
+        proxy.term()
+        assert idle.expect(mta.GOAWAY) == [20_000, "the proxy is shutting down"]
+        assert idle.closed()
+        assert busy.expect(mta.GOAWAY)[0] == 20_000
+        deliver(busy, b"Subject: last\r\n")
+        assert busy.finish(keep=True, messages=1) == [False, "draining"]
+        assert busy.closed()
+        assert proxy.wait_exit() == 0
+        assert len(mx.messages) == 1
+
+
+def test_no_open_is_served_after_goaway() -> None:
+    with Proxy("drain_timeout 20s\n") as proxy, Mx() as mx, channel(proxy.native) as peer:
+        peer.opened(mx.endpoint, ehlo_name=EHLO)
+        proxy.term()
+        peer.expect(mta.GOAWAY)
+        peer.sock.sendall(frame(mta.END, pack([False])) + frame(mta.OPEN, pack([None, [list(mx.endpoint)]])))
+        assert peer.expect(mta.ENDED) == [False, "not_offered"]
+        assert error_from(peer)[::2] == ("draining", True)
+        assert proxy.wait_exit() == 0
+
+
+def test_what_does_not_finish_is_cut_off() -> None:
+    with Proxy("drain_timeout 500ms\n") as proxy, Mx() as mx, channel(proxy.native) as peer:
+        peer.opened(mx.endpoint)
+        proxy.term()
+        assert peer.closed()
+        proxy.wait_line("outcome=drain_timeout")
+        assert proxy.wait_exit() == 0
+        wait_for(lambda: mx.running == 0)
+
+
+def test_a_raw_session_knows_no_greeting(proxy: Proxy) -> None:
+    with Raw(greet) as server, channel(proxy.native) as peer:
+        opened = peer.opened(server.endpoint, reuse=True)
+        assert opened[0] is False
+        assert opened[1] == list(server.endpoint)
+        assert opened[2] == list(server.peers[0])
+        assert opened[5:] == [None, [], None]
+        assert peer.hear_until(b"220 mx\r\n")
+        assert peer.finish(keep=True) == [False, "not_offered"]
