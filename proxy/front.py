@@ -220,7 +220,12 @@ class Visit:
         settings = services.settings
         destination = self.destination = route.destination
         instance = self.instance = self.instance or self._instance_of_address()
-        source = self.source = upstream.source_for(services.access, instance, self.socket, route.source, destination)
+        try:
+            source = upstream.source_for(services.access, instance, self.socket, route.source, destination)
+        except Overloaded:
+            services.keeper.shed(1)
+            raise
+        self.source = source
         services.access.check_route(instance, source, destination)
         asked_at = monotonic()
         if services.admission.manager.blocks:
