@@ -249,6 +249,10 @@ class Pool:
             for queue in self._by_key.values()
         ]
 
+    def entries(self) -> list[Entry]:
+        """All that are held, those idle longest first; to be read only."""
+        return list(self._idle)
+
     def destinations(self) -> dict[Endpoint, int]:
         """How many are held for each destination."""
         return {next(iter(queue)).key.destination: len(queue) for queue in self._by_destination.values()}

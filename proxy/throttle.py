@@ -122,11 +122,11 @@ class Throttle:
         windows: the limits in force; empty: no rate limit.
         dormant: windows of limits that are gone while their debt is not: a limit that comes back finds it.
         cap: places there are, 0: unlimited. used: places taken. held: places by owner, None when nobody holds one.
-        counts: a place also takes a slot (the proxy's own throttles count connections).
+        taken: slots given out so far. counts: a place also takes a slot (the proxy's own throttles count connections).
         slots, line, terms: who waits for slots, who waits for places, what the instances said; None: nothing.
     """
 
-    __slots__ = ("cap", "counts", "dormant", "held", "key", "line", "slots", "terms", "used", "windows")
+    __slots__ = ("cap", "counts", "dormant", "held", "key", "line", "slots", "taken", "terms", "used", "windows")
 
     def __init__(self, key: Key, counts: bool = False) -> None:
         self.key = key
@@ -134,6 +134,7 @@ class Throttle:
         self.windows: tuple[Window, ...] = ()
         self.dormant: tuple[Window, ...] = ()
         self.cap = 0
+        self.taken = 0
         self.used = 0
         self.held: dict[str, int] | None = None
         self.slots: Slots | None = None
@@ -158,6 +159,7 @@ class Throttle:
 
     def take_slot(self, slot: int) -> None:
         """Use up `slot`, which is not before `earliest`; never undone."""
+        self.taken += 1
         for window in self.windows:
             tat = window.tat
             window.tat = (tat if tat > slot else slot) + window.interval

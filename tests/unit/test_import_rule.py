@@ -60,6 +60,8 @@ HOUSE = {
     "options": Place(1, "config"),
     "values": Place(1, "config"),
     "stats": Place(1, "stats"),
+    "status_rows": Place(1, "status_view"),
+    "status_view": Place(1, "status_view"),
     "log": Place(2, "log"),
     "writer": Place(2, "log"),
     "crew": Place(2, "crew"),
@@ -82,9 +84,12 @@ HOUSE = {
     "channel_transfer": Place(3, "channel"),
     "control": Place(3, "control"),
     "status": Place(3, "status"),
+    "status_page": Place(3, "status"),
+    "status_metrics": Place(3, "status"),
     "listener": Place(4, "server"),
     "server": Place(4, "server"),
     "check_config": Place(4, "check_config"),
+    "status_client": Place(5, "status_client"),
     "cli": Place(5, "cli"),
 }
 
@@ -95,6 +100,11 @@ NEIGHBOURS = {
     ("throttle", "share"),
     ("manager", "throttle"),
     ("manager", "share"),
+    # The operator's view looks at them all, and nobody looks at it.
+    ("status_view", "manager"),
+    ("status_view", "pool"),
+    ("status_view", "stats"),
+    ("status_view", "throttle"),
     # The egress side builds up: sockets, TLS on them, reading and writing, a receiver, the keeper of idle ones.
     ("tls", "relay"),
     ("upstream", "relay"),
@@ -120,6 +130,7 @@ NEIGHBOURS = {
     ("services", "relay"),
     ("services", "tls"),
     ("services", "upstream"),
+    ("cli", "status_client"),
 }
 
 #: What the floors 0 and 1 may import from outside: nothing in it waits, asks a clock or touches the system.

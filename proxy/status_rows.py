@@ -1,0 +1,201 @@
+"""The operator's view as plain data: what `/status.json` holds, the page shows and `--status` reads back.
+
+Only shapes and how a figure is spelled. Times are seconds; `None` stands for "no limit", "unknown" or "does not apply",
+as each field says. New fields are added with a default, so that an older client reads a newer proxy.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+_UNITS = {1: "s", 60: "min", 3600: "hr", 86400: "day"}
+
+
+class Program(Struct):
+    """This run of the program. `incarnation` names it to its native clients; `relay`: the engine."""
+
+    version: str
+    incarnation: str
+    uptime: float
+    relay: str
+    draining: bool = False
+    enforce: bool = False
+
+
+class ListenerRow(Struct):
+    """One listener; `closing`: a reload took it away, and connections are still open."""
+
+    address: str
+    protocol: str
+    open_connections: int
+    closing: bool = False
+
+
+class Connections(Struct):
+    """Clients' connections and those to receivers. `newcomers`: clients that have not said yet who they are."""
+
+    open: int
+    limit: int
+    newcomers: int
+    newcomers_dropped: int
+    channels: int
+    active: int
+    cached: int
+
+
+class Rate(Struct):
+    """At most `amount` in `seconds`, `burst` of them at once."""
+
+    amount: int
+    seconds: int
+    burst: int = 1
+
+    def __str__(self) -> str:
+        unit = _UNITS.get(self.seconds, f"{self.seconds}s")
+        return f"{self.amount}/{unit}" + (f" (burst {self.burst})" if self.burst > 1 else "")
+
+
+class InstanceRow(Struct):
+    """One instance under one throttle.
+
+    Args:
+        limits, places: what it said (no limits: none; places None: none). mode: how they are to be added up; "" where
+            it said nothing.
+        connected: it has a session; with a part and without a session, the part is remembered for a while.
+        used, waiting: places it has, and requests for connections that wait. share: places it should have; None: any.
+        demand: messages that wait for a permit.
+    """
+
+    name: str
+    limits: list[Rate] = []
+    places: int | None = None
+    mode: str = ""
+    paused: bool = False
+    connected: bool = False
+    used: int = 0
+    waiting: int = 0
+    share: int | None = None
+    demand: int = 0
+
+
+class ThrottleRow(Struct):
+    """One throttle: a rule for one source address.
+
+    Args:
+        kind: "instances" when instances named it, "proxy" for a `throttle` block.
+        limits, places: in force now; none and None: unlimited. reconciled: how they came about.
+        state: "", "paused", "backoff" (for `backoff` seconds) or "rising" (after a backoff).
+        used: places taken. waiting: requests for connections. demand: messages that wait for a permit.
+        next_slot: seconds until the next one; None: no rate. taken: slots given out since the throttle is known.
+        place_use, rate_use: 0 to 1, None: unknown or unlimited. rate_use is that of the last minute or two.
+    """
+
+    source: str
+    name: str
+    kind: str
+    reconciled: str
+    limits: list[Rate] = []
+    places: int | None = None
+    state: str = ""
+    backoff: float = 0.0
+    used: int = 0
+    waiting: int = 0
+    demand: int = 0
+    next_slot: float | None = None
+    taken: int = 0
+    place_use: float | None = None
+    rate_use: float | None = None
+    instances: list[InstanceRow] = []
+    instances_left_out: int = 0
+
+
+class Queues(Struct):
+    """Frames that wait to enter a stage, to leave it, and parked records; see docs/operations.md."""
+
+    entering: int = 0
+    leaving: int = 0
+    parked: int = 0
+
+
+class SessionRow(Struct):
+    """One instance's session; `ping` 0: no round trip yet."""
+
+    name: str
+    address: str
+    connected: float
+    ping: float
+    ping_age: float
+    ram: int
+    bounce: int
+    disk: int
+    forward: Queues
+    back: Queues
+    paths: int = 0
+    weight: float = 1.0
+    without_permit: int = 0
+
+
+class ManagerRow(Struct):
+    """The throttle manager. `throttles`: those in use now, as in the log. `known`: all that are remembered."""
+
+    throttles: int
+    known: int
+    sessions: int
+    ram: int
+    bounce: int
+    disk: int
+    without_permit: int
+
+
+class CachedRow(Struct):
+    """Held-open connections that can stand in for each other. `messages`: carried so far."""
+
+    source: str
+    destination: str
+    ehlo_name: str
+    tls: str
+    tls_server_name: str
+    tenant: bool
+    connections: int
+    messages: int
+    oldest: float
+    idle: float
+
+
+class PoolView(Struct):
+    """The keepalive pool. `reuse_ratio`: requests served from it among those that could be; None: there was none.
+
+    `oldest`, `mean_age` since the connect, `longest_idle`: seconds, 0 when nothing is held.
+    """
+
+    held: int
+    offered: int
+    hits: int
+    misses: int
+    reuse_ratio: float | None
+    discards: dict[str, int]
+    oldest: float
+    mean_age: float
+    longest_idle: float
+    keys: list[CachedRow] = []
+    keys_left_out: int = 0
+
+
+class Overview(Struct):
+    """All but the single throttles."""
+
+    program: Program
+    listeners: list[ListenerRow]
+    connections: Connections
+    counters: dict[str, int | dict[str, int]]
+    manager: ManagerRow
+    pool: PoolView
+    sessions: list[SessionRow]
+    sessions_left_out: int
+
+
+class Status(Overview, kw_only=True):
+    """The whole view; those throttles come first that somebody waits for, then the busiest."""
+
+    throttles: list[ThrottleRow]
+    throttles_left_out: int
