@@ -1,0 +1,254 @@
+"""What a channel makes of receivers of every kind: TLS modes, certificates, several destinations, failures."""
+
+from __future__ import annotations
+
+import hashlib
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import independent_client as mta
+from tests.certificates import NAME, authority, server_context
+from tests.independent_client import Peer, channel, deliver
+from tests.mx import Mx, Session, close, garbage, mute, reset, say
+from tests.program import Proxy
+from tests.sinks import closed_port
+
+EHLO = "mta.example.com"
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    trusted: Path = tmp_path_factory.mktemp("trust") / "ca.pem"
+    authority().cert_pem.write_to_path(str(trusted))
+    with Proxy(environ={"SSL_CERT_FILE": str(trusted)}) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def peer(proxy: Proxy) -> Iterator[Peer]:
+    with channel(proxy.native) as peer:
+        yield peer
+
+
+def leaf(certificate: str) -> str:
+    """The SHA-256 of what a server of this kind shows."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client_in, client_out = outgoing, incoming
+    server = server_context(certificate).wrap_bio(incoming, outgoing, server_side=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    client = context.wrap_bio(client_in, client_out)
+    for side in (client, server, client, server):
+        try:
+            side.do_handshake()
+        except ssl.SSLWantReadError:
+            continue
+    return hashlib.sha256(client.getpeercert(binary_form=True) or b"").hexdigest()
+
+
+# -- TLS ---------------------------------------------------------------------------------------------------------------
+
+GOOD = ("valid",)
+BAD = ("expired", "wrong_name", "unknown_ca", "self_signed")
+
+
+@pytest.mark.parametrize("certificate", GOOD + BAD)
+@pytest.mark.parametrize("mode", ["opportunistic", "required", "implicit"])
+def test_unverified_every_certificate_will_do(peer: Peer, mode: str, certificate: str) -> None:
+    with Mx(starttls=mode != "implicit", implicit_tls=mode == "implicit", certificate=certificate) as mx:
+        opened = peer.opened(mx.endpoint, ehlo_name=EHLO, tls=mode, tls_server_name=NAME)
+        version, cipher, verified, verdict, shown = opened[7]
+        assert (version, verified, verdict) == ("TLSv1.3", False, "not checked")
+        assert cipher.startswith("TLS_")
+        if certificate in ("valid", "expired", "wrong_name"):  # the others are made anew for each server
+            assert hashlib.sha256(shown).hexdigest() == leaf(certificate)
+        assert opened[5] == f"220 {NAME} ESMTP".encode()
+        assert opened[6][0] == NAME.encode()
+        assert b"STARTTLS" not in opened[6]
+        deliver(peer, b"Subject: inside TLS\r\n")
+        peer.finish()
+        assert mx.messages[0].encrypted
+        assert mx.sessions[0].server_name == NAME
+        assert mx.connects == 1
+
+
+@pytest.mark.parametrize("mode", ["opportunistic", "required", "implicit"])
+def test_verified(peer: Peer, mode: str) -> None:
+    with Mx(starttls=mode != "implicit", implicit_tls=mode == "implicit") as mx:
+        opened = peer.opened(mx.endpoint, ehlo_name=EHLO, tls=mode, tls_server_name=NAME, tls_verify=True)
+        assert opened[7][2:4] == [True, "ok"]
+        peer.finish()
+        opened = peer.opened(mx.endpoint, ehlo_name=EHLO, tls=mode, tls_verify=True)  # by its address
+        assert opened[7][2] is True
+
+
+@pytest.mark.parametrize("certificate", BAD)
+@pytest.mark.parametrize("mode", ["opportunistic", "required", "implicit"])
+def test_a_certificate_that_is_not_accepted(peer: Peer, mode: str, certificate: str) -> None:
+    """Whoever demands verification is not served in clear instead, opportunistic or not."""
+    reasons = {"expired": "certificate has expired", "wrong_name": "Hostname mismatch", "self_signed": "self"}
+    with Mx(starttls=mode != "implicit", implicit_tls=mode == "implicit", certificate=certificate) as mx:
+        failed = peer.failed(mx.endpoint, ehlo_name=EHLO, tls=mode, tls_server_name=NAME, tls_verify=True)
+        assert failed[:2] == ["tls", "upstream_failed"]
+        assert "certificate not accepted: " + reasons.get(certificate, "unable to get") in failed[2]
+        assert (failed[3], failed[5]) == (0, True)
+        assert mx.connects == 1
+
+
+def test_no_starttls(peer: Peer) -> None:
+    with Mx() as mx:
+        assert peer.opened(mx.endpoint, ehlo_name=EHLO, tls="opportunistic", tls_verify=True)[7] is None
+        peer.finish()
+        failed = peer.failed(mx.endpoint, ehlo_name=EHLO, tls="required")
+        assert failed[0] == "starttls"
+        assert "does not offer STARTTLS" in failed[2]
+
+
+def test_mode_none_does_not_ask_for_it(peer: Peer) -> None:
+    with Mx(starttls=True) as mx:
+        opened = peer.opened(mx.endpoint, ehlo_name=EHLO)
+        assert opened[7] is None
+        assert b"STARTTLS" in opened[6]
+        assert mx.sessions[0].commands == [b"EHLO " + EHLO.encode()]
+
+
+def test_starttls_refused(peer: Peer) -> None:
+    with Mx({"starttls": say(b"454 4.7.0 not now\r\n")}, starttls=True) as mx:
+        assert peer.opened(mx.endpoint, ehlo_name=EHLO, tls="opportunistic")[7] is None
+        peer.finish()
+        failed = peer.failed(mx.endpoint, ehlo_name=EHLO, tls="required")
+        assert (failed[0], failed[4]) == ("starttls", b"454 4.7.0 not now")
+
+
+def no_tls(session: Session, reply: bytes) -> None:
+    """An answer to the client's first record that is none."""
+    session.receive()
+    garbage(session, reply)
+
+
+@pytest.mark.parametrize("behaviour", [no_tls, close, reset], ids=lambda behaviour: behaviour.__name__)
+def test_a_handshake_that_breaks(peer: Peer, behaviour) -> None:
+    """Opportunistic: once more in clear, on a new connection (RFC 7435)."""
+    with Mx({"tls": behaviour}, starttls=True) as mx:
+        opened = peer.opened(mx.endpoint, ehlo_name=EHLO, tls="opportunistic")
+        assert opened[7] is None
+        deliver(peer, b"in clear\r\n")
+        peer.finish()
+        assert mx.connects == 2
+        assert peer.failed(mx.endpoint, ehlo_name=EHLO, tls="required")[0] == "tls"
+        assert mx.connects == 3
+
+
+@pytest.mark.parametrize("mode", ["opportunistic", "required"])
+def test_bytes_in_front_of_tls_are_an_injection(peer: Peer, mode: str) -> None:
+    with Mx({"starttls": say(b"220 go\r\n250 me\r\n")}, starttls=True) as mx:
+        failed = peer.failed(mx.endpoint, ehlo_name=EHLO, tls=mode)
+        assert failed[0] == "starttls"
+        assert "sent plaintext in front of TLS" in failed[2]
+
+
+def test_a_name_that_cannot_be_one(peer: Peer) -> None:
+    with Mx(starttls=True) as mx:
+        failed = peer.failed(mx.endpoint, ehlo_name=EHLO, tls="required", tls_server_name=".example.net")
+        assert failed[0] == "tls"
+        assert "cannot be a TLS server name" in failed[2]
+
+
+# -- the dialogue ------------------------------------------------------------------------------------------------------
+
+SCRIPTS = {
+    "greeting 421": ({"greeting": say(b"421 4.3.2 busy\r\n", close)}, "greeting", b"421 4.3.2 busy"),
+    "greeting 554": ({"greeting": say(b"554-no\r\n554 mail here\r\n")}, "greeting", b"554 no\nmail here"),
+    "garbage": ({"greeting": garbage}, "greeting", None),
+    "closed": ({"greeting": close}, "greeting", None),
+    "EHLO 450": ({"ehlo": say(b"450 4.7.1 who\r\n")}, "ehlo", b"450 4.7.1 who"),
+    "EHLO 550": ({"ehlo": say(b"550 5.7.1 not you\r\n")}, "ehlo", b"550 5.7.1 not you"),
+    "EHLO closed": ({"ehlo": close}, "ehlo", None),
+}
+
+
+@pytest.mark.parametrize(("script", "step", "reply"), SCRIPTS.values(), ids=SCRIPTS)
+def test_a_session_that_does_not_come_up(peer: Peer, script: dict, step: str, reply: bytes | None) -> None:
+    with Mx(script) as mx:
+        failed = peer.failed(mx.endpoint, ehlo_name=EHLO)
+        assert failed[:2] == [step, "upstream_failed"]
+        assert (failed[4], failed[5]) == (reply, True)
+        assert failed[8] == [[list(mx.endpoint), step, failed[3], reply, failed[2]]]
+
+
+def test_a_reset_and_a_silence(peer: Peer) -> None:
+    with Mx({"greeting": reset}) as mx:
+        assert peer.failed(mx.endpoint, ehlo_name=EHLO)[:4:3] == ["greeting", 104]
+    with Mx({"ehlo": mute}) as mx:
+        failed = peer.failed(mx.endpoint, ehlo_name=EHLO, deadline_ms=300)
+        assert failed[:4:3] == ["ehlo", 110]
+
+
+def test_an_ehlo_reply_that_does_not_fit(peer: Peer) -> None:
+    """As long as a reply may be, of bytes that each become four: it is cut, and the session stands."""
+    lines = b"".join(b"250-" + b"\xff" * 1000 + b"\r\n" for _ in range(30)) + b"250 END\r\n"
+    with Mx({"ehlo": say(lines)}) as mx:
+        opened = peer.opened(mx.endpoint, ehlo_name=EHLO)
+        assert all(len(line) <= 4096 for line in opened[6])
+        assert 0 < sum(map(len, opened[6])) <= 24_576
+
+
+# -- several destinations ----------------------------------------------------------------------------------------------
+
+
+def test_destinations_are_tried_in_order(peer: Peer) -> None:
+    with (
+        closed_port() as nobody,
+        Mx({"greeting": say(b"421 4.3.2 busy\r\n", close)}) as busy,
+        Mx({"ehlo": reset}) as broken,
+        Mx() as good,
+        Mx() as unused,
+    ):
+        opened = peer.opened(nobody, busy.endpoint, broken.endpoint, good.endpoint, unused.endpoint, ehlo_name=EHLO)
+        assert opened[1] == list(good.endpoint)
+        assert (busy.connects, broken.connects, good.connects, unused.connects) == (1, 1, 1, 0)
+
+
+def test_every_failure_has_its_reason(peer: Peer) -> None:
+    with closed_port() as nobody, Mx({"greeting": say(b"421 4.3.2 busy\r\n", close)}) as busy, Mx() as plain:
+        failed = peer.failed(nobody, busy.endpoint, plain.endpoint, ehlo_name=EHLO, tls="required")
+        assert failed[:2] == ["starttls", "upstream_failed"]
+        assert [attempt[:4] for attempt in failed[8]] == [
+            [list(nobody), "connect", 111, None],
+            [list(busy.endpoint), "greeting", 0, b"421 4.3.2 busy"],
+            [list(plain.endpoint), "starttls", 0, None],
+        ]
+
+
+def test_a_5xx_ends_the_attempt(peer: Peer) -> None:
+    with Mx({"greeting": say(b"554 5.7.1 no\r\n")}) as no, Mx() as unused:
+        failed = peer.failed(no.endpoint, unused.endpoint, ehlo_name=EHLO)
+        assert (failed[0], failed[4], len(failed[8])) == ("greeting", b"554 5.7.1 no", 1)
+        assert unused.connects == 0
+
+
+def test_one_deadline_is_shared_by_all(peer: Peer) -> None:
+    """The silent ones take their part of it, and leave enough for the last."""
+    with Mx({"greeting": mute}) as first, Mx({"greeting": mute}) as second, Mx() as good:
+        opened = peer.opened(first.endpoint, second.endpoint, good.endpoint, ehlo_name=EHLO, deadline_ms=1500)
+        assert opened[1] == list(good.endpoint)
+        failed = peer_failed_after_end(peer, first, second)
+        assert [attempt[1:3] for attempt in failed[8]] == [["greeting", 110]] * 2
+
+
+def peer_failed_after_end(peer: Peer, *silent: Mx) -> list:
+    peer.finish()
+    return peer.failed(*(mx.endpoint for mx in silent), ehlo_name=EHLO, deadline_ms=400)
+
+
+def test_a_destination_without_a_route_is_passed_over(peer: Peer) -> None:
+    """Nor does it spoil the others that the system may have no address of its family."""
+    with Mx() as mx:
+        opened = peer.open(("2001:db8::25", 25), mx.endpoint, source=None, ehlo_name=EHLO, deadline_ms=2000)
+        if opened[0] == mta.FAILED:  # a machine with a default IPv6 address that may not be left from
+            assert opened[2] == "source_not_allowed"
+        else:
+            assert opened[2] == list(mx.endpoint)
