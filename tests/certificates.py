@@ -30,6 +30,11 @@ def server_context(certificate: str) -> ssl.SSLContext:
     return context
 
 
+def pem(certificate: str) -> bytes:
+    """Key and certificate of the same names, for a program that reads a file; not `self_signed`."""
+    return _leaf(certificate).private_key_and_cert_chain_pem.bytes()
+
+
 @functools.cache
 def _leaf(certificate: str) -> trustme.LeafCert:
     long_ago = datetime.datetime(2001, 1, 1)

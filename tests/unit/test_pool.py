@@ -68,7 +68,19 @@ def checked(name):
     return call
 
 
-for _name in ("offer", "decline", "take", "reject", "remove", "yield_for", "shed", "expire", "drain", "apply"):
+for _name in (
+    "offer",
+    "decline",
+    "take",
+    "reject",
+    "put_back",
+    "remove",
+    "yield_for",
+    "shed",
+    "expire",
+    "drain",
+    "apply",
+):
     setattr(Checked, _name, checked(_name))
 
 
@@ -210,6 +222,18 @@ def test_a_connection_found_dead_is_no_hit():
     assert (pool.hits, pool.misses, dict(pool.discards)) == (1, 0, {Discard.PEER_CLOSED: 1})
 
 
+def test_a_connection_put_back_is_as_idle_as_it_was():
+    pool = Checked(Settings())
+    for at, name in enumerate("abc"):
+        pool.offer(entry(name, KEY if name == "b" else OTHER), float(at))
+    taken = pool.take(KEY, 5.0).entry
+    assert "b" not in pool
+    pool.put_back(taken)
+    assert "b" in pool
+    assert (taken.idle_since, pool.hits, pool.misses) == (1.0, 0, 1)
+    assert reasons(pool.shed(3)) == [(name, Discard.OVERLOADED) for name in "abc"]
+
+
 def test_the_watch_removes_what_closed_or_spoke():
     pool = Checked(Settings())
     pool.offer(entry("a"), 0.0)
@@ -335,8 +359,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.gone(self.pool.offer(held, self.now))
         assert not (self.draining and held.connection in self.inside)
 
-    @rule(target=out, key=st.sampled_from(KEYS), dead=st.booleans())
-    def take(self, key, dead):
+    @rule(target=out, key=st.sampled_from(KEYS), dead=st.booleans(), back=st.booleans())
+    def take(self, key, dead, back):
         mine = [held for held in self.inside.values() if held.key == key]
         taken = self.pool.take(key, self.now)
         self.gone(taken.discarded)
@@ -348,6 +372,9 @@ class PoolMachine(RuleBasedStateMachine):
         assert taken.entry.idle_since == max(held.idle_since for held in mine if held.connection in self.inside)
         if dead:
             self.gone([self.pool.reject(taken.entry, Discard.PEER_CLOSED)])
+            return Entry(None, key, -1e9)
+        if back:
+            self.pool.put_back(taken.entry)
             return Entry(None, key, -1e9)
         del self.inside[taken.entry.connection]
         taken.entry.messages += 1

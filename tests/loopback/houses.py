@@ -1,0 +1,147 @@
+"""A keeper on real sockets with all that is around it, used as channels use it, its books checked in the end."""
+
+from __future__ import annotations
+
+from functools import partial
+from ipaddress import ip_network
+from types import SimpleNamespace
+
+import gevent
+
+from proxy.admission import Admission, clock_ns
+from proxy.crew import Crew
+from proxy.keeper import Keeper
+from proxy.manager import Manager
+from proxy.model import Endpoint, TlsMode
+from proxy.pool import PoolKey
+from proxy.receiver import Wish, open_receiver
+from proxy.relay import make_engine
+from proxy.settings import ThrottleSettings
+from proxy.stats import Counters
+from tests.waiting import wait_for
+
+until = partial(wait_for, pause=gevent.sleep)
+SOURCE = "127.0.0.1"
+SETTINGS = {
+    "connections": True,
+    "connections_max_idle": 30.0,
+    "connections_max_age": 300.0,
+    "connections_max_messages": 100,
+    "connections_max_cached": 1000,
+    "connections_max_cached_per_destination": 1000,
+}
+
+
+def limits(**changes):
+    """Settings of the pool; names without `connections_max_`."""
+    changed = {name if name == "connections" else f"connections_max_{name}": value for name, value in changes.items()}
+    return SimpleNamespace(**{f"reuse_{name}": value for name, value in (SETTINGS | changed).items()})
+
+
+def block(name, destination="127.0.0.0/8", connections=1):
+    return ThrottleSettings(
+        name=name,
+        source=(),
+        destination=(ip_network(destination),),
+        max_concurrent_connections=connections,
+        max_delivery_rate=(),
+        wait=20.0,
+    )
+
+
+def key_of(mx, tls=TlsMode.NONE, tenant=""):
+    return PoolKey(SOURCE, Endpoint(*mx.endpoint), "mta.example.org", tls, tenant=tenant)
+
+
+class House:
+    """A keeper with everything around it, and the way that a channel uses it."""
+
+    def __init__(self, settings=None, *blocks):
+        self.engine = make_engine()
+        self.counters = Counters()
+        self.manager = Manager(1, clock_ns(), False, blocks)
+        self.admission = Admission(self.manager, lambda throttle: self.keeper.make_way(throttle))
+        self.keeper = Keeper(self.engine, Crew(), self.counters, settings or limits(), self.admission)
+        self.out = {}  # receivers that a user has
+        self.throttles = set()  # that a connection had a place under
+        self._sweeper = gevent.spawn(self.keeper.run)
+
+    def who(self, key, owner):
+        return owner, 1.0, key.source, key.destination.host, ()
+
+    def open(self, key, owner="a", seconds=5.0):
+        """As an OPEN is served: cached, or waited for, or fresh."""
+
+        def swap(kept):
+            may, places = self.admission.swap(kept.place, *self.who(key, owner))
+            if may:
+                kept.place = places
+            return may
+
+        def move_in(kept):
+            old, kept.place = kept.place, places
+            self.admission.leave(old)
+            return True
+
+        receiver = self.keeper.take(key, swap)
+        if receiver is None:
+            places = self.admission.enter(*self.who(key, owner), seconds, key)
+            receiver = self.keeper.take(key, move_in) if places is not None else None
+        if receiver is None:
+            wish = Wish(key.ehlo_name, key.tls, key.tls_server_name or None, False)
+            receiver = open_receiver(self.engine, wish, key.source, key.destination, (5.0, 5.0), 900.0)
+            receiver.place = places
+        if receiver.place is not None:
+            self.throttles |= set(receiver.place.throttles)
+        self.out[receiver] = key
+        return receiver
+
+    def give(self, receiver, messages=1):
+        receiver.messages += messages
+        self.keeper.give(receiver, self.out.pop(receiver))
+
+    def cache(self, mx, **more):
+        """A connection that is idle now."""
+        receiver = self.open(key_of(mx, **more))
+        self.give(receiver)
+        until(lambda: receiver in self.keeper.pool, what="it is cached")
+        return receiver
+
+    def take(self, key):
+        receiver = self.keeper.take(key, lambda kept: True)
+        if receiver is not None:
+            self.out[receiver] = key
+        return receiver
+
+    def check(self):
+        pool = self.keeper.pool
+        assert pool.offered == pool.hits + sum(pool.discards.values()) + len(pool)
+        assert self.counters.discarded == dict(pool.discards)
+
+    def discarded(self):
+        """Reasons so far."""
+        self.check()
+        return dict(self.keeper.pool.discards)
+
+    def close(self):
+        for receiver in list(self.out):
+            self.give(receiver)
+        self.keeper.drain()
+        until(lambda: self.keeper.cached == 0, what="nothing is held")
+        self.check()
+        assert not any(throttle.used or throttle.line for throttle in self.throttles), "places are left behind"
+        self._sweeper.kill()
+        self.engine.stop()
+
+
+def made():
+    """For a fixture: makes houses, and looks at each of them in the end."""
+    houses = []
+
+    def make(settings=None, *blocks):
+        houses.append(House(settings, *blocks))
+        return houses[-1]
+
+    yield make
+    for each in houses:
+        each.close()
