@@ -203,7 +203,7 @@ class Access:
         if address in self._allowed_translated:
             return ""
         for form in _forms(address):
-            if form in self._denied and form not in self._allowed:
+            if self._denied.longest_match(form) > self._allowed.longest_match(form):
                 return f"{Endpoint(host, port)} is in a denied range" + (f" (as {form})" if form != address else "")
         return ""
 

@@ -153,8 +153,8 @@ def _advice(settings: Settings) -> Iterator[Finding]:
         yield Finding(False, "listen_proxy_protocol", None, "everybody may send from here: this door has no password")
     if any(not ip_address(endpoint.host).is_loopback for endpoint in settings.listen) and not settings.listen_tls:
         yield Finding(False, "listen_tls", None, "no: mail and its addresses are readable on the way to the proxy")
-    if not any(network.is_loopback for network in settings.deny_destination):
-        yield Finding(False, "deny_destination", None, "loopback is not in it: services of this machine can be reached")
+    if any(network.is_loopback for network in settings.allow_destination):
+        yield Finding(False, "allow_destination", None, "loopback is in it: services of this machine can be reached")
     for block in settings.instance:
         for directive, inner, outer in (
             ("allow_from", block.allow_from, settings.allow_from),

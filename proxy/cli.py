@@ -61,7 +61,7 @@ def _main(argv: list[str]) -> int:
         _print(parser.format_help(), sys.stdout)
         return EX_OK
     if flags.version:
-        from proxy import relay  # late: --help needs no gevent
+        from proxy import relay  # late: it loads gevent, which --help does not need
 
         _print(f"greenarrow_proxy {__version__} (relay: {relay.engine_name()})", sys.stdout)
         return EX_OK

@@ -321,7 +321,10 @@ class _Loader:
                 message = f"{prefix}{option.name}: {shown} is not {option.kind.valid}" + (reason and f" ({reason})")
                 self._mistakes.append(ConfigError(message, file, line))
         if option.repeatable:
-            return tuple(value for value in values if value is not None)
+            values = [value for value in values if value is not None]
+            if option.extends:
+                values = list(dict.fromkeys([*option.default_items(), *values]))
+            return tuple(values)
         return values[0] if values else option.default_value()
 
     def _secrets_of_files(self, paths: list[Given]) -> tuple[bytes, ...]:

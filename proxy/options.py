@@ -7,6 +7,7 @@ page and docs/configuration.md against it. How a value is read stands in `values
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from proxy.values import (
     BOOLEAN,
@@ -49,6 +50,7 @@ class Option:
         help: one line.
         repeatable: it is a list; repeating the directive adds to it.
         secret: its value is never shown.
+        extends: what is given adds to the default instead of replacing it.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Option:
     metavar: str
     repeatable: bool = False
     secret: bool = False
+    extends: bool = False
 
     @property
     def flag(self) -> str:
@@ -71,6 +74,10 @@ class Option:
         """The parsed default: a tuple for a list, else the value or None."""
         if not self.repeatable:
             return None if self.default is None else self.kind.parse(self.default)
+        return self.default_items()
+
+    def default_items(self) -> tuple[Any, ...]:
+        """The parsed default of a list."""
         return tuple(map(self.kind.parse, self.default.split(", "))) if self.default else ()
 
 
@@ -101,8 +108,16 @@ OPTIONS: tuple[Option, ...] = (
     _many("source_ip", NETWORK, None, "NETWORK", "local addresses to leave from (all of this machine but loopback)"),
     _many("default_source_ip", SOURCE, None, "IP|same", "for clients that name none (the system's choice)"),
     _many("destination_port", PORTS, "25, 465, 587", "PORTS", "ports that may be connected to"),
-    _many("deny_destination", NETWORK, DENIED, "NETWORK", "destinations that are refused; replaces the default"),
-    _many("allow_destination", NETWORK, None, "NETWORK", "exceptions from deny_destination"),
+    Option(
+        "deny_destination",
+        NETWORK,
+        DENIED,
+        "more destinations that are refused, beside private, loopback and other special ones",
+        "NETWORK",
+        repeatable=True,
+        extends=True,
+    ),
+    _many("allow_destination", NETWORK, None, "NETWORK", "exceptions; of both lists the longer prefix decides"),
     _one("connect_timeout", POSITIVE, "30s", "DURATION", "limit for connecting to a destination"),
     _one("auth_timeout", POSITIVE, "10s", "DURATION", "limit for a client's TLS, login and request together"),
     _one("idle_timeout", POSITIVE, "15m", "DURATION", "a connection that moves no byte for so long is closed"),

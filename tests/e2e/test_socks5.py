@@ -16,7 +16,7 @@ NOT_OURS = "192.0.2.9"  # TEST-NET-1: allowed below, and no address of this mach
 CONFIG = f"""\
 source_ip 127.0.0.0/16, ::1, {NOT_OURS}
 deny_destination 127.0.9.0/24, 10.0.0.0/8
-allow_destination 127.0.0.0/24
+allow_destination 127.0.0.0/8, ::1/128
 destination_port 1024-65535
 connect_timeout 500ms
 instance own {{

@@ -142,7 +142,7 @@ def test_secrets_that_everybody_can_read(tmp_path):
         ("idle_timeout 9m\n", "F:4: warning: idle_timeout: below the 10 minutes"),
         ("socks5_auth none\n", "F:4: warning: socks5_auth: none"),
         ("listen_tls no\nlisten 0.0.0.0:0\n", "F:4: warning: listen_tls: no"),
-        ("deny_destination 10.0.0.0/8\n", "F:4: warning: deny_destination: loopback"),
+        ("allow_destination 127.0.0.0/8\n", "F:4: warning: allow_destination: loopback"),
         ("throttle a {\n}\n", "warning: throttle: a: no limit"),
         ("instance a {\n allow_from 127.0.0.2\n}\n", "warning: instance: a: its allow_from goes beyond"),
         (

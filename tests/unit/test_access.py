@@ -356,7 +356,7 @@ def test_exceptions_hold_for_what_they_name() -> None:
 
 def test_all_of_ipv6_allowed_does_not_allow_what_hides_in_it() -> None:
     rules = access(allow_destination=networks("::/0"))
-    assert reaches(rules, "fd00::1")
+    assert not reaches(rules, "fd00::1")  # the default names it more closely
     assert [form for form in disguises("10.0.0.1") if reaches(rules, form)] == []
 
 
@@ -379,6 +379,13 @@ def test_denied_beside_the_default() -> None:
     assert reaches(rules, "203.0.114.5")
 
 
+def test_of_denied_and_allowed_the_longer_prefix_decides() -> None:
+    rules = access(allow_destination=networks("10.0.0.0/8"), deny_destination=networks("10.0.0.0/8", "10.9.0.0/16"))
+    assert reaches(rules, "10.1.1.1")  # equal: the exception was meant
+    assert not reaches(rules, "10.9.1.1")
+    assert not reaches(rules, "64:ff9b::10.9.1.1")
+
+
 def test_refusal_names_address_and_disguise() -> None:
     with pytest.raises(DestinationNotAllowed, match=r"^\[64:ff9b::a00:1\]:25 is in a denied range \(as 10\.0\.0\.1\)$"):
         access().check_destination(Endpoint("64:ff9b::a00:1", 25))
@@ -386,7 +393,7 @@ def test_refusal_names_address_and_disguise() -> None:
 
 # --- this proxy itself
 
-EVERYTHING = networks("0.0.0.0/0", "::/0", "64:ff9b::/96", "2002::/16")
+EVERYTHING = networks("0.0.0.0/8", "127.0.0.0/8", "::/128", "::1/128", "64:ff9b::/96", "2002::/16")
 MACHINE = frozenset({"127.0.0.1", "::1", "192.0.2.1", "192.0.2.2", "2001:db8::1"})
 
 

@@ -70,6 +70,12 @@ def test_defaults():
     assert (settings.idle_timeout, settings.max_connections, settings.workers) == (900.0, None, 1)
 
 
+def test_denied_destinations_add_to_the_default():
+    settings = load(DOCUMENTED + "deny_destination 203.0.113.0/24\n")
+    assert ip_network("203.0.113.0/24") in settings.deny_destination
+    assert ip_network("10.0.0.0/8") in settings.deny_destination
+
+
 def test_every_directive_is_a_setting_and_every_setting_a_directive():
     fields = {field.name for field in dataclasses.fields(config.Settings)}
     assert fields == {option.name for option in OPTIONS} | set(BLOCKS) | {"config_filename"}
