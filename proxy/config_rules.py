@@ -72,6 +72,8 @@ def _listeners(settings: Settings) -> Iterator[Finding]:
 
 
 def _overlap(one: Endpoint, other: Endpoint) -> bool:
+    if one == other:  # with port 0 the kernel would not mind, but the listeners are known by their addresses
+        return True
     same_port = one.port == other.port != 0 and one.is_ipv6 == other.is_ipv6
     return same_port and (one.host == other.host or bool({"0.0.0.0", "::"} & {one.host, other.host}))
 

@@ -36,7 +36,9 @@ from proxy.relay import RawSocket, make_engine
 from proxy.services import Door, Gauges, Instances, Newcomers, Services
 from proxy.settings import Settings
 from proxy.stats import Counters, ManagerFigures, Snapshot, sum_flows
+from proxy.status import House, StatusDoor
 
+STATUS = "status"
 EXIT_OK, EXIT_FORCED, EXIT_CANNOT_LISTEN = 0, 1, 69
 
 #: Descriptors that are not for connections: listeners, log, epoll, pipes of the relay (64), files read at a reload.
@@ -101,6 +103,7 @@ class Server:
         self._reloading = False
         self._stop = Event()
         self._reserve = _Reserve()
+        self._status = self._status_door()
         self._manager = systemd.Notifier(os.environ, os.getpid())
         self._inherited = systemd.Inherited(os.environ, os.getpid())
         self._first_settings = settings
@@ -118,6 +121,7 @@ class Server:
             return EXIT_CANNOT_LISTEN
         self._close_unclaimed()
         self._watch_signals()
+        _log_what_the_hub_catches(self._counters)
         gevent.spawn(self._report_forever)
         gevent.spawn(self._sweep_forever)
         gevent.spawn(self._keeper.run)
@@ -182,6 +186,20 @@ class Server:
         ):
             gevent.signal_handler(number, act)
 
+    def _status_door(self) -> StatusDoor:
+        return StatusDoor(
+            House(
+                services=lambda: self.services,
+                snapshot=self.snapshot,
+                doors=self._all_doors,
+                listening=lambda: [listener.door for listener in self._listeners.values()],
+                limit=lambda: self._max_connections,
+                clients=self._open_connections,
+                draining=self._stop.is_set,
+                spare=self._reserve.lent,
+            )
+        )
+
     # ---------------------------------------------------------------- listeners
 
     def _wanted(self, settings: Settings) -> dict[Endpoint, str]:
@@ -189,6 +207,8 @@ class Server:
         wanted = dict.fromkeys(settings.listen, "native")
         wanted |= dict.fromkeys(settings.listen_socks5, "socks5")
         wanted |= dict.fromkeys(settings.listen_proxy_protocol, "proxy_protocol")
+        if settings.listen_status is not None:
+            wanted[settings.listen_status] = STATUS
         return wanted
 
     def _open_missing(self, settings: Settings) -> dict[Endpoint, socket.socket]:
@@ -227,7 +247,8 @@ class Server:
         for endpoint, protocol in wanted.items():
             if endpoint in opened:
                 door = Door(protocol, endpoint_of(opened[endpoint]))
-                listener = Listener(opened[endpoint], door, self._admit, self._accept_failed)
+                spare = self._reserve.lent if protocol == STATUS else None
+                listener = Listener(opened[endpoint], door, self._admit, self._accept_failed, spare)
                 self._listeners[endpoint] = listener
                 listener.start()
                 log.note(log.Event.LISTEN, log.INFO, f"listening on {door.endpoint}", protocol=protocol)
@@ -247,7 +268,9 @@ class Server:
     def _admit(self, listener: Listener, sock: RawSocket, address: tuple[Any, ...]) -> None:
         """Serve one accepted connection, or refuse it when there are too many."""
         door = listener.door
-        if self._open_connections() < self._max_connections:
+        if door.protocol == STATUS:
+            self._status.admit(door, sock, address)
+        elif self._open_connections() < self._max_connections:
             if door.protocol == "native":
                 self._crew.run(self._native, door, sock, address)
             else:
@@ -284,11 +307,14 @@ class Server:
             self._refusing -= 1
 
     def _open_connections(self) -> int:
+        """Clients' connections; those who read the status do not count."""
         count = 0
         for listener in self._listeners.values():
-            count += listener.door.open_connections
+            if listener.door.protocol != STATUS:
+                count += listener.door.open_connections
         for door in self._doors:
-            count += door.open_connections
+            if door.protocol != STATUS:
+                count += door.open_connections
         return count
 
     def _accept_failed(self, listener: Listener, error: OSError) -> None:
@@ -356,7 +382,8 @@ class Server:
         self._manager.stopping("draining", 3 * _EXTEND_EVERY)
 
         for listener in self._listeners.values():
-            listener.close()
+            if listener.door.protocol != STATUS:  # it is there until the end, and says that we are draining
+                listener.close()
         for channel in list(self._instances.channels):
             channel.goaway(timeout, "the proxy is shutting down")
         for session in list(self._instances.sessions):
@@ -465,6 +492,17 @@ class _Reserve:
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
+
+
+def _log_what_the_hub_catches(counters: Counters) -> None:
+    """An exception that reaches gevent's hub is a mistake of ours: one line in the log, no traceback on stderr."""
+
+    def told(context: object, kind: object, value: BaseException | None, traceback: object) -> None:
+        counters.internal_errors += 1
+        if value is not None:
+            log.internal_error(f"in {context!r}"[:200], value)
+
+    gevent.get_hub().print_exception = told
 
 
 def _raise_descriptor_limit() -> int:
