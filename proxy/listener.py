@@ -12,6 +12,7 @@ import os
 import socket
 from _socket import SOCK_STREAM
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from gevent.server import StreamServer
@@ -74,17 +75,24 @@ class Listener(StreamServer):  # type: ignore[misc]
         door: its protocol and count of open connections.
         admit: takes an accepted, non-blocking socket; must not raise or wait.
         accept_failed: is told each accept error that made the listener back off.
+        spare: gives descriptors that are held back, if this listener may have one of them when there is no other.
     """
 
     max_accept = 64
 
     def __init__(
-        self, sock: socket.socket, door: Door, admit: Admit, accept_failed: Callable[[Listener, OSError], None]
+        self,
+        sock: socket.socket,
+        door: Door,
+        admit: Admit,
+        accept_failed: Callable[[Listener, OSError], None],
+        spare: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         self.door = door
         self._pause: float = self.min_delay  # not `delay`: the base class resets that after each `do_read`
         self._admit = admit
         self._accept_failed = accept_failed
+        self._spare = spare
         sock.setblocking(False)
         super().__init__(sock, handle=self._never)
 
@@ -99,7 +107,7 @@ class Listener(StreamServer):  # type: ignore[misc]
         """Accept one connection; None when there is none, or after an error."""
         while True:
             try:
-                accepted: tuple[int, tuple[Any, ...]] = self.socket._accept()
+                accepted = self._accept()
                 self._pause = self.min_delay
                 return accepted
             except BlockingIOError:
@@ -109,6 +117,16 @@ class Listener(StreamServer):  # type: ignore[misc]
                     continue
                 self._back_off(error)
                 return None
+
+    def _accept(self) -> tuple[int, tuple[Any, ...]]:
+        accept: Callable[[], tuple[int, tuple[Any, ...]]] = self.socket._accept
+        try:
+            return accept()
+        except OSError as error:
+            if self._spare is None or error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        with self._spare():
+            return accept()
 
     def do_handle(self, *args: Any) -> None:
         fd, address = args

@@ -103,7 +103,7 @@ def overview(sources: Sources, now: float) -> Generator[None, None, Overview]:
         program=sources.program,
         listeners=sources.listeners,
         connections=sources.connections,
-        counters=sources.counters.as_dict(),
+        counters=sources.counters.as_dict() | {"messages_without_permit": manager.unpermitted},
         manager=ManagerRow(
             throttles=figures.throttles if figures is not None else 0,
             known=len(manager.throttles) + sum(1 for _ in manager.blocks.throttles()),
