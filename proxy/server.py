@@ -121,6 +121,7 @@ class Server:
             return EXIT_CANNOT_LISTEN
         self._close_unclaimed()
         self._watch_signals()
+        _log_what_the_hub_catches(self._counters)
         gevent.spawn(self._report_forever)
         gevent.spawn(self._sweep_forever)
         gevent.spawn(self._keeper.run)
@@ -491,6 +492,17 @@ class _Reserve:
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
+
+
+def _log_what_the_hub_catches(counters: Counters) -> None:
+    """An exception that reaches gevent's hub is a mistake of ours: one line in the log, no traceback on stderr."""
+
+    def told(context: object, kind: object, value: BaseException | None, traceback: object) -> None:
+        counters.internal_errors += 1
+        if value is not None:
+            log.internal_error(f"in {context!r}"[:200], value)
+
+    gevent.get_hub().print_exception = told
 
 
 def _raise_descriptor_limit() -> int:
