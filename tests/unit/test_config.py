@@ -322,7 +322,7 @@ def test_what_is_required_is_called_missing_only_where_it_is(text, words):
         "listen_proxy_protocol 127.0.0.1:1\nallow_from ::1",
         "listen_socks5 127.0.0.1:1\nallow_from ::1\nsocks5_auth none",
         f"listen 127.0.0.1:1\nallow_from ::1\ninstance a {{\nauth_shared_secret {SECRET}\n}}",
-        BASE + "listen 127.0.0.1:0, 127.0.0.1:0\nlisten_status 0.0.0.0:0",
+        BASE + "listen 127.0.0.2:0, 127.0.0.3:0\nlisten_status 0.0.0.0:0",
         BASE + "listen 127.0.0.2:1080\nlisten_status [::]:1080",
         BASE + "source_ip 127.0.0.0/8\ndefault_source_ip 127.0.0.9, ::1".replace(", ::1", ""),
         BASE + "instance a {\n source_ip 127.0.0.1\n}\ndefault_source_ip 127.0.0.1",
