@@ -137,7 +137,7 @@ def test_half_close_by_the_receiver(proxy, door):
         sock.sendall(b"QUIT\r\n" * 1000)
         sock.shutdown(socket.SHUT_WR)
         proxy.wait_line(rf"^connection .*:{receiver.endpoint[1]} .* up=6000 down=9 .*outcome=upstream_closed")
-        assert seen == [b"QUIT\r\n" * 1000]
+        assert wait_for(lambda: seen, what="the receiver has read it all") == [b"QUIT\r\n" * 1000]
 
 
 def test_a_reset_by_the_client(proxy, door):

@@ -205,3 +205,19 @@ log_verbose no
         assert proxy.native[0] == "0.0.0.0"
         with dial(("127.0.0.1", proxy.native[1])):
             pass
+
+
+def test_after_a_kill_the_next_start_has_the_same_port(receiver):
+    """Nothing on disk to be cleaned up, and no waiting for old connections to be forgotten."""
+    with socket.socket() as placeholder:
+        placeholder.bind(("127.0.1.4", 0))
+        port = placeholder.getsockname()[1]
+    text = f"listen_socks5 127.0.1.4:{port}\n"
+    with Proxy(text, exit_code=-signal.SIGKILL) as proxy, socks5(proxy.socks5, receiver.endpoint) as sock:
+        assert still_talks(sock)
+        proxy.signal(signal.SIGKILL)
+        proxy.wait_exit()
+        with contextlib.suppress(ConnectionResetError):
+            assert read_all(sock) == b""
+    with Proxy(text) as proxy, socks5(proxy.socks5, receiver.endpoint) as sock:
+        assert still_talks(sock)
