@@ -60,8 +60,9 @@ class Exim:
 
     def send(self, sender="from@example.com"):
         """Hand in one message and see its first delivery attempt to the end."""
-        done = self("-odi", "-oi", "-f", sender, "to@example.net", stdin=MESSAGE.replace(b"\r\n", b"\n"))
+        done = self("-v", "-odi", "-oi", "-f", sender, "to@example.net", stdin=MESSAGE.replace(b"\r\n", b"\n"))
         assert done.returncode == 0, done.stderr
+        self.said = done.stderr.decode("utf-8", "replace")
         return self.main_log.read_text()
 
     def queue(self):
@@ -99,11 +100,13 @@ def snippet(door, name="exim.conf", auth=True):
 
 
 def test_with_a_password(proxy, sink, directory):
-    log = Exim(directory, snippet(proxy.socks5), sink.endpoint).send()
+    exim = Exim(directory, snippet(proxy.socks5), sink.endpoint)
+    log = exim.send()
     (message,) = sink.messages
     assert message.content == MESSAGE
     assert message.peer[0] == DEFAULT_SOURCE
     assert re.search(r"=> to@example.net .*H=127.0.0.2 .*250 2.0.0 kept as 1", log), log
+    assert f"proxy farside: [{DEFAULT_SOURCE}]:{message.peer[1]}\n" in exim.said  # as it read our reply
     line = proxy.wait_line(rf"^connection .*:{sink.endpoint[1]} .*")[0]
     assert " instance=server-a protocol=socks5 " in line
     assert f" source={DEFAULT_SOURCE} " in line
@@ -139,8 +142,10 @@ def test_the_address_that_was_dialled(directory, sink):
 def test_ipv6(proxy, directory):
     """A destination of the other family than the door's: 22 bytes of reply instead of 10."""
     with Sink("::1") as sink:
-        log = Exim(directory, snippet(proxy.socks5), sink.endpoint).send()
+        exim = Exim(directory, snippet(proxy.socks5), sink.endpoint)
+        log = exim.send()
         assert [(message.content == MESSAGE, message.peer[0]) for message in sink.messages] == [(True, "::1")], log
+        assert f"proxy farside: [::1]:{sink.messages[0].peer[1]}\n" in exim.said
 
 
 def test_the_proxy_at_an_ipv6_address(sink, directory):
