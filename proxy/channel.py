@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from time import monotonic
 
-from proxy import log, native
+from proxy import __version__, log, native
 from proxy import native_messages as m
 from proxy.admission import clock_ns
 from proxy.channel_link import ClientGone, Link
@@ -86,7 +86,7 @@ class Channel:
         instances.hosts[host] += 1
         try:
             if not self._peer.one_flight:
-                link.send(self._guest.handshake.welcome(services.incarnation))
+                link.send(self._welcome(services))
             while (request := self._next_open()) is not None:
                 self._serve_session(request)
             link.part()
@@ -105,6 +105,14 @@ class Channel:
             instances.hosts[host] -= 1
             if not instances.hosts[host]:
                 del instances.hosts[host]
+
+    def _welcome(self, services: Services) -> bytes:
+        settings = services.settings
+        return self._guest.handshake.welcome(
+            services.incarnation,
+            reuse_max_idle_ms=int(settings.reuse_connections_max_idle * 1000) if settings.reuse_connections else 0,
+            software=f"greenarrow_proxy {__version__}",
+        )
 
     def goaway(self, seconds: float, reason: str) -> None:
         """See `services.HostedChannel`."""

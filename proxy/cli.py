@@ -65,8 +65,11 @@ def _main(argv: list[str]) -> int:
 
         _print(f"greenarrow_proxy {__version__} (relay: {relay.engine_name()})", sys.stdout)
         return EX_OK
-    # Flags that talk to a running proxy instead of starting one have their place here, before the configuration.
+    if flags.ping is not None:
+        return _ping(argv, flags.ping, flags.ping_instance)
     load = functools.partial(config.load, argv, os.environ, read_file)
+    if flags.status is not None:
+        return _status(flags.status, load)
     settings = load()
     if flags.check_config:
         return _check_config(argv, settings)
@@ -74,6 +77,23 @@ def _main(argv: list[str]) -> int:
 
     run: Callable[[Callable[[], config.Settings], config.Settings], int] = server.run
     return run(load, settings)
+
+
+def _ping(argv: list[str], address: str, instance: str | None) -> int:
+    from proxy import ping
+
+    # Only the secret is needed. An MTA's machine has no listener and allows nobody.
+    nobody = ["--listen=127.0.0.1:807", "--allow-from=127.0.0.1"]
+    settings = config.load([*argv, *nobody], os.environ, read_file)
+    to = ping.target(address, instance, settings)
+    return ping.run(to, lambda line: _print(line, sys.stdout), lambda line: _print(line, sys.stderr))
+
+
+def _status(address: str, load: Callable[[], config.Settings]) -> int:
+    from proxy import status_client
+
+    to = status_client.target(address, load)
+    return status_client.run(to, lambda text: _print(text, sys.stdout), lambda line: _print(line, sys.stderr))
 
 
 def _check_config(argv: Sequence[str], settings: config.Settings) -> int:

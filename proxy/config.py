@@ -112,6 +112,11 @@ def build_parser(file: _File | None = None) -> _Parser:
     commands.add_argument("-h", "--help", action="store_true", help="show this text and exit")
     commands.add_argument("--version", action="store_true", help="show the version and exit")
     commands.add_argument("--check-config", action="store_true", help="say what is wrong with the configuration, exit")
+    commands.add_argument("--ping", metavar="HOST:PORT", help="connect to a running proxy as an MTA would, tell, exit")
+    commands.add_argument("--ping-instance", metavar="NAME", help="the instance to be for --ping")
+    commands.add_argument(
+        "--status", nargs="?", const="", metavar="IP:PORT", help="show the status of a running proxy (listen_status)"
+    )
     directives = parser.add_argument_group("directives")
     for option in OPTIONS:
         default = f" ({option.default})" if option.default and len(option.default) < 30 else ""

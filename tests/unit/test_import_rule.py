@@ -89,6 +89,7 @@ HOUSE = {
     "listener": Place(4, "server"),
     "server": Place(4, "server"),
     "check_config": Place(4, "check_config"),
+    "ping": Place(4, "ping"),
     "status_client": Place(5, "status_client"),
     "cli": Place(5, "cli"),
 }
