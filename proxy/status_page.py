@@ -10,7 +10,20 @@ from html import escape
 
 from proxy.log import printable
 from proxy.stats import duration, whole_seconds
-from proxy.status_rows import CachedRow, InstanceRow, Queues, Rate, SessionRow, Status, ThrottleRow
+from proxy.status_rows import (
+    CachedRow,
+    InstanceRow,
+    SessionRow,
+    Status,
+    ThrottleRow,
+    instance_state,
+    limits_text,
+    next_slot,
+    percent,
+    places_text,
+    queues_text,
+    throttle_state,
+)
 
 REFRESH = 5
 _STYLE = """
@@ -92,21 +105,18 @@ def _throttles(view: Status) -> str:
 
 
 def _throttle_cells(row: ThrottleRow) -> tuple[object, ...]:
-    state: object = row.state
-    if row.state == "backoff":
-        state = _Html(f'<span class="b">backoff for {whole_seconds(row.backoff)}</span>')
+    state = _Html(f'<span class="b">{throttle_state(row)}</span>')
     waiting: object = _Html(f'<span class="w">{row.waiting}</span>') if row.waiting else 0
     return (
-        *(row.name, row.source, _limits(row.limits, row.places), row.reconciled, state),
-        *(of(row.used, row.places), waiting, "", row.demand, next_slot(row), percent(row.rate_use)),
+        *(row.name, row.source, limits_text(row.limits, row.places), row.reconciled, state),
+        *(places_text(row.used, row.places), waiting, "", row.demand, next_slot(row), percent(row.rate_use)),
     )
 
 
 def _instance_cells(row: InstanceRow) -> tuple[object, ...]:
-    said = _limits(row.limits, row.places) if row.mode else ""
-    state = "paused" if row.paused else ("gone" if row.mode and not row.connected else "")
+    said = limits_text(row.limits, row.places) if row.mode else ""
     share = "" if row.share is None else row.share
-    return ("", row.name, said, row.mode, state, row.used, row.waiting, share, row.demand, "", "")
+    return ("", row.name, said, row.mode, instance_state(row), row.used, row.waiting, share, row.demand, "", "")
 
 
 def _sessions(view: Status) -> str:
@@ -121,7 +131,7 @@ def _sessions(view: Status) -> str:
 def _session_cells(row: SessionRow) -> tuple[object, ...]:
     return (
         *(row.name, row.address, whole_seconds(row.connected), duration(row.ping), whole_seconds(row.ping_age)),
-        *(row.ram, row.bounce, row.disk, queues(row.forward), queues(row.back), row.paths, f"{row.weight:g}"),
+        *(row.ram, row.bounce, row.disk, queues_text(row.forward), queues_text(row.back), row.paths, f"{row.weight:g}"),
         row.without_permit,
     )
 
@@ -155,36 +165,6 @@ def _counters(view: Status) -> str:
         parts = sorted(value.items()) if isinstance(value, dict) else [("", value)]
         rows += [(name.replace("_", " "), key, count) for key, count in parts]
     return _section("Counters since the start", _table(("counter", "", "#count"), rows))
-
-
-# --- how figures are spelled ---
-
-
-def _limits(limits: Iterable[Rate], places: int | None) -> str:
-    said = [str(rate) for rate in limits] + ([f"{places} connections"] if places is not None else [])
-    return ", ".join(said) or "unlimited"
-
-
-def of(used: int, places: int | None) -> str:
-    """`3 of 20`."""
-    return str(used) if places is None else f"{used} of {places}"
-
-
-def percent(share: float | None) -> str:
-    """A share of 1 in percent; None: nothing."""
-    return "" if share is None else f"{share:.0%}"
-
-
-def next_slot(row: ThrottleRow) -> str:
-    """When the next message may go."""
-    if row.next_slot is None:
-        return ""
-    return "now" if row.next_slot <= 0 else duration(row.next_slot)
-
-
-def queues(row: Queues) -> str:
-    """`in out buf`, as in the log."""
-    return f"{row.entering} {row.leaving} {row.parked}"
 
 
 # --- markup ---

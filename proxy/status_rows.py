@@ -6,7 +6,11 @@ as each field says. New fields are added with a default, so that an older client
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from msgspec import Struct
+
+from proxy.stats import duration, whole_seconds
 
 _UNITS = {1: "s", 60: "min", 3600: "hr", 86400: "day"}
 
@@ -199,3 +203,46 @@ class Status(Overview, kw_only=True):
 
     throttles: list[ThrottleRow]
     throttles_left_out: int
+
+
+# --- how figures are spelled, on the page and in the terminal ---
+
+
+def limits_text(limits: Iterable[Rate], places: int | None) -> str:
+    """`1000/hr, 20 connections`."""
+    said = [str(rate) for rate in limits] + ([f"{places} connections"] if places is not None else [])
+    return ", ".join(said) or "unlimited"
+
+
+def places_text(used: int, places: int | None) -> str:
+    """`3 of 20`."""
+    return str(used) if places is None else f"{used} of {places}"
+
+
+def percent(share: float | None) -> str:
+    """A share of 1 in percent; None: nothing."""
+    return "" if share is None else f"{share:.0%}"
+
+
+def next_slot(row: ThrottleRow) -> str:
+    """When the next message may go; nothing without a rate."""
+    if row.next_slot is None:
+        return ""
+    return "now" if row.next_slot <= 0 else duration(row.next_slot)
+
+
+def throttle_state(row: ThrottleRow) -> str:
+    """What is unusual about a throttle."""
+    return f"backoff {whole_seconds(row.backoff)}" if row.state == "backoff" else row.state
+
+
+def instance_state(row: InstanceRow) -> str:
+    """What is unusual about an instance under a throttle."""
+    if row.paused:
+        return "paused"
+    return "gone" if row.mode and not row.connected else ""
+
+
+def queues_text(row: Queues) -> str:
+    """`in out buf`, as in the log."""
+    return f"{row.entering} {row.leaving} {row.parked}"
