@@ -11,6 +11,7 @@ import os
 import pwd
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -156,6 +157,7 @@ class Daemon:
             stderr=subprocess.STDOUT,
             env=environ(),
             cwd=self._cwd,
+            start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -174,6 +176,8 @@ class Daemon:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        with contextlib.suppress(ProcessLookupError):  # what it started and left behind
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._reader.join(5)
         assert self._process.stdout is not None
         self._process.stdout.close()

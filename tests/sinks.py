@@ -29,18 +29,19 @@ class Received(NamedTuple):
 
 
 class Sink:
-    """aiosmtpd on port 0 of `host`; a context manager. `messages` in the order of their arrival."""
+    """aiosmtpd on port 0 of `host`, or the given one; a context manager. `messages` in the order of their arrival."""
 
-    def __init__(self, host: str = "127.0.0.2", size_limit: int = 64 * 1024 * 1024) -> None:
+    def __init__(self, host: str = "127.0.0.2", size_limit: int = 64 * 1024 * 1024, port: int = 0) -> None:
         self.messages: list[Received] = []
         self.peers: list[Address] = []
         self._host = host
         self._size_limit = size_limit
+        self._port = port
 
     def __enter__(self) -> Sink:
         # The controller asks its port by connecting to it; our own socket knows.
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
-        listener = socket.create_server((self._host, 0), family=family)
+        listener = socket.create_server((self._host, self._port), family=family)
         self.endpoint: Address = listener.getsockname()[:2]
         self._controller = _Controller(self, listener, self._size_limit)
         self._controller.start()
@@ -88,7 +89,6 @@ class Raw:
     Args:
         serve: what to do with a connection; None: nothing, just hold it.
         receive_buffer: SO_RCVBUF of the accepted sockets, for a window that closes soon.
-        port: another one than 0, for a network of the test's own.
     """
 
     def __init__(
@@ -97,7 +97,6 @@ class Raw:
         host: str = "127.0.0.2",
         receive_buffer: int = 0,
         backlog: int = 1024,
-        port: int = 0,
     ) -> None:
         self.sockets: list[socket.socket] = []
         self.peers: list[Address] = []
@@ -105,7 +104,7 @@ class Raw:
         self._serve = serve
         self._threads: list[threading.Thread] = []
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, port), family=family, backlog=backlog)
+        self._listener = socket.create_server((host, 0), family=family, backlog=backlog)
         if receive_buffer:
             self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.endpoint: Address = self._listener.getsockname()[:2]

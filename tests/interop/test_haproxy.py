@@ -149,52 +149,6 @@ def test_what_a_health_check_is(tmp_path):
     assert got[0] == b"\r\n\r\n\x00\r\nQUIT\n\x20\x00\x00\x00"
 
 
-# -- behind a redirection: any MTA, to every domain's own MX
-
-
-def test_redirected(tmp_path):
-    """In a network of its own: a client of two MXs, unaware of all, reaches both and leaves from the source."""
-    peers.in_network_namespace(lambda: redirected(tmp_path, peers.program("nft")))
-
-
-def redirected(tmp_path, nft):
-    user = "nobody"  # instead of postfix
-    for address in ("lo", "198.51.100.7", "198.51.100.8", "192.0.2.1"):
-        arguments = ("link", "set", "lo", "up") if address == "lo" else ("address", "add", f"{address}/32", "dev", "lo")
-        assert peers.run(peers.program("ip"), *arguments).returncode == 0
-    rules = peers.snippet("postfix.nft", {"skuid postfix": f"skuid {user}"})
-    done = peers.run(nft, "-f", "-", stdin=rules.encode())
-    assert done.returncode == 0, done.stderr
-    file = tmp_path / "haproxy.cfg"
-    with (
-        Raw(say(b"first"), "198.51.100.7", port=25) as first,
-        Raw(say(b"other"), "198.51.100.8", port=25) as other,
-        Proxy("source_ip 192.0.2.1\nallow_destination 198.51.100.0/24\n") as proxy,
-    ):
-        door = f"{proxy.proxy_protocol[0]}:{proxy.proxy_protocol[1]}"
-        file.write_text(peers.snippet("haproxy-redirect.cfg", {"10.0.0.1:808": door}))
-        with Daemon(peers.program("haproxy"), "-db", "-f", file, listens=("127.0.0.1", 2525)):
-            for mx, says in ((first, b"first"), (other, b"other")):
-                done = peers.run(
-                    peers.program("setpriv"), "--reuid", user, "--clear-groups", *READ, *map(str, mx.endpoint)
-                )
-                assert (done.stdout, done.returncode) == (says, 0), done.stderr
-                assert [peer[0] for peer in mx.peers] == ["192.0.2.1"]
-        assert len(proxy.matching(r"^connection .* source=192\.0\.2\.1 destination=198\.51\.100\.[78]:25 ")) == 2
-
-
-def say(data):
-    def serve(sock):
-        sock.sendall(data)
-        sock.shutdown(socket.SHUT_WR)
-
-    return serve
-
-
-#: A client that any user may run: bash's own sockets.
-READ = ("bash", "-c", 'exec 3<>"/dev/tcp/$0/$1"; cat <&3')
-
-
 # -- Postfix' tools
 
 
