@@ -19,9 +19,9 @@ from proxy.admission import clock_ns
 from proxy.channel_link import ClientGone, Link
 from proxy.channel_open import Attempts, Opener, Taken
 from proxy.channel_transfer import Transfer
-from proxy.errors import Draining, PeerError, ProxyError, Refused, UpstreamError
+from proxy.errors import Draining, PeerError, ProxyError, UpstreamError
 from proxy.model import Discard, Ending
-from proxy.native_door import Guest
+from proxy.native_door import Guest, check_still_welcome
 from proxy.receiver import Receiver
 from proxy.services import Door, Services, numbers
 from proxy.smtp_tracker import Tracker
@@ -166,12 +166,8 @@ class Channel:
         Raises:
             Refused.
         """
-        services, peer, host = self._current(), self._peer, self._guest.client.host
-        access = services.access
-        if not access.client_allowed(host, "native") or not access.instance_allowed(peer.instance, host):
-            raise Refused("this address is no longer allowed")
-        if peer.secret not in access.secrets_of(peer.instance):
-            raise Refused("the secret of this instance has changed")
+        services, peer = self._current(), self._peer
+        check_still_welcome(services.access, peer, self._guest.client.host)
         services.instances.fences.check(peer.instance, peer.run_id)
         if self._link.goaway is not None:
             raise Draining(self._link.goaway.reason or "going away")

@@ -136,7 +136,7 @@ class Transfer:
             raise PeerError("EOF twice in an SMTP session")
         else:
             self._finished = True
-            if self.broken is None:
+            if self._write_error is None and self.broken is None:
                 try:
                     self._stream.finish()
                 except OSError as error:
@@ -146,8 +146,8 @@ class Transfer:
         """Send the client's bytes to the receiver; False: some are held back."""
         if self._finished:
             raise PeerError("DATA after EOF in an SMTP session")
-        if self.broken is not None:
-            return True  # the client does not know yet
+        if self._write_error is not None or self.broken is not None:
+            return True  # the client does not know yet, or goes on after the receiver's FIN
         if self.tracker is not None:
             self.tracker.client_bytes(piece)
         self.up += len(piece)
@@ -157,7 +157,7 @@ class Transfer:
     def _push(self) -> bool:
         """Hand what is held back to the receiver; whether nothing is left."""
         stream = self._stream
-        if self.broken is not None or (not self._held and not stream.unsent):
+        if self._write_error is not None or self.broken is not None or not (self._held or stream.unsent):
             return True
         try:
             while self._held:
@@ -173,10 +173,14 @@ class Transfer:
         return not stream.unsent
 
     def _write_failed(self, error: OSError) -> None:
-        """The receiver takes no more; what it has said before is still to be read, and perhaps says why."""
-        self.broken = Ending.UPSTREAM_RESET
+        """The receiver takes no more; what it has said before is still to be read, and perhaps says why.
+
+        After its FIN there is nothing to tell any more: the client has been told that it closed.
+        """
         self._write_error = error
         self._held = b""
+        if not self.receiver_done:
+            self.broken = Ending.UPSTREAM_RESET
 
     # ---------------------------------------------------------------- from the receiver
 

@@ -24,7 +24,7 @@ from proxy.conversation import farewell, send_all
 from proxy.errors import NameInUse, ProxyError, Refused
 from proxy.limits import BackoffRule, Mode, Part
 from proxy.native_auth import ChannelKey
-from proxy.native_door import Guest
+from proxy.native_door import Guest, check_still_welcome
 from proxy.services import Door, Services
 from proxy.session import End, LimitRecord, Output, Session
 from proxy.stats import Backlog, Flow, SessionFigures
@@ -203,11 +203,13 @@ class Control(Client):
 
     def reloaded(self) -> None:
         """New settings: is the instance still welcome, and which certificates may its channels show now?"""
-        services, host = self._current(), self._guest.client.host
-        access = services.access
-        if not access.client_allowed(host, "native") or not access.instance_allowed(self.instance, host):
-            self.cut(Refused("this instance or address is no longer allowed"))
-        elif (announcement := self._certificates(services)) and self._session is not None:
+        services = self._current()
+        try:
+            check_still_welcome(services.access, self._peer, self._guest.client.host)
+        except Refused as error:
+            self.cut(error)
+            return
+        if (announcement := self._certificates(services)) and self._session is not None:
             self._queue([announcement])
 
     def figures(self) -> SessionFigures | None:

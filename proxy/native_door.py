@@ -17,11 +17,12 @@ import gevent
 from gevent import Timeout
 
 from proxy import log, native
+from proxy.access import Access
 from proxy.budget import SLOW_ANSWER
 from proxy.conversation import farewell, receive, send_all
-from proxy.errors import BadCredentials, ClientNotAllowed, HandshakeTimeout, Overloaded, PeerError, ProxyError
+from proxy.errors import BadCredentials, ClientNotAllowed, HandshakeTimeout, Overloaded, PeerError, ProxyError, Refused
 from proxy.model import Endpoint
-from proxy.native_auth import NO_CERTIFICATE, ServerHandshake
+from proxy.native_auth import NO_CERTIFICATE, Peer, ServerHandshake
 from proxy.relay import RawSocket
 from proxy.services import Door, Services, numbers
 from proxy.tls import PlainStream, ServerIdentity, Stream, TlsStream
@@ -83,6 +84,18 @@ def enter(
     finally:
         services.newcomers.leave(entrance)
     return None
+
+
+def check_still_welcome(access: Access, peer: Peer, host: str) -> None:
+    """Whether a reload has left an authenticated peer, that came from `host`, its place.
+
+    Raises:
+        Refused: no longer.
+    """
+    if not access.client_allowed(host, "native") or not access.instance_allowed(peer.instance, host):
+        raise Refused("this address is no longer allowed")
+    if peer.secret not in access.secrets_of(peer.instance):
+        raise Refused("the secret of this instance has changed")
 
 
 class _Entrance:

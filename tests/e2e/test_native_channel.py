@@ -206,6 +206,36 @@ def test_a_client_that_goes_with_its_open(proxy: Proxy, mx: Mx) -> None:
     proxy.wait_idle()
 
 
+def test_a_client_that_goes_while_the_proxy_connects(proxy: Proxy) -> None:
+    """To a receiver that never answers: the attempt ends long before its time."""
+    with socket.socket() as full, contextlib.ExitStack() as waiting:
+        full.bind(("127.0.0.2", 0))
+        full.listen(0)
+        for _ in range(2):  # now the kernel ignores whoever knocks
+            knock = waiting.enter_context(socket.socket())
+            knock.setblocking(False)
+            knock.connect_ex(full.getsockname())
+        with channel(proxy.native) as peer:
+            peer.say_open(full.getsockname(), deadline_ms=600_000)
+            wait_for(lambda: "active=1" in proxy.status()[-1])
+        proxy.wait_idle(10)
+
+
+def test_what_a_client_says_after_the_receivers_fin_changes_nothing(proxy: Proxy) -> None:
+    with Mx({"quit": say(b"221 bye\r\n", close)}) as mx, channel(proxy.native) as peer:
+        mark = len(proxy.lines)
+        peer.opened(mx.endpoint)
+        peer.hear_until(b"\r\n")
+        peer.data(b"QUIT\r\n")
+        peer.expect(mta.DATA)
+        peer.expect(mta.EOF)
+        for _ in range(3):
+            peer.data(b"NOOP\r\n")
+        peer.say(mta.EOF)
+        assert peer.finish() == [False, "not_offered"]
+        proxy.wait_line("^connection .*outcome=upstream_closed", since=mark)
+
+
 def test_a_receiver_that_resets(proxy: Proxy) -> None:
     with Mx({"noop": mx_reset}) as mx, channel(proxy.native) as peer:
         peer.opened(mx.endpoint)
