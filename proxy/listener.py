@@ -134,6 +134,12 @@ class Listener(StreamServer):  # type: ignore[misc]
         sock.setblocking(False)
         self._admit(self, sock, address)
 
+    def finish(self) -> None:
+        """Stop listening; clients that the kernel has already let in are served, where a close would reset them."""
+        while (accepted := self.do_read()) is not None:
+            self.do_handle(*accepted)
+        self.close()
+
     def _back_off(self, error: OSError) -> None:
         """Stop accepting for a moment, twice as long each time; what waits stays in the kernel's queue."""
         self._accept_failed(self, error)

@@ -243,7 +243,7 @@ class Server:
         for endpoint in set(self._listeners) - set(wanted):
             listener = self._listeners.pop(endpoint)
             self._doors.append(listener.door)
-            listener.close()
+            listener.finish()
         for endpoint, protocol in wanted.items():
             if endpoint in opened:
                 door = Door(protocol, endpoint_of(opened[endpoint]))
@@ -383,7 +383,7 @@ class Server:
 
         for listener in self._listeners.values():
             if listener.door.protocol != STATUS:  # it is there until the end, and says that we are draining
-                listener.close()
+                listener.finish()
         for channel in list(self._instances.channels):
             channel.goaway(timeout, "the proxy is shutting down")
         for session in list(self._instances.sessions):

@@ -199,12 +199,20 @@ class Proxy:
     def term(self) -> None:
         self.signal(signal.SIGTERM)
 
-    def hup(self, more: str | None = None, base: str | None = None, outcome: str = r"^reload: ") -> None:
-        """Write a new configuration (None: leave the file), send SIGHUP, and wait for the line that ends the reload."""
+    def hup(
+        self, more: str | None = None, base: str | None = None, outcome: str = r"^reload: ", going_on: bool = False
+    ) -> None:
+        """Write a new configuration (None: leave the file), send SIGHUP, and wait for the line that ends the reload.
+
+        Args:
+            going_on: the program was stopped (SIGSTOP); it finds the SIGHUP when it goes on.
+        """
         if more is not None:
             self._write(config(more, self._base if base is None else base))
         mark = len(self.lines)
         self.signal(signal.SIGHUP)
+        if going_on:
+            self.signal(signal.SIGCONT)
         self.wait_line(outcome, since=mark)
 
     def bad_hup(self, more: str | None = None, base: str | None = None) -> list[str]:

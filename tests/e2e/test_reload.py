@@ -170,6 +170,18 @@ def test_a_listener_changes_its_protocol(proxy, mx):
         assert exactly(old, 1) == b"?"
 
 
+def test_a_client_in_the_backlog_of_a_removed_listener_is_served(proxy, mx):
+    proxy.hup("listen_proxy_protocol 127.0.1.3:0, 127.0.1.9:0\n")
+    endpoint = proxy.door("proxy_protocol", "127.0.1.9")
+    proxy.signal(signal.SIGSTOP)  # the connection waits in the kernel's queue
+    with dial(endpoint) as sock:
+        sock.sendall(v1("127.0.0.5", mx.endpoint))
+        proxy.hup("listen_proxy_protocol 127.0.1.3:0\n", going_on=True)
+        assert exactly(sock, 8) == GREETING
+    with pytest.raises(ConnectionRefusedError):
+        dial(endpoint)
+
+
 def test_ipv6_listener(mx):
     with Proxy("listen_socks5 [::1]:0\n") as proxy:
         assert proxy.socks5[0] == "::1"
