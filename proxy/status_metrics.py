@@ -119,12 +119,12 @@ def _throttling(view: Overview) -> Iterator[Metric]:
 def _pool(view: Overview) -> Iterator[Metric]:
     pool = view.pool
     yield CounterMetricFamily(_PREFIX + "pool_offered", "Connections given back to be shared", pool.offered)
-    requests = CounterMetricFamily(_PREFIX + "pool_requests", "Requests that could be shared", labels=["result"])
-    requests.add_metric(["hit"], pool.hits)
-    requests.add_metric(["miss"], pool.misses)
-    yield requests
+    lookups = CounterMetricFamily(_PREFIX + "pool_lookups", "Look-ups; who waits makes two", labels=["result"])
+    lookups.add_metric(["hit"], pool.hits)
+    lookups.add_metric(["miss"], pool.misses)
+    yield lookups
     if pool.reuse_ratio is not None:
-        yield _gauge("pool_reuse_ratio", "Hits among the requests that could be shared", pool.reuse_ratio)
+        yield _gauge("pool_reuse_ratio", "Requests served from the pool, of all that were served", pool.reuse_ratio)
     yield _gauge("pool_oldest_seconds", "Age of the oldest held-open connection", pool.oldest)
     yield _gauge("pool_mean_age_seconds", "Mean age of held-open connections", pool.mean_age)
     yield _gauge("pool_longest_idle_seconds", "Longest time that one has been idle", pool.longest_idle)

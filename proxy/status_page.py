@@ -30,10 +30,10 @@ _STYLE = """
 :root{color-scheme:light dark}
 body{font:14px/1.45 system-ui,sans-serif;margin:1.5rem auto;max-width:110rem;padding:0 1rem}
 h1{font-size:1.35rem;margin:0}h2{font-size:1.05rem;margin:1.6rem 0 .4rem}p{margin:.2rem 0;opacity:.75}
-.s{overflow-x:auto}table{border-collapse:collapse;width:100%}
+.s{overflow-x:auto}table{border-collapse:collapse}
 th,td{padding:.22rem .6rem;text-align:left;border-bottom:1px solid #8883;white-space:nowrap}
 th{font-weight:600;opacity:.7}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
-tr.i td{opacity:.8;border-bottom-style:dotted}tr.i td:first-child{padding-left:1.6rem}
+tr.i td{opacity:.8;border-bottom-style:dotted}tr.i td:nth-child(2){padding-left:1.8rem}
 .w{color:#b45309;font-weight:600}.b{color:#c0262d;font-weight:600}
 .c{display:flex;flex-wrap:wrap;gap:.3rem 1.6rem}.c b{font-variant-numeric:tabular-nums}
 """
@@ -108,7 +108,7 @@ def _throttle_cells(row: ThrottleRow) -> tuple[object, ...]:
     state = _Html(f'<span class="b">{throttle_state(row)}</span>')
     waiting: object = _Html(f'<span class="w">{row.waiting}</span>') if row.waiting else 0
     return (
-        *(row.name, row.source, limits_text(row.limits, row.places), row.reconciled, state),
+        *(_Html(f"<b>{_text(row.name)}</b>"), row.source, limits_text(row.limits, row.places), row.reconciled, state),
         *(places_text(row.used, row.places), waiting, "", row.demand, next_slot(row), percent(row.rate_use)),
     )
 
@@ -141,7 +141,8 @@ def _pool(view: Status) -> str:
     figures = _figures(
         ("held", pool.held),
         ("given back so far", pool.offered),
-        ("reused", f"{pool.hits} of {pool.hits + pool.misses} ({percent(pool.reuse_ratio) or 'none'})"),
+        ("requests served from here", percent(pool.reuse_ratio) or "none yet"),
+        ("look-ups that found one", f"{pool.hits} of {pool.hits + pool.misses}"),
         ("oldest", whole_seconds(pool.oldest)),
         ("mean age", whole_seconds(pool.mean_age)),
         ("longest idle", whole_seconds(pool.longest_idle)),

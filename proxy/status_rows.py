@@ -167,9 +167,10 @@ class CachedRow(Struct):
 
 
 class PoolView(Struct):
-    """The keepalive pool. `reuse_ratio`: requests served from it among those that could be; None: there was none.
+    """The keepalive pool. `reuse_ratio`: requests served from it, of all that were served; None: there was none.
 
-    `oldest`, `mean_age` since the connect, `longest_idle`: seconds, 0 when nothing is held.
+    `hits`, `misses`: look-ups, of which a request that waits for its place makes two. `oldest`, `mean_age` since the
+    connect, `longest_idle`: seconds, 0 when nothing is held.
     """
 
     held: int
@@ -210,8 +211,12 @@ class Status(Overview, kw_only=True):
 
 def limits_text(limits: Iterable[Rate], places: int | None) -> str:
     """`1000/hr, 20 connections`."""
-    said = [str(rate) for rate in limits] + ([f"{places} connections"] if places is not None else [])
+    said = [str(rate) for rate in limits] + ([_connections(places)] if places is not None else [])
     return ", ".join(said) or "unlimited"
+
+
+def _connections(count: int) -> str:
+    return f"{count} connection" + "s" * (count != 1)
 
 
 def places_text(used: int, places: int | None) -> str:

@@ -96,7 +96,7 @@ def overview(sources: Sources, now: float) -> Generator[None, None, Overview]:
         now: seconds of the pool's clock.
     """
     manager, figures = sources.manager, sources.snapshot.manager
-    pool = yield from _pool(sources.pool, now)
+    pool = yield from _pool(sources.pool, sources.counters, now)
     sessions = list(_sessions(sources)) if figures is not None else []
     backlog = figures.backlog if figures is not None else Backlog()
     return Overview(
@@ -242,7 +242,7 @@ def _rates(limits: Iterable[Limit]) -> list[Rate]:
 
 def _sessions(sources: Sources) -> Iterator[SessionRow]:
     assert sources.snapshot.manager is not None
-    for each in sources.snapshot.manager.sessions:
+    for each in sorted(sources.snapshot.manager.sessions, key=lambda figures: figures.name):
         session = sources.manager.sessions.get(each.name)
         yield SessionRow(
             name=each.name,
@@ -265,7 +265,7 @@ def _queues(flow: Flow) -> Queues:
     return Queues(flow.entering, flow.leaving, flow.parked)
 
 
-def _pool(pool: Pool, now: float) -> Generator[None, None, PoolView]:
+def _pool(pool: Pool, counters: Counters, now: float) -> Generator[None, None, PoolView]:
     entries = iter(pool.entries())
     held, age_sum, oldest, longest_idle = 0, 0.0, 0.0, 0.0
     rows: dict[PoolKey, CachedRow] = {}
@@ -282,13 +282,13 @@ def _pool(pool: Pool, now: float) -> Generator[None, None, PoolView]:
             row.oldest, row.idle = max(row.oldest, age), max(row.idle, idle)
         yield
     keys = nlargest(MOST_KEYS, rows.values(), key=lambda row: (row.connections, row.messages))
-    asked = pool.hits + pool.misses
+    served = counters.reused + counters.fresh
     return PoolView(
         held=held,
         offered=pool.offered,
         hits=pool.hits,
         misses=pool.misses,
-        reuse_ratio=pool.hits / asked if asked else None,
+        reuse_ratio=counters.reused / served if served else None,
         discards={str(reason): count for reason, count in sorted(pool.discards.items()) if count},
         oldest=oldest,
         mean_age=age_sum / held if held else 0.0,

@@ -313,6 +313,7 @@ def cached(number, destination="198.51.100.1", tenant="", opened_at=400.0):
 
 def test_the_pool_by_key_with_ages_reasons_and_ratio():
     house = House()
+    house.counters.reused, house.counters.fresh = 1, 3
     house.pool.offer(cached(1, opened_at=400.0), 440.0)
     house.pool.offer(cached(2, opened_at=450.0), 460.0)
     house.pool.offer(cached(3, "198.51.100.2", tenant="user@example.com"), 480.0)
@@ -322,7 +323,7 @@ def test_the_pool_by_key_with_ages_reasons_and_ratio():
     house.pool.offer(cached(4, "198.51.100.2", tenant="user@example.com"), 495.0)
     view = house.view()
     pool = view.pool
-    assert (pool.held, pool.offered, pool.hits, pool.misses, pool.reuse_ratio) == (3, 5, 1, 1, 0.5)
+    assert (pool.held, pool.offered, pool.hits, pool.misses, pool.reuse_ratio) == (3, 5, 1, 1, 0.25)
     assert pool.discards == {"not_offered": 1}
     assert (pool.oldest, pool.longest_idle, pool.mean_age) == (100.0, 60.0, pytest.approx(250 / 3))
     first, second = pool.keys
