@@ -43,12 +43,17 @@ class Slots:
 
 
 class Dispenser:
-    """The queues of all throttles. `touched` collects the receivers that got something, `paid` flows without a fine."""
+    """The queues of all throttles.
+
+    Attributes:
+        touched: receivers that got something. paid: flows without a fine. idle: throttles that nobody waits under now.
+    """
 
     def __init__(self) -> None:
         self.wheel: Wheel[Throttle] = Wheel(TICK)
         self.touched: dict[Receiver, None] = {}
         self.paid: list[Flow] = []
+        self.idle: dict[Throttle, None] = {}
         self._order = count()
 
     # --- demand ---
@@ -109,9 +114,9 @@ class Dispenser:
         """Give out the slots of `throttle` that are due; arm the wheel for the rest."""
         self._serve([throttle], now)
 
-    def expire(self, now: int) -> None:
-        """Serve the throttles whose turn has come."""
-        due = self.wheel.expire(now)
+    def expire(self, now: int, most: int | None = None) -> None:
+        """Serve the throttles whose turn has come, `most` of them."""
+        due = self.wheel.expire(now, most)
         if due:
             self._serve(due, now)
 
@@ -127,6 +132,7 @@ class Dispenser:
             slots = throttle.slots
             if slots is not None and self._take_turn(throttle, slots, agenda, now):
                 throttle.slots = None
+                self.idle[throttle] = None
                 self.wheel.disarm(throttle)
 
     def _take_turn(self, throttle: Throttle, slots: Slots, agenda: list[Turn], now: int) -> bool:

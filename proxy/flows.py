@@ -46,11 +46,14 @@ class Receiver:
 
     def __init__(self, name: str, weight: float) -> None:
         self.name = name
-        self.weight = clamp_weight(weight)
-        self.cost = int(UNIT / self.weight)
+        self.weigh(weight)
         self.runs: list[Run] = []
         self.parked: dict[Flow, None] = {}
         self.limits: dict[Flow, None] = {}
+
+    def weigh(self, weight: float) -> None:
+        self.weight = clamp_weight(weight)
+        self.cost = int(UNIT / self.weight)
 
     def may_receive(self, now: int) -> bool:
         raise NotImplementedError

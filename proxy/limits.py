@@ -157,14 +157,17 @@ class Backoff:
 class Stake:
     """One instance's part in a throttle, and its flows that name the throttle; with none it is only remembered.
 
+    `spare`: permits of sessions that broke, which the instance may still use.
+
     Nearly always there is one flow: it is kept without a container, since there may be 100,000 throttles.
     """
 
-    __slots__ = ("_flow", "_more", "name", "part")
+    __slots__ = ("_flow", "_more", "name", "part", "spare")
 
     def __init__(self, name: str, part: Part) -> None:
         self.name = name
         self.part = part
+        self.spare = 0
         self._flow: Flow | None = None
         self._more: dict[Flow, None] | None = None
 

@@ -22,11 +22,14 @@ from proxy.places import PlaceBook, Places, Ticket
 from proxy.refusals import refusal
 from proxy.registry import Registry, Remark
 from proxy.session import DEAD_AFTER, LEASE, PING_EVERY, SMALLEST_SLACK, End, Output, Session
-from proxy.throttle import MICROSECOND, TICK, Key, Throttle, check
+from proxy.throttle import MICROSECOND, SECOND, TICK, Key, Throttle, check
 from proxy.wheel import Wheel
 
-#: Departed flows are cleared away this many at a time, so that a session with 100,000 paths stops nobody.
+#: Departed flows are cleared away, and throttles that fall due together are served, this many at a time, so that a
+#: session with 100,000 paths stops nobody.
 SWEEP = 100
+#: Records of a kind that are taken for one delivery; the others wait their turn.
+DELIVERY = 500
 
 
 class Manager:
@@ -53,6 +56,7 @@ class Manager:
         self._pings: Wheel[Session] = Wheel(TICK)
         self._departed: list[tuple[Iterator[Flow], int | None]] = []
         self._active: dict[Throttle, None] = {}
+        self._debts: Wheel[Throttle] = Wheel(SECOND)  # throttles that are active, as far as is known, for debt alone
         self._ended: list[Session] = []
 
     # --- sessions ---
@@ -92,6 +96,10 @@ class Manager:
                         self._registry.stretch(flow.path, session.slack, now)
                         self._registry.announce(flow)  # perhaps it is too far away: then this says so
             self._unpark(session, now)
+
+    def weigh(self, session: Session, weight: float) -> None:
+        """The operator has given the instance another weight; it holds from the next permit on."""
+        session.weigh(weight)
 
     def congest(self, session: Session, congested: bool, now: int) -> None:
         """The session's outgoing queue is full (it gets no grants), or no longer."""
@@ -265,6 +273,8 @@ class Manager:
 
     def reload(self, enforce: bool, blocks: Iterable[Block], now: int) -> None:
         """New settings; places, debts and sessions stay."""
+        if self.enforce and not enforce:
+            self._pardon(now)
         self.enforce = enforce
         for throttle in self.blocks.reload(blocks, now):
             self._book.pump(throttle, now)
@@ -274,17 +284,18 @@ class Manager:
         """Do what is due."""
         for session in self._pings.expire(now):
             self._ping(session, now)
-        for throttle in self._registry.backoffs.expire(now):
+        for throttle in self._registry.backoffs.expire(now, SWEEP):
             self._registry.relimit(throttle, now)
-        for throttle, name in self._registry.leases.expire(now):
+        for throttle, name in self._registry.leases.expire(now, SWEEP):
             self._registry.end_lease(throttle, name, now)
         self._sweep(now)
         self._book.expire(now)
-        self._dispenser.expire(now)
+        self._dispenser.expire(now, SWEEP)
         self._settle(now)
         self._adviser.expire(now)
-        for throttle in self._registry.forgetting.expire(now):
+        for throttle in self._registry.forgetting.expire(now, SWEEP):
             self._registry.forget(throttle, now)
+        self._drop_idle(now, SWEEP)
         self._settle(now)
 
     def next_wakeup(self) -> int | None:
@@ -306,9 +317,12 @@ class Manager:
         ready, self._dispenser.touched = self._dispenser.touched, {}
         return [session for session in ready if isinstance(session, Session) and session.end is None]
 
-    def take(self, session: Session, now: int) -> Output:
-        """What is to be sent to `session`; `now` must not be after the moment of sending."""
-        return session.take(self._dispenser, now)
+    def take(self, session: Session, now: int, most: int = DELIVERY) -> Output:
+        """What is to be sent to `session`, `most` records of a kind; `now` must not be after the moment of sending.
+
+        What is left (see `Session.parked_records`) is to be asked for again when this is sent.
+        """
+        return session.take(self._dispenser, now, most)
 
     def take_blocked(self) -> list[Throttle]:
         """Full throttles that somebody began to wait under: a cached connection with a place there should give way."""
@@ -339,11 +353,32 @@ class Manager:
         return self._audit.unpermitted
 
     def active_throttles(self, now: int) -> int:
-        """Keys with demand, places in use or unexpired debt."""
-        self._active = {throttle: None for throttle in self._active if throttle.busy(now)}
+        """Keys with demand, places in use or unexpired debt (which is looked at once a second)."""
+        self._drop_idle(now)  # all of them: a few, since it is done all the time
         return len(self._active)
 
     # --- steps ---
+
+    def _drop_idle(self, now: int, most: int | None = None) -> None:
+        """Look at throttles that nobody waits under or uses any more, or whose debt should be paid."""
+        throttles = self._debts.expire(now, most)
+        for idle in (self._dispenser.idle, self._book.idle):
+            while idle and len(throttles) != most:
+                throttles.append(idle.popitem()[0])
+        for throttle in throttles:
+            if not throttle.busy(now):
+                self._active.pop(throttle, None)
+            elif not throttle.in_use() and throttle in self._active:
+                self._debts.arm(throttle, throttle.debt_until())
+
+    def _pardon(self, now: int) -> None:
+        """Messages without a permit are only counted from now on."""
+        for session in self.sessions.values():
+            for flow in session.flows.values():
+                if flow.fine:
+                    flow.want -= flow.fine
+                    flow.fine = flow.balance = 0
+                    self._dispenser.paid.append(flow)
 
     def _shut(self, flow: Flow) -> bool:
         """Whether connections of this flow wait for itself."""
@@ -382,7 +417,7 @@ class Manager:
         if reason in (End.SILENT, End.FENCED, End.REPLACED):
             self._ended.append(session)
         lease = None if reason is End.BYE else session.pong_at + LEASE
-        self._departed.append((iter(list(session.flows.values())), lease))
+        self._departed.append((iter(session.flows.values()), lease))
         self._sweep(now)
         self._settle(now)
 

@@ -128,6 +128,7 @@ class PlaceBook:
         admitted: tickets that got in and were not yet collected.
         blocked: full throttles that a ticket began to wait under.
         crowded: throttles whose line or occupancy changed while somebody waits.
+        idle: throttles where nobody waits or holds a place any more.
         wheel: throttles that count connections and whose next slot is what tickets wait for.
     """
 
@@ -135,6 +136,7 @@ class PlaceBook:
         self.admitted: list[Ticket] = []
         self.blocked: dict[Throttle, None] = {}
         self.crowded: dict[Throttle, None] = {}
+        self.idle: dict[Throttle, None] = {}
         self.wheel: Wheel[Throttle] = Wheel(MILLISECOND)
         self._shut = shut
 
@@ -262,6 +264,8 @@ class PlaceBook:
     def _leave(self, places: Places) -> None:
         for throttle in places.throttles:
             throttle.free_place(places.owner)
+            if not throttle.used:
+                self.idle[throttle] = None
             self._ranked(throttle, places.owner)
             if throttle.terms is not None and throttle.terms.advice is not None:
                 self.crowded[throttle] = None
@@ -292,6 +296,7 @@ class PlaceBook:
     def _drop_empty(self, throttle: Throttle) -> None:
         if throttle.line is not None and throttle.line.size == 0:
             throttle.line = None
+            self.idle[throttle] = None
             self.crowded[throttle] = None
 
 

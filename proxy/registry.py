@@ -118,6 +118,8 @@ class Registry:
             stake = _terms(throttle).stake(name)
             assert stake is not None, "a stake outlives its flows"
             stake.remove(flow)
+            if lease_until is not None and flow.balance > 0:
+                stake.spare += flow.balance
             if len(stake) == 0:
                 if lease_until is not None and lease_until > now:
                     self.leases.arm((throttle, name), lease_until)

@@ -7,10 +7,11 @@ sending. Advice and limits are coalesced (the latest wins), grants are appended.
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
 from proxy.dispenser import Dispenser
-from proxy.flows import Flow, Receiver
+from proxy.flows import Flow, Receiver, Run
 from proxy.limits import Effective
 from proxy.throttle import MICROSECOND, SECOND
 
@@ -22,8 +23,14 @@ DEAD_AFTER = 5 * SECOND
 LEASE = 10 * SECOND
 #: Room beside two round trips that the slack of a permit should leave.
 SLACK_MARGIN = 50_000_000
+#: Answers kept for a client that pings and does not read.
+MAX_PONGS = 16
 #: No path has less.
 SMALLEST_SLACK = 100_000_000
+
+
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class End(enum.StrEnum):
@@ -132,10 +139,16 @@ class Session(Receiver):
         """Twice the round trip and a margin: a permit is usable for d - RTT."""
         return 2 * self.worst_rtt + SLACK_MARGIN
 
+    @property
+    def parked_records(self) -> int:
+        """Records that wait to be sent."""
+        return len(self.runs) + len(self.limits) + len(self.caps)
+
     def pinged(self, t: int, now: int) -> None:
         self.ping_t = t
         self.ping_at = now
         self.pongs.append((t, now))
+        del self.pongs[:-MAX_PONGS]
 
     def measured(self, rtt: int, now: int) -> bool:
         """A round trip. Returns whether `slack`, what this session's permits need, has grown."""
@@ -168,16 +181,15 @@ class Session(Receiver):
             self.disk,
         )
 
-    def take(self, dispenser: Dispenser, now: int) -> Output:
-        """Everything that waits; `now` is not after the moment of sending."""
+    def take(self, dispenser: Dispenser, now: int, most: int) -> Output:
+        """What waits, `most` records of a kind; `now` is not after the moment of sending."""
         pongs, self.pongs = self.pongs, []
         ping, self.ping_due = self.ping_due, None
-        limits, self.limits = self.limits, {}
-        caps, self.caps = self.caps, {}
-        runs, self.runs = self.runs, []
+        limits, self.limits = _split(self.limits, most)
+        caps, self.caps = _split(self.caps, most)
         sent_at = now // MICROSECOND * MICROSECOND
         grants = []
-        for run in runs:
+        for run in self._take_runs(most):
             dispenser.sent(run, now)
             grants.append(
                 GrantRecord(run.flow.id, run.n, (run.first - sent_at) // MICROSECOND, run.step // MICROSECOND)
@@ -192,6 +204,23 @@ class Session(Receiver):
             grants,
             list(caps.items()),
         )
+
+    def _take_runs(self, most: int) -> list[Run]:
+        """The runs that may leave now: none before the limits of its path, which say how long it is usable."""
+        runs, later = self.runs, self.limits
+        if not later and len(runs) <= most:
+            self.runs = []
+            return runs
+        ready: list[Run] = []
+        held: list[Run] = []
+        seen = 0
+        for run in runs:
+            if len(ready) == most:
+                break
+            seen += 1
+            (held if run.flow in later else ready).append(run)
+        self.runs = held + runs[seen:]
+        return ready
 
     def _limit(self, flow: Flow, now: int) -> LimitRecord:
         throttles = flow.path.throttles
@@ -217,3 +246,13 @@ class Session(Receiver):
             flow.paused,
             "; ".join(warnings)[:512],
         )
+
+
+def _split(records: dict[K, V], most: int) -> tuple[dict[K, V], dict[K, V]]:
+    """The first `most` and the others."""
+    if len(records) <= most:
+        return records, {}
+    first = dict(islice(records.items(), most))
+    for key in first:
+        del records[key]
+    return first, records

@@ -1,7 +1,6 @@
 """Weighted max-min division: nobody gets more than they want, nobody with less could have had more.
 
-Pure arithmetic on rates (`max_min`) and on whole connection places (`integer_max_min`). Who asks, and what is done with
-the answer, is not known here.
+Pure arithmetic on whole connection places. Who asks, and what is done with the answer, is not known here.
 """
 
 from __future__ import annotations
@@ -19,37 +18,15 @@ def clamp_weight(weight: float) -> float:
     return min(MAX_WEIGHT, max(MIN_WEIGHT, weight))
 
 
-def max_min(
-    capacity: float, demands: Mapping[str, float], weights: Mapping[str, float] | None = None
-) -> dict[str, float]:
-    """Divide `capacity` among `demands` so that the smallest share relative to its weight is as large as possible.
-
-    Args:
-        capacity: what there is; same unit as the demands.
-        demands: name → what is wanted.
-        weights: name → weight; 1 where absent.
-    """
-    weights = weights or {}
-    shares = dict.fromkeys(demands, 0.0)
-    # The first to be satisfied is who wants least for its weight.
-    rest = sorted(
-        (name for name in demands if demands[name] > 0), key=lambda name: demands[name] / weights.get(name, 1.0)
-    )
-    total = sum(weights.get(name, 1.0) for name in rest)
-    for name in rest:
-        weight = weights.get(name, 1.0)
-        shares[name] = min(demands[name], capacity * weight / total)
-        capacity -= shares[name]
-        total -= weight
-    return shares
-
-
 def integer_max_min(
     capacity: int, demands: Mapping[str, int], weights: Mapping[str, float] | None = None, rotation: int = 0
 ) -> dict[str, int]:
-    """`max_min` in whole places: the sum is min(capacity, all demands), and the remainder rotates.
+    """Divide `capacity` places so that the smallest share relative to its weight is as large as possible.
+
+    Shares are whole places, their sum is min(capacity, all demands), and the remainder rotates.
 
     Args:
+        demands: name → what is wanted. weights: name → weight; 1 where absent.
         rotation: where in the order of names the remainder begins. Counting it up serves everybody in turn, also with
             fewer places than names.
     """

@@ -247,6 +247,10 @@ class Throttle:
 
     # --- life ---
 
+    def in_use(self) -> bool:
+        """Whether someone waits, or a place is taken."""
+        return bool(self.used or self.slots or self.line)
+
     def busy(self, now: int) -> bool:
-        """What the status counts: someone waits, a place is taken, or there is debt."""
-        return bool(self.used or self.slots or self.line or self.debt_until() > now)
+        """What the status counts: in use, or in debt."""
+        return self.in_use() or self.debt_until() > now

@@ -21,12 +21,13 @@ class Wheel(Generic[Item]):
         tick_ns: width of a bucket in nanoseconds.
     """
 
-    __slots__ = ("_bucket_of", "_buckets", "_order", "_tick")
+    __slots__ = ("_bucket_of", "_buckets", "_live", "_order", "_tick")
 
     def __init__(self, tick_ns: int) -> None:
         self._tick = tick_ns
         self._bucket_of: dict[Item, int] = {}
         self._buckets: dict[int, list[Item]] = {}
+        self._live: dict[int, int] = {}  # bucket → items that are really in it: moved ones leave a stale entry behind
         self._order: list[int] = []
 
     def __len__(self) -> int:
@@ -38,15 +39,20 @@ class Wheel(Generic[Item]):
     def arm(self, item: Item, due_ns: int) -> None:
         """Let `item` fall due at `due_ns`, whatever was said about it before."""
         index = -(-due_ns // self._tick)
-        if self._bucket_of.get(item) == index:
+        old = self._bucket_of.get(item)
+        if old == index:
             return
+        if old is not None:
+            self._live[old] -= 1
         self._bucket_of[item] = index
         bucket = self._buckets.get(index)
         if bucket is None:
             self._buckets[index] = [item]
+            self._live[index] = 1
             heappush(self._order, index)
         else:
             bucket.append(item)
+            self._live[index] += 1
 
     def arm_earlier(self, item: Item, due_ns: int) -> None:
         """Like `arm`, but never later than it already is."""
@@ -56,27 +62,40 @@ class Wheel(Generic[Item]):
 
     def disarm(self, item: Item) -> None:
         """Forget `item`; its place in a bucket is cleared when that bucket fires."""
-        self._bucket_of.pop(item, None)
+        index = self._bucket_of.pop(item, None)
+        if index is not None:
+            self._live[index] -= 1
 
-    def expire(self, now_ns: int) -> list[Item]:
-        """The items that are due, each once; they are no longer armed."""
+    def expire(self, now_ns: int, most: int | None = None) -> list[Item]:
+        """The items that are due, each once; they are no longer armed.
+
+        Args:
+            most: that many of them; the others stay due, so that `next_wakeup` is in the past.
+        """
         due: list[Item] = []
         bucket_of = self._bucket_of
         while self._order and self._order[0] * self._tick <= now_ns:
-            index = heappop(self._order)
-            for item in self._buckets.pop(index):
-                # An item that was moved or disarmed left a stale entry behind.
+            index = self._order[0]
+            bucket = self._buckets[index]
+            while bucket:
+                if len(due) == most:
+                    return due
+                item = bucket.pop()
                 if bucket_of.get(item) == index:
                     del bucket_of[item]
+                    self._live[index] -= 1
                     due.append(item)
+            self._drop_first()
         return due
 
     def next_wakeup(self) -> int | None:
         """Nanosecond at which the first bucket fires, None when nothing is armed."""
         while self._order:
-            index = self._order[0]
-            if any(self._bucket_of.get(item) == index for item in self._buckets[index]):
-                return index * self._tick
-            heappop(self._order)
-            del self._buckets[index]
+            if self._live[self._order[0]]:
+                return self._order[0] * self._tick
+            self._drop_first()
         return None
+
+    def _drop_first(self) -> None:
+        index = heappop(self._order)
+        del self._buckets[index], self._live[index]

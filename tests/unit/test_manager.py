@@ -10,6 +10,7 @@ from proxy.errors import NameInUse
 from proxy.limits import BackoffRule, Effective, Mode, Part, reconcile
 from proxy.manager import Manager
 from proxy.native_auth import Fences
+from proxy.places import Places, Ticket
 from proxy.session import End, GrantRecord, Output, Session
 from proxy.throttle import SECOND, TICK, Key, Limit
 
@@ -775,3 +776,114 @@ def test_pongs_say_how_long_they_were_held(bench: Bench) -> None:
     bench.manager.ping(session, 77, bench.now)
     bench.now += 3 * MS
     assert bench.output(session).pongs == [(77, 3000)]
+
+
+# --- many at once, settings that change, reconnects ---
+
+
+def test_what_is_due_for_very_many_is_done_in_steps(bench: Bench) -> None:
+    """1,000 throttles that fall due in one moment, and the end of their session, keep nobody else waiting."""
+    session = bench.session("a")
+    for id in range(1000):
+        bench.register(session, (Key(SOURCE, f"rule{id}"), part(Limit(1, 60))), id=id)
+        bench.want(session, 2, 0, id)
+    granted = 0
+    end = bench.now + 62 * SECOND
+    while (wake := bench.manager.next_wakeup()) is not None and wake <= end:
+        bench.now = max(bench.now, wake)
+        bench.manager.advance(bench.now)
+        while session.parked_records:
+            output = bench.output(session)
+            granted += len(output.grants)
+            assert len(output.grants) <= 500
+        bench.collect()
+    assert granted == 2000
+    bench.manager.lost(session, bench.now)
+    before = len(bench.manager.throttles)
+    while (wake := bench.manager.next_wakeup()) is not None:
+        bench.now = max(bench.now, wake)
+        bench.manager.advance(bench.now)
+        assert before - len(bench.manager.throttles) <= 300
+        before = len(bench.manager.throttles)
+    assert before == 0
+
+
+def test_a_delivery_is_bounded_and_limits_stay_ahead_of_grants(bench: Bench) -> None:
+    session = bench.session("a")
+    for id in range(1200):
+        bench.register(session, (Key(SOURCE, f"rule{id}"), part(Limit(100, 1))), id=id)
+        bench.want(session, 1, 0, id)
+    limited: set[int] = set()
+    granted: list[int] = []
+    while session.parked_records:
+        output = bench.manager.take(session, bench.now, 500)
+        assert len(output.limits) <= 500
+        assert len(output.grants) <= 500
+        limited |= {record.id for record in output.limits}
+        granted += [record.id for record in output.grants]
+        assert set(granted) <= limited
+    assert sorted(granted) == list(range(1200))
+
+
+def test_pings_without_end_leave_few_answers(bench: Bench) -> None:
+    session = bench.session("a")
+    for t in range(1000):
+        bench.manager.ping(session, t, bench.now)
+    assert [pong.t for pong in bench.output(session).pongs] == list(range(984, 1000))
+
+
+def test_permits_of_a_session_that_broke_may_be_used_in_the_next(bench: Bench) -> None:
+    bench.manager.enforce = True
+    session = bench.session("a")
+    bench.register(session, (KEY, part(Limit(100, 1))))
+    bench.want(session, 3)
+    assert count(bench.run(SECOND))["a"] == 3
+    bench.manager.lost(session, bench.now)
+    again = bench.session("a")
+    bench.register(again, (KEY, part(Limit(100, 1))))
+    places = bench.manager.admit("a", 1.0, SOURCE, "198.51.100.1", bench.manager.flows(again, (0,)), bench.now)
+    assert isinstance(places, Places)
+    bench.manager.mail_sent(places, 2, bench.now)
+    assert bench.manager.unpermitted == 0
+    bench.manager.mail_sent(places, 2, bench.now)  # one of them is the third permit's
+    assert bench.manager.unpermitted == 1
+
+
+def test_permits_of_a_session_that_ended_well_are_none(bench: Bench) -> None:
+    session = bench.session("a")
+    bench.register(session, (KEY, part(Limit(100, 1))))
+    bench.want(session, 3)
+    bench.run(SECOND)
+    bench.manager.bye(session, bench.now)
+    again = bench.session("a")
+    bench.register(again, (KEY, part(Limit(100, 1))))
+    places = bench.manager.admit("a", 1.0, SOURCE, "198.51.100.1", bench.manager.flows(again, (0,)), bench.now)
+    assert isinstance(places, Places)
+    bench.manager.mail_sent(places, 2, bench.now)
+    assert bench.manager.unpermitted == 2
+
+
+def test_a_reload_without_enforcement_pardons(bench: Bench) -> None:
+    bench.manager.enforce = True
+    session = bench.session("a")
+    bench.register(session, (KEY, part(Limit(1, 3600))))
+    flows = bench.manager.flows(session, (0,))
+    places = bench.manager.admit("a", 1.0, SOURCE, "198.51.100.1", flows, bench.now)
+    assert isinstance(places, Places)
+    bench.manager.mail_sent(places, 5, bench.now)
+    ticket = bench.manager.admit("a", 1.0, SOURCE, "198.51.100.1", flows, bench.now)
+    assert isinstance(ticket, Ticket)
+    bench.manager.reload(False, (), bench.now)
+    assert bench.manager.take_admitted() == [ticket]
+
+
+def test_another_weight_holds_from_the_next_permit_on(bench: Bench) -> None:
+    one, two = bench.session("a"), bench.session("b")
+    for session in (one, two):
+        bench.register(session, (KEY, part(Limit(100, 1))))
+        bench.want(session, 100_000)
+    bench.run(2 * SECOND)
+    bench.manager.weigh(one, 3.0)
+    shares = count(bench.run(4 * SECOND))
+    assert shares["a"] == pytest.approx(300, abs=5)
+    assert shares["b"] == pytest.approx(100, abs=5)
