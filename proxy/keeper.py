@@ -216,6 +216,7 @@ class Keeper:
         Otherwise the socket is closed in this very call, so at no time do more sockets exist than places allow.
         """
         places, receiver.place = receiver.place, None
+        self._pool.free_limits(receiver)
         if places is not None and self._office.pass_on(places, key):
             # Whoever got the place was woken before this is called, and has taken the connection by then.
             self._loop.run_callback(self._unclaimed, receiver)

@@ -178,6 +178,12 @@ class Pool:
             for warmer in [each for each in queue if each.idle_since > entry.idle_since]:
                 queue.move_to_end(warmer)
 
+    def free_limits(self, connection: Hashable) -> None:
+        """The places of this held connection are given back: `yield_for` is not to look for them here."""
+        entry = self._by_connection[connection]
+        self._leave_queues(entry, self._limit_queues(entry))
+        entry.limits = ()
+
     def remove(self, connection: Hashable, reason: Discard) -> Discarded | None:
         """The watch found a held connection closed or talking; None: it is not held (any more)."""
         entry = self._by_connection.get(connection)
@@ -287,8 +293,11 @@ class Pool:
         return [
             (self._by_key, entry.key),
             (self._by_destination, entry.key.destination),
-            *((self._by_limit, limit) for limit in dict.fromkeys(entry.limits)),
+            *self._limit_queues(entry),
         ]
+
+    def _limit_queues(self, entry: Entry) -> list[tuple[dict[Hashable, _Queue], Hashable]]:
+        return [(self._by_limit, limit) for limit in dict.fromkeys(entry.limits)]
 
     def _insert(self, entry: Entry) -> None:
         self._by_connection[entry.connection] = entry
@@ -305,7 +314,10 @@ class Pool:
     def _remove(self, entry: Entry) -> None:
         del self._by_connection[entry.connection]
         del self._idle[entry]
-        for index, name in self._queues(entry):
+        self._leave_queues(entry, self._queues(entry))
+
+    def _leave_queues(self, entry: Entry, queues: list[tuple[dict[Hashable, _Queue], Hashable]]) -> None:
+        for index, name in queues:
             queue = index[name]
             del queue[entry]
             if not queue:

@@ -6,12 +6,13 @@ the proxy; docs/protocol.md describes what goes over the wire.
 
 from proxy.client.errors import ProxyFailure, ProxyRefused, ProxyRejected, ProxyUnavailable
 from proxy.client.session import Session
-from proxy.client.smtp import ProxiedSMTP
+from proxy.client.smtp import MailLimitReached, ProxiedSMTP
 from proxy.client.stream import Stream
 from proxy.client.throttle import Limits, Permit, PermitExpired, Throttle, ThrottleRejected, ThrottleTimeout
 
 __all__ = [
     "Limits",
+    "MailLimitReached",
     "Permit",
     "PermitExpired",
     "ProxiedSMTP",

@@ -9,10 +9,18 @@ from types import TracebackType
 from typing import Any
 
 from proxy import native_messages as m
+from proxy.client.errors import ProxyFailure
 from proxy.client.stream import Stream
 from proxy.client.throttle import Permit, Throttle
+from proxy.smtp import mailmax
 
 _EXTENSION = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*) ?(.*)")
+
+
+class MailLimitReached(ProxyFailure):
+    """The receiver takes no more messages on this connection (LIMITS MAILMAX, RFC 9422): release it, open the next."""
+
+    code = "mail_limit"
 
 
 class ProxiedSMTP(smtplib.SMTP):
@@ -33,6 +41,7 @@ class ProxiedSMTP(smtplib.SMTP):
         self.messages = 0
         self.permit: Permit | None = None
         self._throttles = throttles
+        self._mails = 0  # MAIL commands of ours; all of them are said again on a connection that replaces a dead one
         self._reuse = reuse
         stream.on_reopened = self._take_over
         self._take_over(stream.opened)
@@ -57,15 +66,25 @@ class ProxiedSMTP(smtplib.SMTP):
         """Whether this MTA has more connections than its fair share: this one should be released after the message."""
         return any(throttle.over_cap for throttle in self._throttles)
 
+    @property
+    def mails_left(self) -> int | None:
+        """How many messages the receiver still takes on this connection, failed ones included; None: it did not say."""
+        most = mailmax({"LIMITS": self.esmtp_features.get("limits", "")})
+        return None if most is None else max(0, most - self.opened.messages - self._mails)
+
     def mail(self, sender: str, options: Sequence[str] = ()) -> tuple[int, bytes]:
         """As `smtplib.SMTP.mail`.
 
         Raises:
             PermitExpired: `permit` is too old; nothing was sent.
+            MailLimitReached: `mails_left` is 0; nothing was sent, and `permit` is as it was.
         """
+        if self.mails_left == 0:
+            raise MailLimitReached("the receiver takes no more messages on this connection (MAILMAX)")
         permit, self.permit = self.permit, None
         if permit is not None:
             permit.check()
+        self._mails += 1
         return super().mail(sender, options)
 
     def data(self, msg: Any) -> tuple[int, bytes]:

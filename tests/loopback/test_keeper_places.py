@@ -111,6 +111,36 @@ def test_whose_turn_it_is_decides_who_gets_it(make):
         assert (mx.connects, other.connects) == (2, 1)
 
 
+def test_nobody_comes_between_an_heir_and_its_connection(make, monkeypatch):
+    """Place and connection are promised; before the heir has its turn, another asks for the same, and has to wait."""
+    gate = threading.Event()
+    with Mx({"rset": late(gate)}) as mx:
+        house = make(None, block("one"))
+        first = house.open(key_of(mx))
+        house.give(first)
+        heir = gevent.spawn(house.open, key_of(mx), "b")
+        gevent.sleep(0)
+        others = []
+        pass_on = house.admission.pass_on
+
+        def and_another_comes(places, key):
+            monkeypatch.undo()
+            # It starts before the heir is woken.
+            others.append(gevent.spawn(house.open, key_of(mx), "c"))
+            others.append(gevent.spawn(house.open, key_of(mx, tenant="another key"), "d"))
+            return pass_on(places, key)
+
+        monkeypatch.setattr(house.admission, "pass_on", and_another_comes)
+        gate.set()
+        assert heir.get(timeout=5) is first
+        assert len(others) == 2
+        assert not any(each.ready() for each in others)
+        assert (mx.connects, house.discarded()) == (1, {})
+        house.give(first)
+        for each in others:
+            house.give(each.get(timeout=5))
+
+
 def test_an_heir_that_goes_away_leaves_no_connection_without_a_place(make, monkeypatch):
     """It was given place and connection, and died before it had its turn."""
     gate = threading.Event()

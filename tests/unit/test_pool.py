@@ -252,6 +252,16 @@ def test_a_place_is_given_up_for_whoever_waits_under_the_same_limit():
     assert pool.yield_for("all") is None
 
 
+def test_places_given_back_are_not_looked_for_any_more():
+    pool = Checked(Settings())
+    pool.offer(entry("a", limits=("yahoo", "all")), 0.0)
+    pool.offer(entry("b", OTHER, limits=("all",)), 1.0)
+    pool.free_limits("a")
+    assert pool.yield_for("yahoo") is None
+    assert reasons([pool.yield_for("all")]) == [("b", Discard.YIELDED)]
+    assert "a" in pool
+
+
 def test_the_place_stays_with_the_entry():
     pool, place = Checked(Settings()), object()
     pool.offer(entry(place=place, limits=("x",)), 0.0)
