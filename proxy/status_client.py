@@ -90,6 +90,8 @@ def fetch(to: Endpoint) -> Status:
         answer = _ask(to)
     except TimeoutError:
         raise NoStatus("no answer in time") from None
+    except (ConnectionResetError, BrokenPipeError):
+        answer = b""
     except OSError as error:
         raise NoStatus(error.strerror or type(error).__name__) from None
     if not answer:
