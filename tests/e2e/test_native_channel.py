@@ -353,10 +353,20 @@ def test_a_slow_receiver_slows_the_client_and_fills_no_memory(proxy: Proxy) -> N
         proxy.wait_idle()
 
 
-def _standing_still(figure: Callable[[], int]) -> bool:
+def _standing_still(figure: Callable[[], float]) -> bool:
     first = figure()
     threading.Event().wait(0.5)
     return first > 0 and first == figure()
+
+
+def _choke(proxy: Proxy, peer: Peer) -> None:
+    """Wait until not a byte more goes towards a client that reads nothing.
+
+    The kernel tells of room only when a third of the buffer is free, so a writer is poked to use up the rest.
+    """
+    for _ in range(3):
+        wait_for(lambda: _standing_still(proxy.cpu), 20, "nothing moves")
+        peer.data(b"x")
 
 
 def test_who_reads_nothing_does_not_live_for_ever() -> None:
@@ -372,10 +382,25 @@ def test_an_idle_channel_is_closed() -> None:
         assert peer.closed()
 
 
-def test_an_error_does_not_land_inside_a_frame(proxy: Proxy) -> None:
-    with Raw(_flood) as server, channel(proxy.native) as peer:
+def test_who_does_not_even_read_the_answer_to_end() -> None:
+    with Proxy("idle_timeout 3s\n") as proxy, Raw(_flood) as server, channel(proxy.native) as peer:
         peer.opened(server.endpoint)
-        wait_for(lambda: _standing_still(lambda: proxy.fds()), 20)
+        _choke(proxy, peer)
+        peer.say(mta.END, False, 0)
+        proxy.wait_line(r"^connection .*outcome=(idle_timeout|client_reset)")  # TCP_USER_TIMEOUT is as long
+        proxy.wait_idle()
+
+
+@pytest.mark.parametrize("tls", [True, False], ids=["tls", "clear"])
+def test_an_error_does_not_land_inside_a_frame(tls: bool) -> None:
+    """The client reads nothing, so a frame is half sent when it breaks the protocol."""
+    with (
+        Proxy(f"listen_tls {'yes' if tls else 'no'}\n") as proxy,
+        Raw(_flood) as server,
+        channel(proxy.native, tls=tls) as peer,
+    ):
+        peer.opened(server.endpoint)
+        _choke(proxy, peer)
         peer.sock.sendall(frame(mta.EOF, pack([])) * 2)
         assert error_from(peer)[:2] == ("bad_protocol", "EOF twice in an SMTP session")
 
@@ -407,6 +432,8 @@ def test_term_is_told_to_every_channel_and_a_message_is_finished() -> None:
         deliver(busy, b"Subject: last\r\n")
         assert busy.finish(keep=True, messages=1) == [False, "draining"]
         assert busy.closed()
+        idle.sock.close()
+        busy.sock.close()
         assert proxy.wait_exit() == 0
         assert len(mx.messages) == 1
 
@@ -419,6 +446,7 @@ def test_no_open_is_served_after_goaway() -> None:
         peer.sock.sendall(frame(mta.END, pack([False])) + frame(mta.OPEN, pack([None, [list(mx.endpoint)]])))
         assert peer.expect(mta.ENDED) == [False, "not_offered"]
         assert error_from(peer)[::2] == ("draining", True)
+        peer.sock.close()
         assert proxy.wait_exit() == 0
 
 
