@@ -65,6 +65,7 @@ HOUSE = {
     "log": Place(2, "log"),
     "writer": Place(2, "log"),
     "crew": Place(2, "crew"),
+    "alarm": Place(2, "relay"),
     "relay": Place(2, "relay"),
     "_fastrelay": Place(2, "relay"),
     "conversation": Place(2, "conversation"),
