@@ -21,11 +21,15 @@ import sys
 
 from gevent import get_hub, getcurrent
 
+from proxy.alarm import Alarms
 from proxy.model import Ending
 
 cdef extern from *:
     """
     #include <fcntl.h>
+    #include <limits.h>
+    #include <netinet/in.h>
+    #include <netinet/tcp.h>
     #include <sys/epoll.h>
     #include <sys/socket.h>
     #include <unistd.h>
@@ -40,6 +44,17 @@ cdef extern from *:
     static void relay_linger_reset(int fd) {
         struct linger now = {1, 0};
         (void) setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
+    }
+
+    static void relay_keep_alive(int fd, double idle_timeout) {
+        int on = 1, idle = 60, interval = 15, probes = 4;
+        double wanted = idle_timeout * 1000;
+        int milliseconds = wanted < INT_MAX ? (int) wanted : INT_MAX;
+        (void) setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &on, sizeof on);
+        (void) setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof idle);
+        (void) setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof interval);
+        (void) setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof probes);
+        (void) setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &milliseconds, sizeof milliseconds);
     }
     """
     unsigned RELAY_IN, RELAY_OUT, RELAY_ERR, RELAY_DEAD, RELAY_CLOSING, RELAY_REGISTERED, RELAY_SPLICE_FLAGS
@@ -60,6 +75,7 @@ cdef extern from *:
     int pipe2(int *ends, int flags) nogil
     int fcntl(int fd, int command, int argument) nogil
     void relay_linger_reset(int fd) nogil
+    void relay_keep_alive(int fd, double idle_timeout) nogil
 
 cdef enum:
     BUFFER_SIZE = 65536
@@ -147,7 +163,7 @@ cdef class Engine:
     name = "compiled"
 
     cdef object _hub_switch, _loop
-    cdef readonly object _watcher
+    cdef readonly object _watcher, alarms
     cdef int _epoll
     cdef Slot *_table
     cdef int _size
@@ -188,6 +204,7 @@ cdef class Engine:
         self._epoll = epoll_create1(EPOLL_CLOEXEC)
         if self._epoll < 0:
             raise _os_error()
+        self.alarms = Alarms(self._loop)
         self._watcher = self._loop.io(self._epoll, 1)
         self._watcher.start(self._drain)
 
@@ -363,6 +380,8 @@ cdef class Engine:
 
     cdef void _sweep_pair(self, Pair *pair, double now):
         cdef long long moved = _delivered(&pair.up) + _delivered(&pair.down)
+        if pair.moved_before < 0:
+            relay_keep_alive(pair.down.source, pair.idle_timeout)
         if moved != pair.moved_before:
             pair.moved_before = moved
             pair.idle_since = now
@@ -680,6 +699,7 @@ cdef class Engine:
 
     def stop(self):
         self.abort_all(Ending.DRAIN_TIMEOUT)
+        self.alarms.stop()
         self._watcher.stop()
         self._watcher.close()
         close(self._epoll)

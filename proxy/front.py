@@ -12,9 +12,10 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-from gevent import Timeout, getcurrent, sleep
+from gevent import getcurrent, sleep
 
 from proxy import log, upstream
+from proxy.alarm import Alarm
 from proxy.budget import SLOW_ANSWER
 from proxy.conversation import farewell
 from proxy.errors import (
@@ -90,7 +91,7 @@ class Visit:
     """One connection's record: what it asked for, what it holds, and what its log line says."""
 
     __slots__ = (
-        *("services", "door", "socket", "client", "registered", "handshake"),
+        *("services", "door", "socket", "client", "handshake"),
         *("number", "started", "instance", "source", "destination", "upstream", "relayed", "missed", "place"),
     )
 
@@ -99,7 +100,6 @@ class Visit:
         self.door = door
         self.socket = sock
         self.client = Endpoint(address[0], address[1])
-        self.registered = False
         self.handshake: Handshake | None = None
         self.number = next(numbers)
         self.started = monotonic()
@@ -108,7 +108,7 @@ class Visit:
         self.destination: Endpoint | None = None
         self.upstream: RawSocket | None = None
         self.relayed = False
-        self.missed: list[int] = []  # events of the client while we looked elsewhere
+        self.missed = False  # whether an event of the client may have gone by that nobody acted upon
         self.place: Places | None = None
         door.open_connections += 1
         services.counters.accepted.count(door.protocol)
@@ -129,27 +129,22 @@ class Visit:
             return
         if refusal is not None:
             raise refusal
-        if self.registered:
-            self.services.engine.watch(self.socket.fileno(), self.missed.append)
+        self.services.engine.watch(self.socket.fileno(), self._miss)
         upstream_readable = self._connect(request.route)
         self._hand_over(handshake, upstream_readable)
 
     def _greet(self, handshake: Handshake) -> Connect | None:
         """Read until the request is there; None for a health check. One deadline covers all of it."""
-        timer: Timeout | None = None
+        services = self.services
+        services.engine.register(self.socket.fileno())
+        services.newcomers.enter(self, self.socket)
+        alarm = services.engine.alarms.start(services.settings.auth_timeout)
         silent = True
         try:
             while True:
                 event = handshake.next_event()
                 if event is None:
-                    try:
-                        data = self.socket.recv(_READ_SIZE)
-                    except BlockingIOError:
-                        if timer is None:
-                            timer = Timeout.start_new(self.services.settings.auth_timeout)
-                            self.services.newcomers.enter(self, self.socket)
-                        self._wait()
-                        continue
+                    data = self._read()
                     if data:
                         silent = False
                         handshake.receive(data)
@@ -163,14 +158,13 @@ class Visit:
                     return None
                 else:
                     self._write(handshake.send(self._verdict(event)))
-        except Timeout as fired:
-            if fired is not timer:
+        except Alarm as fired:
+            if fired is not alarm:
                 raise
             raise HandshakeTimeout("the handshake was not finished within auth_timeout") from None
         finally:
-            if timer is not None:
-                timer.close()
-                self.services.newcomers.leave(self)
+            alarm.cancel()
+            services.newcomers.leave(self)
 
     def _verdict(self, event: Event) -> Accepted:
         """Decide on what comes before the request.
@@ -241,13 +235,9 @@ class Visit:
             Throttled: not in time. OSError: the client is gone.
         """
         services, fd, greenlet = self.services, self.socket.fileno(), getcurrent()
-        if not self.registered:
-            services.engine.register(fd)
-            self.registered = True
-        early: list[int] = []
 
         def client_event(events: int) -> None:
-            early.append(events)
+            self.missed = True
             if events & GONE:
                 greenlet.throw(ConnectionResetError())
 
@@ -255,12 +245,11 @@ class Visit:
         owner = instance or self.client.host
         weight = services.access.weight_of(instance)
         self.place = services.admission.enter(owner, weight, source, destination.host, (), ANSWER_WITHIN)
-        self.missed += early
-        services.engine.watch(fd, self.missed.append)
+        services.engine.watch(fd, self._miss)
 
     def _bind(self, source: str) -> RawSocket:
         try:
-            sock = self.upstream = upstream.bind(source, self.services.settings.idle_timeout)
+            sock = self.upstream = upstream.bind(source)
         except Overloaded:
             self.services.keeper.shed(1)
             raise
@@ -269,29 +258,18 @@ class Visit:
 
     def _hand_over(self, handshake: Handshake, upstream_readable: bool) -> None:
         """Say yes and let the relay take both sockets."""
-        assert self.upstream is not None
-        services = self.services
-        answer = handshake.send(Accepted(upstream.local_endpoint(self.upstream)))
+        services, client, receiver = self.services, self.socket, self.upstream
+        assert receiver is not None
+        answer = handshake.send(Accepted(upstream.local_endpoint(receiver) if handshake.tells_local else None))
         if answer and self._write(answer):
-            self.missed.append(0)  # while we waited, edges of both sides went by
-            upstream_readable = True
+            upstream_readable = True  # while we waited, edges of both sides went by
         early = handshake.trailing
-        self.handshake = None
-        client_readable = bool(self.missed)
-        self.missed.clear()
-        services.engine.watch(self.upstream.fileno(), None)
         self.relayed = True
+        self.handshake = None
+        del self.socket, self.upstream  # this record lives as long as the relay, and there may be many
         services.counters.fresh += 1
-        services.engine.join(
-            self.socket,
-            self.upstream,
-            self,
-            services.settings.idle_timeout,
-            early,
-            self.registered,
-            client_readable,
-            upstream_readable,
-        )
+        timeout = services.settings.idle_timeout
+        services.engine.join(client, receiver, self, timeout, early, True, self.missed, upstream_readable)
 
     # ---------------------------------------------------------------- ends
 
@@ -361,15 +339,33 @@ class Visit:
         """Tell the client why, in its own protocol."""
         if self.handshake is None:
             return
-        engine = self.services.engine
-        if not self.registered:
-            engine.register(self.socket.fileno())
-        farewell(engine, PlainStream(self.socket), self.handshake.send(error))
+        farewell(self.services.engine, PlainStream(self.socket), self.handshake.send(error))
 
     # ---------------------------------------------------------------- small things
 
     def _instance_of_address(self) -> str:
         return self.services.access.instance_of_address(self.client.host)
+
+    def _miss(self, _events: int) -> None:
+        self.missed = True
+
+    def _read(self) -> bytes:
+        """The client's next bytes; b"" at the end of the file.
+
+        Waits before it reads: a client has hardly ever spoken by the time it is accepted, or read our answer by the
+        time it is sent.
+        """
+        while True:
+            if not self.missed and self._wait() & GONE:
+                self.missed = True  # no other event will tell of the end
+            try:
+                data = self.socket.recv(_READ_SIZE)
+            except BlockingIOError:
+                self.missed = False
+                continue
+            if len(data) == _READ_SIZE:
+                self.missed = True
+            return data
 
     def _write(self, data: bytes) -> bool:
         """Send all of it; whether that took a wait."""
@@ -379,13 +375,8 @@ class Visit:
                 data = data[self.socket.send(data) :]
             except BlockingIOError:
                 self._wait()
-                waited = True
+                waited = self.missed = True
         return waited
 
-    def _wait(self) -> None:
-        engine = self.services.engine
-        fd = self.socket.fileno()
-        if not self.registered:
-            engine.register(fd)
-            self.registered = True
-        engine.wait(fd)
+    def _wait(self) -> int:
+        return self.services.engine.wait(self.socket.fileno())

@@ -19,9 +19,8 @@ from gevent.server import StreamServer
 
 from proxy.errors import ProxyError
 from proxy.model import Endpoint, canonical_ip
-from proxy.relay import RawSocket
+from proxy.relay import IPPROTO_TCP, TCP_NODELAY, RawSocket, keep_alive
 from proxy.services import Door
-from proxy.upstream import keep_alive
 
 _BACKLOG = 4096
 #: Errors of one connection, not of the listener: the next accept may work at once (accept(2)).
@@ -94,6 +93,7 @@ class Listener(StreamServer):  # type: ignore[misc]
         self._accept_failed = accept_failed
         self._spare = spare
         sock.setblocking(False)
+        self._family = int(sock.family)
         super().__init__(sock, handle=self._never)
 
     def _never(self, *_: object) -> None:
@@ -101,6 +101,7 @@ class Listener(StreamServer):  # type: ignore[misc]
 
     def set_options(self, idle_timeout: float) -> None:
         """Options that accepted sockets inherit; again after a reload."""
+        self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
         keep_alive(self.socket, idle_timeout)
 
     def do_read(self) -> tuple[int, tuple[Any, ...]] | None:
@@ -130,7 +131,7 @@ class Listener(StreamServer):  # type: ignore[misc]
 
     def do_handle(self, *args: Any) -> None:
         fd, address = args
-        sock = RawSocket(self.socket.family, SOCK_STREAM, 0, fd)
+        sock = RawSocket(self._family, SOCK_STREAM, 0, fd)
         sock.setblocking(False)
         self._admit(self, sock, address)
 

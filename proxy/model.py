@@ -123,10 +123,12 @@ class Handshake(Protocol):
     Use: `receive` what came, then `next_event` until it returns None (more bytes are needed), answering each event with
     `send` before asking for the next. `next_event` raises `PeerError` for bytes that the protocol does not allow;
     `send` of that error gives what the protocol can say about it, perhaps nothing. After `Connect` was accepted,
-    `trailing` holds the bytes that came behind the handshake: they go upstream first.
+    `trailing` holds the bytes that came behind the handshake: they go upstream first. `tells_local`: whether the reply
+    to `Connect` tells the real local endpoint, which costs a system call to know.
     """
 
     protocol: str
+    tells_local: bool
 
     def receive(self, data: bytes) -> None: ...
 

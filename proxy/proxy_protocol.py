@@ -62,6 +62,7 @@ class ProxyProtocol:
     __slots__ = ("_buffer", "_bytes_used", "_done", "_event", "_host_name")
 
     protocol = "proxy_protocol"
+    tells_local = False
 
     def __init__(self, host_name: str) -> None:
         self._host_name = host_name

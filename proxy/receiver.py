@@ -21,7 +21,7 @@ from proxy.conversation import receive, send_all
 from proxy.errors import Step, UpstreamError
 from proxy.model import Endpoint, TlsMode
 from proxy.places import Places
-from proxy.relay import Engine
+from proxy.relay import Engine, keep_alive
 from proxy.smtp import ClientDialogue, Then, mailmax
 from proxy.tls import PlainStream, Stream, TlsStream
 
@@ -100,8 +100,9 @@ def _attempt(
     engine: Engine, wish: Wish, source: str, destination: Endpoint, seconds: tuple[float, float], idle_timeout: float
 ) -> Receiver:
     opened_at = monotonic()
-    sock = upstream.bind(source, idle_timeout)
+    sock = upstream.bind(source)
     try:
+        keep_alive(sock, idle_timeout)
         upstream.connect(engine, sock, source, destination, seconds[0])
         receiver = Receiver(PlainStream(sock), source, destination, upstream.local_endpoint(sock), opened_at)
         if wish.ehlo_name is not None:

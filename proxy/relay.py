@@ -32,7 +32,18 @@ import os
 import select
 import struct
 import sys
-from _socket import IPPROTO_TCP, SHUT_WR, SO_LINGER, SOL_SOCKET, TCP_NODELAY
+from _socket import (
+    IPPROTO_TCP,
+    SHUT_WR,
+    SO_KEEPALIVE,
+    SO_LINGER,
+    SOL_SOCKET,
+    TCP_KEEPCNT,
+    TCP_KEEPIDLE,
+    TCP_KEEPINTVL,
+    TCP_NODELAY,
+    TCP_USER_TIMEOUT,
+)
 from _socket import socket as RawSocket
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -40,6 +51,7 @@ from typing import Any, Protocol
 
 from gevent import get_hub, getcurrent
 
+from proxy.alarm import Alarms
 from proxy.model import Ending
 
 __all__ = ["GONE", "IPPROTO_TCP", "TCP_NODELAY", "Engine", "Owner", "Pair", "RawSocket", "engine_name", "make_engine"]
@@ -55,6 +67,9 @@ GONE = _CLOSING
 _LINGER_RESET = struct.pack("ii", 1, 0)
 _CLOSED = b""  # as `Half.pending`: not None, so nothing is read any more; empty, so nothing is written
 
+_KEEPALIVE_IDLE, _KEEPALIVE_INTERVAL, _KEEPALIVE_PROBES = 60, 15, 4
+_MOST_MILLISECONDS = (1 << 31) - 1
+
 BUFFER_SIZE = 65536
 _BUFFER = bytearray(BUFFER_SIZE)  # one for the whole process: it is empty again whenever we switch
 _VIEW = memoryview(_BUFFER)
@@ -67,6 +82,19 @@ _MAX_PIPES = 32  # an unprivileged process gets 64 descriptors of this size, the
 _CALM_SPLICE = 16384  # a splice that moved less than this gives its pipe back
 _SPLICES_A_TURN = 8
 _SPLICE_FLAGS = os.SPLICE_F_MOVE | os.SPLICE_F_NONBLOCK
+
+
+def keep_alive(sock: RawSocket, idle_timeout: float) -> None:
+    """TCP's own watch over a dead peer; accepted sockets inherit it from their listener.
+
+    TCP_USER_TIMEOUT equals the idle timeout (seconds): a shorter one would kill a live peer whose window is closed.
+    """
+    set_option = sock.setsockopt
+    set_option(SOL_SOCKET, SO_KEEPALIVE, 1)
+    set_option(IPPROTO_TCP, TCP_KEEPIDLE, _KEEPALIVE_IDLE)
+    set_option(IPPROTO_TCP, TCP_KEEPINTVL, _KEEPALIVE_INTERVAL)
+    set_option(IPPROTO_TCP, TCP_KEEPCNT, _KEEPALIVE_PROBES)
+    set_option(IPPROTO_TCP, TCP_USER_TIMEOUT, int(min(idle_timeout * 1000, _MOST_MILLISECONDS)))
 
 
 class Owner(Protocol):
@@ -124,6 +152,8 @@ class Pair:
     def idle_for(self, now: float) -> float:
         """Seconds (at the sweep's granularity) since a byte was delivered either way; called by the sweep."""
         moved = self.up.delivered + self.down.delivered
+        if self._moved_before < 0:  # most are gone before a sweep sees them, and never need this
+            keep_alive(self.down.source, self.idle_timeout)
         if moved != self._moved_before:
             self._moved_before = moved
             self._idle_since = now
@@ -154,6 +184,7 @@ class Engine:
         self.splices_a_turn = _SPLICES_A_TURN
         self.faults = 0  # exceptions that are bugs of ours; each cost at most its pair
         self.rearmed = 0  # times that the watcher was found dead
+        self.alarms = Alarms(self._loop)
         self._watcher = self._loop.io(self._epoll.fileno(), 1)
         self._watcher.start(self._drain)
 
@@ -561,6 +592,7 @@ class Engine:
     def stop(self) -> None:
         """Give everything up; for tests and the end of the program."""
         self.abort_all(Ending.DRAIN_TIMEOUT)
+        self.alarms.stop()
         self._watcher.stop()
         self._watcher.close()
         self._epoll.close()

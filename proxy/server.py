@@ -263,6 +263,7 @@ class Server:
         self._admission.settle()
         for session in list(self._instances.sessions):
             session.reloaded()
+        self._places_left = 0
         self._max_connections = settings.max_connections or max(1, (self._descriptors - _OTHER_DESCRIPTORS) // 2)
 
     def _admit(self, listener: Listener, sock: RawSocket, address: tuple[Any, ...]) -> None:
@@ -270,7 +271,7 @@ class Server:
         door = listener.door
         if door.protocol == STATUS:
             self._status.admit(door, sock, address)
-        elif self._open_connections() < self._max_connections:
+        elif self._may_enter():
             if door.protocol == "native":
                 self._crew.run(self._native, door, sock, address)
             else:
@@ -280,6 +281,13 @@ class Server:
         else:
             self._counters.refused.count(Overloaded.code)
             sock.close()
+
+    def _may_enter(self) -> bool:
+        """Take one of the places left. Those that became free meanwhile are counted only when these are used up."""
+        if self._places_left <= 0:
+            self._places_left = self._max_connections - self._open_connections()
+        self._places_left -= 1
+        return self._places_left >= 0
 
     def _native(self, door: Door, sock: RawSocket, address: tuple[Any, ...]) -> None:
         """One native connection: who is it, and is it a session or a channel?"""

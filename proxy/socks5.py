@@ -69,6 +69,7 @@ class Socks5:
     __slots__ = ("_address_type", "_buffer", "_bytes_used", "_event", "_method", "_require_auth", "_source", "_state")
 
     protocol = "socks5"
+    tells_local = True
 
     def __init__(self, require_auth: bool) -> None:
         self._require_auth = require_auth

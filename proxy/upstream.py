@@ -13,50 +13,31 @@ from _socket import (
     AF_INET6,
     IPPROTO_IP,
     IPPROTO_TCP,
-    SO_KEEPALIVE,
     SOCK_CLOEXEC,
     SOCK_DGRAM,
     SOCK_NONBLOCK,
     SOCK_STREAM,
-    SOL_SOCKET,
-    TCP_KEEPCNT,
-    TCP_KEEPIDLE,
-    TCP_KEEPINTVL,
-    TCP_NODELAY,
-    TCP_USER_TIMEOUT,
 )
-from select import EPOLLOUT
-
-from gevent import Timeout
+from select import EPOLLERR, EPOLLHUP, EPOLLOUT
 
 from proxy.access import Access
+from proxy.alarm import Alarm
 from proxy.errors import Overloaded, Step, UpstreamError
 from proxy.model import Endpoint
-from proxy.relay import Engine, RawSocket
+from proxy.relay import TCP_NODELAY, Engine, RawSocket
 
 #: Linux: choose the local port at connect, not at bind: 28,000 connections a source and peer, not 28,000 a source.
 _IP_BIND_ADDRESS_NO_PORT = 24
-_KEEPALIVE_IDLE, _KEEPALIVE_INTERVAL, _KEEPALIVE_PROBES = 60, 15, 4
 _STREAM = SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC
+_CONNECTED_OR_NOT = EPOLLOUT | EPOLLERR | EPOLLHUP
 _OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
-def keep_alive(sock: RawSocket, idle_timeout: float) -> None:
-    """TCP's own watch over a dead peer; accepted sockets inherit it from their listener.
-
-    TCP_USER_TIMEOUT equals the idle timeout (seconds): a shorter one would kill a live peer whose window is closed.
-    """
-    set_option = sock.setsockopt
-    set_option(IPPROTO_TCP, TCP_NODELAY, 1)
-    set_option(SOL_SOCKET, SO_KEEPALIVE, 1)
-    set_option(IPPROTO_TCP, TCP_KEEPIDLE, _KEEPALIVE_IDLE)
-    set_option(IPPROTO_TCP, TCP_KEEPINTVL, _KEEPALIVE_INTERVAL)
-    set_option(IPPROTO_TCP, TCP_KEEPCNT, _KEEPALIVE_PROBES)
-    set_option(IPPROTO_TCP, TCP_USER_TIMEOUT, int(idle_timeout * 1000))
-
-
-def bind(source: str, idle_timeout: float) -> RawSocket:
+def bind(source: str) -> RawSocket:
     """A non-blocking TCP socket bound to `source`, any port.
+
+    The watch over a dead peer (`relay.keep_alive`) begins later, for those that live long: it is five system calls and
+    a timer of the kernel, and the connect has a deadline of its own.
 
     Raises:
         UpstreamError: step `bind`; the address is not on this machine (EADDRNOTAVAIL), or may not be used.
@@ -64,7 +45,7 @@ def bind(source: str, idle_timeout: float) -> RawSocket:
     """
     sock = _open(AF_INET6 if ":" in source else AF_INET, _STREAM)
     try:
-        keep_alive(sock, idle_timeout)
+        sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
         sock.setsockopt(IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
         sock.bind((source, 0))
     except OSError as error:
@@ -95,25 +76,31 @@ def connect(engine: Engine, sock: RawSocket, source: str, destination: Endpoint,
     engine.register(sock.fileno())
     events = 0
     if number == errno.EINPROGRESS:
-        timer = Timeout.start_new(timeout)
+        alarm = engine.alarms.start(timeout)
         try:
             number, events = _await(engine, sock, destination)
-        except Timeout as fired:
-            if fired is not timer:
+        except Alarm as fired:
+            if fired is not alarm:
                 raise
             number = errno.ETIMEDOUT
         finally:
-            timer.close()
+            alarm.cancel()
     if number:
         raise UpstreamError(f"connect {source} -> {destination}: {_why(number)}", Step.CONNECT, number)
     return events != EPOLLOUT
 
 
 def _await(engine: Engine, sock: RawSocket, destination: Endpoint) -> tuple[int, int]:
-    """Wait until the connect is decided: a second connect tells it (0, or the errno), whatever woke us."""
+    """Wait until the connect is decided.
+
+    A socket that is writable and nothing else is connected: it was registered after its connect began, so this is no
+    older event. In all other cases a second connect tells it (0, or the errno), whatever woke us.
+    """
     fd = sock.fileno()
     while True:
         events = engine.wait(fd)
+        if events & _CONNECTED_OR_NOT == EPOLLOUT:
+            return 0, events
         number = sock.connect_ex(destination)
         if number != errno.EALREADY:
             return (0 if number == errno.EISCONN else number), events

@@ -356,6 +356,23 @@ def test_idle_timeout_counts_from_the_last_byte(engine: relay.Engine) -> None:
     assert was_reset(pair.upstream)
 
 
+def test_a_sweep_sets_tcp_to_watch_over_the_receiver(engine: relay.Engine) -> None:
+    """Not earlier: most connections are over by then, and spare five system calls."""
+    pair = Relayed(engine, idle_timeout=90)
+    ours = os.dup(pair.fds[1])
+    with socket.socket(fileno=ours) as sock:
+        assert not sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        list(engine.sweep(100))
+        for level, name, value in (
+            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+            (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 90_000),
+        ):
+            assert sock.getsockopt(level, name) == value
+
+
 def test_bytes_that_nobody_takes_are_no_progress(engine: relay.Engine) -> None:
     pair = Relayed(engine, idle_timeout=10)
     fill(pair.client)
