@@ -54,7 +54,7 @@ class Admission:
         self.clients: dict[Session, Client] = {}
         self._make_way = make_way
         self._hub: Any = get_hub()
-        self._waiting: dict[Ticket, Callable[[], object]] = {}
+        self._waiting: dict[Ticket, Any] = {}  # the greenlets
         self._keys: dict[Ticket, Hashable] = {}  # what those who wait would share
         self._awaited: Counter[Hashable] = Counter()  # the same, how often
         self._timer: Any = self._hub.loop.timer(0)
@@ -91,7 +91,7 @@ class Admission:
         if isinstance(answer, Places):
             return answer
         own = manager.wait_of(answer)
-        self._wait_for(answer, min(seconds, own) if own else seconds, key)
+        self._wait_for(answer, seconds if own is None else min(seconds, own), key)
         return answer.places
 
     def swap(
@@ -155,13 +155,15 @@ class Admission:
             Throttled: time is up.
         """
         timer = Timeout.start_new(max(seconds, 0.001))
-        self._waiting[ticket] = getcurrent().switch
+        self._waiting[ticket] = getcurrent()
         self._keys[ticket] = key
         self._awaited[key] += 1
         try:
             while ticket.places is None:
                 self._hub.switch()
         except BaseException as reason:
+            if reason is timer and ticket.places is not None:
+                return  # admitted in time, but not woken yet
             refusal = self.manager.refusal(ticket, clock_ns())
             self._wake(self.manager.cancel(ticket, clock_ns()))
             if reason is timer:
@@ -178,9 +180,13 @@ class Admission:
 
     def _wake(self, tickets: list[Ticket]) -> None:
         for ticket in tickets:
-            switch = self._waiting.get(ticket)
-            if switch is not None:
-                self._hub.loop.run_callback(switch)
+            if ticket in self._waiting:
+                self._hub.loop.run_callback(self._resume, ticket)
+
+    def _resume(self, ticket: Ticket) -> None:
+        greenlet = self._waiting.get(ticket)  # by now it may have been called off, and wait for something else
+        if greenlet is not None:
+            greenlet.switch()
 
     # ---------------------------------------------------------------- what follows from a call
 
@@ -219,7 +225,7 @@ class Admission:
         if due is None or (self._armed_for is not None and self._armed_for <= due):
             return  # it rings early at worst
         self._armed_for = due
-        self._timer.stop()
+        self._timer.close()
         self._timer = self._hub.loop.timer(max(0.0, (due - clock_ns()) / _NANOSECONDS))
         self._timer.start(self._ring)
 

@@ -77,10 +77,10 @@ class Blocks:
             names = self._judge(source, destination)
         return tuple([self._throttle(Key(source, name), now) for name in names])
 
-    def wait(self, throttles: Iterable[Throttle]) -> float:
-        """Seconds that a request may queue under these: the shortest that a block says."""
+    def wait(self, throttles: Iterable[Throttle]) -> float | None:
+        """Seconds that a request may queue under these: the shortest that a block says; None: none of them is one."""
         blocks = [self._blocks[throttle.key.name] for throttle in throttles if throttle.key.name in self._blocks]
-        return min([block.wait for block in blocks], default=0.0)
+        return min([block.wait for block in blocks], default=None)
 
     def throttles(self) -> Iterable[Throttle]:
         return self._throttles.values()

@@ -1,43 +1,47 @@
 """One instance's session: frames in, calls to the throttle manager; what the manager has to say, frames out.
 
 The greenlet reads; the manager's words are written by whoever made it speak, without waiting. What the kernel does not
-take is queued, at most 16 frames; beyond that the records stay parked in the session, and it gets no permits. A session
-also hands out the key with which its channels authenticate in one flight, and announces the certificates they may show.
+take is queued, at most 16 frames; beyond that the records stay parked in the session, it gets no permits, and nothing
+that it says is acted upon: who does not read is not listened to. Pings go before all else, both ways. A session also
+hands out the key with which its channels authenticate in one flight, and announces the certificates they may show.
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 import gevent
 from gevent import get_hub, getcurrent
 
-from proxy import __version__, log, native
+from proxy import __version__, control_frames, log, native
 from proxy import native_messages as m
 from proxy import native_session as s
 from proxy.admission import Admission, Client, clock_ns
-from proxy.conversation import farewell, send_all
+from proxy.control_frames import MAX_CACHED
+from proxy.conversation import farewell
 from proxy.errors import NameInUse, ProxyError, Refused
-from proxy.limits import BackoffRule, Mode, Part
 from proxy.native_auth import ChannelKey
 from proxy.native_door import Guest, check_still_welcome
 from proxy.services import Door, Services
-from proxy.session import End, LimitRecord, Output, Session
+from proxy.session import End, Session
 from proxy.stats import Backlog, Flow, SessionFigures
-from proxy.throttle import SECOND, Key, Limit
+from proxy.throttle import Key
 
 _READ_SIZE = 65536
 #: Frames in a queue; the figure in the status lines.
 QUEUE = 16
 #: Seconds of work after which others get their turn.
 _TURN = 0.005
-_MAX_RECORDS = 4096
-_MAX_LIMITS = 512
-_MAX_CACHED = 256
+#: Records between two looks at the clock.
+_BREATH = 50
+#: Frames that are taken in ahead of their turn.
+_URGENT = frozenset((s.Ping.TYPE, s.Pong.TYPE))
+
+Record = TypeVar("Record")
 
 
 class SessionOver(Exception):
@@ -64,6 +68,8 @@ class Control(Client):
         self._session: Session | None = None
         self._incoming: deque[native.Frame] = deque()
         self._outgoing: deque[bytes] = deque()
+        self._begun = False  # some bytes of the first frame in `_outgoing` are gone
+        self._turn_ends = 0.0
         self._congested = False
         self._leaving = False
         self._doom: ProxyError | SessionOver | None = None
@@ -103,14 +109,19 @@ class Control(Client):
             farewell(self._engine, self._stream, native.error_frame(error))
         except (SessionOver, OSError):
             pass
+        except Exception as error:
+            services.counters.internal_errors += 1
+            log.internal_error(f"session of {self.instance} at {self._guest.client}", error)
         finally:
             self._end(services)
 
     def _begin(self, services: Services) -> None:
         """WELCOME and CERT; then the manager knows the session.
 
+        Nothing waits here: between the claim of the name and the manager's hello no other run may come.
+
         Raises:
-            NameInUse: this run was replaced by another one. OSError: the client is gone.
+            NameInUse: this run was replaced by another one.
         """
         instances, peer = services.instances, self._peer
         fenced = instances.fences.claim(peer.instance, peer.run_id, self._guest.client.host)
@@ -128,7 +139,7 @@ class Control(Client):
             reuse_max_idle_ms=int(services.settings.reuse_connections_max_idle * 1000) if keeps else 0,
             software=f"greenarrow_proxy {__version__}",
         )
-        send_all(self._engine, self._stream, welcome + self._certificates(services))
+        self._queue([welcome + self._certificates(services)])
         if fenced is not None:
             self._fence(services, fenced)
         weight = services.access.weight_of(peer.instance)
@@ -150,29 +161,64 @@ class Control(Client):
         Raises:
             ProxyError: the client broke the protocol, or is no longer welcome. SessionOver, OSError.
         """
-        turn_ends = monotonic() + _TURN
+        self._turn_ends = monotonic() + _TURN
         while True:
+            self._flush()
+            self.deliver()  # what did not fit before
+            self._take_frames()
+            if self._incoming and len(self._outgoing) < QUEUE:
+                self._act(native.decode(self._incoming.popleft(), native.SESSION_FROM_CLIENT))
+                self._breathe()
+                continue
             if self._doom is not None:
                 raise self._doom
-            self._flush()
-            while self._incoming:
-                self._act(native.decode(self._incoming.popleft(), native.SESSION_FROM_CLIENT))
-                if monotonic() >= turn_ends:
-                    gevent.sleep(0)
-                    turn_ends = monotonic() + _TURN
-            while len(self._incoming) < QUEUE and (frame := self._decoder.next_frame()) is not None:
-                self._incoming.append((frame[0], bytes(frame[1])))
-            if self._incoming:
+            if len(self._incoming) < QUEUE and self._receive():
+                self._breathe()
                 continue
-            try:
-                data = self._stream.recv(_READ_SIZE)
-            except BlockingIOError:
+            if not self._has_more():
                 self._wait()
-                turn_ends = monotonic() + _TURN
-                continue
-            if not data:
-                raise SessionOver
-            self._decoder.receive(data)
+            self._breathe()
+
+    def _receive(self) -> bool:
+        """Read once; False: there is nothing now.
+
+        Raises:
+            SessionOver: the client closed. OSError.
+        """
+        try:
+            data = self._stream.recv(_READ_SIZE)
+        except BlockingIOError:
+            return False
+        if not data:
+            raise SessionOver
+        self._decoder.receive(data)
+        return True
+
+    def _take_frames(self) -> None:
+        """Whole frames into the queue; pings do not stand in it."""
+        while len(self._incoming) < QUEUE and (frame := self._decoder.next_frame()) is not None:
+            if frame[0] in _URGENT:
+                self._act(native.decode(frame, native.SESSION_FROM_CLIENT))
+            else:
+                self._incoming.append((frame[0], bytes(frame[1])))
+
+    def _has_more(self) -> bool:
+        """Whether there is something to be sent that the kernel may take at once."""
+        session = self._session
+        return not self._outgoing and session is not None and session.parked_records > 0
+
+    def _breathe(self) -> None:
+        """Let others have their turn when ours is over.
+
+        Raises:
+            ProxyError, SessionOver: the session has ended meanwhile.
+        """
+        if monotonic() >= self._turn_ends:
+            self._admission.settle()
+            gevent.sleep(0)
+            self._turn_ends = monotonic() + _TURN
+        if self._doom is not None:
+            raise self._doom
 
     def _end(self, services: Services) -> None:
         """Whatever the reason: its key is void, its permits are not given out again."""
@@ -193,6 +239,7 @@ class Control(Client):
         if self._session is not None and self._session.end is None:
             self._leaving = self._congested = True
             self._admission.manager.congest(self._session, True, clock_ns())
+            self._admission.settle()
             self._queue([native.encode(m.Goaway(int(seconds * 1000), reason))])
 
     def cut(self, error: ProxyError | None = None) -> None:
@@ -209,8 +256,10 @@ class Control(Client):
         except Refused as error:
             self.cut(error)
             return
-        if (announcement := self._certificates(services)) and self._session is not None:
-            self._queue([announcement])
+        if self._session is not None:
+            self._admission.manager.weigh(self._session, services.access.weight_of(self.instance))
+            if announcement := self._certificates(services):
+                self._queue([announcement])
 
     def figures(self) -> SessionFigures | None:
         """For the status lines; None before the session has begun."""
@@ -218,7 +267,6 @@ class Control(Client):
         if session is None:
             return None
         now = session.figures(clock_ns())
-        parked = len(session.runs) + len(session.limits) + len(session.caps)
         return SessionFigures(
             name=now.name,
             connected=now.connected,
@@ -226,7 +274,7 @@ class Control(Client):
             ping_age=now.ping_age,
             backlog=Backlog(now.ram, now.bounce, now.disk),
             forward=Flow(entering=len(self._incoming)),
-            back=Flow(leaving=len(self._outgoing), parked=parked),
+            back=Flow(leaving=len(self._outgoing), parked=session.parked_records),
         )
 
     # ---------------------------------------------------------------- frames in
@@ -247,17 +295,16 @@ class Control(Client):
         elif isinstance(message, s.Pong):
             manager.pong(session, message.t, message.hold_us, now)
         elif isinstance(message, s.Demand):
-            for want in message.records:
-                manager.demand(session, want.id, want.want, want.got_cum, want.ram, want.bounce, want.disk, now)
+            for want in self._slowly(message.records):
+                manager.demand(session, want.id, want.want, want.got_cum, want.ram, want.bounce, want.disk, clock_ns())
         elif isinstance(message, s.Return):
-            for run in message.records:
-                manager.give_back(session, run.id, run.first, run.n, now)
+            for run in self._slowly(message.records):
+                manager.give_back(session, run.id, run.first, run.n, clock_ns())
         elif isinstance(message, s.Outcome):
-            for tally in message.records:
-                manager.outcome(session, tally.id, tally.ok, tally.deferred, tally.failed, tally.backoff, now)
+            for tally in self._slowly(message.records):
+                manager.outcome(session, tally.id, tally.ok, tally.deferred, tally.failed, tally.backoff, clock_ns())
         elif isinstance(message, s.Reg):
-            for path in message.paths:
-                self._register(session, path, now)
+            self._register(session, message.paths)
         elif isinstance(message, s.List):
             self._queue([native.encode(self._cached(message.source_ip))])
         elif isinstance(message, s.Bye):
@@ -265,15 +312,24 @@ class Control(Client):
             raise SessionOver
         self._admission.settle()
 
-    def _register(self, session: Session, path: s.Path, now: int) -> None:
-        """Bind a path, or say why not with a LIMIT that has no throttles."""
-        try:
-            self._current().access.check_source(self.instance, path.source_ip)
-            parts = [(Key(path.source_ip, throttle.name), _part(throttle)) for throttle in path.throttles]
-            self._admission.manager.register(session, path.id, parts, now)
-        except (ValueError, Refused) as error:
-            refusal = s.PathLimit(path.id, [], warning=str(error)[:512])
-            self._queue([native.encode(s.Limit(self._current().incarnation, [refusal]))])
+    def _slowly(self, records: Sequence[Record]) -> Iterator[Record]:
+        """The records, with a rest now and then: there may be thousands in a frame."""
+        for at in range(0, len(records), _BREATH):
+            yield from records[at : at + _BREATH]
+            self._breathe()
+
+    def _register(self, session: Session, paths: list[s.Path]) -> None:
+        """Bind the paths, or say why not with LIMITs that have no throttles."""
+        refused: dict[int, str] = {}
+        for path in self._slowly(paths):
+            try:
+                self._current().access.check_source(self.instance, path.source_ip)
+                parts = [(Key(path.source_ip, each.name), control_frames.part_of(each)) for each in path.throttles]
+                self._admission.manager.register(session, path.id, parts, clock_ns())
+            except (ValueError, Refused) as error:
+                refused[path.id] = str(error)
+        if refused:
+            self._queue(control_frames.refusals(refused, self._current().incarnation))
 
     def _cached(self, source_ip: str | None) -> s.Cached:
         """Idle connections that the instance could take over now."""
@@ -289,22 +345,27 @@ class Control(Client):
                 continue
             address = m.Address(*key.destination)
             entries.append(s.CachedEntry(key.source, address, key.ehlo_name, key.tls, listed.cached))
-        return s.Cached(services.incarnation, entries[:_MAX_CACHED], len(entries) > _MAX_CACHED)
+        return s.Cached(services.incarnation, entries[:MAX_CACHED], len(entries) > MAX_CACHED)
 
     # ---------------------------------------------------------------- frames out
 
     def deliver(self) -> None:
         """See `admission.Client`. With the queue full the records stay where they are."""
         session = self._session
-        if session is None or session.end is not None or len(self._outgoing) >= QUEUE:
+        if session is None or session.end is not None or len(self._outgoing) >= QUEUE or not session.has_words:
             return
         output = self._admission.manager.take(session, clock_ns())
-        self._queue(_frames(output, self._current().incarnation))
+        incarnation = self._current().incarnation
+        self._queue_first(control_frames.urgent_frames(output, incarnation))
+        self._queue(control_frames.frames(output, incarnation))
+        if self._has_more():
+            self._wake()  # the rest in our own greenlet, where others get their turn
 
     def ended(self, reason: End) -> None:
         """See `admission.Client`."""
         if reason is End.FENCED:
-            self.cut(NameInUse("name in use by a newer run of this instance"))
+            newer = self._admission.manager.sessions.get(self.instance)
+            self.cut(NameInUse(f"name in use by {newer.address if newer is not None else 'a newer run'}"))
         else:
             self.cut()
 
@@ -312,6 +373,13 @@ class Control(Client):
         if services.identity is None:
             return b""
         return native.encode(s.Cert(services.incarnation, [services.identity.certificate]))
+
+    def _queue_first(self, frames: list[bytes]) -> None:
+        """Before all but a frame of which a part is gone already; `_queue` is called next."""
+        first = self._outgoing.popleft() if self._begun else b""
+        self._outgoing.extendleft(reversed(frames))
+        if first:
+            self._outgoing.appendleft(first)
 
     def _queue(self, frames: Iterable[bytes]) -> None:
         self._outgoing.extend(frames)
@@ -331,7 +399,8 @@ class Control(Client):
             while outgoing:
                 frame = outgoing[0]
                 sent = stream.send(frame)
-                if sent < len(frame):
+                self._begun = sent < len(frame)
+                if self._begun:
                     outgoing[0] = frame[sent:]
                 else:
                     outgoing.popleft()
@@ -345,8 +414,7 @@ class Control(Client):
         if full != self._congested:
             self._congested = full
             self._admission.manager.congest(session, full, clock_ns())
-            if not full:
-                self.deliver()
+            self._admission.settle()
 
     # ---------------------------------------------------------------- small things
 
@@ -360,57 +428,14 @@ class Control(Client):
         finally:
             self._waiting = False
             self._engine.watch(fd, None)
+            self._turn_ends = monotonic() + _TURN
 
     def _wake(self) -> None:
-        if self._waiting:
-            get_hub().loop.run_callback(self._greenlet.switch)
+        get_hub().loop.run_callback(self._resume)
+
+    def _resume(self) -> None:
+        if self._waiting:  # by now it may wait for something else
+            self._greenlet.switch()
 
     def _log(self, level: int, message: str, **fields: object) -> None:
         log.note(log.Event.SESSION, level, message, instance=self.instance, client=self._guest.client, **fields)
-
-
-def _part(throttle: s.Throttle) -> Part:
-    """What an instance says of a throttle, as the manager takes it.
-
-    Raises:
-        ValueError: two rates for one length of window.
-    """
-    limits = [_limit(rate) for rate in throttle.rates if rate.amount]
-    if len({limit.seconds for limit in limits}) < len(limits):
-        raise ValueError(f"throttle {throttle.name}: two rates for one length of window")
-    rule = None
-    if throttle.backoff is not None:
-        slow = throttle.backoff
-        rate = _limit(slow.rate) if slow.rate is not None and slow.rate.amount else None
-        rule = BackoffRule(slow.percent, rate, slow.return_after_s * SECOND, slow.threshold)
-    mode = Mode.SUM if throttle.mode is s.Mode.SUM else Mode.AVERAGE
-    return Part(tuple(limits), throttle.max_connections, mode, throttle.paused, rule)
-
-
-def _limit(rate: s.Rate) -> Limit:
-    return Limit(rate.amount, rate.seconds, rate.burst or 1)
-
-
-def _frames(output: Output, incarnation: int) -> list[bytes]:
-    """The frames for what a session is to be sent, pongs first; lists are split at what a frame may hold."""
-    frames = [native.encode(s.Pong(incarnation, pong.t, pong.hold_us)) for pong in output.pongs]
-    if output.ping is not None:
-        frames.append(native.encode(s.Ping(incarnation, output.ping)))
-    for at in range(0, len(output.limits), _MAX_LIMITS):
-        limits = [_path_limit(record) for record in output.limits[at : at + _MAX_LIMITS]]
-        frames.append(native.encode(s.Limit(incarnation, limits)))
-    for at in range(0, len(output.grants), _MAX_RECORDS):
-        grants = [s.SlotGrant(*grant) for grant in output.grants[at : at + _MAX_RECORDS]]
-        frames.append(native.encode(s.Grant(incarnation, output.ping_t, output.hold_us, grants)))
-    for at in range(0, len(output.caps), _MAX_RECORDS):
-        caps = [s.Share(*cap) for cap in output.caps[at : at + _MAX_RECORDS]]
-        frames.append(native.encode(s.Cap(incarnation, caps)))
-    return frames
-
-
-def _path_limit(record: LimitRecord) -> s.PathLimit:
-    throttles = [
-        s.Effective([s.Rate(limit.amount, limit.seconds, limit.burst) for limit in effective.limits], effective.places)
-        for effective in record.throttles
-    ]
-    return s.PathLimit(record.id, throttles, record.slack_us, record.backoff_ms, record.paused, record.warning)

@@ -139,7 +139,7 @@ class Backoff:
         rate = self.rule.rate
         limits = {limit.seconds: self._slow_limit(limit, now) for limit in full.limits}
         if rate is not None and rate.seconds not in limits:
-            limits[rate.seconds] = rate._replace(amount=rate.amount * (1 + self.steps(now)))
+            limits[rate.seconds] = rate._replace(amount=min(MOST, rate.amount * (1 + self.steps(now))))
         places = self.slowed(full.places, now) if full.places else 0
         return Effective(tuple(limits[seconds] for seconds in sorted(limits)), places, full.mixed)
 

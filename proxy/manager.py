@@ -254,8 +254,8 @@ class Manager:
         """The full throttles in the way of `ticket`."""
         return tuple([throttle for throttle in ticket.throttles if throttle.full()])
 
-    def wait_of(self, ticket: Ticket) -> float:
-        """Seconds that the proxy's own throttles let a request wait; 0: none of them applies."""
+    def wait_of(self, ticket: Ticket) -> float | None:
+        """Seconds that the proxy's own throttles let a request wait; None: none of them applies."""
         return self.blocks.wait(ticket.throttles)
 
     def refusal(self, ticket: Ticket, now: int) -> Throttled:

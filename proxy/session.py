@@ -144,6 +144,11 @@ class Session(Receiver):
         """Records that wait to be sent."""
         return len(self.runs) + len(self.limits) + len(self.caps)
 
+    @property
+    def has_words(self) -> bool:
+        """Whether anything waits to be sent."""
+        return bool(self.pongs or self.ping_due is not None or self.parked_records)
+
     def pinged(self, t: int, now: int) -> None:
         self.ping_t = t
         self.ping_at = now

@@ -84,6 +84,7 @@ HOUSE = {
     "channel_open": Place(3, "channel"),
     "channel_transfer": Place(3, "channel"),
     "control": Place(3, "control"),
+    "control_frames": Place(3, "control"),
     "status": Place(3, "status"),
     "status_page": Place(3, "status"),
     "status_metrics": Place(3, "status"),
