@@ -260,10 +260,7 @@ class _Handler(WSGIHandler):  # type: ignore[misc]
         Raises:
             OSError: the client is gone. Timeout, GreenletExit: as they come.
         """
-        try:
-            answer = self.handle_one_request()
-        except ValueError:  # gevent's own parser, or a request that is too long
-            answer = self._handle_client_error(None)
+        answer = self.handle_one_request()
         if isinstance(answer, tuple):
             self.socket.sendall(answer[1])
         with contextlib.suppress(OSError):
