@@ -74,24 +74,21 @@ class Listener(StreamServer):  # type: ignore[misc]
         door: its protocol and count of open connections.
         admit: takes an accepted, non-blocking socket; must not raise or wait.
         accept_failed: is told each accept error that made the listener back off.
+
+    Attributes:
         spare: gives descriptors that are held back, if this listener may have one of them when there is no other.
     """
 
     max_accept = 64
 
     def __init__(
-        self,
-        sock: socket.socket,
-        door: Door,
-        admit: Admit,
-        accept_failed: Callable[[Listener, OSError], None],
-        spare: Callable[[], AbstractContextManager[None]] | None = None,
+        self, sock: socket.socket, door: Door, admit: Admit, accept_failed: Callable[[Listener, OSError], None]
     ) -> None:
         self.door = door
         self._pause: float = self.min_delay  # not `delay`: the base class resets that after each `do_read`
         self._admit = admit
         self._accept_failed = accept_failed
-        self._spare = spare
+        self.spare: Callable[[], AbstractContextManager[None]] | None = None
         sock.setblocking(False)
         self._family = int(sock.family)
         super().__init__(sock, handle=self._never)
@@ -124,9 +121,9 @@ class Listener(StreamServer):  # type: ignore[misc]
         try:
             return accept()
         except OSError as error:
-            if self._spare is None or error.errno not in (errno.EMFILE, errno.ENFILE):
+            if self.spare is None or error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-        with self._spare():
+        with self.spare():
             return accept()
 
     def do_handle(self, *args: Any) -> None:

@@ -247,8 +247,7 @@ class Server:
         for endpoint, protocol in wanted.items():
             if endpoint in opened:
                 door = Door(protocol, endpoint_of(opened[endpoint]))
-                spare = self._reserve.lent if protocol == STATUS else None
-                listener = Listener(opened[endpoint], door, self._admit, self._accept_failed, spare)
+                listener = Listener(opened[endpoint], door, self._admit, self._accept_failed)
                 self._listeners[endpoint] = listener
                 listener.start()
                 log.note(log.Event.LISTEN, log.INFO, f"listening on {door.endpoint}", protocol=protocol)
@@ -256,6 +255,7 @@ class Server:
             if listener.door.protocol != protocol:
                 self._doors.append(listener.door)
                 listener.door = Door(protocol, listener.door.endpoint)
+            listener.spare = self._reserve.lent if protocol == STATUS else None
             listener.set_options(settings.idle_timeout)
         self.services = self._wire(settings, prepared.identity)
         self._keeper.apply(settings)
