@@ -19,15 +19,20 @@ from proxy import native
 from proxy import native_messages as m
 from proxy import native_session as s
 from proxy.client.control import Control, clock_us
-from proxy.client.errors import ProxyFailure
+from proxy.client.errors import ProxyFailure, ProxyUnavailable
 from proxy.errors import PeerError
 from proxy.lease import Demand, Lease
 from proxy.lease import Permit as Slot
+from proxy.wheel import Wheel
 
 _SECOND = 1_000_000_000
+_MILLISECOND = 1_000_000
 #: Outcomes and backlogs of a path are reported at most this often.
 _REPORT_EVERY = _SECOND
+#: Records in a frame, and paths registered that the proxy has not answered yet: pings must not stand behind them.
 _RECORDS_A_FRAME = 1000
+#: The advice in CAP that there is none any more.
+_NO_CAP = 2**32 - 1
 
 
 def _clock_ns() -> int:
@@ -152,6 +157,7 @@ class Throttle:
     paused: bool = False
     warning: str = ""
     _bound: bool = False
+    _asked: bool = False
     _rejected: str = ""
     _waiting: int = 0
     _backlog: tuple[int, int, int] = (0, 0, 0)
@@ -173,6 +179,7 @@ class Throttle:
 
         Raises:
             ThrottleTimeout: none came in time. ThrottleRejected: the proxy does not accept the limits.
+            ProxyUnavailable: the session is closed.
         """
         ends_at = None if timeout is None else _clock_ns() + int(timeout * _SECOND)
         with self._arrived:
@@ -187,6 +194,8 @@ class Throttle:
                         return Permit(slot)
                     if self._rejected:
                         raise ThrottleRejected(self._rejected)
+                    if self._dialogue.stopping:
+                        raise ProxyUnavailable("the session is closed")
                     if ends_at is not None and now >= ends_at:
                         raise ThrottleTimeout(f"no permit of throttle {self.limits[0].name} in {timeout} s")
                     self._arrived.wait(self._patience(now, ends_at))
@@ -272,11 +281,13 @@ class Dialogue:
         self._control = control
         self._something = threading.Condition(self.lock)
         self._throttles: dict[int, Throttle] = {}
+        self.stopping = False
         self._changed: dict[Throttle, None] = {}
+        self._later: Wheel[Throttle] = Wheel(_MILLISECOND)  # what has to be looked at again, and when
+        self._unanswered = 0  # paths
         self._unregistered: dict[Throttle, None] = {}
         self._ids = itertools.count(1)
         self._incarnation: int | None = None
-        self._stopping = False
         self._thread = threading.Thread(target=self._run, name="proxy throttles", daemon=True)
         self._thread.start()
         control.listen(self)
@@ -309,22 +320,25 @@ class Dialogue:
     def stop(self) -> None:
         """End the thread; permits at hand are given back."""
         with self.lock:
+            self.stopping = True
             for throttle in self._throttles.values():
                 throttle._backlog = (0, 0, 0)
+                throttle._arrived.notify_all()
                 self._changed[throttle] = None
-        self._say(self._due()[0])
-        with self.lock:
-            self._stopping = True
             self._something.notify()
         self._thread.join()
+        while frames := self._due()[0]:
+            self._say(frames)
 
     # --- what the proxy says ---
 
     def connected(self, welcome: m.Welcome) -> None:
         with self.lock:
             self._incarnation = welcome.incarnation
+            self._unanswered = 0
             for throttle in self._throttles.values():
-                throttle._bound = False
+                throttle._bound = throttle._asked = False
+                throttle.cap = None
                 throttle._lease.reconnected()
                 throttle._demand.reconnected()
                 throttle._told_backlog = (0, 0, 0)
@@ -349,7 +363,7 @@ class Dialogue:
             elif isinstance(message, s.Cap):
                 for share in message.records:
                     if share.id in self._throttles:
-                        self._throttles[share.id].cap = share.cap
+                        self._throttles[share.id].cap = share.cap if share.cap != _NO_CAP else None
 
     def _granted(self, grant: s.SlotGrant, message: s.Grant, at_us: int) -> None:
         throttle = self._throttles.get(grant.id)
@@ -371,6 +385,10 @@ class Dialogue:
         throttle = self._throttles.get(limit.id)
         if throttle is None:
             return
+        if throttle._asked:
+            throttle._asked = False
+            self._unanswered -= 1
+            self._something.notify()
         throttle.warning, throttle.paused = limit.warning, limit.paused
         throttle.effective = [
             ([(rate.amount, rate.seconds) for rate in each.rates], each.max_connections) for each in limit.throttles
@@ -384,18 +402,23 @@ class Dialogue:
     # --- what the proxy is told ---
 
     def _run(self) -> None:
-        while not self._stopping:
-            frames, wait = self._due()
-            if frames:
-                self._say(frames)
-                continue
+        while True:
             with self.lock:
-                if not self._stopping and not (self._unregistered and self._incarnation is not None):
+                frames, wait = self._due()
+                if self.stopping:
+                    return
+                if not frames:
                     self._something.wait(wait)
+            self._say(frames)
 
     def _say(self, frames: list[m.Message]) -> None:
         for frame in frames:
-            self._control.send(frame)
+            try:
+                self._control.send(frame)
+            except ValueError:  # paths with long names: more than a frame holds
+                assert isinstance(frame, s.Reg)
+                middle = len(frame.paths) // 2
+                self._say([s.Reg(frame.incarnation, half) for half in (frame.paths[:middle], frame.paths[middle:])])
 
     def _due(self) -> tuple[list[m.Message], float | None]:
         """The messages that are due, and seconds until the next may be; both empty when no session is up."""
@@ -404,19 +427,16 @@ class Dialogue:
             if incarnation is None:
                 return [], None
             now = _clock_ns()
-            paths = [each for each, _ in zip(list(self._unregistered), range(_RECORDS_A_FRAME), strict=False)]
-            for throttle in paths:
-                del self._unregistered[throttle]
+            paths = self._next_paths()
             wants: list[s.Want] = []
             returns: list[s.SlotRun] = []
             tallies: list[s.Tally] = []
-            next_at: int | None = None
-            for throttle in list(self._changed)[:_RECORDS_A_FRAME]:
+            self._changed.update(dict.fromkeys(self._later.expire(now)))
+            while self._changed and max(len(wants), len(returns), len(tallies)) < _RECORDS_A_FRAME:
+                throttle = self._changed.popitem()[0]
                 later = self._examine(throttle, now, wants, returns, tallies)
-                if later is None:
-                    del self._changed[throttle]
-                else:
-                    next_at = later if next_at is None else min(next_at, later)
+                if later is not None:
+                    self._later.arm(throttle, later)
             frames: list[m.Message] = []
             if paths:
                 frames.append(s.Reg(incarnation, [_path(throttle) for throttle in paths]))
@@ -426,7 +446,18 @@ class Dialogue:
                 frames.append(s.Demand(incarnation, wants))
             if tallies:
                 frames.append(s.Outcome(incarnation, tallies))
-            return frames, None if next_at is None else max(0.001, (next_at - now) / _SECOND)
+            next_at = self._later.next_wakeup()
+            return frames, None if next_at is None else max(0.0, (next_at - now) / _SECOND)
+
+    def _next_paths(self) -> list[Throttle]:
+        """Paths to register now; more when these are answered."""
+        paths = list(itertools.islice(self._unregistered, _RECORDS_A_FRAME - self._unanswered))
+        for throttle in paths:
+            del self._unregistered[throttle]
+            if not throttle._asked:
+                throttle._asked = True
+                self._unanswered += 1
+        return paths
 
     def _examine(
         self, throttle: Throttle, now: int, wants: list[s.Want], returns: list[s.SlotRun], tallies: list[s.Tally]
