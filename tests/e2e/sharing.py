@@ -19,6 +19,10 @@ NAME = "mta.example.com"
 FAILURES = (ProxyFailure, smtplib.SMTPException, OSError)
 
 
+class Mixed(Exception):
+    """A message is not what was sent."""
+
+
 @contextlib.contextmanager
 def instances(proxy: Proxy, *names: str, **options: Any) -> Iterator[tuple[Session, ...]]:
     """MTAs of these names; the proxy must have `listen_tls no` where they are not told otherwise."""
@@ -75,18 +79,33 @@ def _has_answered_rset(mx: Mx) -> bool:
 
 
 def accepted(mx: Mx, size: int | Callable[[int], int] = 300) -> Counter[int]:
-    """Number of a message → how often the receiver has accepted it. Each is whole, and nothing else is in it."""
+    """Number of a message → how often the receiver has accepted it.
+
+    Raises:
+        Mixed: one is not whole, or something else is in it.
+    """
     count: Counter[int] = Counter()
     for message in list(mx.messages):
         if message.accepted:
             number = int(message.mail.partition(b"<")[2].partition(b"@")[0])
             expected = body(number, size(number) if callable(size) else size)
-            assert message.content == expected, f"message {number} is not what was sent"
-            assert message.rcpts == (b"rcpt TO:<to@example.net>",)
+            if message.content != expected or message.rcpts != (b"rcpt TO:<to@example.net>",):
+                raise Mixed(f"message {number}: {message.rcpts} {message.content[:2000]!r}")
             count[number] += 1
     return count
 
 
-def arrived(mx: Mx, expected: dict[int, int]) -> None:
+def arrived(mx: Mx, expected: dict[int, int], size: int | Callable[[int], int] = 300) -> None:
     """The receiver has accepted these, and nothing else. (It has said so before it notes it.)"""
-    wait_for(lambda: accepted(mx) == expected, what=f"{expected} instead of {accepted(mx)}")
+    found: Counter[int] = Counter()
+
+    def look() -> bool:
+        nonlocal found
+        found = accepted(mx, size)
+        return found == expected
+
+    try:
+        wait_for(look)
+    except AssertionError:
+        lost, others = dict(Counter(expected) - found), dict(found - Counter(expected))
+        raise AssertionError(f"not accepted: {lost}; accepted and not expected: {others}") from None
