@@ -1,4 +1,4 @@
-"""The running program: listeners, signals, reload, drain, and the wiring of everything else.
+"""The running program: signals, reload, drain, and the wiring of everything else.
 
 `run` is the whole life from the first socket to the exit code. Each connection is dispatched here, with the services of
 the moment. A reload builds everything that can fail before it changes anything: it is all or nothing.
@@ -6,31 +6,29 @@ the moment. A reload builds everything that can fail before it changes anything:
 
 from __future__ import annotations
 
-import errno
 import os
-import resource
 import signal
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from time import monotonic
 from typing import Any, NamedTuple
 
 import gevent
 from gevent.event import Event
 
-from proxy import __version__, front, log, native_door, systemd, tls, upstream
+from proxy import __version__, front, log, native_door, process, systemd, tls, upstream
 from proxy.access import Access
 from proxy.admission import Admission, clock_ns
 from proxy.budget import FailureBudget
 from proxy.channel import Channel
 from proxy.control import Control
 from proxy.crew import Crew
+from proxy.doors import STATUS, Doors, Opened
 from proxy.errors import ConfigError, Overloaded
 from proxy.keeper import Keeper
-from proxy.listener import Listener, ListenError, endpoint_of, open_socket
+from proxy.listener import Listener, ListenError
 from proxy.manager import Manager
-from proxy.model import Ending, Endpoint
+from proxy.model import Ending
 from proxy.native_messages import Kind
 from proxy.relay import RawSocket, make_engine
 from proxy.services import Door, Gauges, Instances, Newcomers, Services
@@ -38,13 +36,10 @@ from proxy.settings import Settings
 from proxy.stats import Counters, ManagerFigures, Snapshot, sum_flows
 from proxy.status import House, StatusDoor
 
-STATUS = "status"
 EXIT_OK, EXIT_FORCED, EXIT_CANNOT_LISTEN = 0, 1, 69
 
 #: Descriptors that are not for connections: listeners, log, epoll, pipes of the relay (64), files read at a reload.
 _OTHER_DESCRIPTORS = 160
-#: Held back so that a reload, a status request and the log work when connections have used up all others.
-_RESERVED_DESCRIPTORS = 16
 #: Connections over the limit that are told so at a time; the rest are closed without a word.
 _REFUSALS_AT_A_TIME = 32
 #: Connections that have not said who they are.
@@ -81,7 +76,7 @@ class Server:
 
     def __init__(self, load: Callable[[], Settings], settings: Settings) -> None:
         self._load = load
-        self._descriptors = _raise_descriptor_limit()
+        self._descriptors = process.raise_descriptor_limit()
         self._engine = make_engine()
         self._counters = Counters()
         self._gauges = Gauges()
@@ -94,18 +89,17 @@ class Server:
         self._admission = Admission(manager, lambda throttle: self._keeper.make_way(throttle))
         self._keeper = Keeper(self._engine, self._crew, self._counters, settings, self._admission)
         self._generated: tls.ServerIdentity | None = None
-        self._listeners: dict[Endpoint, Listener] = {}  # by configured address
-        self._doors: list[Door] = []  # listeners that were closed and still have connections
         self._refusing = 0
         self._next_accept_line = 0.0
         self._signals = 0
         self._reload_wanted = False
         self._reloading = False
         self._stop = Event()
-        self._reserve = _Reserve()
-        self._status = self._status_door()
+        self._reserve = process.Reserve()
         self._manager = systemd.Notifier(os.environ, os.getpid())
-        self._inherited = systemd.Inherited(os.environ, os.getpid())
+        inherited = systemd.Inherited(os.environ, os.getpid())
+        self._doors = Doors(self._admit, self._accept_failed, self._reserve.lent, inherited)
+        self._status = self._status_door()
         self._first_settings = settings
         self.services: Services
 
@@ -119,14 +113,14 @@ class Server:
         except ListenError as error:
             log.note(log.Event.LISTEN, log.ERROR, str(error))
             return EXIT_CANNOT_LISTEN
-        self._close_unclaimed()
+        self._doors.close_unclaimed()
         self._watch_signals()
-        _log_what_the_hub_catches(self._counters)
+        process.log_what_the_hub_catches(self._counters)
         gevent.spawn(self._report_forever)
         gevent.spawn(self._sweep_forever)
         gevent.spawn(self._keeper.run)
         gevent.spawn(self._watchdog_forever)
-        _freeze_garbage()
+        process.freeze_garbage()
         self._manager.ready("serving")
         self._stop.wait()
         return self._drain()
@@ -138,10 +132,10 @@ class Server:
             ConfigError: the certificate is of no use. ListenError: an address cannot be had. Nothing has changed then.
         """
         identity = self._identity(settings)
-        return _Prepared(settings, identity, self._open_missing(settings))
+        return _Prepared(settings, identity, self._doors.open_missing(settings))
 
     def _wire(self, settings: Settings, identity: tls.ServerIdentity | None) -> Services:
-        own = (listener.door.endpoint for listener in self._listeners.values())
+        own = (door.endpoint for door in self._doors.listening())
         return Services(
             settings=settings,
             access=Access(settings, upstream.LocalAddresses(), own),
@@ -191,72 +185,19 @@ class Server:
             House(
                 services=lambda: self.services,
                 snapshot=self.snapshot,
-                doors=self._all_doors,
-                listening=lambda: [listener.door for listener in self._listeners.values()],
+                doors=lambda: self._doors,
+                listening=self._doors.listening,
                 limit=lambda: self._max_connections,
-                clients=self._open_connections,
+                clients=self._doors.open_connections,
                 draining=self._stop.is_set,
                 spare=self._reserve.lent,
             )
         )
 
-    # ---------------------------------------------------------------- listeners
-
-    def _wanted(self, settings: Settings) -> dict[Endpoint, str]:
-        """Configured address → protocol."""
-        wanted = dict.fromkeys(settings.listen, "native")
-        wanted |= dict.fromkeys(settings.listen_socks5, "socks5")
-        wanted |= dict.fromkeys(settings.listen_proxy_protocol, "proxy_protocol")
-        if settings.listen_status is not None:
-            wanted[settings.listen_status] = STATUS
-        return wanted
-
-    def _open_missing(self, settings: Settings) -> dict[Endpoint, socket.socket]:
-        """Sockets for the addresses that nothing listens on yet; all or none.
-
-        Raises:
-            ListenError: one of them cannot be had.
-        """
-        opened: dict[Endpoint, socket.socket] = {}
-        try:
-            for endpoint in self._wanted(settings):
-                if endpoint not in self._listeners:
-                    opened[endpoint] = self._inherited.take(endpoint) or open_socket(endpoint)
-        except ListenError:
-            for sock in opened.values():
-                sock.close()
-            raise
-        return opened
-
-    def _close_unclaimed(self) -> None:
-        """Close what systemd opened and the configuration does not name: no client shall hang in a backlog."""
-        for endpoint in self._inherited.left():
-            log.note(log.Event.SYSTEMD, log.WARNING, f"the inherited socket {endpoint} is not in the configuration")
-        for fd in self._inherited.unusable:
-            log.note(log.Event.SYSTEMD, log.WARNING, f"the inherited descriptor {fd} is not a listening TCP socket")
-        self._inherited.close()
-
     def _take(self, prepared: _Prepared) -> None:
         """Put new settings in force. Nothing here can fail."""
-        settings, opened = prepared.settings, prepared.opened
-        wanted = self._wanted(settings)
-        for endpoint in set(self._listeners) - set(wanted):
-            listener = self._listeners.pop(endpoint)
-            self._doors.append(listener.door)
-            listener.finish()
-        for endpoint, protocol in wanted.items():
-            if endpoint in opened:
-                door = Door(protocol, endpoint_of(opened[endpoint]))
-                listener = Listener(opened[endpoint], door, self._admit, self._accept_failed)
-                self._listeners[endpoint] = listener
-                listener.start()
-                log.note(log.Event.LISTEN, log.INFO, f"listening on {door.endpoint}", protocol=protocol)
-            listener = self._listeners[endpoint]
-            if listener.door.protocol != protocol:
-                self._doors.append(listener.door)
-                listener.door = Door(protocol, listener.door.endpoint)
-            listener.spare = self._reserve.lent if protocol == STATUS else None
-            listener.set_options(settings.idle_timeout)
+        settings = prepared.settings
+        self._doors.take(settings, prepared.opened)
         self.services = self._wire(settings, prepared.identity)
         self._keeper.apply(settings)
         self._admission.manager.reload(settings.throttle_enforce, settings.throttle, clock_ns())
@@ -265,6 +206,8 @@ class Server:
             session.reloaded()
         self._places_left = 0
         self._max_connections = settings.max_connections or max(1, (self._descriptors - _OTHER_DESCRIPTORS) // 2)
+
+    # ---------------------------------------------------------------- accepted connections
 
     def _admit(self, listener: Listener, sock: RawSocket, address: tuple[Any, ...]) -> None:
         """Serve one accepted connection, or refuse it when there are too many."""
@@ -285,7 +228,7 @@ class Server:
     def _may_enter(self) -> bool:
         """Take one of the places left. Those that became free meanwhile are counted only when these are used up."""
         if self._places_left <= 0:
-            self._places_left = self._max_connections - self._open_connections()
+            self._places_left = self._max_connections - self._doors.open_connections()
         self._places_left -= 1
         return self._places_left >= 0
 
@@ -313,17 +256,6 @@ class Server:
                 front.serve(self.services, door, sock, address, refusal)
         finally:
             self._refusing -= 1
-
-    def _open_connections(self) -> int:
-        """Clients' connections; those who read the status do not count."""
-        count = 0
-        for listener in self._listeners.values():
-            if listener.door.protocol != STATUS:
-                count += listener.door.open_connections
-        for door in self._doors:
-            if door.protocol != STATUS:
-                count += door.open_connections
-        return count
 
     def _accept_failed(self, listener: Listener, error: OSError) -> None:
         self._counters.accept_errors += 1
@@ -378,7 +310,10 @@ class Server:
         self._signals += 1
         if self._signals > 1:
             log.note(
-                log.Event.STOP, log.WARNING, "second signal: ending at once", open_connections=self._open_connections()
+                log.Event.STOP,
+                log.WARNING,
+                "second signal: ending at once",
+                open_connections=self._doors.open_connections(),
             )
             log.flush(1.0)
             os._exit(EXIT_FORCED)
@@ -388,16 +323,13 @@ class Server:
         """Accept nothing more, let what is open finish within `drain_timeout`, reset the rest."""
         timeout = self.services.settings.drain_timeout
         self._manager.stopping("draining", 3 * _EXTEND_EVERY)
-
-        for listener in self._listeners.values():
-            if listener.door.protocol != STATUS:  # it is there until the end, and says that we are draining
-                listener.finish()
+        self._doors.finish()
         for channel in list(self._instances.channels):
             channel.goaway(timeout, "the proxy is shutting down")
         for session in list(self._instances.sessions):
             session.goaway(timeout, "the proxy is shutting down")
         self._keeper.drain()
-        open_now = self._open_connections()
+        open_now = self._doors.open_connections()
         log.note(log.Event.DRAIN, log.INFO, "stopping: no new connections", open_connections=open_now, timeout=timeout)
         end = monotonic() + timeout
         extended = monotonic()
@@ -406,7 +338,7 @@ class Server:
                 extended = monotonic()
                 self._manager.extend(3 * _EXTEND_EVERY)
             gevent.sleep(_DRAIN_POLL)
-        cut = self._open_connections()
+        cut = self._doors.open_connections()
         self._engine.abort_all(Ending.DRAIN_TIMEOUT)
         for channel in list(self._instances.channels):
             channel.cut(Ending.DRAIN_TIMEOUT)
@@ -418,13 +350,13 @@ class Server:
 
     def _busy(self) -> bool:
         """Whether anything is open that a drain waits for; sessions stay until all else is done."""
-        return self._open_connections() > len(self._instances.sessions) or self._keeper.cached > 0
+        return self._doors.open_connections() > len(self._instances.sessions) or self._keeper.cached > 0
 
     # ---------------------------------------------------------------- what happens now and then
 
     def snapshot(self) -> Snapshot:
         """The figures of this moment."""
-        listeners = tuple((door.endpoint, door.open_connections) for door in self._all_doors())
+        listeners = tuple((door.endpoint, door.open_connections) for door in self._doors)
         manager = self._manager_figures() if self.services.settings.listen else None
         return Snapshot(listeners=listeners, manager=manager, active=self._gauges.outgoing, cached=self._keeper.cached)
 
@@ -437,12 +369,6 @@ class Server:
             forward=sum_flows(session.forward for session in sessions),
             back=sum_flows(session.back for session in sessions),
         )
-
-    def _all_doors(self) -> Iterator[Door]:
-        for listener in self._listeners.values():
-            yield listener.door
-        self._doors = [door for door in self._doors if door.open_connections]
-        yield from self._doors
 
     def _report(self) -> None:
         log.status(self.snapshot().lines())
@@ -473,57 +399,4 @@ class _Prepared(NamedTuple):
 
     settings: Settings
     identity: tls.ServerIdentity | None
-    opened: dict[Endpoint, socket.socket]
-
-
-class _Reserve:
-    """Descriptors held back; lent while something that must not fail for want of one is done."""
-
-    def __init__(self) -> None:
-        self._held: list[int] = []
-        self._fill()
-
-    @contextmanager
-    def lent(self) -> Iterator[None]:
-        for fd in self._held:
-            os.close(fd)
-        self._held.clear()
-        try:
-            yield
-        finally:
-            self._fill()
-
-    def _fill(self) -> None:
-        try:
-            while len(self._held) < _RESERVED_DESCRIPTORS:
-                self._held.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE):
-                raise
-
-
-def _log_what_the_hub_catches(counters: Counters) -> None:
-    """An exception that reaches gevent's hub is a mistake of ours: one line in the log, no traceback on stderr."""
-
-    def told(context: object, kind: object, value: BaseException | None, traceback: object) -> None:
-        counters.internal_errors += 1
-        if value is not None:
-            log.internal_error(f"in {context!r}"[:200], value)
-
-    gevent.get_hub().print_exception = told
-
-
-def _raise_descriptor_limit() -> int:
-    """Use all descriptors that we may; how many that is."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return hard
-
-
-def _freeze_garbage() -> None:
-    """What exists at the start lives for ever: the collector need not look at it again (5 % of a session's CPU)."""
-    import gc
-
-    gc.collect()
-    gc.freeze()
+    opened: Opened

@@ -89,6 +89,8 @@ HOUSE = {
     "status_page": Place(3, "status"),
     "status_metrics": Place(3, "status"),
     "listener": Place(4, "server"),
+    "doors": Place(4, "server"),
+    "process": Place(4, "server"),
     "server": Place(4, "server"),
     "check_config": Place(4, "check_config"),
     "ping": Place(4, "ping"),
