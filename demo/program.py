@@ -84,16 +84,6 @@ class Proxy:
         match = self.wait_for(rf"listening on (\S+):(\d+) protocol={protocol}\b")
         return match[1], int(match[2])
 
-    def wait_until_cached(self, count: int) -> None:
-        """Ask for the status lines until so many outgoing connections are held open."""
-        deadline = time.monotonic() + PATIENCE / 4
-        while time.monotonic() < deadline:
-            self._process.send_signal(signal.SIGUSR1)
-            time.sleep(0.05)
-            if any(f" cached={count})" in line for line in self.lines):
-                return
-        raise Failure(f"the proxy never held {count} connection open")
-
     def stop(self) -> int:
         """Ask for a clean stop; the exit code."""
         if self._process.poll() is None:

@@ -95,16 +95,15 @@ class MailQueue:
         for address in dict.fromkeys(recipients):
             domains.setdefault(domain_of(address), []).append(address)
         now = time.time()
-        envelopes = [Envelope(uuid.uuid4().hex, sender, group, now, now) for group in domains.values()]
+        envelopes = [Envelope(_new_id(), sender, group, now, now) for group in domains.values()]
         for envelope in envelopes:
             self._write(self.ready / f"{envelope.id}.eml", content)
             self.save(envelope)
         return [envelope.id for envelope in envelopes]
 
     def ids(self) -> Iterator[str]:
-        """The messages in the queue, in no order."""
-        with os.scandir(self.ready) as entries:
-            yield from (entry.name[:-5] for entry in entries if entry.name.endswith(".json"))
+        """The messages in the queue, the oldest first."""
+        yield from sorted(name[:-5] for name in os.listdir(self.ready) if name.endswith(".json"))
 
     def load(self, id: str) -> Envelope:
         return Envelope(**json.loads((self.ready / f"{id}.json").read_bytes()))
@@ -144,6 +143,11 @@ class MailQueue:
             os.fsync(file.fileno())
         temporary.rename(path)
         _to_disk(path.parent)
+
+
+def _new_id() -> str:
+    """Sorts by time."""
+    return f"{time.time_ns():016x}{uuid.uuid4().hex[:8]}"
 
 
 def domain_of(address: str) -> str:
