@@ -139,7 +139,7 @@ def test_a_message_for_several_domains(tmp_path: Path) -> None:
 )
 def test_what_is_not_to_be_sent(tmp_path: Path, sender: str, recipient: str, content: bytes) -> None:
     queue = MailQueue(tmp_path)
-    with pytest.raises(ValueError, match="not an address|lines must end"):
+    with pytest.raises(ValueError, match=r"not an address|lines must end"):
         queue.put(sender, [recipient], content)
     assert not list(queue.ids())
 
