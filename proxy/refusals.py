@@ -20,9 +20,8 @@ def refusal(ticket: Ticket, now: int) -> Throttled:
     throttle = blocker or ticket.throttles[0]
     name, source = throttle.key.name, throttle.key.source
     if throttle.full() or not throttle.counts:
-        return Throttled(
-            f"throttle {name} for {source}: {throttle.used} of {throttle.cap} connections are in use", name, PLACE_RETRY
-        )
+        used = f"{throttle.used} of {throttle.cap} connections are in use"
+        return Throttled(f"throttle {name} for {source}: {used}; try again in {PLACE_RETRY:.0f} s", name, PLACE_RETRY)
     seconds = _seconds_to_slot(throttle, now)
     return Throttled(f"throttle {name} for {source}: next connection in {seconds:.1f} s", name, seconds)
 
@@ -34,7 +33,8 @@ def _held_back(flow: Flow, now: int) -> Throttled:
         return Throttled(f"throttle {name} for {source} is paused by this instance", name, PAUSE_RETRY)
     slowest = max(each.interval for path in flow.path.throttles for each in path.windows) if _limited(flow) else 0
     seconds = _seconds_to_slot(throttle, now) + flow.fine * slowest / SECOND
-    return Throttled(f"throttle {name} for {source}: {flow.fine} messages were sent without a permit", name, seconds)
+    reason = f"{flow.fine} messages were sent without a permit; try again in {seconds:.1f} s"
+    return Throttled(f"throttle {name} for {source}: {reason}", name, seconds)
 
 
 def _limited(flow: Flow) -> bool:

@@ -274,7 +274,7 @@ def test_refusal_names_the_throttle_and_when_to_come_back(doors: Doors) -> None:
     session = doors.joined("a", 1)
     doors.opened(session)
     error = doors.manager.refusal(doors.waiting(session), doors.now)
-    assert str(error) == "throttle yahoo for 192.0.2.1: 1 of 1 connections are in use"
+    assert str(error) == "throttle yahoo for 192.0.2.1: 1 of 1 connections are in use; try again in 10 s"
     assert (error.throttle, error.retry_after, error.retry) == ("yahoo", 10.0, True)
 
 
@@ -527,7 +527,7 @@ def test_own_throttle_counts_each_source_address_by_itself(doors: Doors) -> None
     assert isinstance(first, Places)
     assert doors.manager.wait_of(ticket) == 20.0
     assert str(doors.manager.refusal(ticket, doors.now)) == (
-        "throttle yahoo for 192.0.2.1: 1 of 1 connections are in use"
+        "throttle yahoo for 192.0.2.1: 1 of 1 connections are in use; try again in 10 s"
     )
     assert doors.close(first) == [ticket]
 
