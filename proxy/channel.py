@@ -31,6 +31,7 @@ _MAX_CERTIFICATE = 32_768
 _MAX_GREETING = 4_096
 _MAX_EHLO = 24_576
 _MAX_EHLO_LINES = 256
+_DEAD = frozenset({Discard.PEER_CLOSED, Discard.SAID_421})
 #: Why a connection that is clean is not kept: its receiver is told QUIT.
 _UNWANTED = frozenset({Discard.DISABLED, Discard.DRAINING, Discard.YIELDED})
 
@@ -299,7 +300,9 @@ class Channel:
         mails = transfer.tracker.mails
         receiver.messages += mails
         services.counters.messages += mails
-        if mails and receiver.place is not None and receiver.place.flows:
+        # What a shared connection that turned out to be dead was told is said again elsewhere, with the same permit.
+        in_vain = session.taken.reused and not transfer.tracker.accepted and transfer.unclean() in _DEAD
+        if mails and not in_vain and receiver.place is not None and receiver.place.flows:
             services.admission.manager.mail_sent(receiver.place, mails, clock_ns())
             services.admission.settle()
 

@@ -113,7 +113,7 @@ class Opener:
             destination.host,
             self._flows,
         )
-        may_share = request.reuse and request.ehlo_name is not None
+        may_share = request.reuse and request.ehlo_name is not None and not request.fresh
         if may_share and (kept := self._kept(key, lambda kept: self._swap(kept, who))) is not None:
             return kept
         places = services.admission.enter(*who, self._share(left), key if may_share else None)

@@ -170,6 +170,7 @@ class Open(Message, frozen=True):
     smtputf8: bool = False
     requiretls: bool = False
     tenant: LongName | None = None
+    fresh: bool = False
 
     def __post_init__(self) -> None:
         if self.source_ip is not None:

@@ -263,7 +263,7 @@ class Session:
 
     def _open_fresh(self, channel: Channel, request: m.Open) -> m.Opened:
         """For `Stream`: never a shared connection a second time. The channel stays the stream's."""
-        fresh = msgspec.structs.replace(request, reuse=False)
+        fresh = msgspec.structs.replace(request, fresh=True)
         channel.limit_sending(self._account.timeout)
         try:
             return channel.open(fresh)

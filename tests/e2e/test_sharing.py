@@ -497,3 +497,26 @@ def test_from_one_path_to_another(proxy, pair, mx):
     cached(proxy, 2, mx)
     assert send(pair[1], mx, 4, throttles=[second]).opened.reused
     arrived(mx, {0: 1, 1: 1, 2: 1, 4: 1})
+
+
+@pytest.mark.parametrize("death", DEATHS)
+def test_a_second_try_needs_no_second_permit(death):
+    """The MAIL that a dead connection never answered is no message; its permit goes with the second one."""
+    kill = {"mail": [usual, DEATHS[death]]}
+    with (
+        Mx(lambda number: {} if number else kill) as mx,
+        Proxy(PLAIN + "throttle_enforce yes\n") as proxy,
+        instances(proxy, "server-a") as (session,),
+    ):
+        throttle = session.throttle("127.0.0.9", Limits("some", rates=[(1000, 1)], burst=10))
+        assert throttle.wait_until_registered(10)
+        for number in range(3):
+            smtp = session.smtp([mx.endpoint], NAME, tls="none", throttles=[throttle])
+            assert smtp.opened.reused == (number > 0)
+            smtp.permit = throttle.acquire(10)
+            smtp.sendmail(f"{number}@example.com", ["to@example.net"], body(number))
+            assert smtp.release(wait=True) == "kept"
+            cached(proxy, 1, mx)
+        arrived(mx, {0: 1, 1: 1, 2: 1})
+        assert mx.connects == 2
+    assert not proxy.matching(r"without.*permit|permit.*without")

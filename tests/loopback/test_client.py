@@ -423,7 +423,7 @@ def test_a_shared_connection_that_died_is_replaced_once(proxy, session, last_wor
     smtp.quit()
     assert fresh.messages == [MAIL]
     assert [line.split(b" ")[0].upper() for line in fresh.lines] == [b"MAIL", b"RCPT", b"DATA", b"QUIT"]
-    assert [request.reuse for request in proxy.opens] == [True, False]
+    assert [(request.reuse, request.fresh) for request in proxy.opens] == [(True, False), (True, True)]
     assert len(proxy.channels) == 1
 
 
