@@ -28,7 +28,7 @@ def say(text: str) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer workloads, candidates and rounds, shorter samples")
-    parser.add_argument("--rounds", type=int, help="default 5, quick 2")
+    parser.add_argument("--rounds", type=int, help="at most; default 5 for the main workloads, quick 2")
     parser.add_argument("--workloads", help=f"comma-separated, of: {', '.join(WORKLOADS)}")
     parser.add_argument("--candidates", help=f"comma-separated, of: {', '.join(CANDIDATES)}")
     parser.add_argument("--label", help="name of the files in bench/results (default: full, or quick)")
@@ -120,7 +120,9 @@ def main() -> int:
     label = options.label or ("quick" if options.quick else "full")
     into_docs = options.docs or label == "full"
     names = chosen(options.workloads, QUICK if options.quick else tuple(WORKLOADS), WORKLOADS)
-    allowed = chosen(options.candidates, QUICK_CANDIDATES if options.quick else tuple(CANDIDATES), CANDIDATES)
+    everybody = QUICK_CANDIDATES if options.quick and not options.workloads else tuple(CANDIDATES)
+    allowed = chosen(options.candidates, everybody, CANDIDATES)
+    limit = options.rounds or (2 if options.quick else max(workload.rounds for workload in WORKLOADS.values()))
     blocks = load(label)
     if not options.report_only:
         builds.build_generator()
@@ -132,9 +134,7 @@ def main() -> int:
                 say(f"{workload.name}: {workload.title}")
                 candidates = [name for name in workload.candidates if name in allowed]
                 if candidates:
-                    blocks[workload.name] = measure(
-                        bench, workload, candidates, options.rounds or (2 if options.quick else 5)
-                    )
+                    blocks[workload.name] = measure(bench, workload, candidates, min(workload.rounds, limit))
                     write(label, blocks, into_docs)
     write(label, blocks, into_docs)
     print((RESULTS / f"{label}.md").read_text())

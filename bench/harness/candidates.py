@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from harness import builds
@@ -47,6 +47,8 @@ class Candidate:
     settings: Mapping[str, str] = field(default_factory=dict)
     version: tuple[str, ...] = ()
     reads_stdout: bool = False  # its log goes through a pipe to a reader, as under systemd
+    variant: str = ""  # what its driver does differently from those of the other rows, see `driven` and `tail`
+    environ: Mapping[str, str] = field(default_factory=dict)
 
     def door_port(self, kind: str) -> int:
         return self.port + _OFFSETS[kind]
@@ -67,8 +69,14 @@ class Candidate:
         return self.command is None or bool({"proxy", "socks"} & set(self.door_kinds))
 
     @property
+    def reader(self) -> list[str]:
+        """Who reads its log; a slow one takes 1 KB a second."""
+        slow = "import os, time\nwhile os.read(0, 100): time.sleep(0.1)"
+        return [sys.executable, "-c", slow] if self.variant == "stdout" else ["cat"]
+
+    @property
     def _socks_arguments(self) -> tuple[str, ...]:
-        if not self.name.startswith("greenarrow"):
+        if self.command is not _greenarrow:
             return ()
         return ("--user", "bench", "--password", SECRET, "--bind")
 
@@ -95,13 +103,20 @@ def _haproxy(candidate: Candidate, directory: Path) -> list[str]:
     return [_program("haproxy", "haproxy"), "-db", "-f", _write_config(candidate, directory, "haproxy.cfg")]
 
 
+def certificate(directory: Path) -> tuple[Path, Path]:
+    """A fresh P-256 key and a certificate for it."""
+    key, shown = directory / "key.pem", directory / "certificate.pem"
+    make = [_program("openssl", "openssl"), "req", "-x509", "-nodes", "-days", "30", "-subj", "/CN=bench"]
+    make += ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-keyout", str(key), "-out", str(shown)]
+    subprocess.run(make, check=True, capture_output=True)
+    return key, shown
+
+
 def _haproxy_tls(candidate: Candidate, directory: Path) -> list[str]:
     """TLS ends at HAProxy. A P-256 key and no session tickets, as on our native door: the cheapest full handshake."""
-    key, certificate, both = (directory / name for name in ("key.pem", "certificate.pem", "both.pem"))
-    make = [_program("openssl", "openssl"), "req", "-x509", "-nodes", "-days", "30", "-subj", "/CN=bench"]
-    make += ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-keyout", str(key), "-out", str(certificate)]
-    subprocess.run(make, check=True, capture_output=True)
-    both.write_text(certificate.read_text() + key.read_text())
+    key, shown = certificate(directory)
+    both = directory / "both.pem"
+    both.write_text(shown.read_text() + key.read_text())
     config = _write_config(candidate, directory, "haproxy.cfg", BIND=f" ssl crt {both} no-tls-tickets")
     return [_program("haproxy", "haproxy"), "-db", "-f", config]
 
@@ -161,8 +176,12 @@ def _redis(candidate: Candidate, directory: Path) -> list[str]:
     return [program, "--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
 
 
-_QUIET = {"LOG_CONNECTIONS": "none", "TLS": "no"}
-_LOGGING = {"LOG_CONNECTIONS": "all", "TLS": "no"}
+_QUIET = {"LOG_CONNECTIONS": "none", "TLS": "no", "MORE": ""}
+_LOGGING = _QUIET | {"LOG_CONNECTIONS": "all"}
+_TLS = _QUIET | {"TLS": "yes"}
+_MANY_KEPT = _QUIET | {"MORE": "reuse_connections_max_idle 10m\nreuse_connections_max_cached_per_destination 2000\n"}
+_MANY_KEPT["MORE"] += "reuse_connections_max_cached 2000\nreuse_connections_max_messages 1000000\n"
+_PYTHON = {"GREENARROW_PROXY_RELAY": "python"}
 _PLAIN = {"OPTIONS": "", "BIND": ""}
 _SPLICE = {"OPTIONS": "option splice-auto", "BIND": ""}
 _TCPLOG = {"OPTIONS": f"option tcplog\n    log {SINK} local0", "BIND": ""}
@@ -184,7 +203,54 @@ _TABLE = (
     ("direct", "no proxy", None, _BOTH, {}, (), False),
 )
 
-CANDIDATES = {
-    name: Candidate(name, title, command, _FIRST_PORT + 10 * index, doors, settings, version, reads)
-    for index, (name, title, command, doors, settings, version, reads) in enumerate(_TABLE)
-}
+#: Rows that are our proxy (or a peer) again: name, title, who, settings, what the driver does differently.
+_VARIANTS = (
+    ("greenarrow-python", "GreenArrow Proxy, Python relay", "greenarrow", _QUIET, ""),
+    ("greenarrow-python-log", "GreenArrow Proxy, Python relay, log_connections all", "greenarrow-log", _LOGGING, ""),
+    ("native-socks", "SOCKS5 with password and BIND", "greenarrow", _QUIET, "socks"),
+    ("native-fresh", "native, a fresh channel each", "greenarrow", _QUIET, "fresh"),
+    ("native-warm", "native, a warm channel", "greenarrow", _QUIET, "warm"),
+    ("native-tls-fresh", "native over TLS, a fresh channel each", "greenarrow", _TLS, "fresh"),
+    ("native-tls-warm", "native over TLS, a warm channel", "greenarrow", _TLS, "warm"),
+    ("mx-fresh", "a fresh connection each", "greenarrow", _QUIET, "fresh"),
+    ("mx-kept", "a shared connection", "greenarrow", _QUIET, "kept"),
+    ("mx-tls-fresh", "STARTTLS, a fresh connection each", "greenarrow", _QUIET, "tls-fresh"),
+    ("mx-tls-kept", "STARTTLS, a shared connection", "greenarrow", _QUIET, "tls-kept"),
+    ("throttles-0", "no throttle", "greenarrow", _QUIET, "0"),
+    ("throttles-1k", "1,000 throttles", "greenarrow", _QUIET, "1000"),
+    ("throttles-100k", "100,000 throttles", "greenarrow", _QUIET, "100000"),
+    ("cached-0", "no other kept connection", "greenarrow", _MANY_KEPT, "0"),
+    ("cached-1k", "1,000 other kept connections", "greenarrow", _MANY_KEPT, "1000"),
+    ("tail-quiet", "undisturbed", "greenarrow-log", _LOGGING, "quiet"),
+    ("tail-stdout", "the log's reader takes 1 KB/s", "greenarrow-log", _LOGGING, "stdout"),
+    ("tail-mx", "50 MXs that take 160 KB/s", "greenarrow-log", _LOGGING, "mx"),
+    ("tail-client", "200 clients that send a byte at a time", "greenarrow-log", _LOGGING, "client"),
+    ("tail-burst", "5,000 connects at once", "greenarrow-log", _LOGGING, "burst"),
+    ("tail-haproxy", "HAProxy, undisturbed", "haproxy", _PLAIN, "quiet"),
+    ("tail-haproxy-burst", "HAProxy, 5,000 connects at once", "haproxy", _PLAIN, "burst"),
+)
+
+
+def _candidates() -> dict[str, Candidate]:
+    found: dict[str, Candidate] = {}
+    for name, title, command, doors, settings, version, reads in _TABLE:
+        found[name] = Candidate(name, title, command, _port(len(found)), doors, settings, version, reads)
+    for name, title, base, settings, variant in _VARIANTS:
+        environ = _PYTHON if "python" in name else {}
+        found[name] = replace(
+            found[base],
+            name=name,
+            title=title,
+            port=_port(len(found)),
+            settings=settings,
+            variant=variant,
+            environ=environ,
+        )
+    return found
+
+
+def _port(index: int) -> int:
+    return _FIRST_PORT + 10 * index
+
+
+CANDIDATES = _candidates()

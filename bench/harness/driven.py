@@ -12,7 +12,7 @@ import subprocess
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from harness import smtp_driver
+from harness import native_driver, smtp_driver
 from harness.machine import pinned
 from harness.usage import process_cpu
 
@@ -27,6 +27,8 @@ def driven_sessions(bench: Bench, running: Running) -> dict[str, Any]:
     """One message of 20 KB each, over whatever the candidate's own door is."""
     assert running.pid is not None
     candidate = running.candidate
+    if candidate.variant in ("fresh", "warm"):
+        return native_driver.channels(bench, running)
     if candidate.name == "haproxy-tls":
         context = smtp_driver.unverified_tls()
         dial = partial(smtp_driver.dial_proxy_tls, candidate.door_port("tls"), context)

@@ -35,6 +35,7 @@ class Running:
         self.directory = BUILD / "run" / candidate.name
         self.directory.mkdir(parents=True, exist_ok=True)
         self.log = self.directory / "output.log"
+        self.beside: list[Any] = []  # what a driver holds open beside the load, as long as this process runs
         self._reader: subprocess.Popen[bytes] | None = None
         self._process = self._start(cores) if candidate.command else None
         if self._process:
@@ -59,10 +60,13 @@ class Running:
             output: Any = log
             if self.candidate.reads_stdout:
                 self._reader = subprocess.Popen(
-                    pinned(cores.load, ["cat"]), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+                    pinned(cores.load, self.candidate.reader), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
                 )
                 output = self._reader.stdin
-            process = subprocess.Popen(command, stdout=output, stderr=log, cwd=ROOT, start_new_session=True)
+            environ = os.environ | dict(self.candidate.environ)
+            process = subprocess.Popen(
+                command, stdout=output, stderr=log, cwd=ROOT, env=environ, start_new_session=True
+            )
         if self._reader and self._reader.stdin:
             self._reader.stdin.close()  # the candidate alone holds the pipe: when it ends, so does the reader
         return process
@@ -81,6 +85,8 @@ class Running:
         raise Unavailable(f"it did not start: {lines[-1][-200:] if lines else 'it said nothing'} (see bench/build/run)")
 
     def stop(self) -> None:
+        for held in self.beside:
+            held.close()
         for process in filter(None, (self._process, self._reader)):
             with contextlib.suppress(ProcessLookupError):
                 if process is self._process:
@@ -100,6 +106,7 @@ class Bench:
         self.quick = quick
         self._sink: subprocess.Popen[str] | None = None
         self._running: dict[str, Running] = {}
+        self._helpers: dict[str, subprocess.Popen[str]] = {}
 
     def __enter__(self) -> Bench:
         os.sched_setaffinity(0, {self.cores.load})  # drivers in Python run here; children are pinned one by one
@@ -114,9 +121,18 @@ class Bench:
         for running in self._running.values():
             running.stop()
         self._running.clear()
-        if self._sink:
-            self._sink.terminate()
-            self._sink.wait()
+        for process in filter(None, (self._sink, *self._helpers.values())):
+            process.terminate()
+            process.wait()
+
+    def helper(self, name: str, command: list[str]) -> None:
+        """Has a program of the outer world run until the end; it says "ready" first."""
+        if name not in self._helpers:
+            process = subprocess.Popen(pinned(self.cores.load, command), stdout=subprocess.PIPE, text=True)
+            self._helpers[name] = process
+            assert process.stdout is not None
+            if process.stdout.readline().strip() != "ready":
+                raise SystemExit(f"bench: {name} does not start")
 
     def candidate(self, candidate: Candidate, fresh: bool = False) -> Running:
         """The running candidate, started and warmed up when needed.
@@ -189,7 +205,8 @@ class Bench:
         running = self.candidate(candidate, workload.fresh)
         if workload.measure:
             return workload.measure(self, running)
-        with self.idle_relays(workload, running):
+        beside = workload.beside(self, running) if workload.beside else self.idle_relays(workload, running)
+        with beside:
             return self.generate(workload, running, workload.quick if self.quick else workload.arguments)
 
 

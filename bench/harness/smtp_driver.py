@@ -10,16 +10,23 @@ from __future__ import annotations
 import socket
 import ssl
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
+from smtplib import SMTPException
 from typing import Any, Protocol
 
 from harness.candidates import SECRET, SINK
+from harness.machine import ROOT
 from harness.usage import process_cpu
 
+sys.path.insert(0, str(ROOT))
+
+from proxy.client import ProxyFailure
+
 _THREADS = 8
-_SECONDS, _SECONDS_QUICK = 4.0, 1.5
+_SECONDS, _SECONDS_QUICK = 2.5, 1.5
 _TIMEOUT = 10.0
 _LINE = b"The quick brown fox jumps over the lazy dog, again and again and once more.\r\n"
 MESSAGE = _LINE * (20 * 1024 // len(_LINE) + 1) + b".\r\n"
@@ -44,8 +51,8 @@ def sink_address() -> tuple[str, int]:
     return host, int(port)
 
 
-def proxy_header() -> bytes:
-    host, port = sink_address()
+def proxy_header(destination: tuple[str, int] | None = None) -> bytes:
+    host, port = destination or sink_address()
     addresses = socket.inet_aton(SOURCE) + socket.inet_aton(host) + struct.pack("!HH", 1, port)
     return b"\r\n\r\n\x00\r\nQUIT\n\x21\x11\x00\x0c" + addresses
 
@@ -135,7 +142,7 @@ def drive(pid: int, quick: bool, work: Callable[[], None]) -> dict[str, Any]:
         while (began := time.monotonic()) < end and len(errors) < 20:
             try:
                 work()
-            except (OSError, EOFError, ValueError) as error:
+            except (OSError, EOFError, ValueError, ProxyFailure, SMTPException) as error:
                 errors.append(str(error) or type(error).__name__)
             else:
                 waits.append(time.monotonic() - began)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Target:
     """`ours` ÷ `against` of a workload's figure; at most `limit`, or at least when `at_least` is set.
 
-    `limit` is for the pure Python relay, `stretch` for the compiled one.
+    `limit` is for the pure Python relay, whose row is `python`, `stretch` for the compiled one, whose row is `ours`.
     """
 
     title: str
@@ -20,6 +20,7 @@ class Target:
     stretch: float | None = None
     ours: str = "greenarrow"
     at_least: bool = False
+    python: str = "greenarrow-python"
 
 
 _CPU = "cpu_us_per_unit"
@@ -27,7 +28,16 @@ _CPU = "cpu_us_per_unit"
 TARGETS = (
     Target("CPU a session, 1 message", "sess1", _CPU, "haproxy", 1.20, 0.90),
     Target("CPU a session, 1 message", "sess1", _CPU, "tokio", 1.20, 0.95),
-    Target("the same with a log line each", "sess1+log", _CPU, "haproxy-tcplog", 1.25, 0.95, "greenarrow-log"),
+    Target(
+        "the same with a log line each",
+        "sess1+log",
+        _CPU,
+        "haproxy-tcplog",
+        1.25,
+        0.95,
+        "greenarrow-log",
+        python="greenarrow-python-log",
+    ),
     Target("CPU a session, 5 messages", "sess5", _CPU, "haproxy", 1.05, 0.80),
     Target("CPU a session, 5 messages", "sess5", _CPU, "tokio", 1.10, 0.90),
     Target("CPU a round trip", "pp100", _CPU, "haproxy", 1.15, 0.95),
@@ -49,4 +59,5 @@ TARGETS = (
     Target("SOCKS5, password and BIND", "socks", _CPU, "tokio", 1.30, 1.05),
     Target("sessions/s", "sess1", "units_per_second", "direct", 0.65, 0.80, at_least=True),
     Target("CPU a session", "sess1", _CPU, "classic", 0.48, 0.40),
+    Target("session on a warm native channel", "native", _CPU, "native-socks", 0.60, None, "native-warm", python=""),
 )

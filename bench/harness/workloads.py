@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from harness import driven
+from harness import driven, native_driver, tail
+from harness.candidates import CANDIDATES
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ ROUND_TRIPS = Metric("units_per_second", "round trips/s", 1, 0, True)
 MB_SECOND = Metric("units_per_second", "MB/s", 1, 0, True)
 SESSION_P50 = Metric("session_p50_us", "p50 ms", 0.001, 2)
 SESSION_P99 = Metric("session_p99_us", "p99 ms", 0.001, 2)
+SESSION_MAX = Metric("session_max_us", "longest ms", 0.001, 2)
 TRIP_P50 = Metric("round_trip_p50_us", "p50 µs", 1, 0)
 TRIP_P99 = Metric("round_trip_p99_us", "p99 µs", 1, 0)
 CPU_PERMIT = Metric("cpu_us_per_unit", "CPU µs a permit", 1, 2)
@@ -41,8 +44,22 @@ MEMORY = Metric("kb_per_connection", "KB a relay", 1, 2)
 KERNEL_MEMORY = Metric("slab_kb_per_connection", "kernel KB, all sockets", 1, 1)
 IDLE_CPU = Metric("idle_cpu_percent", "CPU % while idle", 1, 2)
 
-RELAYS = ("greenarrow", "haproxy", "haproxy-splice", "nginx", "tokio", "dante", "classic", "direct")
-SMALL = ("greenarrow", "haproxy", "tokio", "classic", "direct")
+MAIN = 5
+"""Rounds of the workloads that the goals are about."""
+
+RELAYS = (
+    "greenarrow",
+    "greenarrow-python",
+    "haproxy",
+    "haproxy-splice",
+    "nginx",
+    "tokio",
+    "dante",
+    "classic",
+    "direct",
+)
+LOOPS = ("greenarrow", "greenarrow-python", "haproxy", "haproxy-splice", "tokio", "dante")
+SMALL = ("greenarrow", "greenarrow-python", "haproxy", "tokio", "classic", "direct")
 
 
 @dataclass(frozen=True)
@@ -65,6 +82,8 @@ class Workload:
     door: str = "any"
     fresh: bool = False  # a new process for each sample: memory
     idle_relays: int = 0  # held open beside the load
+    rounds: int = 3  # at most
+    beside: Callable[..., AbstractContextManager[None]] | None = None  # what goes on beside the load instead
     measure: Callable[..., dict[str, Any]] | None = None
 
 
@@ -72,7 +91,7 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-def _sessions(name: str, title: str, shape: str, seconds: float = 4, **more: Any) -> Workload:
+def _sessions(name: str, title: str, shape: str, seconds: float = 2, **more: Any) -> Workload:
     metrics = (CPU_SESSION, SESSIONS, SESSION_P50, SESSION_P99, MACHINE)
     return Workload(
         name,
@@ -88,7 +107,7 @@ def _sessions(name: str, title: str, shape: str, seconds: float = 4, **more: Any
 def _round_trips(name: str, title: str, shape: str, **more: Any) -> Workload:
     metrics = more.pop("metrics", (CPU_ROUND_TRIP, ROUND_TRIPS, TRIP_P50, TRIP_P99, MACHINE))
     return Workload(
-        name, title, "pingpong", _words(f"{shape} --seconds 4"), _words(f"{shape} --seconds 1.5"), metrics, **more
+        name, title, "pingpong", _words(f"{shape} --seconds 2"), _words(f"{shape} --seconds 1.5"), metrics, **more
     )
 
 
@@ -97,23 +116,35 @@ def _bulk(name: str, title: str, shape: str) -> Workload:
         name,
         title,
         "bulk",
-        _words(f"{shape} --megabytes 6000"),
+        _words(f"{shape} --megabytes 3000"),
         _words(f"{shape} --megabytes 1500"),
         (CPU_MB, MB_SECOND, MACHINE),
+        LOOPS,
+        rounds=MAIN,
     )
 
 
 def _idle(name: str, count: int, candidates: tuple[str, ...]) -> Workload:
     shape = _words(f"--connections {count} --seconds 2")
     metrics = (MEMORY, CPU_SET_UP, IDLE_CPU, KERNEL_MEMORY)
-    return Workload(name, f"{count:,} idle relays", "idle", shape, shape, metrics, candidates, fresh=True)
+    return Workload(name, f"{count:,} idle relays", "idle", shape, shape, metrics, candidates, fresh=True, rounds=2)
 
 
 def _growth(count: int) -> Workload:
     title = f"sess1 beside {count:,} idle relays"
     return _sessions(
-        f"grow{count}", title, "--connections 100", candidates=("greenarrow", "haproxy"), idle_relays=count
+        f"grow{count}",
+        title,
+        "--connections 100",
+        candidates=("greenarrow", "greenarrow-python", "haproxy"),
+        idle_relays=count,
     )
+
+
+def _driven(name: str, title: str, candidates: tuple[str, ...], measure: Callable[..., dict[str, Any]]) -> Workload:
+    """Driven from Python; the first candidate is the one that the others are compared with."""
+    metrics = (CPU_SESSION, SESSIONS, SESSION_P50, SESSION_P99)
+    return Workload(name, title, "", (), (), metrics, candidates, candidates[0], measure=measure)
 
 
 def _permits(depth: int, title: str) -> Workload:
@@ -133,69 +164,120 @@ def _permits(depth: int, title: str) -> Workload:
 WORKLOADS = {
     workload.name: workload
     for workload in (
-        _sessions("sess1", "100 sessions at a time, 1 message of 20 KB each", "--connections 100"),
+        _sessions("sess1", "100 sessions at a time, 1 message of 20 KB each", "--connections 100", rounds=MAIN),
         _sessions(
             "sess1+log",
             "sess1 with one log line a connection",
             "--connections 100",
-            candidates=("greenarrow-log", "haproxy-tcplog"),
+            candidates=("greenarrow-log", "greenarrow-python-log", "haproxy-tcplog"),
             baseline="haproxy-tcplog",
+            rounds=MAIN,
         ),
-        _sessions("sess5", "1,000 sessions at a time, 5 messages of 20 KB each", "--connections 1000 --messages 5", 6),
-        _sessions("msg100k", "100 sessions at a time, 1 message of 100 KB each", "--connections 100 --bytes 102400"),
+        _sessions(
+            "sess5",
+            "1,000 sessions at a time, 5 messages of 20 KB each",
+            "--connections 1000 --messages 5",
+            3,
+            candidates=SMALL,
+            rounds=MAIN,
+        ),
+        _sessions(
+            "msg100k",
+            "100 sessions at a time, 1 message of 100 KB each",
+            "--connections 100 --bytes 102400",
+            candidates=SMALL,
+            rounds=MAIN,
+        ),
         _sessions(
             "rate",
             "300 sessions/s on a timetable",
             "--connections 1000 --rate 300",
-            6,
+            4,
             metrics=(SESSION_P50, SESSION_P99, CPU_SESSION),
+            candidates=("greenarrow", "greenarrow-python", "haproxy", "tokio"),
+            rounds=MAIN,
         ),
         _sessions(
             "socks",
             "sess1 over SOCKS5 (ours: with password and BIND; the others: with neither)",
             "--connections 100",
-            candidates=("greenarrow", "dante", "tokio", "classic"),
+            candidates=("greenarrow", "greenarrow-python", "dante", "tokio", "classic"),
             baseline="dante",
             door="socks",
+            rounds=MAIN,
         ),
-        _round_trips("pp1", "question and answer on one connection", "--connections 1"),
-        _round_trips("pp100", "question and answer on 100 connections", "--connections 100"),
+        _round_trips("pp1", "question and answer on one connection", "--connections 1", candidates=SMALL),
+        _round_trips(
+            "pp100", "question and answer on 100 connections", "--connections 100", candidates=SMALL, rounds=MAIN
+        ),
         _round_trips(
             "pp4k",
             "question and answer on 4,000 connections, as fast as they go",
             "--connections 4000",
             metrics=(TRIP_P99, TRIP_P50, CPU_ROUND_TRIP, ROUND_TRIPS),
-            candidates=SMALL,
+            candidates=("greenarrow", "greenarrow-python", "haproxy", "tokio"),
         ),
         _round_trips(
             "active4k",
             "4,000 connections, 8,000 questions/s in all, on a timetable",
             "--connections 4000 --rate 8000",
             metrics=(TRIP_P99, TRIP_P50, CPU_ROUND_TRIP),
-            candidates=SMALL,
+            candidates=("greenarrow", "greenarrow-python", "haproxy", "tokio"),
         ),
         _bulk("bulk", "4 connections, client to MX", "--connections 4"),
         _bulk("bulkdn", "4 connections, MX to client", "--connections 4 --download"),
-        _idle("idle2k", 2000, ("greenarrow", "haproxy", "nginx", "tokio", "dante", "classic", "direct")),
-        _idle("idle9k", 9000, ("greenarrow", "haproxy", "nginx", "tokio", "classic", "direct")),
+        _idle(
+            "idle2k",
+            2000,
+            ("greenarrow", "greenarrow-python", "haproxy", "nginx", "tokio", "dante", "classic", "direct"),
+        ),
+        _idle("idle9k", 9000, ("greenarrow", "greenarrow-python", "haproxy", "nginx", "tokio", "classic", "direct")),
         _growth(100),
         _growth(1000),
-        _growth(8000),
-        Workload(
-            "tls",
-            "1 message of 20 KB each, driven from Python: TLS ends at the proxy; GreenArrow by SOCKS5 without TLS",
-            "",
-            (),
-            (),
-            (CPU_SESSION, SESSIONS, SESSION_P50, SESSION_P99),
-            ("greenarrow", "haproxy-tls"),
-            "haproxy-tls",
-            measure=driven.driven_sessions,
+        _growth(9000),
+        _sessions(
+            "growthrottles",
+            "sess1 beside a session with so many throttles",
+            "--connections 100",
+            candidates=("throttles-0", "throttles-1k", "throttles-100k"),
+            baseline="throttles-0",
+            beside=native_driver.throttles,
+        ),
+        _driven(
+            "growcached",
+            "a message on a shared connection, beside so many kept ones that nobody wants",
+            ("cached-0", "cached-1k"),
+            native_driver.sharing_beside_kept,
+        ),
+        _driven(
+            "native",
+            "1 message of 20 KB each, driven from Python",
+            ("native-socks", "native-fresh", "native-warm", "native-tls-fresh", "native-tls-warm", "haproxy-tls"),
+            driven.driven_sessions,
+        ),
+        _driven(
+            "reuse",
+            "a message of 20 KB each on a warm channel; the proxy does EHLO and STARTTLS",
+            ("mx-fresh", "mx-kept", "mx-tls-fresh", "mx-tls-kept"),
+            native_driver.sharing,
+        ),
+        _sessions(
+            "tail",
+            "300 sessions/s on a timetable while something disturbs",
+            "--connections 1000 --rate 300",
+            4,
+            metrics=(SESSION_P99, SESSION_P50, SESSION_MAX, CPU_SESSION),
+            candidates=tuple(name for name in CANDIDATES if name.startswith("tail-")),
+            baseline="tail-quiet",
+            beside=tail.disturbed,
         ),
         _permits(1, "permits one by one, 50 clients"),
         _permits(16, "permits, 50 clients, 16 in flight each"),
     )
 }
 
-QUICK = ("sess1", "sess1+log", "socks", "pp100", "bulk", "idle2k")
-QUICK_CANDIDATES = ("greenarrow", "greenarrow-log", "haproxy", "haproxy-tcplog", "tokio", "dante", "direct")
+QUICK = ("sess1", "sess1+log", "socks", "pp100", "bulk", "idle2k", "native")
+QUICK_CANDIDATES = (
+    *("greenarrow", "greenarrow-python", "greenarrow-log", "haproxy", "haproxy-tcplog", "tokio", "dante"),
+    *("native-socks", "native-warm"),
+)
