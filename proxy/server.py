@@ -199,6 +199,8 @@ class Server:
         settings = prepared.settings
         self._doors.take(settings, prepared.opened)
         self.services = self._wire(settings, prepared.identity)
+        if settings.listen:
+            tls.reload_authorities()
         self._keeper.apply(settings)
         self._admission.manager.reload(settings.throttle_enforce, settings.throttle, clock_ns())
         self._admission.settle()

@@ -97,6 +97,13 @@ def client_context(verify: bool) -> ssl.SSLContext:
     return context
 
 
+def reload_authorities() -> None:
+    """Read the system's authorities anew, now and not under the first connection that needs them (it takes 20 ms)."""
+    client_context.cache_clear()
+    for verify in (False, True):
+        client_context(verify)
+
+
 class PlainStream:
     """A raw socket with the shape of a stream."""
 
