@@ -1,6 +1,6 @@
 # Everything one does with this repository. A virtual environment is made when there is none; later calls are quick.
 #
-#   make demo         two messages through the proxy on this machine, from two source addresses
+#   make demo         six MTAs send through the proxy on this machine, from four source addresses
 #   make test         all tests but the slow ones
 #   make check        formatting, lint, types
 #   make bench-quick  a few minutes: a first look at the cost against HAProxy and others

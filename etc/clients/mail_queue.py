@@ -80,7 +80,8 @@ class MailQueue:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def put(self, sender: str, recipients: Sequence[str], content: bytes) -> list[str]:
-        """Queue a message, once for each domain among its recipients; on return the disk has it.
+        """Queue a message, once for each domain among its recipients. On return the disk has it; a crash before may
+        leave it queued for some of the domains.
 
         Raises:
             ValueError: not to be sent as it is: an address with odd characters, or line ends other than CRLF (receivers
@@ -106,7 +107,13 @@ class MailQueue:
         yield from sorted(name[:-5] for name in os.listdir(self.ready) if name.endswith(".json"))
 
     def load(self, id: str) -> Envelope:
-        return Envelope(**json.loads((self.ready / f"{id}.json").read_bytes()))
+        """Raises:
+        FileNotFoundError: it is not in the queue any more. ValueError, TypeError: somebody else has been here.
+        """
+        envelope = Envelope(**json.loads((self.ready / f"{id}.json").read_bytes()))
+        if envelope.id != id or not (self.ready / f"{id}.eml").exists():
+            raise ValueError("the envelope is not that of a message here")
+        return envelope
 
     def content(self, envelope: Envelope) -> bytes:
         return (self.ready / f"{envelope.id}.eml").read_bytes()

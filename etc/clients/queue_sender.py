@@ -32,6 +32,7 @@ from queue_worker import LOOK, Worker
 
 from proxy.client import Limits, Session, Throttle
 
+DAMAGED = float("inf")  # when such a message is due
 LINGER = 0.5  # seconds that a worker keeps its connection when there is no mail
 Address = tuple[str, int]
 
@@ -126,7 +127,7 @@ class Sender:
             raise self.error
 
     def _look(self) -> bool:
-        """Put what is due into its lane, see that each lane has workers; whether there is any mail at all."""
+        """Put what is due into its lane, see that each lane has workers; whether there is any mail left."""
         ids = list(self.queue.ids())
         for id in ids:
             due = self._due.get(id, 0.0)
@@ -135,10 +136,13 @@ class Sender:
                     self._schedule(self.queue.load(id))
                 except FileNotFoundError:  # it was finished while we looked
                     continue
+                except (ValueError, TypeError) as error:  # not our writing; the others shall not wait for it
+                    self._due[id] = DAMAGED
+                    log("damaged", id=id, reason=str(error))
         with self._changed:
             for lane in self._lanes.values():
                 self._hire(lane)
-        return bool(ids)
+        return any(self._due.get(id) != DAMAGED for id in ids)
 
     def _schedule(self, envelope: Envelope) -> None:
         self._due[envelope.id] = envelope.due
@@ -200,6 +204,7 @@ class Sender:
                     return envelope
                 if not self._changed.wait(ends - time.monotonic()):
                     break
+            lane.workers -= 1  # here, or all would leave when there is one too many
         return None
 
     def put_back(self, lane: Lane, envelope: Envelope) -> None:
@@ -218,7 +223,8 @@ class Sender:
             if self.stop.is_set() or not lane.throttle.connections:
                 lane.throttle.backlog()
                 return
-            lanes = [each for each in self._lanes.values() if each.throttle is lane.throttle]
+            now = time.monotonic()
+            lanes = [x for x in self._lanes.values() if x.throttle is lane.throttle and x.paused_until <= now]
             first, later = sum(len(each.first) for each in lanes), sum(len(each.later) for each in lanes)
             lane.throttle.backlog(ram=first, disk=later)
 
@@ -233,12 +239,12 @@ class Sender:
     def settle(self, envelope: Envelope, replies: Replies) -> None:
         """Write down what each recipient's reply means: served, never, or later."""
         for recipient, (code, text) in replies.items():
-            if 200 <= code < 300 or code >= 500:
-                envelope.recipients.remove(recipient)
+            if code // 100 not in (2, 5):
+                envelope.reason = says(code, text)
+                continue
+            envelope.recipients.remove(recipient)
             if code >= 500:
                 envelope.refused[recipient] = says(code, text)
-            elif code >= 300:
-                envelope.reason = says(code, text)
         if envelope.recipients:
             self.try_again(envelope, envelope.reason)
             return
@@ -255,9 +261,8 @@ class Sender:
         self.error = error
         self.stop.set()
 
-    def worker_ends(self, lane: Lane, worker: Worker) -> None:
+    def worker_ends(self, worker: Worker) -> None:
         with self._changed:
-            lane.workers -= 1
             self._threads.discard(worker)
 
     def _defer(self, envelope: Envelope, reason: str, delay: float) -> None:

@@ -56,7 +56,7 @@ class Worker(threading.Thread):
             self._sender.give_up_all(error)
         finally:
             self._release()
-            self._sender.worker_ends(self._lane, self)
+            self._sender.worker_ends(self)
 
     def _deliver(self, envelope: Envelope) -> None:
         """One attempt.

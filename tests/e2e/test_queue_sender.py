@@ -61,12 +61,12 @@ class Mta:
             lines += [f"{name} = {json.dumps(value)}" for name, value in (usual | route).items()]
         self.file.write_text("\n".join(lines))
 
-    def start(self, *flags: str) -> None:
+    def start(self, *flags: str, interpreter: tuple[str, ...] = (sys.executable,)) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), *flags, str(self.file)],
+            [*interpreter, str(PROGRAM), *flags, str(self.file)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": f"{ROOT}:{PROGRAM.parent}"},
         )
         self._reader = threading.Thread(target=self._read, args=(self.process,), daemon=True)
         self._reader.start()
@@ -289,6 +289,16 @@ def test_a_wrong_secret_is_for_somebody_to_mend(tmp_path: Path, proxy: Proxy) ->
         assert mta.waiting() == 1
 
 
+def test_threads_may_be_greenlets(tmp_path: Path, proxy: Proxy) -> None:
+    """The same program, monkey-patched by gevent before it starts."""
+    with Mx() as mx, Mta(tmp_path, proxy.native, [simple(mx) | {"rates": [[100, 1]], "max_connections": 3}]) as mta:
+        for number in range(20):
+            mta.queue.put(f"{number}@s.example", [f"fine{number}@r.example"], content(number))
+        mta.start("--drain", interpreter=(sys.executable, "-m", "gevent.monkey"))
+        assert mta.end() == 0
+        assert len({message.rcpts for message in mx.messages}) == len(mx.messages) == 20
+
+
 def test_the_oldest_mail_is_given_up(tmp_path: Path, proxy: Proxy) -> None:
     with Mx({"mail": [say(b"451 4.3.0 not now\r\n")] * 1000}) as mx, Mta(tmp_path, proxy.native, [simple(mx)]) as mta:
         (id,) = mta.queue.put("a@s.example", ["b@r.example"], content(1))
@@ -327,6 +337,18 @@ def test_the_sample_configuration_and_a_message_by_hand(tmp_path: Path) -> None:
         assert mta.end() == 0
         assert [message.content for message in mx.messages] == [b"Subject: x\r\n\r\nHello\r\n"] * 2
         assert sorted(len(message.rcpts) for message in mx.messages) == [1, 2]
+
+
+def test_a_damaged_queue_file_stops_nobody(tmp_path: Path, proxy: Proxy) -> None:
+    with Mx() as mx, Mta(tmp_path, proxy.native, [simple(mx)]) as mta:
+        ids = [mta.queue.put("a@s.example", [f"{n}@r.example"], content(1))[0] for n in range(3)]
+        (mta.queue.ready / f"{ids[0]}.json").write_bytes(b"{}")
+        (mta.queue.ready / f"{ids[1]}.eml").unlink()
+        mta.start("--drain")
+        assert mta.end() == 0
+        assert [message.rcpts for message in mx.messages] == [(b"rcpt TO:<2@r.example>",)]
+        assert {each["id"] for each in mta.events("damaged")} == set(ids[:2])
+        assert mta.waiting() == 2
 
 
 def test_two_senders_do_not_share_a_queue(tmp_path: Path, proxy: Proxy) -> None:
