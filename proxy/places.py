@@ -65,6 +65,9 @@ class Line:
         owner = self._owners.get(ticket.owner)
         if owner is None:
             owner = self._owners[ticket.owner] = deque()
+            if ticket.owner not in self._served:  # a newcomer comes after those who wait
+                self._turn += 1
+                self._served[ticket.owner] = self._turn
         owner.append(ticket)
         self.size += 1
         self.rank(ticket.owner, throttle)
