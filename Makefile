@@ -42,6 +42,7 @@ check: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python bench/run.py
+	@$(BIN)/python bench/sharing.py
 
 bench-quick: $(READY)
 	@$(BIN)/python bench/run.py --quick

@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from proxy.client import ProxyFailure, Session
-from tests.mx import Mx
+from tests.mx import Mx, close, half_close, reset, say
 from tests.program import SECRET, Proxy
 from tests.waiting import wait_for
 
 NAME = "mta.example.com"
+PLAIN = "listen_tls no\n"
+#: How a receiver can die instead of answering.
+DEATHS = {"close": close, "reset": reset, "half_close": half_close, "421": say(b"421 4.3.2 bye\r\n", close)}
 #: What a client that delivers mail has to expect.
 FAILURES = (ProxyFailure, smtplib.SMTPException, OSError)
 
@@ -71,6 +74,13 @@ def cached(proxy: Proxy, count: int, *mxs: Mx) -> None:
     wait_for(lambda: all(_has_answered_rset(mx) for mx in mxs), what="RSET is answered")
     look()
     look()
+
+
+def drop_cached(proxy: Proxy, more: str = PLAIN) -> None:
+    """What a test left in the cache is given up, so that the next one finds none."""
+    proxy.hup("reuse_connections no\n" + more)
+    proxy.hup(more)
+    cached(proxy, 0)
 
 
 def _has_answered_rset(mx: Mx) -> bool:

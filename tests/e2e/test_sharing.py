@@ -1,27 +1,32 @@
 """Sharing of held-open connections through the running program: two instances, one receiver, and what goes wrong.
 
-Whatever a receiver does, and wherever it dies, a message that its sender believes accepted was accepted once, and one
-that its sender believes failed was not accepted: the library's own second try included.
+Here is the way it should be, and what is not kept. Receivers that die are in test_sharing_deaths, throttles in
+test_sharing_throttles.
 """
 
 from __future__ import annotations
 
 import re
 import smtplib
-import socket
 import threading
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 
-from proxy.client import Limits, MailLimitReached, ProxyRefused
-from tests.e2e.sharing import FAILURES, NAME, accepted, arrived, body, cached, instances, send
-from tests.mx import Mx, close, half_close, mute, reset, say, usual
+from proxy.client import MailLimitReached, ProxyRefused
+from tests.e2e.sharing import (
+    NAME,
+    PLAIN,
+    accepted,
+    arrived,
+    body,
+    cached,
+    drop_cached,
+    instances,
+    send,
+)
+from tests.mx import Mx, mute
 from tests.program import Proxy
 from tests.waiting import wait_for
-
-PLAIN = "listen_tls no\n"
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +45,6 @@ def pair(proxy):
 def mx():
     with Mx(starttls=True) as it:
         yield it
-
-
-def drop_cached(proxy, more=PLAIN):
-    """What other tests left in the cache is given up: nobody in this test is the cause of it."""
-    proxy.hup("reuse_connections no\n" + more)
-    proxy.hup(more)
-    cached(proxy, 0)
 
 
 @pytest.fixture(autouse=True)
@@ -286,237 +284,3 @@ def test_short_of_descriptors_cached_connections_go_first():
         assert set(refused) <= {"overloaded"}
         wait_for(lambda: len(accepted(mx)) == 130 - len(refused))
         assert any(each.ended for each in mx.sessions)
-
-
-# -- receivers that die ------------------------------------------------------------------------------------------------
-
-DEATHS = {"close": close, "reset": reset, "half_close": half_close, "421": say(b"421 4.3.2 bye\r\n", close)}
-
-
-@pytest.mark.parametrize("death", DEATHS)
-@pytest.mark.parametrize("step", ["idle", "handed over", "mail", "rcpt", "data", "body", "dot"])
-@pytest.mark.parametrize("tls", ["none", "required"])
-def test_a_receiver_that_dies_under_its_second_user(proxy, pair, step, death, tls):
-    kill = DEATHS[death]
-    script = {} if step in ("idle", "handed over") else {step: [usual, kill]}
-    with Mx(lambda number: {} if number else script, starttls=True) as mx:
-        send(pair[0], mx, 0, tls=tls)
-        cached(proxy, 1, mx)
-        if step == "idle":
-            mx.sessions[0].act(kill)
-        smtp = pair[1].smtp([mx.endpoint], NAME, tls=tls)
-        if step == "handed over":
-            mx.sessions[0].act(kill)
-        try:
-            smtp.sendmail("1@example.com", ["to@example.net"], body(1))
-        except FAILURES:
-            assert step in ("rcpt", "data", "body", "dot")
-            smtp.close()
-            arrived(mx, {0: 1})
-            assert mx.connects == 1, "nobody but the sender may try again when a message may have been taken"
-            assert sum(b"<1@" in message.mail for message in mx.messages) == (step == "dot")
-            send(pair[1], mx, 1, tls=tls)  # as an MTA does, later
-        else:
-            assert step in ("idle", "handed over", "mail")
-            smtp.release()
-        arrived(mx, {0: 1, 1: 1})
-        assert [message.session for message in mx.messages if message.accepted] == [0, 1]
-        assert mx.connects == 2
-
-
-@pytest.mark.parametrize("late", [b"250 2.0.0 late\r\n", b"250-2.0.0 la", b"354 go\r\n"])
-def test_a_word_out_of_turn_at_the_hand_over_does_not_become_an_answer(proxy, pair, mx, late):
-    """It would be read as the answer to MAIL, and each later one as that to the command after: mail lost silently."""
-    send(pair[0], mx, 0)
-    cached(proxy, 1, mx)
-    smtp = pair[1].smtp([mx.endpoint], NAME, tls="none")
-    assert smtp.opened.reused
-    said = threading.Event()
-    mx.sessions[0].act(lambda session, reply: (session.send(late), said.set()))
-    assert said.wait(10)
-    wait_for(lambda: mx.sessions[0].peer and proxy.fds())  # the proxy's loop has had a turn
-    smtp.sendmail("1@example.com", ["to@example.net"], body(1))
-    smtp.release()
-    arrived(mx, {0: 1, 1: 1})
-    assert [message.session for message in mx.messages] == [0, 1]
-
-
-def test_two_answers_for_one_command(proxy, pair):
-    """The tracker sees it at the end, RSET at the latest: never the next user."""
-    with Mx(lambda number: {} if number else {"dot": lambda session, reply: session.send(reply * 2)}) as mx:
-        send(pair[0], mx, 0)
-        wait_for(lambda: mx.sessions[0].ended)
-        assert not send(pair[1], mx, 1).opened.reused
-        arrived(mx, {0: 1, 1: 1})
-
-
-def test_a_silent_receiver_is_not_replaced(proxy, pair):
-    """Silence is no death: the message may be on its way. The sender decides."""
-    with Mx(lambda number: {} if number else {"mail": [usual, mute]}) as mx:
-        send(pair[0], mx, 0)
-        cached(proxy, 1, mx)
-        with pytest.raises(FAILURES):
-            send(pair[1], mx, 1, timeout=0.3)
-        assert mx.connects == 1
-        arrived(mx, {0: 1})
-
-
-PLANS = st.lists(
-    st.dictionaries(
-        st.sampled_from(["mail", "rcpt", "data", "body", "dot", "rset", "ehlo", "greeting"]),
-        st.tuples(st.integers(0, 3), st.sampled_from(sorted(DEATHS))),
-        max_size=2,
-    ),
-    max_size=6,
-)
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(plans=PLANS)
-@example(plans=[{"rset": (0, "close")}, {"mail": (1, "421")}, {"dot": (1, "reset")}])
-def test_no_message_is_lost_or_doubled_wherever_the_receiver_dies(proxy, pair, plans):
-    """Each session of the receiver dies as planned; two senders take turns, and send again what did not go."""
-
-    def script(number):
-        plan = plans[number] if number < len(plans) else {}
-        return {step: [usual] * times + [DEATHS[death]] for step, (times, death) in plan.items()}
-
-    with Mx(script) as mx:
-        for number in range(6):
-            for attempt in range(20):
-                try:
-                    send(pair[(number + attempt) % 2], mx, number)
-                    break
-                except FAILURES:
-                    assert accepted(mx)[number] == 0, "its sender believes that it did not go"
-            wait_for(lambda number=number: accepted(mx)[number] == 1)
-        arrived(mx, dict.fromkeys(range(6), 1))
-        assert mx.connects <= 1 + len(plans) + 6  # a connection that is being cleaned serves nobody yet
-
-
-# -- throttles ---------------------------------------------------------------------------------------------------------
-
-ONE = "throttle one {\n    destination 127.0.0.0/8\n    max_concurrent_connections 1\n    wait 20s\n}\n"
-
-
-class Counting(Mx):
-    """Knows how many connections there were at a time, at most: those that the other side had not closed."""
-
-    def __init__(self):
-        self.peak = 0
-        super().__init__(self._count)
-
-    def _count(self, number):
-        self.peak = max(self.peak, 1 + sum(is_established(session.sock) for session in self.sessions[:number]))
-        return {}
-
-
-def is_established(sock):
-    """The kernel has got no FIN, whether or not the receiver has read so far."""
-    try:
-        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] == 1
-    except OSError:  # closed here
-        return False
-
-
-def test_a_backlog_of_two_instances_under_a_limit_of_one_needs_one_connection():
-    """Whoever waits for the place waits for the connection, too, and gets both."""
-    with Counting() as mx, Proxy(PLAIN + ONE) as proxy, instances(proxy, "server-a", "server-b") as pair:
-
-        def backlog(which):
-            for number in range(15):
-                send(pair[which], mx, 100 * which + number)
-
-        threads = [threading.Thread(target=backlog, args=(which,)) for which in (0, 1)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        arrived(mx, {100 * which + number: 1 for which in (0, 1) for number in range(15)})
-        assert (mx.connects, mx.peak) == (1, 1)
-
-
-def test_two_keys_under_a_limit_of_one_take_turns():
-    """Never two sockets at a time, however they give way to one another."""
-    with Counting() as mx, Proxy(PLAIN + ONE) as proxy, instances(proxy, "server-a", "server-b") as pair:
-
-        def backlog(which):
-            for number in range(10):
-                send(pair[which], mx, 100 * which + number, tenant=str(which))
-
-        threads = [threading.Thread(target=backlog, args=(which,)) for which in (0, 1)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        arrived(mx, {100 * which + number: 1 for which in (0, 1) for number in range(10)})
-        assert mx.peak == 1
-
-
-def test_a_cached_connection_gives_its_place_to_another_key():
-    with Mx() as mx, Mx() as other, Proxy(PLAIN + ONE) as proxy, instances(proxy, "server-a", "server-b") as pair:
-        send(pair[0], mx, 0)
-        cached(proxy, 1, mx)
-        send(pair[1], other, 1, deadline=5)  # max_idle is 30 s
-        wait_for(lambda: mx.sessions[0].ended)
-        assert mx.sessions[0].ended == "quit"
-        arrived(other, {1: 1})
-
-
-def test_in_use_it_is_offered_to_whoever_waits_and_not_kept():
-    with Mx() as mx, Mx() as other, Proxy(PLAIN + ONE) as proxy, instances(proxy, "server-a", "server-b") as pair:
-        smtp = send(pair[0], mx, 0, release=False)
-        waiting = threading.Thread(target=send, args=(pair[1], other, 1))
-        waiting.start()
-        wait_for(lambda: proxy.open_connections("native") >= 3)
-        # The OPEN of the other may still be on its way: then this one is kept, and gives way afterwards.
-        assert smtp.release(wait=True) in ("yielded", "kept")
-        waiting.join(20)
-        arrived(other, {1: 1})
-        wait_for(lambda: mx.sessions[0].ended)
-        assert mx.sessions[0].ended == "quit"
-
-
-def test_from_one_path_to_another(proxy, pair, mx):
-    """The places of the first path are free as soon as the second has the connection."""
-    first = pair[0].throttle("127.0.0.9", Limits("first", max_connections=1))
-    second = pair[1].throttle("127.0.0.9", Limits("second", max_connections=1))
-    for throttle in (first, second):
-        assert throttle.wait_until_registered(10)
-    send(pair[0], mx, 0, throttles=[first])
-    cached(proxy, 1, mx)
-    smtp = send(pair[1], mx, 1, throttles=[second], release=False)
-    assert smtp.opened.reused
-    fresh = send(pair[0], mx, 2, throttles=[first], deadline=5, release=False)
-    assert not fresh.opened.reused
-    with pytest.raises(ProxyRefused) as caught:
-        send(pair[1], mx, 3, throttles=[second], deadline=0.3)
-    assert (caught.value.step, caught.value.throttle) == ("throttle", "second")
-    for each in (smtp, fresh):
-        assert each.release(wait=True) == "kept"
-    cached(proxy, 2, mx)
-    assert send(pair[1], mx, 4, throttles=[second]).opened.reused
-    arrived(mx, {0: 1, 1: 1, 2: 1, 4: 1})
-
-
-@pytest.mark.parametrize("death", DEATHS)
-def test_a_second_try_needs_no_second_permit(death):
-    """The MAIL that a dead connection never answered is no message; its permit goes with the second one."""
-    kill = {"mail": [usual, DEATHS[death]]}
-    with (
-        Mx(lambda number: {} if number else kill) as mx,
-        Proxy(PLAIN + "throttle_enforce yes\n") as proxy,
-        instances(proxy, "server-a") as (session,),
-    ):
-        throttle = session.throttle("127.0.0.9", Limits("some", rates=[(1000, 1)], burst=10))
-        assert throttle.wait_until_registered(10)
-        for number in range(3):
-            smtp = session.smtp([mx.endpoint], NAME, tls="none", throttles=[throttle])
-            assert smtp.opened.reused == (number > 0)
-            smtp.permit = throttle.acquire(10)
-            smtp.sendmail(f"{number}@example.com", ["to@example.net"], body(number))
-            assert smtp.release(wait=True) == "kept"
-            cached(proxy, 1, mx)
-        arrived(mx, {0: 1, 1: 1, 2: 1})
-        assert mx.connects == 2
-    assert not proxy.matching(r"without.*permit|permit.*without")
