@@ -51,6 +51,7 @@ class Route:
     max_connections: int = 0  # all instances together; 0: no limit
     workers: int = 20  # of this instance, for each lane
     messages_per_connection: int = 50
+    hold: float = 5.0  # seconds that a connection is kept without a permit to use it
 
     def limits(self) -> Limits:
         rates = [(amount, seconds) for amount, seconds in self.rates]

@@ -28,7 +28,6 @@ from proxy.client import (
 if TYPE_CHECKING:
     from queue_sender import Lane, Sender
 
-HOLD = 5.0  # seconds that a connection is kept without a permit to use it
 LOOK = 0.25  # seconds between looks whether the process shall end
 OPEN_WITHIN = 20.0  # seconds that the proxy has to open a connection, its waiting for a place included
 
@@ -110,10 +109,10 @@ class Worker(threading.Thread):
 
     def _permit(self) -> Permit:
         """For one message. A connection that would have to wait long for it is better used by others meanwhile."""
-        throttle = self._lane.throttle
+        throttle, hold = self._lane.throttle, self._lane.route.hold
         try:
-            far = (throttle.seconds_to_next() or 0.0) > HOLD
-            return throttle.acquire(0.0 if far else HOLD)
+            far = (throttle.seconds_to_next() or 0.0) > hold
+            return throttle.acquire(0.0 if far else hold)
         except ThrottleTimeout:
             self._release()
         permit = self._wait_for_permit()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -287,6 +288,19 @@ def test_a_wrong_secret_is_for_somebody_to_mend(tmp_path: Path, proxy: Proxy) ->
         assert mta.end() == 1
         assert "ProxyRejected" in mta.log[-1]["reason"]
         assert mta.waiting() == 1
+
+
+def test_a_connection_is_given_back_until_the_next_permit(tmp_path: Path, proxy: Proxy) -> None:
+    """A message a second, and nobody keeps a connection for that long without using it."""
+    route = {"rates": [[60, 60]], "hold": 0.1, "workers": 1}
+    with Mx() as mx, Mta(tmp_path, proxy.native, [simple(mx) | route]) as mta:
+        for number in range(4):
+            mta.queue.put(f"{number}@s.example", [f"fine{number}@r.example"], content(number))
+        mta.start("--drain")
+        assert mta.end() == 0
+        assert (len(mx.messages), mx.connects) == (4, 1)
+        ours = rf"^connection .* destination={re.escape(mx.host)}:{mx.port} reused=(?:yes|no) .* outcome=kept"
+        wait_for(lambda: len(proxy.matching(ours)) >= 4, what="one SMTP session a message")
 
 
 def test_threads_may_be_greenlets(tmp_path: Path, proxy: Proxy) -> None:
