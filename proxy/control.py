@@ -267,6 +267,7 @@ class Control(Client):
         if session is None:
             return None
         now = session.figures(clock_ns())
+        queued = len(self._outgoing)  # the last delivery may have had some frames more than there was room for
         return SessionFigures(
             name=now.name,
             connected=now.connected,
@@ -274,7 +275,7 @@ class Control(Client):
             ping_age=now.ping_age,
             backlog=Backlog(now.ram, now.bounce, now.disk),
             forward=Flow(entering=len(self._incoming)),
-            back=Flow(leaving=len(self._outgoing), parked=session.parked_records),
+            back=Flow(leaving=min(queued, QUEUE), parked=session.parked_records + max(0, queued - QUEUE)),
         )
 
     # ---------------------------------------------------------------- frames in

@@ -57,8 +57,11 @@ def unpack(data: bytes) -> Any:
 
 def _unpack(data: bytes) -> tuple[Any, bytes]:
     kind, rest = data[0], data[1:]
-    if kind < 0x80:
-        return kind, rest
+    if kind < 0x80 or kind >= 0xE0:
+        return (kind if kind < 0x80 else kind - 256), rest
+    if 0xD0 <= kind <= 0xD3:
+        size = 1 << (kind - 0xD0)
+        return int.from_bytes(rest[:size], "big", signed=True), rest[size:]
     if kind in (0xC0, 0xC2, 0xC3):
         return {0xC0: None, 0xC2: False, 0xC3: True}[kind], rest
     if kind in (0xCC, 0xCD, 0xCE, 0xCF):
