@@ -6,6 +6,7 @@ What the frames mean is not known here. The rules of the relay hold: try, then w
 from __future__ import annotations
 
 import select
+from collections.abc import Callable
 from typing import Any
 
 from gevent import get_hub, getcurrent
@@ -40,6 +41,7 @@ class Link:
     def __init__(self, engine: Engine, guest: Guest) -> None:
         self.engine = engine
         self.stream = guest.stream
+        self.fd = guest.stream.socket.fileno()
         self.decoder = guest.handshake.decoder
         self.moved = 0
         self.doom: Ending | None = None
@@ -47,13 +49,11 @@ class Link:
         self._told_goaway = False
         self._unsent = b""  # for the client, not yet taken by the stream
         self._greenlet: Any = getcurrent()
+        self.readable = True  # there may be something to receive
+        self._missed = True  # events may have gone by that nobody acted upon
         self._waiting = False
         self._cancellable = False
         self._reset = False
-
-    @property
-    def fd(self) -> int:
-        return self.stream.socket.fileno()
 
     # ---------------------------------------------------------------- in
 
@@ -66,11 +66,13 @@ class Link:
         try:
             data = self.stream.recv(_READ_SIZE)
         except BlockingIOError:
+            self.readable = self._missed = False
             return False
         except OSError:
             raise ClientGone("the connection broke") from None
         if not data:
             raise ClientGone("the client closed")
+        self.readable = self._missed or not self.stream.drained
         self.moved += len(data)
         self.decoder.receive(data)
         return True
@@ -126,30 +128,46 @@ class Link:
 
     # ---------------------------------------------------------------- waiting
 
-    def wait(self, *others: int) -> None:
-        """Until the client's socket or one of the other descriptors has an event, or somebody wakes us.
+    def look_again(self) -> None:
+        """Events went by while nobody looked: only a read that finds nothing proves that there is nothing."""
+        self.readable = self._missed = True
+
+    def wait(self, other: int = -1, tell: Callable[[int], object] | None = None) -> None:
+        """Until the client's socket or the other descriptor has an event, or somebody wakes us.
+
+        Args:
+            tell: is called with the other descriptor's events.
 
         Raises:
             ClientGone: we are told to end, or the client has reset the connection, which must not have to wait until
                 the receiver takes bytes again.
         """
         engine = self.engine
-        engine.watch(self.fd, self._client_event)
-        for fd in others:
-            engine.watch(fd, self._greenlet.switch)
+        fd = self.fd
+
+        def other_event(events: int) -> None:
+            if tell is not None:
+                tell(events)
+            self._greenlet.switch()
+
+        engine.watch(fd, self._client_event)
+        engine.watch(other, other_event)
         self._waiting = True
         try:
             if self.doom is None:
                 get_hub().switch()
         finally:
             self._waiting = False
-            for fd in (self.fd, *others):
-                engine.watch(fd, None)
+            engine.watch(fd, None)
+            engine.watch(other, None)
         if self.doom is not None or self._reset:
             raise ClientGone("reset, or to be cut off")
 
     def _client_event(self, events: int) -> None:
-        self._reset = self._reset or bool(events & _RESET)
+        self.readable = True
+        if events & GONE:  # no other event will tell of it
+            self._missed = True
+            self._reset = self._reset or bool(events & _RESET)
         self._greenlet.switch()
 
     def wake(self) -> None:
@@ -184,6 +202,7 @@ class Link:
     def unwatch_client(self) -> None:
         self._cancellable = False
         self.engine.watch(self.fd, None)
+        self.look_again()
 
     def _opening_event(self, events: int) -> None:
         if events & GONE:

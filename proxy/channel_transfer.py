@@ -19,6 +19,7 @@ from proxy.channel_link import ClientGone, Link
 from proxy.errors import PeerError
 from proxy.model import Discard, Ending
 from proxy.receiver import Receiver
+from proxy.relay import GONE
 from proxy.smtp_tracker import Tracker
 
 _READ_SIZE = 65536
@@ -54,6 +55,8 @@ class Transfer:
         self._link = link
         self._reused = reused
         self._stream = receiver.stream
+        self._readable = True  # the receiver may have something to be read
+        self._missed = True  # events of the receiver may have gone by that nobody acted upon
         self._held = b""  # for the receiver, not yet taken by the stream
         self._finished = False  # the client said EOF
         self._write_error: OSError | None = None
@@ -65,6 +68,7 @@ class Transfer:
             ClientGone, PeerError.
         """
         link, receiver = self._link, self._stream.socket.fileno()
+        link.look_again()
         turns = 0
         while True:
             moved = self._from_receiver()
@@ -76,11 +80,18 @@ class Transfer:
                 raise ClientGone("to be cut off")
             if not moved:
                 turns = 0
-                link.wait(receiver)
+                link.wait(receiver, self._receiver_event)
             else:
                 turns += 1
                 if turns % _TURNS_IN_A_ROW == 0:
                     gevent.sleep(0)
+                    link.look_again()
+                    self._readable = self._missed = True
+
+    def _receiver_event(self, events: int) -> None:
+        self._readable = True
+        if events & GONE:  # no other event will tell of it
+            self._missed = True
 
     def unclean(self) -> Discard | None:
         """Why the connection cannot serve another client, as far as its bytes tell."""
@@ -120,7 +131,7 @@ class Transfer:
                         return True
                 elif not self._give(bytes(frame[1])):
                     return True
-            if not link.receive():
+            if not link.readable or not link.receive():
                 return moved
             moved = True
         return moved
@@ -191,9 +202,12 @@ class Transfer:
             return False
         moved = False
         for _ in range(_READS_A_TURN):
+            if not self._readable and self._write_error is None:
+                return moved
             try:
                 data = self._stream.recv(_READ_SIZE)
             except BlockingIOError:
+                self._readable = self._missed = False
                 if self._write_error is None:
                     return moved
                 self._aborted(self._write_error)
@@ -202,6 +216,7 @@ class Transfer:
                 self._aborted(error)
                 return True
             moved = True
+            self._readable = self._missed or not self._stream.drained
             if not data:
                 self.receiver_done = True
                 if self._write_error is not None:

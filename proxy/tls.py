@@ -107,13 +107,15 @@ def reload_authorities() -> None:
 class PlainStream:
     """A raw socket with the shape of a stream."""
 
-    __slots__ = ("socket",)
+    __slots__ = ("drained", "socket")
 
     #: Whether bytes wait here that the kernel has not taken yet.
     unsent = False
 
     def __init__(self, socket: RawSocket) -> None:
         self.socket = socket
+        #: Whether the last `recv` took all that had come, so that an event will tell of more: nobody need try again.
+        self.drained = False
 
     def recv(self, size: int) -> bytes:
         """Up to `size` bytes; b"" at the end of the file.
@@ -121,7 +123,9 @@ class PlainStream:
         Raises:
             BlockingIOError: nothing now. OSError: the connection is broken.
         """
-        return self.socket.recv(size)
+        data = self.socket.recv(size)
+        self.drained = len(data) < size
+        return data
 
     def send(self, data: bytes | memoryview) -> int:
         """Send what can be sent now; how many bytes that was.
@@ -154,14 +158,19 @@ class TlsStream:
         tls: an object on two memory BIOs.
     """
 
-    __slots__ = ("_ciphertext", "_incoming", "_outgoing", "socket", "tls")
+    __slots__ = ("_ciphertext", "_incoming", "_outgoing", "_took_all", "socket", "tls")
 
     def __init__(self, socket: RawSocket, context: ssl.SSLContext, server_side: bool, name: str | None = None) -> None:
         self.socket = socket
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
+        self._took_all = False  # the last read of the socket was a short one
         self._ciphertext = memoryview(b"")  # read from the BIO, not yet taken by the kernel
         self.tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side, server_hostname=name)
+
+    @property
+    def drained(self) -> bool:
+        return self._took_all and not self._incoming.pending and not self.tls.pending()
 
     @property
     def unsent(self) -> bool:
@@ -234,6 +243,7 @@ class TlsStream:
 
     def _read_socket(self) -> None:
         data = self.socket.recv(_CHUNK)
+        self._took_all = len(data) < _CHUNK
         if data:
             self._incoming.write(data)
         else:
