@@ -181,7 +181,6 @@ class Keeper:
             return
         self._engine.watch(receiver.stream.socket.fileno(), partial(self._idle_event, receiver))
         self._part(self._pool.offer(entry, monotonic()))
-        self._idle_event(receiver, 0)  # an edge may have come before we watched
         if receiver in self._pool and self._office.wanted(receiver.place):
             self._pass_on(receiver, entry.key)
         due = self._pool.next_expiry()
@@ -199,7 +198,7 @@ class Keeper:
                 if not data:
                     return Discard.PEER_CLOSED
                 if rset.receive(data):
-                    return _look(receiver)
+                    return _look(receiver)  # up to EAGAIN: whatever comes later makes an edge
             return rset.reason
         except OSError:
             return Discard.PEER_CLOSED

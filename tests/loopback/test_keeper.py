@@ -77,6 +77,24 @@ def test_another_key_does_not_get_it(house, mx):
 # -- RSET --------------------------------------------------------------------------------------------------------------
 
 
+def in_two_records(session, reply):
+    """Two replies in two TLS records that come in one segment: the second has no edge of its own."""
+    session.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+    session.send(reply)
+    session.send(reply)
+    session.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+
+
+@pytest.mark.parametrize("tls", [TlsMode.NONE, TlsMode.REQUIRED])
+def test_a_second_250_behind_the_first(make, tls):
+    with Mx({"rset": in_two_records}, starttls=True) as mx:
+        house = make()
+        house.give(house.open(key_of(mx, tls)))
+        until(lambda: house.keeper.pool.offered)
+        reason = Discard.PEER_SPOKE if tls is TlsMode.REQUIRED else Discard.UNREAD
+        assert (house.discarded(), house.keeper.cached) == ({reason: 1}, 0)
+
+
 @pytest.mark.parametrize(
     ("behaviour", "reason"),
     [
