@@ -35,7 +35,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=["proxy"],
+    packages=["proxy", "proxy.client"],
     py_modules=["greenarrow_proxy"],
     package_data={"proxy": ["py.typed"]},
     ext_modules=extensions(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -137,6 +138,15 @@ def test_make_targets(target: str) -> None:
     done = run(tool("make"), "--dry-run", target)
     assert done.returncode == 0, done.stderr
     assert f"make {target} " in run("make", "help").stdout
+
+
+def test_an_install_has_every_package() -> None:
+    """The tests run from the checkout and would not notice that `pip install` leaves a directory out."""
+    calls = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.keyword)]
+    (packages,) = (ast.literal_eval(call.value) for call in calls if call.arg == "packages")
+    assert set(packages) == {
+        ".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "proxy").rglob("__init__.py")
+    }
 
 
 def test_what_make_starts_exists() -> None:
