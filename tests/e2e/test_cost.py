@@ -35,15 +35,15 @@ EXCHANGES = 20
 RELAYS = 2000
 
 #: Calls of the loop's turns, of signals and of the log: how many sessions share one depends on the load.
-SHARED = frozenset(
-    ("epoll_wait", "getpid", "read", "write", "rt_sigreturn", "rt_sigaction", "futex", "restart_syscall")
-    + ("mmap", "munmap", "brk")
-)
+SHARED = {
+    *("epoll_wait", "getpid", "read", "write", "rt_sigreturn", "rt_sigaction"),
+    *("futex", "restart_syscall", "mmap", "munmap", "brk"),
+}
 
 #: System calls of a session that has no mail: 2 accept4 (the second finds nobody), getsockname and ioctl to make a
 #: Python socket of it, epoll_ctl, recvfrom the request; socket, 2 setsockopt, bind, connect, epoll_ctl; the greeting
-#: read and sent; the end read, shutdown, the other end read; 2 close: 20. Where a byte and an end come apart, a read more
-#: finds nothing. SOCKS5 has three requests more, a reply to each of the four, and asks for the port that it tells.
+#: read and sent; the end read, shutdown, the other end read; 2 close: 20. Where a byte and an end come apart, a read
+#: more finds nothing. SOCKS5 has three requests more, a reply to each of the four, and asks for the port that it tells.
 BOUND = {"proxy_v2": 21, "socks5": 21 + 3 + 4 + 1}
 #: One step one way is a read and a write.
 BOUND_STEP = 2.1
