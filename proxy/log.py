@@ -119,6 +119,9 @@ def _figure(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else word(str(value))
 
 
+_MILLISECONDS = tuple(f".{number:03d}Z" for number in range(1000))
+
+
 class _Clock:
     """Timestamps in UTC with milliseconds; the part down to the second is made once a second."""
 
@@ -131,7 +134,7 @@ class _Clock:
         if second != self.second:
             self.second = second
             self.text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        return f"{self.text}.{int((now - second) * 1000):03d}Z"
+        return self.text + _MILLISECONDS[int((now - second) * 1000)]
 
 
 _clock = _Clock()

@@ -133,6 +133,9 @@ class Half:
         return self.moved - self.in_pipe - len(self.pending or b"")
 
 
+_NO_HALF = Half.__new__(Half)  # in the place of those of a pair that has ended
+
+
 class Pair:
     """A client's socket and an upstream socket that are joined until both directions are done."""
 
@@ -542,6 +545,9 @@ class Engine:
                 self._give_pipe(half)
             half.pending = _CLOSED
             half.done = True
+        # Nothing of it refers to itself any more: it is freed now, and not by a run of the garbage collector.
+        pair.up = pair.down = up.peer = down.peer = _NO_HALF
+        pair.first_done = None
         try:
             pair.owner.ended(ending, up_bytes, down_bytes)
         except BaseException:

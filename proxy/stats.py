@@ -153,9 +153,12 @@ class Table(dict[str, int]):
     __slots__ = ()
 
     def count(self, name: str, amount: int = 1) -> None:
-        if name in self:
+        try:
             self[name] += amount
-        elif len(self) < MAX_NAMES:
+            return
+        except KeyError:
+            pass
+        if len(self) < MAX_NAMES:
             self[name] = amount
         else:
             self[OTHER] = self.get(OTHER, 0) + amount

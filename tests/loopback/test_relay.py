@@ -373,6 +373,23 @@ def test_a_sweep_sets_tcp_to_watch_over_the_receiver(engine: relay.Engine) -> No
             assert sock.getsockopt(level, name) == value
 
 
+def test_an_ended_pair_leaves_no_work_for_the_garbage_collector(engine: relay.Engine) -> None:
+    def come_and_go() -> weakref.ref[Owner]:
+        pair = Relayed(engine)
+        pair.check()
+        pair.close()
+        until(lambda: pair.owner.told)
+        return weakref.ref(pair.owner)
+
+    gc.collect()
+    gc.disable()
+    try:
+        gone = [come_and_go() for _ in range(3)]
+        assert [owner() for owner in gone] == [None] * 3
+    finally:
+        gc.enable()
+
+
 def test_bytes_that_nobody_takes_are_no_progress(engine: relay.Engine) -> None:
     pair = Relayed(engine, idle_timeout=10)
     fill(pair.client)
