@@ -247,3 +247,23 @@ def test_the_machines_addresses():
     before = open_descriptors()
     assert "192.0.2.9" not in addresses
     assert open_descriptors() == before
+
+
+def test_the_systems_choice_is_asked_for_once_a_second_and_a_failure_each_time():
+    access = mock.Mock(default_source=mock.Mock(return_value=None))
+    answers = ["127.0.0.7", UpstreamError("no route", Step.CONNECT, errno.ENETUNREACH), "127.0.0.8"]
+    with (
+        listening() as (server, _),
+        mock.patch.object(upstream, "monotonic", side_effect=[1e9, 1e9, 1e9 + 1, 1e9 + 1]),
+        mock.patch.object(upstream, "system_source", side_effect=answers) as asked,
+    ):
+
+        def source(host):
+            return upstream.source_for(access, "", server, None, Endpoint(host, 25))
+
+        assert [source("192.0.2.1"), source("192.0.2.1")] == ["127.0.0.7"] * 2
+        assert asked.call_count == 1
+        with pytest.raises(UpstreamError):
+            source("192.0.2.1")
+        assert source("192.0.2.1") == "127.0.0.8"
+        assert asked.call_count == 3
