@@ -13,7 +13,7 @@ from gevent import get_hub, getcurrent
 
 from proxy import native
 from proxy import native_messages as m
-from proxy.conversation import farewell
+from proxy.conversation import farewell, has_gone
 from proxy.errors import PeerError, ProxyError
 from proxy.model import Ending
 from proxy.native_door import Guest
@@ -194,9 +194,7 @@ class Link:
         """
         self._cancellable = True
         self.engine.watch(self.fd, self._opening_event)
-        poll = select.poll()
-        poll.register(self.fd, select.POLLRDHUP)
-        if poll.poll(0):
+        if has_gone(self.stream.socket):
             raise ClientGone("the client closed")
 
     def unwatch_client(self) -> None:

@@ -6,11 +6,12 @@ in progress do not use this.
 
 from __future__ import annotations
 
+import select
 from _socket import SHUT_WR
 
 from gevent import Timeout
 
-from proxy.relay import Engine
+from proxy.relay import Engine, RawSocket
 from proxy.tls import Stream
 
 READ_SIZE = 16384
@@ -50,6 +51,13 @@ def send_all(engine: Engine, stream: Stream, data: bytes) -> None:
         except BlockingIOError:
             pass
         engine.wait(stream.socket.fileno())
+
+
+def has_gone(sock: RawSocket) -> bool:
+    """Whether the peer has closed, at least its sending side; what it sent before may still be unread."""
+    poll = select.poll()
+    poll.register(sock, select.POLLRDHUP)
+    return bool(poll.poll(0))
 
 
 def farewell(engine: Engine, stream: Stream, data: bytes) -> None:

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-from gevent import getcurrent, sleep
+from gevent import get_hub, getcurrent, sleep
 
 from proxy import log, upstream
 from proxy.alarm import Alarm
 from proxy.budget import SLOW_ANSWER
-from proxy.conversation import farewell
+from proxy.conversation import farewell, has_gone
 from proxy.errors import (
     BadCredentials,
     ClientNotAllowed,
@@ -235,17 +235,23 @@ class Visit:
             Throttled: not in time. OSError: the client is gone.
         """
         services, fd, greenlet = self.services, self.socket.fileno(), getcurrent()
+        waiting = True
 
         def client_event(events: int) -> None:
             self.missed = True
-            if events & GONE:
+            if events & GONE and waiting:
                 greenlet.throw(ConnectionResetError())
 
         services.engine.watch(fd, client_event)
+        if has_gone(self.socket):  # with its request, so no event will tell; matters only to who has to wait
+            get_hub().loop.run_callback(client_event, GONE)
         owner = instance or self.client.host
         weight = services.access.weight_of(instance)
-        self.place = services.admission.enter(owner, weight, source, destination.host, (), ANSWER_WITHIN)
-        services.engine.watch(fd, self._miss)
+        try:
+            self.place = services.admission.enter(owner, weight, source, destination.host, (), ANSWER_WITHIN)
+        finally:
+            waiting = False
+            services.engine.watch(fd, self._miss)
 
     def _bind(self, source: str) -> RawSocket:
         try:

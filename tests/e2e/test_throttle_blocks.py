@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from tests.clients import DOORS, Refused, connect_request, dial, exactly, login, proxied, reset, socks5
+from tests.clients import DOORS, Refused, connect_request, dial, exactly, login, proxied, read_all, reset, socks5, v1
 from tests.mx import Mx
 from tests.program import Proxy
 from tests.waiting import wait_for
@@ -138,6 +138,38 @@ def test_who_goes_away_gives_up_its_turn(mx, leave, slow):
         patient.close()
         proxy.wait_idle()
         assert mx.connects == 2
+
+
+@pytest.mark.parametrize("door", ["socks5", "proxy_v1"])
+def test_who_goes_away_with_its_request_gives_up_its_turn_too(mx, door):
+    """The FIN is there before it begins to wait; nobody connects for the dead."""
+    with Proxy(block(1)) as proxy, socks5(proxy.socks5, mx.endpoint, user="c") as held:
+        assert greeted(held)
+        address = proxy.socks5 if door == "socks5" else proxy.proxy_protocol
+        said = b"\x05\x01\x02" + login("a") + connect_request(mx.endpoint)
+        with dial(address) as leaver:
+            leaver.sendall(said if door == "socks5" else v1("127.0.0.1", mx.endpoint))
+            leaver.shutdown(socket.SHUT_WR)
+            assert read_all(leaver) == (b"\x05\x02\x01\x00" if door == "socks5" else b""), (
+                "not told, as nobody is there"
+            )
+        assert proxy.open_connections() == 1
+        held.close()
+        proxy.wait_idle()
+        assert mx.connects == 1
+
+
+@pytest.mark.parametrize("door", ["socks5", "proxy_v1"])
+def test_who_need_not_wait_may_end_with_its_request(mx, door):
+    """A FIN is no reason to be refused: it is passed on."""
+    with Proxy(block(1)) as proxy:
+        address = proxy.socks5 if door == "socks5" else proxy.proxy_protocol
+        said = b"\x05\x01\x02" + login("a") + connect_request(mx.endpoint)
+        with dial(address) as client:
+            client.sendall((said if door == "socks5" else v1(SOURCE, mx.endpoint)) + b"QUIT\r\n")
+            client.shutdown(socket.SHUT_WR)
+            assert b"\r\n221" in read_all(client)
+        proxy.wait_idle()
 
 
 def test_a_reload_lets_in_who_waits_and_changes_nothing_for_who_is_in(mx):
