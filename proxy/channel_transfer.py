@@ -16,6 +16,7 @@ from gevent import Timeout
 from proxy import native
 from proxy import native_messages as m
 from proxy.channel_link import ClientGone, Link
+from proxy.conversation import has_gone
 from proxy.errors import PeerError
 from proxy.model import Discard, Ending
 from proxy.receiver import Receiver
@@ -80,7 +81,10 @@ class Transfer:
                 raise ClientGone("to be cut off")
             if not moved:
                 turns = 0
-                link.wait(receiver, self._receiver_event)
+                if self._is_stuck() and has_gone(link.stream.socket):
+                    self._push_on()
+                else:
+                    link.wait(receiver, self._receiver_event)
             else:
                 turns += 1
                 if turns % _TURNS_IN_A_ROW == 0:
@@ -97,9 +101,24 @@ class Transfer:
         """Why the connection cannot serve another client, as far as its bytes tell."""
         if self.receiver_done or self.broken is not None:
             return Discard.PEER_CLOSED
-        if self._held or self._finished or self._stream.unsent:
+        if self._is_stuck() or self._finished:
             return Discard.OUTSTANDING
         return self.tracker.verdict() if self.tracker is not None else Discard.NOT_OFFERED
+
+    def _is_stuck(self) -> bool:
+        """Whether the receiver does not take what it is given; nothing of the client is read meanwhile."""
+        return bool(self._held) or self._stream.unsent
+
+    def _push_on(self) -> None:
+        """The client has closed while the receiver takes nothing, and there may be an END among what is unread.
+
+        Raises:
+            ClientGone: the receiver goes on taking nothing, so that END will not be seen.
+        """
+        if not self.flush():
+            raise ClientGone("the client closed")
+        self._link.look_again()
+        self._readable = self._missed = True
 
     def flush(self) -> bool:
         """What the client gave before END shall reach the receiver, if it takes it soon; whether it did."""

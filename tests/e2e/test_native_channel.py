@@ -10,11 +10,12 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from tests import independent_client as mta
-from tests.clients import TIMEOUT, reset
+from tests.clients import TIMEOUT, reset, was_reset
 from tests.independent_client import Peer, channel, deliver, error_from, error_of, frame, pack
 from tests.mx import Mx, close, half_close, mute, say
 from tests.mx import reset as mx_reset
@@ -420,6 +421,33 @@ def test_bytes_before_end_are_given_up_after_a_while(proxy: Proxy) -> None:
         peer.data(payload[: MEBIBYTE // 2])
         peer.say(mta.END, False, 0)
         assert peer.expect(mta.ENDED) == [False, "not_offered"]
+
+
+@pytest.mark.parametrize("end", [b"", frame(mta.END, pack([False]))], ids=["in the middle", "behind END"])
+def test_a_client_that_closes_while_the_receiver_takes_nothing(proxy: Proxy, end: bytes) -> None:
+    """Its FIN is all that can tell: of what it sent nothing is read any more, END included."""
+    with Raw(receive_buffer=4096) as server, channel(proxy.native) as peer:
+        peer.opened(server.endpoint)
+        mark = len(proxy.lines)
+        while not _unread(peer):
+            peer.data(bytes(65536))
+            wait_for(lambda: not _unread(peer) or _standing_still(lambda: _unread(peer)), 20, "bytes stay or go")
+        for _ in range(3):  # see `_choke`
+            peer.data(bytes(10_000))
+            wait_for(lambda: _standing_still(lambda: _unread(peer)), 20, "nothing moves")
+        peer.sock.sendall(end)
+        peer.sock.close()
+        proxy.wait_line(r"^connection .*outcome=client_reset", since=mark)
+        assert was_reset(server.sockets[0])
+        proxy.wait_idle()
+
+
+def _unread(peer: Peer) -> int:
+    """Bytes of the client that the proxy's kernel holds for it."""
+    own, remote = peer.sock.getsockname(), peer.sock.getpeername()
+    wanted = [f"{int.from_bytes(socket.inet_aton(host), 'little'):08X}:{port:04X}" for host, port in (remote, own)]
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    return next(int(row[4].partition(":")[2], 16) for row in rows if row[1:3] == wanted)
 
 
 # -- how it ends -------------------------------------------------------------------------------------------------------
