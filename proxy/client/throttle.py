@@ -307,7 +307,7 @@ class Dialogue:
         """See `Session.change_limits`."""
         _check(s.Path(throttle.id, throttle.source_ip, [each.record() for each in limits]))
         with self.lock:
-            throttle.limits = tuple(limits)
+            throttle.limits, throttle._rejected = tuple(limits), ""
             self._unregistered[throttle] = None
             self._something.notify()
 
@@ -404,9 +404,9 @@ class Dialogue:
     def _run(self) -> None:
         while True:
             with self.lock:
-                frames, wait = self._due()
                 if self.stopping:
                     return
+                frames, wait = self._due()
                 if not frames:
                     self._something.wait(wait)
             self._say(frames)
