@@ -151,8 +151,8 @@ class Tracker:
         return data[start:]
 
     def _on_command(self, line: bytes) -> None:
-        if len(line) > MAX_COMMAND_LINE or b"\n" in line or b"\r" in line:
-            # A receiver that takes a bare LF for a line end sees other commands than we do.
+        if len(line) > MAX_COMMAND_LINE or b"\n" in line or b"\r" in line or 0 in line:
+            # A receiver that takes a bare LF for a line end, or a NUL for the end of a line, sees other commands.
             self._lose_client()
             return
         words = line.split(None, 2)
@@ -180,7 +180,8 @@ class Tracker:
 
         A lone dot between any other line ends (LF.LF, CR.CR, LF.CRLF ...) makes the connection unfit for others: some
         receivers take it for the end of the message ("SMTP smuggling") and what follows for commands, whose replies the
-        next user would read. Base64 has no dots, so most bytes cost one memchr; text costs two searches more.
+        next user would read. So does a NUL beside a dot, which some skip. Base64 has no dots, so most bytes cost one
+        memchr; text costs three searches more.
         """
         data = self._tail + data
         dot = data.find(b".")
@@ -189,7 +190,8 @@ class Tracker:
             return b""
         start = max(dot - 1, 0)
         line_feed, carriage_return = data.find(b"\n.", start), data.find(b"\r.", start)
-        if line_feed < 0 and carriage_return < 0:
+        nul = 0 in data
+        if line_feed < 0 and carriage_return < 0 and not nul:
             self._tail = data[-4:]
             return b""
         end = data.find(_END_OF_DATA, max(line_feed - 1, 0)) if line_feed >= 0 else -1
@@ -197,7 +199,7 @@ class Tracker:
             self._check_lone_dots(data)
             self._tail = data[-4:]
             return b""
-        if line_feed != end + 1 or carriage_return >= 0:
+        if line_feed != end + 1 or carriage_return >= 0 or nul:
             self._check_lone_dots(data[: end + 2])
         self._tail = b""
         self._outstanding += 1
@@ -210,6 +212,8 @@ class Tracker:
         at = data.find(b"\n.\r")
         unfinished = at == len(data) - 3 and data[at - 1 : at] == b"\r"
         if (at >= 0 and not unfinished) or b"\n.\n" in data or b"\r.\r" in data or b"\r.\n" in data:
+            self._blame(Discard.LONE_DOT)
+        if b"\0." in data or b".\0" in data:
             self._blame(Discard.LONE_DOT)
 
     def _lose_client(self) -> None:

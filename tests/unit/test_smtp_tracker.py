@@ -93,11 +93,16 @@ class Reference:
             around = self.body[max(dot.start() - 2, 0) : dot.start() + 3]
             if around not in (b"\r\n.\r\n", b"\r\n.\r"):
                 self.reasons.append(Discard.LONE_DOT)
+        if b"\0." in self.body or b".\0" in self.body:
+            self.reasons.append(Discard.LONE_DOT)
         if ended:
             self.body = None
             self.queue.append(b"end of message")
 
     def command(self, line):
+        if b"\0" in line:
+            self.lose_client()
+            return
         words = line.upper().split()
         verb = words[0] if words else b""
         self.queue.append(verb)
@@ -284,8 +289,13 @@ UNCLEAN += [
         b"\r\n.\rX",
         b"\n.\rX",
         b"\r\n.\r\r\n",
+        b"\r\n\0.\r\n",
+        b"\r\n.\0\r\n",
+        b"\n\0.\n",
     )
 ]
+# A receiver that takes it for the end of the line sees other commands.
+UNCLEAN += [([(C, b"NOOP \0\r\n"), (S, b"250 ok\r\n")], Discard.PROTOCOL_ERROR)]
 
 
 @pytest.mark.parametrize(("dialogue", "reason"), UNCLEAN)
@@ -355,12 +365,12 @@ GOOD_REPLIES = [b"250 ok\r\n", b"354 go\r\n", b"550 no\r\n", b"250-a\r\n250 b\r\
 REPLIES = [b"220 go\r\n", b"421 bye\r\n", b"250-a\r\n", b"334 \r\n", b"25", b"\r\n", b"\n", b"250\r\n", b"\0"]
 # Mostly good: else every dialogue would be lost after its second piece.
 TALK = st.lists(
-    st.tuples(st.just(C), st.sampled_from(COMMANDS[:5] * 8 + COMMANDS) | st.text("\r\n.D", max_size=6).map(str.encode))
+    st.tuples(st.just(C), st.sampled_from(COMMANDS[:5] * 8 + COMMANDS) | st.text("\r\n.D\0", max_size=6).map(str.encode))
     | st.tuples(st.just(S), st.sampled_from(GOOD_REPLIES * 6 + REPLIES)),
     max_size=25,
 )
 # A message of nothing but what matters at its borders.
-MESSAGE = st.lists(st.sampled_from([b"\r", b"\n", b".", b"\r\n", b"\r\n.", b"a"]), max_size=14).map(b"".join)
+MESSAGE = st.lists(st.sampled_from([b"\r", b"\n", b".", b"\r\n", b"\r\n.", b"a", b"\0"]), max_size=14).map(b"".join)
 
 
 def assert_same(dialogue, size):
