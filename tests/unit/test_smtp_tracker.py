@@ -365,7 +365,9 @@ GOOD_REPLIES = [b"250 ok\r\n", b"354 go\r\n", b"550 no\r\n", b"250-a\r\n250 b\r\
 REPLIES = [b"220 go\r\n", b"421 bye\r\n", b"250-a\r\n", b"334 \r\n", b"25", b"\r\n", b"\n", b"250\r\n", b"\0"]
 # Mostly good: else every dialogue would be lost after its second piece.
 TALK = st.lists(
-    st.tuples(st.just(C), st.sampled_from(COMMANDS[:5] * 8 + COMMANDS) | st.text("\r\n.D\0", max_size=6).map(str.encode))
+    st.tuples(
+        st.just(C), st.sampled_from(COMMANDS[:5] * 8 + COMMANDS) | st.text("\r\n.D\0", max_size=6).map(str.encode)
+    )
     | st.tuples(st.just(S), st.sampled_from(GOOD_REPLIES * 6 + REPLIES)),
     max_size=25,
 )
