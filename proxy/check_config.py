@@ -26,6 +26,8 @@ from proxy.settings import Network
 
 #: RFC 5321, section 4.5.3.2.6: a client waits ten minutes for the reply to the final dot.
 SHORTEST_IDLE_TIMEOUT = 600.0
+#: A random secret of 32 characters has more different ones than this; those in the examples do not.
+FEWEST_CHARACTERS = 8
 #: Descriptors that are neither a client's nor a destination's socket.
 OTHER_DESCRIPTORS = 64
 
@@ -42,7 +44,8 @@ class Finding(NamedTuple):
 def check(settings: Settings, origins: Mapping[str, Sequence[Given]], now: datetime | None = None) -> list[Finding]:
     """Everything there is to say; `now` is the wall clock."""
     findings = [*_listeners(settings), *_certificate(settings, now or datetime.now(UTC)), *_sources(settings)]
-    return [*findings, *_descriptors(settings), *_permissions(settings, origins), *_advice(settings)]
+    findings += [*_descriptors(settings), *_permissions(settings, origins), *_secrets(settings)]
+    return [*findings, *_advice(settings)]
 
 
 def sentence(finding: Finding, origins: Mapping[str, Sequence[Given]]) -> str:
@@ -142,6 +145,17 @@ def _permissions(settings: Settings, origins: Mapping[str, Sequence[Given]]) -> 
             continue
         if readable:
             yield Finding(False, directive, value, f"{path} is readable by every user of this machine")
+
+
+def _secrets(settings: Settings) -> Iterator[Finding]:
+    """Secrets that were not drawn at random, such as those in the examples. They are not shown."""
+    owners = [("auth_shared_secret", "", settings.auth_shared_secret)]
+    owners += [("instance", f"{block.name}: ", block.auth_shared_secret) for block in settings.instance]
+    for directive, owner, secrets in owners:
+        if any(len(set(secret)) < FEWEST_CHARACTERS for secret in secrets):
+            yield Finding(
+                False, directive, None, f"{owner}a secret that can be guessed; `openssl rand -hex 32` makes one"
+            )
 
 
 def _advice(settings: Settings) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ import trustme
 
 from proxy import check_config, config
 
-BASE = "listen_socks5 127.0.0.1:0\nallow_from 127.0.0.1\nauth_shared_secret 00000000000000000000000000000000\n"
+BASE = "listen_socks5 127.0.0.1:0\nallow_from 127.0.0.1\nauth_shared_secret 0123456789abcdef0123456789abcdef\n"
 
 
 def look(tmp_path, text, **more):
@@ -51,16 +51,28 @@ def test_nothing_to_say(tmp_path):
     assert look(tmp_path, "") == ([], [])
 
 
+def test_a_secret_from_the_examples_is_no_secret(tmp_path):
+    example, other = "0" * 32, "fedcba9876543210fedcba9876543210"
+    text = f"instance a {{\n auth_shared_secret {other}, {'1' * 32}\n}}\n"
+    errors, warnings = look(tmp_path, f"auth_shared_secret {other}, {example}\n" + text)
+    assert errors == []
+    assert [line.partition("; ")[0] for line in warnings] == [
+        "F:4: warning: auth_shared_secret: a secret that can be guessed",
+        "warning: instance: a: a secret that can be guessed",
+    ]
+    assert example not in "".join(warnings)
+
+
 def test_a_busy_port_is_left_alone(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]
-        errors, warnings = look(tmp_path, f"listen_proxy_protocol 127.0.0.1:0, 127.0.0.1:{port}\n")
+        errors, warnings = look(tmp_path, f"listen_proxy_protocol 127.0.0.2:0, 127.0.0.1:{port}\n")
     assert errors == []
     assert warnings == [f"F:4: warning: listen_proxy_protocol: 127.0.0.1:{port} is in use now"]
 
 
 def test_a_listener_on_a_foreign_address(tmp_path):
-    errors, _ = look(tmp_path, "listen_status 127.0.0.1:0\nlisten 127.0.0.1:0\nlisten 192.0.2.1:807\n")
+    errors, _ = look(tmp_path, "listen_status 127.0.0.2:0\nlisten 127.0.0.3:0\nlisten 192.0.2.1:807\n")
     assert errors == ["F:6: listen: 192.0.2.1:807: Cannot assign requested address"]
 
 
@@ -126,7 +138,7 @@ def test_too_few_descriptors(tmp_path):
 
 def test_secrets_that_everybody_can_read(tmp_path):
     secret = tmp_path / "secret"
-    secret.write_text("x" * 32)
+    secret.write_text("0123456789abcdef" * 2)
     secret.chmod(0o600)
     assert look(tmp_path, f"auth_shared_secret_file {secret}\n") == ([], [])
     secret.chmod(0o644)
@@ -146,7 +158,7 @@ def test_secrets_that_everybody_can_read(tmp_path):
         ("throttle a {\n}\n", "warning: throttle: a: no limit"),
         ("instance a {\n allow_from 127.0.0.2\n}\n", "warning: instance: a: its allow_from goes beyond"),
         (
-            "listen_proxy_protocol 127.0.0.1:0\nlisten_proxy_protocol_allow_from ::/0\n",
+            "listen_proxy_protocol 127.0.0.2:0\nlisten_proxy_protocol_allow_from ::/0\n",
             "F:4: warning: listen_proxy_protocol: everybody",
         ),
     ],
@@ -162,7 +174,7 @@ def test_advice(tmp_path, text, warning):
     "text",
     [
         "source_ip 127.0.0.0/8, 192.0.2.0/24\ndefault_source_ip same\n",
-        "listen_tls no\nlisten 127.0.0.1:0\n",
+        "listen_tls no\nlisten 127.0.0.2:0\n",
         "idle_timeout 10m\n",
         "instance a {\n allow_from 127.0.0.1\n source_ip 10.0.0.0/8\n}\n",
         "throttle a {\n max_delivery_rate 1/hr\n}\n",
@@ -174,6 +186,6 @@ def test_no_advice(tmp_path, text):
 
 def test_it_changes_nothing(tmp_path):
     before = set(os.listdir("/proc/self/fd"))
-    look(tmp_path, "listen 127.0.0.1:0\n")
+    look(tmp_path, "listen 127.0.0.2:0\n")
     assert set(os.listdir("/proc/self/fd")) == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["f.conf"]
