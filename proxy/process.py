@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import gc
 import os
@@ -51,6 +52,17 @@ def raise_descriptor_limit() -> int:
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard
+
+
+def forbid_core_dumps() -> None:
+    """No secret and no mail on the disk, however we end. (The hard limit stays: prlimit(1) can allow one.)"""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
+def load_codecs() -> None:
+    """Python finds a codec when it is first used, and opens files for that: not when descriptors have run out."""
+    for name in ("idna", "unicode_escape"):
+        codecs.lookup(name)
 
 
 def freeze_garbage() -> None:

@@ -107,6 +107,7 @@ class Server:
 
     def run(self) -> int:
         """Start, serve, drain; the exit code."""
+        process.forbid_core_dumps()
         log.note(log.Event.START, log.INFO, f"greenarrow_proxy {__version__} starts", pid=os.getpid())
         try:
             self._take(self._prepare(self._first_settings))
@@ -120,6 +121,7 @@ class Server:
         gevent.spawn(self._sweep_forever)
         gevent.spawn(self._keeper.run)
         gevent.spawn(self._watchdog_forever)
+        process.load_codecs()
         process.freeze_garbage()
         self._manager.ready("serving")
         self._stop.wait()

@@ -157,6 +157,23 @@ def test_no_descriptor_for_the_outgoing_connection(mx):
         proxy.wait_line(r"reason=overloaded .*Too many open files")
 
 
+def test_a_refusal_needs_no_descriptor(mx):
+    """A 421 is made with a codec of Python's that is looked for on the disk when it is used for the first time."""
+    text = "max_connections 1000\nauth_timeout 60s\n"
+    with Proxy(text, before="ulimit -n 100") as proxy, contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(dial(proxy.proxy_protocol)) for _ in range(100)]
+        proxy.wait_line(r"^ERROR accept: ")
+        silent[0].sendall(v2("127.0.0.5", mx.endpoint))
+        assert read_all(silent[0]).startswith(b"421 4.3.2 ")
+        proxy.wait_line(r"reason=overloaded .*Too many open files")
+
+
+def test_no_core_is_dumped():
+    """It would hold the secrets."""
+    with Proxy(before="ulimit -Sc $(ulimit -Hc)") as proxy:
+        assert resource.prlimit(proxy.pid, resource.RLIMIT_CORE)[0] == 0
+
+
 # -- clients that say nothing
 
 
