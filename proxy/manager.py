@@ -128,8 +128,10 @@ class Manager:
         registry = self._registry
         throttles = tuple([registry.throttle(key) for key in keys])
         said = [part for _, part in parts]
+        paused = any(part.paused for part in said)
         flow = session.flows.get(id)
         if flow is not None and flow.path.throttles == throttles:
+            flow.paused = flow.paused or paused  # before its part in the limits goes, or it would be free of them
             registry.restake(flow, said, now)
         else:
             old, flow = flow, registry.join(session, id, throttles, said, now)
@@ -137,7 +139,7 @@ class Manager:
             if old is not None:  # last, so that no throttle is without limits in between
                 registry.leave(old, now, None)
                 session.backlog(id, 0, 0, 0)
-        flow.paused = any(part.paused for _, part in parts)
+        flow.paused = paused
         if not flow.paused:
             self._dispenser.activate(flow, now)
             self._book.retry(flow, now)

@@ -214,7 +214,7 @@ def saturated(bench: Bench, weights: Sequence[float]) -> list[int]:
 
 def test_equal_shares(bench: Bench) -> None:
     shares = saturated(bench, [1.0] * 7)
-    assert max(shares) - min(shares) <= 3  # the first one was alone for three slots
+    assert max(shares) - min(shares) <= 5  # the first one was alone for five slots
     assert sum(shares) >= 2000
 
 
@@ -225,7 +225,7 @@ def test_weights(bench: Bench) -> None:
 
 def test_weights_have_bounds(bench: Bench) -> None:
     light, heavy = saturated(bench, [1e-9, 1e9])
-    assert light == pytest.approx(heavy / 256, abs=4)
+    assert light == pytest.approx(heavy / 256, abs=6)  # it was alone for five slots
 
 
 def test_each_of_n_gets_one_of_n_slots(bench: Bench) -> None:
@@ -257,7 +257,7 @@ def test_two_paths_of_one_session_are_one_session(bench: Bench) -> None:
     bench.register(modest, (ALL, part(Limit(100, 1))))
     bench.want(modest, 10**6)
     shares = count(bench.run(10 * SECOND))
-    assert shares["greedy"] == pytest.approx(shares["modest"], abs=4)
+    assert shares["greedy"] == pytest.approx(shares["modest"], abs=5)
 
 
 def test_joining_again_and_again_gains_nothing(bench: Bench) -> None:
@@ -272,7 +272,7 @@ def test_joining_again_and_again_gains_nothing(bench: Bench) -> None:
         bench.want(flapping, 10**6)
         for name, n in count(bench.run(50 * MS)).items():
             totals[name] += n
-    assert totals["flapping"] <= totals["steady"] + 4
+    assert totals["flapping"] <= totals["steady"] + 5
 
 
 def test_a_hoarder_gets_its_share_and_no_more(bench: Bench) -> None:
@@ -282,7 +282,7 @@ def test_a_hoarder_gets_its_share_and_no_more(bench: Bench) -> None:
         bench.register(session, (KEY, part(Limit(100, 1))))
         bench.want(session, 2**32 - 1)
     shares = count(bench.run(10 * SECOND))
-    assert abs(shares["honest"] - shares["hoarder"]) <= 3
+    assert abs(shares["honest"] - shares["hoarder"]) <= 5
 
 
 # --- returns ---
@@ -887,3 +887,15 @@ def test_another_weight_holds_from_the_next_permit_on(bench: Bench) -> None:
     shares = count(bench.run(4 * SECOND))
     assert shares["a"] == pytest.approx(300, abs=5)
     assert shares["b"] == pytest.approx(100, abs=5)
+
+
+def test_pausing_with_mail_waiting_frees_nothing(bench: Bench) -> None:
+    """Its part in the limits goes, and it must not be served in between as if there were none."""
+    session = bench.session("a")
+    bench.register(session, (KEY, part(Limit(1, 60))))
+    bench.want(session, 100)
+    assert count(bench.run(SECOND)) == {"a": 1}
+    bench.register(session, (KEY, part(Limit(1, 60), paused=True)))
+    assert count(bench.run(300 * SECOND)) == {}
+    bench.register(session, (KEY, part(Limit(1, 60))))
+    assert count(bench.run(SECOND)) == {"a": 1}
