@@ -790,7 +790,7 @@ def test_no_leak_over_many_sessions(engine: relay.Engine) -> None:
         session(number)
     gc.collect()
     assert open_descriptors() == descriptors
-    assert _greenlets() == greenlets
+    assert _greenlets() <= greenlets  # those of tests before this one may end meanwhile
     assert _malloced() - malloced < 100_000  # 50 bytes a session; a pair that is not freed has 200
     assert engine.pairs == engine.faults == 0
 
