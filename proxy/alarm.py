@@ -1,7 +1,7 @@
 """Deadlines for many greenlets for the price of one timer: coarse, late by a tick at most, cheap to start and cancel.
 
-Almost every deadline of a handshake or a connect is cancelled. A gevent.Timeout costs such a one 2.5 µs, an alarm a
-fifth of that. What a deadline is for, and what its passing means, is the caller's.
+Almost every deadline of a handshake or a connect is cancelled. A gevent.Timeout costs such a one 2.6 µs, an alarm
+0.75 µs. What a deadline is for, and what its passing means, is the caller's.
 """
 
 from __future__ import annotations

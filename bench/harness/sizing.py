@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness import analysis
+from harness.candidates import CANDIDATES
 
 OURS = "greenarrow"
 SHARE_OF_A_CORE = 0.6
@@ -36,6 +37,30 @@ def _memory(blocks: Mapping[str, Any]) -> str | None:
                 f"its two sockets: 10,000 of them {whole * 10_000 / 1024:,.0f} MB. Mail under way adds socket buffers."
             )
     return None
+
+
+_GROWTH = ("grow100", "grow1000", "grow9000")
+
+
+def growth(blocks: Mapping[str, Any]) -> str:
+    """How the cost of a session changes with the relays that are open beside it; nothing when not measured."""
+    if not all(name in blocks for name in _GROWTH):
+        return ""
+    lines = [
+        "### Does cost grow with open relays?",
+        "",
+        "Medians of `sess1` beside so many idle relays: CPU µs a session, and p99 in ms.",
+        "",
+        "| | 100 | 1,000 | 9,000 | CPU, 9,000 ÷ 100 |",
+        "|---|---|---|---|---|",
+    ]
+    for who in blocks[_GROWTH[0]]["candidates"]:
+        cost = [_median(blocks, name, "cpu_us_per_unit", who) for name in _GROWTH]
+        tail = [_median(blocks, name, "session_p99_us", who) for name in _GROWTH]
+        if None not in cost and None not in tail:
+            cells = [f"{c:,.1f}; {t / 1000:,.1f}" for c, t in zip(cost, tail, strict=True) if c and t]
+            lines.append(f"| {CANDIDATES[who].title} | {' | '.join(cells)} | {(cost[-1] or 0) / (cost[0] or 1):.2f} |")
+    return "\n".join(lines)
 
 
 def section(blocks: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from proxy.client import ProxyFailure
 
 _THREADS = 8
-_SECONDS, _SECONDS_QUICK = 2.5, 1.5
+_SECONDS, _SECONDS_QUICK = 2.0, 1.5
 _TIMEOUT = 10.0
 _LINE = b"The quick brown fox jumps over the lazy dog, again and again and once more.\r\n"
 MESSAGE = _LINE * (20 * 1024 // len(_LINE) + 1) + b".\r\n"
