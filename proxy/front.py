@@ -358,8 +358,8 @@ class Visit:
     def _read(self) -> bytes:
         """The client's next bytes; b"" at the end of the file.
 
-        Waits before it reads, unless events went by: the socket is registered anyway, and one way in is simpler than two.
-        It saves nothing where the first bytes come with the connection (on loopback, 19 times in 20).
+        Waits before it reads, unless events went by: the socket is registered anyway, and one way in is simpler than
+        two. It saves nothing where the first bytes come with the connection (on loopback, 19 times in 20).
         """
         while True:
             if not self.missed and self._wait() & GONE:
