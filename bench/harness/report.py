@@ -8,6 +8,7 @@ from typing import Any
 
 from harness import analysis, sizing
 from harness.candidates import CANDIDATES
+from harness.machine import facts
 from harness.targets import TARGETS, Target
 from harness.workloads import WORKLOADS, Metric, Workload
 
@@ -105,7 +106,7 @@ def targets_table(blocks: Mapping[str, Any]) -> str:
 
 
 def _machine_line(blocks: Mapping[str, Any]) -> str:
-    machine = next(iter(blocks.values()))["machine"]
+    machine = next(iter(blocks.values()), {"machine": facts()})["machine"]
     peers = "; ".join(sorted({text for block in blocks.values() for text in block["versions"].values()}))
     return (
         f"Machine: {machine['processor']}, {machine['cores']} cores, Linux {machine['kernel']}, "
@@ -117,7 +118,7 @@ def _machine_line(blocks: Mapping[str, Any]) -> str:
 
 def markdown(blocks: Mapping[str, Any]) -> str:
     ordered = {name: blocks[name] for name in WORKLOADS if name in blocks}
-    parts = [_machine_line(ordered), targets_table(ordered), sizing.section(ordered)]
+    parts = [_machine_line(ordered), targets_table(ordered), sizing.section(ordered), sizing.growth(ordered)]
     parts += [workload_table(name, block) for name, block in ordered.items()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
