@@ -12,7 +12,8 @@ import subprocess
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from harness import native_driver, smtp_driver
+from harness import native_driver, permit_driver, smtp_driver
+from harness.candidates import SECRET
 from harness.machine import pinned
 from harness.usage import process_cpu
 
@@ -39,8 +40,30 @@ def driven_sessions(bench: Bench, running: Running) -> dict[str, Any]:
 
 def permits(bench: Bench, running: Running, depth: int) -> dict[str, Any]:
     """Permits asked for by 50 clients, `depth` in flight each."""
-    driver = {"redis": _redis_increments}.get(running.candidate.name)
+    driver = {"redis": _redis_increments, "greenarrow": _native_permits}.get(running.candidate.name)
     return driver(bench, running, depth) if driver else {"failed": "no driver for it"}
+
+
+def _native_permits(bench: Bench, running: Running, depth: int) -> dict[str, Any]:
+    """Sessions over plain TCP, as redis has it; each asks for its next permits when it has the last ones."""
+    assert running.pid is not None
+    address = "127.0.0.1", running.candidate.door_port("native")
+    names = [f"permits-{number}" for number in range(50)]
+    with permit_driver.Fleet(address, SECRET, names) as fleet:
+        before = process_cpu(running.pid)
+        granted, seconds, times = permit_driver.closed_loop(fleet, 1.5 if bench.quick else 4.0, depth)
+        spent = process_cpu(running.pid) - before
+        all_of_them = sum(member.granted for member in fleet.members)
+    times.sort()
+    return {
+        "units": granted,
+        "unit": "permit",
+        "errors": 0,
+        "units_per_second": granted / seconds,
+        "cpu_us_per_unit": spent * 1e6 / all_of_them,
+        "permit_p50_us": times[len(times) // 2] * 1e6,
+        "permit_p99_us": times[len(times) * 99 // 100] * 1e6,
+    }
 
 
 def _redis_increments(bench: Bench, running: Running, depth: int) -> dict[str, Any]:

@@ -123,14 +123,14 @@ def markdown(blocks: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def put_into(document: Path, text: str) -> None:
+def put_into(document: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
     """Replaces what stands between the markers.
 
     Raises:
         ValueError: the document has no such markers.
     """
-    before, begin, rest = document.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
+    before, found_begin, rest = document.read_text().partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not found_begin or not found_end:
         raise ValueError(f"{document}: the markers for the tables are missing")
-    document.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+    document.write_text(f"{before}{begin}\n{text}{end}{after}")
