@@ -27,6 +27,8 @@ from proxy.relay import RawSocket
 _CHUNK = 65536
 #: Plaintext given to OpenSSL in one call: four whole records.
 _WRITE_CHUNK = 4 * 16384
+#: Answers to key updates that may wait for a peer who reads nothing; then nothing is read from it either.
+_MOST_ANSWERS = 16384
 _LIFETIME = timedelta(days=3650)
 
 
@@ -206,6 +208,8 @@ class TlsStream:
             except ssl.SSLWantReadError:
                 if self._outgoing.pending:
                     self.flush()  # an answer to a key update
+                    if self._outgoing.pending > _MOST_ANSWERS:
+                        raise BlockingIOError from None
                 self._read_socket()
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
                 # Many a receiver ends with a FIN and no close_notify. SMTP has its own ends: nothing hangs on that one.

@@ -143,6 +143,37 @@ def test_bytes_that_are_not_tls(pair: Pair) -> None:
         receive(pair.engine, pair.far)
 
 
+class _KeyUpdates:
+    """Stands for OpenSSL under a peer who asks for key updates without end: each read makes an answer and no byte."""
+
+    def __init__(self, answers: ssl.MemoryBIO) -> None:
+        self._answers = answers
+
+    def read(self, _size: int) -> bytes:
+        self._answers.write(bytes(22))
+        raise ssl.SSLWantReadError
+
+
+def test_a_peer_who_asks_for_key_updates_and_reads_no_answer(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    while not pair.near.unsent:
+        pair.near.send(bytes(65536))  # it reads nothing
+    monkeypatch.setattr(pair.near, "tls", _KeyUpdates(pair.near._outgoing))
+    for _ in range(3000):
+        pair.far.socket.send(bytes(5))
+        with pytest.raises(BlockingIOError):
+            pair.near.recv(65536)
+        if pair.near._outgoing.pending > 16384:
+            break
+    else:
+        pytest.fail("so many are not kept")
+    pair.far.socket.send(bytes(5))
+    before = pair.near._outgoing.pending
+    with pytest.raises(BlockingIOError):
+        pair.near.recv(65536)
+    assert pair.near.socket.recv(5) == bytes(5), "what it sends stays in the kernel"
+    assert pair.near._outgoing.pending <= before + 22
+
+
 def test_a_plain_stream_has_the_same_shape() -> None:
     peer, raw = tcp_pair()
     engine = Engine()
