@@ -10,13 +10,13 @@ import errno
 import os
 import ssl
 
-import gevent
 from gevent import Timeout
 
 from proxy import native
 from proxy import native_messages as m
 from proxy.channel_link import ClientGone, Link
 from proxy.conversation import has_gone
+from proxy.crew import let_others_run
 from proxy.errors import PeerError
 from proxy.model import Discard, Ending
 from proxy.receiver import Receiver
@@ -88,7 +88,7 @@ class Transfer:
             else:
                 turns += 1
                 if turns % _TURNS_IN_A_ROW == 0:
-                    gevent.sleep(0)
+                    let_others_run()
                     link.look_again()
                     self._readable = self._missed = True
 

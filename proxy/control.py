@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import monotonic
 from typing import Any, TypeVar
 
-import gevent
 from gevent import get_hub, getcurrent
 
 from proxy import __version__, control_frames, log, native
@@ -23,6 +22,7 @@ from proxy import native_session as s
 from proxy.admission import Admission, Client, clock_ns
 from proxy.control_frames import MAX_CACHED
 from proxy.conversation import farewell
+from proxy.crew import let_others_run
 from proxy.errors import NameInUse, ProxyError, Refused
 from proxy.native_auth import ChannelKey
 from proxy.native_door import Guest, check_still_welcome
@@ -215,7 +215,7 @@ class Control(Client):
         """
         if monotonic() >= self._turn_ends:
             self._admission.settle()
-            gevent.sleep(0)
+            let_others_run()
             self._turn_ends = monotonic() + _TURN
         if self._doom is not None:
             raise self._doom

@@ -22,7 +22,7 @@ from proxy.admission import Admission, clock_ns
 from proxy.budget import FailureBudget
 from proxy.channel import Channel
 from proxy.control import Control
-from proxy.crew import Crew
+from proxy.crew import Crew, let_others_run
 from proxy.doors import STATUS, Doors, Opened
 from proxy.errors import ConfigError, Overloaded
 from proxy.keeper import Keeper
@@ -348,7 +348,7 @@ class Server:
             channel.cut(Ending.DRAIN_TIMEOUT)
         for session in list(self._instances.sessions):
             session.cut()
-        gevent.sleep(0)
+        let_others_run()
         log.note(log.Event.STOP, log.INFO, "stopped", reset_connections=cut)
         return EXIT_OK
 
@@ -393,7 +393,7 @@ class Server:
             period = self.services.settings.idle_timeout / _SWEEPS_AN_IDLE_TIMEOUT
             gevent.sleep(min(period, _LONGEST_SWEEP_PERIOD))
             for _ in self._engine.sweep(monotonic()):
-                gevent.sleep(0)
+                let_others_run()
             for channel in list(self._instances.channels):
                 channel.sweep(monotonic())
 

@@ -21,6 +21,7 @@ from gevent.pywsgi import WSGIHandler, WSGIServer
 
 from proxy import __version__, log, status_metrics, status_page
 from proxy.admission import clock_ns
+from proxy.crew import let_others_run
 from proxy.errors import ClientNotAllowed
 from proxy.model import Endpoint, canonical_ip
 from proxy.relay import RawSocket, engine_name
@@ -190,7 +191,7 @@ class StatusDoor:
             except StopIteration as done:
                 result: _Built = done.value
                 return result
-            gevent.sleep(0)
+            let_others_run()
 
     def _sources(self) -> tuple[Sources, float]:
         house, now = self._house, monotonic()

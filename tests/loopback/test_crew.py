@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import gevent
 from gevent import get_hub, getcurrent
 
-from proxy.crew import Crew
+from proxy.crew import Crew, let_others_run
 
 
 def test_from_a_greenlet_work_starts_in_the_hubs_next_turn_and_the_caller_goes_on() -> None:
@@ -58,3 +60,24 @@ def test_work_that_raises_is_told_and_costs_nobody_else(monkeypatch) -> None:
     gevent.sleep(0)
     assert [type(error) for error in told] == [ZeroDivisionError]
     assert done == ["next"]
+
+
+def test_a_turn_for_others_is_one_for_sockets_too() -> None:
+    """Whoever has much to do and lets others run between two steps keeps a socket waiting for two steps at most."""
+    hub = get_hub()
+    seen: list[bool] = []
+    read_end, write_end = os.pipe()
+    watcher = hub.loop.io(read_end, 1)
+    watcher.start(lambda: (seen.append(True), watcher.stop()))
+    try:
+        for _ in range(3):
+            let_others_run()
+        assert not seen
+        os.write(write_end, b"!")
+        for _ in range(3):
+            let_others_run()
+        assert seen
+    finally:
+        watcher.close()
+        os.close(read_end)
+        os.close(write_end)
