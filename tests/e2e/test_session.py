@@ -142,15 +142,17 @@ def test_who_does_not_read_is_not_listened_to_and_nobody_else_notices(proxy):
         paths = [[id, SOURCE, [["x" * 250, [[10, 60, 10]]]]] for id in range(200)]
         storm = frame(REG, pack([deaf.incarnation, paths])) * 1000
         deaf.sock.settimeout(1.0)
-        with pytest.raises(TimeoutError):
-            deaf.sock.sendall(storm)
+        left = memoryview(storm)
+        with contextlib.suppress(TimeoutError):  # of one piece: however slow the machine is, it is stuck in the end
+            while left:
+                left = left[deaf.sock.send(left) :]
+        assert left
 
         def line():
             return next(line for line in proxy.status() if "session(deaf)" in line)
 
-        found = re.search(r"forward\(in=(\d+)/16.*back\(in=0/16 out=(\d+)/16 buf=(\d+)\)", line())
-        assert found is not None
-        assert (found[1], found[2]) == ("16", "16"), found
+        stuck = re.compile(r"forward\(in=16/16 .*back\(in=0/16 out=16/16 buf=\d+\)")
+        wait_for(lambda: stuck.search(line()), 20, "both queues are full")
         for _ in range(5):
             throttle.acquire(5)
         assert other.round_trip < 1.0
