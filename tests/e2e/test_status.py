@@ -213,6 +213,15 @@ def test_cached_connections(proxy):
             assert b"a-secret-user" not in get(proxy, path)[2]
 
 
+def test_reloads_are_counted_good_and_bad_ones():
+    with Proxy(STATUS) as own:
+        own.hup()
+        own.hup()
+        assert own.bad_hup(STATUS + "nonsense 1\n")
+        figures = metrics(own)
+        assert (figures["reloads_total",], figures["reloads_failed_total",]) == (2, 1)
+
+
 def test_counters_in_json_and_metrics(proxy):
     before = metrics(proxy)
     with Raw(echo) as mx, socks5(proxy.socks5, mx.endpoint) as sock:

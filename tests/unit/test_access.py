@@ -502,3 +502,8 @@ def test_a_disguise_never_helps(address: IPv4Address) -> None:
         first_octet_zero = address.packed[0] == 0
         for form in disguises(str(address)):
             assert not reaches(rules, form) or (first_octet_zero and form.startswith("64:ff9b:1:"))
+
+
+def test_the_weight_of_an_instance_is_that_of_its_block() -> None:
+    rules = access(instance=(instance("a", weight=3.0), instance("b")))
+    assert [rules.weight_of(name) for name in ("a", "b", "of no block")] == [3.0, 1.0, 1.0]
