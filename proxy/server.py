@@ -96,7 +96,7 @@ class Server:
         self._reloading = False
         self._stop = Event()
         self._reserve = process.Reserve()
-        self._manager = systemd.Notifier(os.environ, os.getpid())
+        self._notifier = systemd.Notifier(os.environ, os.getpid())
         inherited = systemd.Inherited(os.environ, os.getpid())
         self._doors = Doors(self._admit, self._accept_failed, self._reserve.lent, inherited)
         self._status = self._status_door()
@@ -123,7 +123,7 @@ class Server:
         gevent.spawn(self._watchdog_forever)
         process.load_codecs()
         process.freeze_garbage()
-        self._manager.ready("serving")
+        self._notifier.ready("serving")
         self._stop.wait()
         return self._drain()
 
@@ -288,7 +288,7 @@ class Server:
 
     def _reload(self) -> None:
         """Read the configuration anew; on any error the old one stays in force, whole."""
-        self._manager.reloading()
+        self._notifier.reloading()
         try:
             with self._reserve.lent():
                 prepared = self._prepare(self._load())
@@ -305,7 +305,7 @@ class Server:
             log.note(
                 log.Event.RELOAD, log.INFO, "the new configuration is in force", file=settings.config_filename or "-"
             )
-        self._manager.ready("serving")
+        self._notifier.ready("serving")
 
     # ---------------------------------------------------------------- the end
 
@@ -326,7 +326,7 @@ class Server:
     def _drain(self) -> int:
         """Accept nothing more, let what is open finish within `drain_timeout`, reset the rest."""
         timeout = self.services.settings.drain_timeout
-        self._manager.stopping("draining", 3 * _EXTEND_EVERY)
+        self._notifier.stopping("draining", 3 * _EXTEND_EVERY)
         self._doors.finish()
         for channel in list(self._instances.channels):
             channel.goaway(timeout, "the proxy is shutting down")
@@ -340,7 +340,7 @@ class Server:
         while self._busy() and monotonic() < end:
             if monotonic() - extended >= _EXTEND_EVERY:
                 extended = monotonic()
-                self._manager.extend(3 * _EXTEND_EVERY)
+                self._notifier.extend(3 * _EXTEND_EVERY)
             gevent.sleep(_DRAIN_POLL)
         cut = self._doors.open_connections()
         self._engine.abort_all(Ending.DRAIN_TIMEOUT)
@@ -383,9 +383,9 @@ class Server:
             self._report()
 
     def _watchdog_forever(self) -> None:
-        interval = self._manager.watchdog_interval
+        interval = self._notifier.watchdog_interval
         while interval:
-            self._manager.watchdog()
+            self._notifier.watchdog()
             gevent.sleep(interval)
 
     def _sweep_forever(self) -> None:
