@@ -193,11 +193,6 @@ def frame_bytes(kind: int, payload: bytes | memoryview) -> bytes:
     return b"".join((_LAYOUT.pack(len(payload), kind), payload))
 
 
-def data_header(length: int) -> bytes:
-    """The five bytes before `length` raw bytes, 1 to `MAX_PAYLOAD`; for callers that send header and payload apart."""
-    return _LAYOUT.pack(length, DATA)
-
-
 def encode_data(payload: bytes | memoryview) -> bytes:
     """Raw bytes as DATA frames, as many as are needed; nothing for no bytes."""
     size = len(payload)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trustme
 
 from tests import independent_client as mta
 from tests.certificates import NAME, authority, server_context
@@ -83,6 +84,17 @@ def test_verified(peer: Peer, mode: str) -> None:
         peer.finish()
         opened = peer.opened(mx.endpoint, ehlo_name=EHLO, tls=mode, tls_verify=True)  # by its address
         assert opened[7][2] is True
+
+
+def test_a_reload_reads_the_authorities_anew(tmp_path: Path) -> None:
+    trusted = tmp_path / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(str(trusted))
+    wanted = {"ehlo_name": EHLO, "tls": "required", "tls_server_name": NAME, "tls_verify": True}
+    with Mx(starttls=True) as mx, Proxy(environ={"SSL_CERT_FILE": str(trusted)}) as own, channel(own.native) as peer:
+        assert peer.failed(mx.endpoint, **wanted)[0] == "tls"
+        authority().cert_pem.write_to_path(str(trusted))
+        own.hup()
+        assert peer.opened(mx.endpoint, **wanted)[7][2] is True
 
 
 @pytest.mark.parametrize("certificate", BAD)

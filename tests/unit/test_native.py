@@ -94,7 +94,7 @@ def test_frames_not_taken_stay_first_in_line():
 
 def test_data_does_not_wait_for_its_frame():
     decoder = native.FrameDecoder()
-    decoder.receive(native.data_header(1000) + b"abc")
+    decoder.receive(native.encode_data(bytes(1000))[:5] + b"abc")
     frame = decoder.next_frame()
     assert frame == (native.DATA, b"abc")
     assert isinstance(frame[1], memoryview)
