@@ -53,6 +53,17 @@ def test_a_whole_life(manager):
     assert not proxy.matching("systemd")
 
 
+def test_a_long_drain_asks_for_more_time(manager):
+    with Proxy("drain_timeout 30s\n", environ={"NOTIFY_SOCKET": manager.path}) as proxy, Raw(greet) as mx:
+        assert manager.next()["READY"] == "1"
+        with proxied(proxy.proxy_protocol, mx.endpoint) as sock:
+            assert exactly(sock, 8) == GREETING
+            proxy.term()
+            assert manager.next()["STOPPING"] == "1"
+            assert int(manager.next()["EXTEND_TIMEOUT_USEC"]) > 1_000_000
+        assert proxy.wait_exit() == 0
+
+
 def test_not_ready_before_it_listens(manager):
     with socket.create_server(("127.0.1.4", 0)) as busy:
         text = f"listen_socks5 127.0.1.4:{busy.getsockname()[1]}\n"

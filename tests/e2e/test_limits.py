@@ -6,10 +6,11 @@ import socket
 
 import pytest
 
+from proxy.client import Session
 from tests import clients
 from tests.clients import Refused, dial, exactly, proxied, read_all, socks5, v2
 from tests.program import SECRET, Proxy
-from tests.sinks import GREETING, Raw, echo, greet
+from tests.sinks import GREETING, Raw, Sink, echo, greet
 from tests.waiting import wait_for
 
 
@@ -155,6 +156,22 @@ def test_no_descriptor_for_the_outgoing_connection(mx):
         sock.sendall(clients.login() + clients.connect_request(mx.endpoint))
         assert read_all(sock) == b"\x01\x00\x05\x02\x00\x01" + bytes(6)
         proxy.wait_line(r"reason=overloaded .*Too many open files")
+
+
+def test_kept_connections_give_way_to_clients_when_descriptors_are_short():
+    text = "max_connections 1000\nauth_timeout 60s\n"
+    with (
+        Sink() as mx,
+        Proxy(text, before="ulimit -n 100") as proxy,
+        Session(proxy.native, SECRET, "a") as session,
+        contextlib.ExitStack() as stack,
+    ):
+        session.smtp([mx.endpoint], "a.example", source_ip="127.0.0.11", tls="none").release(wait=True)
+        wait_for(lambda: proxy.status()[-1].endswith("connections=1(active=0 cached=1)"))
+        for _ in range(150):
+            stack.enter_context(dial(proxy.socks5))
+        proxy.wait_line(r"^ERROR accept: ")
+        wait_for(lambda: proxy.status()[-1].endswith("connections=0(active=0 cached=0)"))
 
 
 def test_a_refusal_needs_no_descriptor(mx):
