@@ -90,7 +90,7 @@ def run(to: Target, say: Callable[[str], None], complain: Callable[[str], None])
     try:
         with _connect(to) as sock:
             sock.settimeout(_TIMEOUT)
-            say(f"tcp: connected to {_named(sock.getpeername())} from {_named(sock.getsockname())}")
+            say(f"tcp: connected to {to} from {_named(sock.getsockname())}")
             stream, certificate = _start_tls(to, sock, say)
             with stream:
                 _authenticate(to, stream, certificate, say)
@@ -147,6 +147,7 @@ def _authenticate(to: Target, sock: socket.socket, certificate: bytes, say: Call
         nonce=os.urandom(32),
         certificate=certificate,
     )
+    own = sock.getsockname()[0]
     try:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         asked_at = time.monotonic()
@@ -157,7 +158,7 @@ def _authenticate(to: Target, sock: socket.socket, certificate: bytes, say: Call
             if not data:
                 if handshake.version or to.tls:
                     raise NoAnswer("it closed the connection during authentication")
-                raise _closed_at_once(sock.getsockname()[0])
+                raise _closed_at_once(own)
             answer = handshake.receive(data)
             if answer:
                 round_trip = time.monotonic() - asked_at
@@ -174,6 +175,8 @@ def _authenticate(to: Target, sock: socket.socket, certificate: bytes, say: Call
     except TimeoutError:
         raise NoAnswer("connected, but it does not answer; is this the native listener?") from None
     except OSError as error:
+        if isinstance(error, ConnectionError) and not handshake.version and not to.tls:
+            raise _closed_at_once(own) from None  # it closed before it read: that arrives as a reset
         raise NoAnswer(f"the connection broke: {error.strerror or error}") from None
     welcome = handshake.welcome
     say(f"authentication: the proxy knows the secret, and so do we; instance {to.instance}")
