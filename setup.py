@@ -51,13 +51,14 @@ setup(
         "test": [
             "aiosmtpd",
             "hypothesis",
-            "mypy",
+            "mypy==2.4.1",
             "psutil",
             "PySocks",
             "pytest>=8",
+            "pytest-rerunfailures",
             "pytest-timeout",
             "pytest-xdist",
-            "ruff",
+            "ruff==0.17.6",  # another version may format otherwise
             "trustme",
         ],
     },
