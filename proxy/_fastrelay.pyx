@@ -36,6 +36,7 @@ cdef extern from *:
     #define RELAY_IN EPOLLIN
     #define RELAY_OUT EPOLLOUT
     #define RELAY_ERR EPOLLERR
+    #define RELAY_RDHUP EPOLLRDHUP
     #define RELAY_DEAD (EPOLLERR | EPOLLHUP)
     #define RELAY_CLOSING (EPOLLERR | EPOLLHUP | EPOLLRDHUP)
     #define RELAY_REGISTERED (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET)
@@ -57,8 +58,8 @@ cdef extern from *:
         (void) setsockopt(fd, IPPROTO_TCP, TCP_USER_TIMEOUT, &milliseconds, sizeof milliseconds);
     }
     """
-    unsigned RELAY_IN, RELAY_OUT, RELAY_ERR, RELAY_DEAD, RELAY_CLOSING, RELAY_REGISTERED, RELAY_SPLICE_FLAGS
-    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, MSG_NOSIGNAL, SHUT_WR, O_NONBLOCK, O_CLOEXEC, F_SETPIPE_SZ
+    unsigned RELAY_IN, RELAY_OUT, RELAY_ERR, RELAY_DEAD, RELAY_CLOSING, RELAY_RDHUP, RELAY_REGISTERED, RELAY_SPLICE_FLAGS
+    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, MSG_MORE, MSG_NOSIGNAL, SHUT_WR, O_NONBLOCK, O_CLOEXEC, F_SETPIPE_SZ
     ctypedef union epoll_data_t:
         int fd
     cdef struct epoll_event:
@@ -298,7 +299,7 @@ cdef class Engine:
         bytes early,
         bint client_registered,
         bint client_readable,
-        bint upstream_readable,
+        unsigned upstream_events,
     ):
         cdef Pair *pair
         cdef size_t size = len(early)
@@ -339,9 +340,9 @@ cdef class Engine:
             if size:
                 self._flush(&pair.up)
             elif client_readable:
-                self._pump(&pair.up, True)
-        if upstream_readable and not pair.dead and pair.down.pending == NULL:
-            self._pump(&pair.down, True)
+                self._pump(&pair.up, RELAY_CLOSING)
+        if upstream_events and not pair.dead and pair.down.pending == NULL:
+            self._pump(&pair.down, upstream_events)
         self._settle()
 
     @property
@@ -495,11 +496,12 @@ cdef class Engine:
         elif half.pipe.read_end >= 0:
             self._splice(half)
         else:
-            self._pump(half, (events & RELAY_CLOSING) != 0)
+            self._pump(half, events)
 
-    cdef void _pump(self, Half *half, bint to_the_end) noexcept nogil:
-        """Read until there is nothing more, within the budget. A short read is the end of it, unless something may have
-        come (`to_the_end`) that no event will tell of."""
+    cdef void _pump(self, Half *half, unsigned events) noexcept nogil:
+        """Read until there is nothing more, within the budget. A short read is the end of it, unless the events tell of
+        an end, which no other event will tell of; RELAY_CLOSING stands for events that went by unseen."""
+        cdef int more = MSG_MORE if events & RELAY_CLOSING == RELAY_RDHUP else 0
         cdef int turn
         cdef ssize_t count, sent
         for turn in range(self.reads_a_turn):
@@ -511,7 +513,7 @@ cdef class Engine:
                     self._reset_by(half)
                 return
             half.moved += count
-            sent = send(half.peer.source, _buffer, count, MSG_NOSIGNAL)
+            sent = send(half.peer.source, _buffer, count, MSG_NOSIGNAL | (more if count < BUFFER_SIZE else 0))
             if sent < 0:
                 if not _for_now():
                     half.moved -= count
@@ -523,7 +525,7 @@ cdef class Engine:
                 return
             if count < BUFFER_SIZE:
                 half.full_reads = 0
-                if not to_the_end:
+                if not events & RELAY_CLOSING:
                     return
             else:
                 half.full_reads += 1
@@ -609,7 +611,7 @@ cdef class Engine:
         if half.pipe.read_end >= 0:
             self._splice(half)
         else:
-            self._pump(half, True)
+            self._pump(half, RELAY_CLOSING)
 
     cdef void _go_on_later(self, Half *half) noexcept nogil:
         if half.queued:

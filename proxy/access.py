@@ -77,6 +77,7 @@ class Access:
         self.instance_of_address = lru_cache(_REMEMBERED)(self._find_instance)
         self._source_verdict = lru_cache(_REMEMBERED)(self._judge_source)
         self._destination_verdict = lru_cache(_REMEMBERED)(self._judge_destination)
+        self._grant_route = lru_cache(_REMEMBERED)(self._judge_route)
 
     def secrets_of(self, instance: str) -> tuple[bytes, ...]:
         """The secrets that prove this name: the block's own ones; else, also for an unknown name, the global ones."""
@@ -149,11 +150,8 @@ class Access:
             DestinationNotAllowed: a port outside `destination_port`, a denied range (also as the IPv4 address inside an
                 IPv6 one), or this proxy itself.
         """
-        reason = self._destination_verdict(endpoint.host, endpoint.port)
-        if reason:
-            raise DestinationNotAllowed(reason)
-        if endpoint.port in self._own_ports and self._is_own_listener(endpoint):
-            raise DestinationNotAllowed(f"{endpoint} is this proxy itself")
+        self._check_destination_rules(endpoint)
+        self._refuse_own_listener(endpoint)
 
     def check_route(self, instance: str, source: str | None, destination: Endpoint) -> None:
         """Source, families and destination of one connection.
@@ -161,11 +159,26 @@ class Access:
         Raises:
             SourceNotAllowed, FamilyMismatch, DestinationNotAllowed: in this order.
         """
+        self._grant_route(instance, source, destination)
+        self._refuse_own_listener(destination)
+
+    def _judge_route(self, instance: str, source: str | None, destination: Endpoint) -> None:
+        """`check_route`, but for our own listeners. What is granted is remembered, a refusal is raised anew."""
         if source is not None:
             self.check_source(instance, source)
             if (":" in source) != destination.is_ipv6:
                 raise FamilyMismatch(f"{source} and {destination} are not of the same address family")
-        self.check_destination(destination)
+        self._check_destination_rules(destination)
+
+    def _check_destination_rules(self, endpoint: Endpoint) -> None:
+        reason = self._destination_verdict(endpoint.host, endpoint.port)
+        if reason:
+            raise DestinationNotAllowed(reason)
+
+    def _refuse_own_listener(self, endpoint: Endpoint) -> None:
+        """Not remembered: the addresses of this machine may change."""
+        if endpoint.port in self._own_ports and self._is_own_listener(endpoint):
+            raise DestinationNotAllowed(f"{endpoint} is this proxy itself")
 
     def _judge_client(self, ip: str, door: Door) -> bool:
         """Whether this address may connect at that door at all."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from gevent import get_hub, getcurrent, sleep
 from greenlet import greenlet
@@ -28,11 +28,11 @@ def let_others_run() -> None:
     sleep(_SHORTEST)
 
 
-class _Job(NamedTuple):
-    """A type of its own: whatever else a greenlet is switched to with is no job."""
+class _Job(tuple[Callable[..., object], tuple[Any, ...]]):
+    """Work and its arguments. A type of its own: whatever else a greenlet is switched to with is no job. (A NamedTuple
+    takes three times as long to make.)"""
 
-    work: Callable[..., object]
-    arguments: tuple[Any, ...]
+    __slots__ = ()
 
 
 class Crew:
@@ -49,9 +49,9 @@ class Crew:
         Only the hub may switch to another greenlet and be sure to be switched back to.
         """
         if getcurrent() is self._hub:
-            self._start(_Job(work, arguments))
+            self._start(_Job((work, arguments)))
         else:
-            self._hub.loop.run_callback(self._start, _Job(work, arguments))
+            self._hub.loop.run_callback(self._start, _Job((work, arguments)))
 
     def _start(self, job: _Job) -> None:
         if self._idle:
@@ -64,9 +64,10 @@ class Crew:
         while True:
             self.busy += 1
             try:
-                job.work(*job.arguments)
+                work, arguments = job
+                work(*arguments)
             except Exception:
-                self._hub.handle_error(job.work, *sys.exc_info())
+                self._hub.handle_error(work, *sys.exc_info())
             finally:
                 self.busy -= 1
             if len(idle) >= _MAX_IDLE:

@@ -49,6 +49,7 @@ from proxy.tls import PlainStream
 #: A KumoMTA gives up 60 s after its request; the answer must be there before, waiting included.
 ANSWER_WITHIN = 50.0
 _READ_SIZE = 4096
+_YES = Accepted()
 
 
 def _socks5(services: Services) -> Handshake:
@@ -130,8 +131,8 @@ class Visit:
         if refusal is not None:
             raise refusal
         self.services.engine.watch(self.socket.fileno(), self._miss)
-        upstream_readable = self._connect(request.route)
-        self._hand_over(handshake, upstream_readable)
+        upstream_events = self._connect(request.route)
+        self._hand_over(handshake, upstream_events)
 
     def _greet(self, handshake: Handshake) -> Connect | None:
         """Read until the request is there; None for a health check. One deadline covers all of it."""
@@ -181,7 +182,7 @@ class Visit:
             # Bound now, since only here can the client be told that the source is wrong; the connect uses it.
             self._bind(source)
             return Accepted(Endpoint(source, 0))
-        return Accepted()
+        return _YES
 
     def _authenticate(self, login: Login) -> str:
         """The instance's name. Wrong secrets cost an address its budget, and time when that is used up.
@@ -204,8 +205,8 @@ class Visit:
                     services.newcomers.leave(self)
             raise
 
-    def _connect(self, route: Route) -> bool:
-        """Connect as the route says; whether upstream may have spoken already.
+    def _connect(self, route: Route) -> int:
+        """Connect as the route says; the events of upstream that the relay has to act upon.
 
         Raises:
             ProxyError: refused or failed.
@@ -262,20 +263,21 @@ class Visit:
         self.services.gauges.outgoing += 1
         return sock
 
-    def _hand_over(self, handshake: Handshake, upstream_readable: bool) -> None:
+    def _hand_over(self, handshake: Handshake, upstream_events: int) -> None:
         """Say yes and let the relay take both sockets."""
         services, client, receiver = self.services, self.socket, self.upstream
         assert receiver is not None
-        answer = handshake.send(Accepted(upstream.local_endpoint(receiver) if handshake.tells_local else None))
+        reply = Accepted(upstream.local_endpoint(receiver)) if handshake.tells_local else _YES
+        answer = handshake.send(reply)
         if answer and self._write(answer):
-            upstream_readable = True  # while we waited, edges of both sides went by
+            upstream_events = GONE  # while we waited, edges of both sides went by
         early = handshake.trailing
         self.relayed = True
         self.handshake = None
         del self.socket, self.upstream  # this record lives as long as the relay, and there may be many
         services.counters.fresh += 1
         timeout = services.settings.idle_timeout
-        services.engine.join(client, receiver, self, timeout, early, True, self.missed, upstream_readable)
+        services.engine.join(client, receiver, self, timeout, early, True, self.missed, upstream_events)
 
     # ---------------------------------------------------------------- ends
 

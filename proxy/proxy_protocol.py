@@ -86,7 +86,7 @@ class ProxyProtocol:
         Raises:
             PeerError: not a PROXY header, or one that cannot be served; `send` of it gives the greeting that says so.
         """
-        if self._event is None and not self._done:
+        if self._event is None and self._buffer and not self._done:
             self._event = self._read_header()
         return self._event
 
@@ -98,10 +98,10 @@ class ProxyProtocol:
 
     def _read_header(self) -> Event | None:
         buffer = self._buffer
-        if buffer.startswith(_V1_START):
-            return self._read_v1()
         if buffer.startswith(_V2_SIGNATURE):
             return self._read_v2()
+        if buffer.startswith(_V1_START):
+            return self._read_v1()
         if _V1_START.startswith(buffer) or _V2_SIGNATURE.startswith(buffer):
             return None
         raise PeerError("the connection does not begin with a PROXY protocol header")
@@ -150,11 +150,17 @@ class ProxyProtocol:
         if end < layout.size:
             raise PeerError("a PROXY header, version 2, that is too short for its addresses")
         source, destination, port = layout.unpack_from(buffer)
-        return _connect(ip_from_bytes(source), ip_from_bytes(destination), port)
+        return _connect_packed(source, destination, port)
 
 
 def _connect(source: str, destination: str, port: int) -> Connect:
     return Connect(Route(source, Endpoint(destination, port)))
+
+
+@lru_cache(maxsize=4096)
+def _connect_packed(source: bytes, destination: bytes, port: int) -> Connect:
+    """Remembered, since a proxy has few sources and an MTA comes back to an MX; open relays share one object, too."""
+    return _connect(ip_from_bytes(source), ip_from_bytes(destination), port)
 
 
 def _port(destination: bytes, source: bytes) -> int:

@@ -34,6 +34,7 @@ import struct
 import sys
 from _socket import (
     IPPROTO_TCP,
+    MSG_MORE,
     SHUT_WR,
     SO_KEEPALIVE,
     SO_LINGER,
@@ -252,14 +253,15 @@ class Engine:
         early: bytes,
         client_registered: bool,
         client_readable: bool,
-        upstream_readable: bool,
+        upstream_events: int,
     ) -> None:
         """Hand both sockets over. `owner.ended` is called when the pair is closed, perhaps before this returns.
 
         Args:
             early: bytes that the client sent behind its handshake; they go upstream first.
             client_registered: whether `register` was called for the client's socket (upstream is always registered).
-            client_readable, upstream_readable: whether an edge may have been seen there and not acted upon.
+            client_readable: whether an edge may have been seen there and not acted upon.
+            upstream_events: epoll events that were seen there and not acted upon; GONE if any may have been.
         """
         pair = Pair(client, upstream, owner, idle_timeout)
         self._pairs[pair] = None
@@ -279,8 +281,8 @@ class Engine:
             self._guarded(self._flush, up)  # and reads on
         elif client_readable:
             self._guarded(self._pump, up)
-        if upstream_readable and pair.down.pending is None:
-            self._guarded(self._pump, pair.down)
+        if upstream_events and pair.down.pending is None:
+            self._guarded(self._pump, pair.down, upstream_events)
 
     @property
     def pairs(self) -> int:
@@ -339,9 +341,12 @@ class Engine:
                     if half.pending is not None or half.pipe is not None:
                         self._readable(half, events)
                         continue
+                    if events & _CLOSING:
+                        self._last_words(half, events)
+                        continue
                     count = half.recv_into(_BUFFER)
                     if not count:
-                        self._end_of_file(half, events)
+                        self._end_of_file(half)
                         continue
                     try:
                         sent = half.send(view[:count])
@@ -350,7 +355,7 @@ class Engine:
                     half.moved += count
                     if sent != count:
                         half.pending = bytes(view[sent:count])
-                    elif count == BUFFER_SIZE or events & _CLOSING:
+                    elif count == BUFFER_SIZE:
                         self._pump(half)
                 except BlockingIOError:
                     pass
@@ -374,17 +379,32 @@ class Engine:
         else:
             self._splice(half)
 
-    def _pump(self, half: Half) -> None:
-        """Read until there is nothing more, within the budget; then queue the half to go on."""
+    def _last_words(self, half: Half, events: int) -> None:
+        """The source has closed, or is gone."""
+        if half.done:
+            if events & _DEAD:  # it said FIN before and is gone altogether now
+                self._abort(half.pair, self._reset_ending(half))
+            return
+        self._pump(half, events)
+
+    def _pump(self, half: Half, events: int = GONE) -> None:
+        """Read until there is nothing more, within the budget; then queue the half to go on.
+
+        Args:
+            events: what the source has told. GONE: unknown, so a short read is not known to be the last one. A FIN that
+                is read next leaves in one segment with what was said before it: hence MSG_MORE (send(2)).
+        """
         recv_into = half.recv_into
         send = half.send
+        closing = events & _CLOSING
+        more = MSG_MORE if closing == _RDHUP else 0
         for _ in range(self.reads_a_turn):
             count = recv_into(_BUFFER)
             if not count:
-                self._end_of_file(half, 0)
+                self._end_of_file(half)
                 return
             try:
-                sent = send(_VIEW[:count])
+                sent = send(_VIEW[:count], more if count < BUFFER_SIZE else 0)
             except BlockingIOError:
                 sent = 0
             half.moved += count
@@ -398,6 +418,8 @@ class Engine:
                     return
             else:
                 half.full_reads = 0
+                if not closing:
+                    return
         self._go_on_later(half)
 
     def _splice(self, half: Half) -> None:
@@ -409,7 +431,7 @@ class Engine:
             count = os.splice(source, write_end, size, flags=_SPLICE_FLAGS)
             if not count:
                 self._give_pipe(half)
-                self._end_of_file(half, 0)
+                self._end_of_file(half)
                 return
             half.moved += count
             half.in_pipe = count
@@ -478,10 +500,10 @@ class Engine:
             if half.pending is None and not half.in_pipe and not half.done:
                 self._guarded(self._read_on, half)
 
-    def _guarded(self, step: Callable[[Half], None], half: Half) -> None:
+    def _guarded(self, step: Callable[..., None], half: Half, *arguments: int) -> None:
         """Run one step of a half outside a batch, with the same safety net."""
         try:
-            step(half)
+            step(half, *arguments)
         except BlockingIOError:
             pass
         except OSError:
@@ -491,11 +513,9 @@ class Engine:
 
     # ---------------------------------------------------------------- ends
 
-    def _end_of_file(self, half: Half, events: int) -> None:
+    def _end_of_file(self, half: Half) -> None:
         """The source said FIN: so do we, to the target; or both have."""
         if half.done:
-            if events & _DEAD:  # it said FIN before and is gone altogether now
-                self._abort(half.pair, self._reset_ending(half))
             return
         half.done = True
         pair = half.pair

@@ -62,7 +62,7 @@ def bind(source: str) -> RawSocket:
     return sock
 
 
-def connect(engine: Engine, sock: RawSocket, source: str, destination: Endpoint, timeout: float) -> bool:
+def connect(engine: Engine, sock: RawSocket, source: str, destination: Endpoint, timeout: float) -> int:
     """Connect a bound socket; it is registered with the engine from now on. Closes nothing, whatever happens.
 
     Args:
@@ -70,7 +70,7 @@ def connect(engine: Engine, sock: RawSocket, source: str, destination: Endpoint,
         timeout: seconds.
 
     Returns:
-        Whether the peer's first bytes may have come already.
+        The epoll events that came with the connection: the peer's first bytes, or its end; 0: none of these.
 
     Raises:
         UpstreamError: step `connect`, with the errno; a timeout is ETIMEDOUT, no free port is EADDRNOTAVAIL.
@@ -90,7 +90,7 @@ def connect(engine: Engine, sock: RawSocket, source: str, destination: Endpoint,
             alarm.cancel()
     if number:
         raise UpstreamError(f"connect {source} -> {destination}: {_why(number)}", Step.CONNECT, number)
-    return events != EPOLLOUT
+    return events & ~EPOLLOUT
 
 
 def _await(engine: Engine, sock: RawSocket, destination: Endpoint) -> tuple[int, int]:

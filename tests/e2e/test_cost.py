@@ -42,10 +42,9 @@ SHARED = {
 
 #: System calls of a session that has no mail: 2 accept4 (the second finds nobody), getsockname and ioctl to make a
 #: Python socket of it, epoll_ctl, recvfrom the request; socket, 2 setsockopt, bind, connect, epoll_ctl; the greeting
-#: read and sent; the end read, shutdown, the other end read; 2 close: 19. When the greeting is there as soon as the
-#: connection, one read more looks behind it and finds nothing: 20.
+#: read and sent; the end read, shutdown, the other end read; 2 close: 19.
 #: SOCKS5 has three requests more, a reply to each of the four, and asks for the port that it tells.
-BOUND = {"proxy_v2": 21, "socks5": 21 + 3 + 4 + 1}
+BOUND = {"proxy_v2": 20, "socks5": 20 + 3 + 4 + 1}
 #: One step one way is a read and a write.
 BOUND_STEP = 2.1
 

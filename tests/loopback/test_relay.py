@@ -86,6 +86,22 @@ def test_upstream_closes_first_and_still_gets_the_rest(engine: relay.Engine) -> 
     assert pair.owner.ending() == (Ending.UPSTREAM_CLOSED, 4, 7)
 
 
+def test_last_words_and_fin_leave_in_one_segment(engine: relay.Engine) -> None:
+    pair = Relayed(engine)
+    pair.check()
+    before = segments_in(pair.client)
+    pair.upstream.sendall(b"221 bye")
+    pair.upstream.close()  # both are there when the event is looked at
+    assert read_all(pair.client) == b"221 bye"
+    assert segments_in(pair.client) == before + 1
+
+
+def segments_in(sock: socket.socket) -> int:
+    """tcpi_segs_in of struct tcp_info (linux/tcp.h)."""
+    information = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+    return int.from_bytes(information[140:144], sys.byteorder)
+
+
 @pytest.mark.parametrize("fin", [False, True])
 @pytest.mark.parametrize("client_registered", [False, True])
 def test_what_came_before_the_join_needs_no_new_event(engine: relay.Engine, client_registered: bool, fin: bool) -> None:
