@@ -2,7 +2,8 @@
 
 A connection carries one request, has one deadline over all of it, and may send a few kilobytes; of too many at a time
 the oldest is cut off. The view is built in steps with others in between, once a second at most, however often it is
-asked for. gevent's WSGI handler parses and answers; what it would print or log is left out. Listening is `server`'s.
+asked for. gevent's WSGI handler parses and answers; what it would print or log is left out. Under which names it may be
+asked is `status_host`'s, listening `server`'s.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from gevent import Timeout, socket
 from gevent.lock import RLock
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
-from proxy import __version__, log, status_metrics, status_page
+from proxy import __version__, log, status_host, status_metrics, status_page
 from proxy.admission import clock_ns
 from proxy.crew import let_others_run
 from proxy.errors import ClientNotAllowed
@@ -99,7 +100,7 @@ class StatusDoor:
         sock = socket.socket(raw.family, raw.type, raw.proto, fileno=raw.detach())
         door.open_connections += 1
         try:
-            if self._allowed(door, address):
+            if self._allowed(address):
                 self._open.enter(sock, sock)
                 self._talk(sock, address)
         except OSError:
@@ -114,16 +115,18 @@ class StatusDoor:
             with self._house.spare():
                 pass  # the descriptor may have been one that was held back: it is again
 
-    def _allowed(self, door: Door, address: tuple[Any, ...]) -> bool:
+    def _allowed(self, address: tuple[Any, ...]) -> bool:
         """Whether this address may read the status; a no is counted and logged, and nothing is read or said."""
-        services = self._house.services()
-        client = Endpoint(canonical_ip(address[0].partition("%")[0]), address[1])
-        if services.access.client_allowed(client.host, "status"):
+        client = _client(address)
+        if self._house.services().access.client_allowed(client.host, "status"):
             return True
-        error = ClientNotAllowed(f"{client.host} is not in listen_status_allow_from")
-        services.counters.refused.count(error.code)
-        log.refused(next(numbers), "", door.protocol, client, "", None, 0.0, error)
+        self._refuse(client, ClientNotAllowed(f"{client.host} is not in listen_status_allow_from"))
         return False
+
+    def _refuse(self, client: Endpoint, error: ClientNotAllowed) -> None:
+        """Count and log a no."""
+        self._house.services().counters.refused.count(error.code)
+        log.refused(next(numbers), "", "status", client, "", None, 0.0, error)
 
     def _talk(self, sock: Any, address: tuple[Any, ...]) -> None:
         file = sock.makefile("rb", -1)
@@ -142,10 +145,19 @@ class StatusDoor:
     def _respond(self, environ: dict[str, Any], start_response: Callable[[str, list[tuple[str, str]]], object]) -> Any:
         """The WSGI application."""
         method = environ["REQUEST_METHOD"]
-        answer = self._answer(method, environ["PATH_INFO"])
+        answer = self._misdirected(environ) or self._answer(method, environ["PATH_INFO"])
         headers = [("Content-Type", answer.kind), ("Content-Length", str(len(answer.body))), *answer.more, *_HEADERS]
         start_response(answer.status, headers)
         return [b"" if method == "HEAD" else answer.body]
+
+    def _misdirected(self, environ: dict[str, Any]) -> Answer | None:
+        """The no to a request that asks under a name which may be somebody else's."""
+        try:
+            status_host.check(environ.get("HTTP_HOST", ""), self._house.services().host_name)
+        except status_host.HostNotAllowed as error:
+            self._refuse(_client((environ["REMOTE_ADDR"], int(environ["REMOTE_PORT"]))), error)
+            return Answer("421 Misdirected Request", _TEXT, f"{error}\n".encode())
+        return None
 
     def _answer(self, method: str, path: str) -> Answer:
         page = self._pages().get(path)
@@ -220,6 +232,10 @@ class StatusDoor:
         )
         manager, pool = services.admission.manager, services.keeper.pool
         return Sources(program, listeners, connections, services.counters, snapshot, manager, pool), now
+
+
+def _client(address: tuple[Any, ...]) -> Endpoint:
+    return Endpoint(canonical_ip(address[0].partition("%")[0]), address[1])
 
 
 class _TooLong(ValueError):

@@ -261,7 +261,7 @@ def test_head_and_what_the_headers_say(proxy, path):
     assert "Server" not in headers
     assert (headers["Cache-Control"], headers["Connection"]) == ("no-store", "close")
     assert headers["X-Content-Type-Options"] == "nosniff"
-    answer = raw(proxy, f"HEAD {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    answer = raw(proxy, f"HEAD {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
     assert answer.endswith(b"\r\n\r\n"), "no body on the wire either"
     assert answer.count(b"HTTP/1.1") == 1
 
@@ -274,14 +274,14 @@ def test_other_paths_are_404(proxy, path):
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE", "CONNECT", "get"])
 def test_nothing_can_be_changed(proxy, method):
-    answer = raw(proxy, f"{method} / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc".encode())
+    answer = raw(proxy, f"{method} / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 3\r\n\r\nabc".encode())
     head = answer.split(b"\r\n\r\n")[0]
     assert head.startswith(b"HTTP/1.1 405 ")
     assert b"Allow: GET, HEAD" in head
 
 
 def test_a_query_is_ignored_and_one_connection_is_one_request(proxy):
-    answer = raw(proxy, b"GET /healthz?verbose=1 HTTP/1.1\r\nHost: x\r\nConnection: keep-alive\r\n\r\n" * 3)
+    answer = raw(proxy, b"GET /healthz?verbose=1 HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: keep-alive\r\n\r\n" * 3)
     assert answer.count(b"HTTP/1.1 200 OK") == 1
     assert answer.endswith(b"\r\n\r\nok\n")
 
@@ -327,15 +327,15 @@ def test_bad_requests_get_an_answer_or_nothing_and_leave_no_trace(proxy, request
 
 def test_random_bytes(proxy):
     random_ = random.Random(7)
-    good = b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nTransfer-Encoding: x\r\n\r\n"
+    good = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 0\r\nTransfer-Encoding: x\r\n\r\n"
     mark = len(proxy.lines)
     for _ in range(150):
         request = bytearray(good)
         for _ in range(random_.randint(1, 6)):
             request[random_.randrange(len(request))] = random_.randrange(256)
         answer = raw(proxy, bytes(request[: random_.randint(1, len(request))]))
-        assert not answer or re.match(rb"HTTP/1\.1 (200|400|404|405) ", answer), request
-    assert proxy.lines[mark:] == []
+        assert not answer or re.match(rb"HTTP/1\.1 (200|400|404|405|421) ", answer), request
+    assert [line for line in proxy.lines[mark:] if "reason=host_not_allowed" not in line] == []
     wait_for(lambda: view(proxy)["listeners"][3]["open_connections"] == 1, what="only the one who asks is connected")
     assert view(proxy)["counters"]["internal_errors"] == 0
 
@@ -369,6 +369,23 @@ def test_only_the_allow_list_may_look():
         assert err == f"greenarrow_proxy: {address(proxy)}: {says}\n"
         proxy.hup(STATUS)
         assert get(proxy, "/healthz")[0] == 200
+
+
+def test_a_web_page_cannot_read_it_by_a_name_of_its_own():
+    with Proxy(STATUS) as proxy:
+        port = proxy.door("status")[1]
+        machine = socket.gethostname()
+        for path in ("/", "/status.json", "/metrics", "/healthz"):
+            for host in (f"evil.example:{port}", f"{machine}.evil.example"):
+                answer = raw(proxy, f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+                head, _, body = answer.partition(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 421 ")
+                assert body.startswith(f"asked as {host.partition(':')[0]}".encode().lower())
+            for host in (f"127.0.0.1:{port}", f"localhost:{port}", machine, f"[::1]:{port}"):
+                assert raw(proxy, f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode()).startswith(b"HTTP/1.1 200 ")
+        line = proxy.wait_line(r"^WARNING refused .*protocol=status .*reason=host_not_allowed").string
+        assert "evil.example" in line
+        assert metrics(proxy)["refused_total", "host_not_allowed"] == 8
 
 
 def test_names_are_escaped_on_the_page_and_in_the_terminal():

@@ -11,7 +11,7 @@ import gevent
 import pytest
 from gevent import socket
 
-from proxy import log, status
+from proxy import log, status, status_host
 from proxy.limits import Part
 from proxy.manager import Manager
 from proxy.model import Endpoint
@@ -25,7 +25,7 @@ from proxy.throttle import SECOND, Key, Limit
 from tests.loopback.relays import open_descriptors, until
 
 PART = Part((Limit(100, 3600),))
-GET = b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n"
+GET = b"GET %s HTTP/1.1\r\nHost: 127.0.0.1:809\r\n\r\n"
 
 
 class Room:
@@ -43,6 +43,7 @@ class Room:
             access=SimpleNamespace(client_allowed=lambda host, door: self.allowed and door == "status"),
             admission=SimpleNamespace(manager=self.manager),
             counters=self.counters,
+            host_name="mta1",
             incarnation=7,
             instances=SimpleNamespace(channels={}),
             keeper=SimpleNamespace(pool=Pool(None)),
@@ -160,6 +161,61 @@ def test_who_is_not_allowed_hears_nothing(room, monkeypatch):
     assert room.ask(GET % b"/healthz") == b""
     assert room.counters.refused == {"client_not_allowed": 1}
     assert room.said[0][2:4] == ("status", Endpoint("127.0.0.1", 4321))
+
+
+OURS = ["127.0.0.1", "192.0.2.1:809", "[::1]", "[fe80::1%eth0]:809", "localhost:809", "LocalHost.", "mta1", "MTA1:809"]
+FOREIGN = [
+    *(
+        "evil.example",
+        "evil.example:809",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example",
+        "mta1.evil.example",
+        "mta",
+    ),
+    *("[::1]:809,evil.example", "127.0.0.1,evil.example", "evil.example,127.0.0.1", "[localhost]:x", ":809", "."),
+    *("127.0.0.1@evil.example", "2130706433", "mta1:809:1", "\xe9", "x" * 5000),
+]
+
+
+def under(name):
+    return b"GET /healthz HTTP/1.1\r\nHost: " + name.encode("latin-1") + b"\r\n\r\n"
+
+
+@pytest.mark.parametrize("name", [*OURS, "mta1.example.com:809", "mta1.Example.Com."])
+def test_addresses_and_this_machines_names_are_answered(room, monkeypatch, name):
+    monkeypatch.setattr(status_host.check, "__defaults__", ({"mta1": "mta1.example.com."}.__getitem__,))
+    assert room.ask(under(name)).endswith(b"ok\n")
+
+
+def test_who_names_no_host_is_answered(room):
+    for request in (b"GET /healthz HTTP/1.0\r\n\r\n", b"GET /healthz HTTP/1.1\r\nHost:\r\n\r\n"):
+        assert room.ask(request).endswith(b"ok\n")
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_name_that_somebody_else_may_own_reads_nothing(room, monkeypatch, name):
+    monkeypatch.setattr(status_host.check, "__defaults__", ({"mta1": "mta1.example.com"}.__getitem__,))
+    monkeypatch.setattr(log, "refused", lambda *fields: room.said.append(fields))
+    answer = room.ask(under(name))
+    assert answer.startswith(b"HTTP/1.1 421 Misdirected Request\r\n")
+    assert b"use one of them in the URL" in answer
+    assert len(answer) < 1000
+    assert room.counters.refused == {"host_not_allowed": 1}
+    assert room.said[0][2:4] == ("status", Endpoint("127.0.0.1", 4321))
+
+
+def test_all_pages_are_kept_from_other_names(room):
+    for path in (b"/", b"/status.json", b"/metrics", b"/nothing"):
+        answer = room.ask(b"GET %s HTTP/1.1\r\nHost: evil.example\r\n\r\n" % path)
+        assert answer.startswith(b"HTTP/1.1 421 ")
+    assert room.ask(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nHost: evil.example\r\n\r\n").startswith(b"HTTP/1.1 421 ")
+
+
+def test_a_machine_whose_full_name_is_not_known_has_none():
+    assert status_host.full_name("no-such-host.invalid") == ""
+    assert status_host.full_name("x" * 300) == ""
+    assert status_host.full_name("localhost")
 
 
 def test_descriptors_that_were_lent_are_taken_back_after_each(room):

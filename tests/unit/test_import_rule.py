@@ -86,6 +86,7 @@ HOUSE = {
     "control": Place(3, "control"),
     "control_frames": Place(3, "control"),
     "status": Place(3, "status"),
+    "status_host": Place(3, "status"),
     "status_page": Place(3, "status"),
     "status_metrics": Place(3, "status"),
     "listener": Place(4, "server"),
