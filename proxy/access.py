@@ -143,21 +143,12 @@ class Access:
                 return source
         return None
 
-    def check_destination(self, endpoint: Endpoint) -> None:
-        """Whether anybody may connect there.
-
-        Raises:
-            DestinationNotAllowed: a port outside `destination_port`, a denied range (also as the IPv4 address inside an
-                IPv6 one), or this proxy itself.
-        """
-        self._check_destination_rules(endpoint)
-        self._refuse_own_listener(endpoint)
-
     def check_route(self, instance: str, source: str | None, destination: Endpoint) -> None:
         """Source, families and destination of one connection.
 
         Raises:
-            SourceNotAllowed, FamilyMismatch, DestinationNotAllowed: in this order.
+            SourceNotAllowed, FamilyMismatch, DestinationNotAllowed: in this order; the last for a port outside
+                `destination_port`, a denied range (also as the IPv4 address inside an IPv6 one), this proxy itself.
         """
         self._grant_route(instance, source, destination)
         self._refuse_own_listener(destination)
@@ -168,10 +159,7 @@ class Access:
             self.check_source(instance, source)
             if (":" in source) != destination.is_ipv6:
                 raise FamilyMismatch(f"{source} and {destination} are not of the same address family")
-        self._check_destination_rules(destination)
-
-    def _check_destination_rules(self, endpoint: Endpoint) -> None:
-        reason = self._destination_verdict(endpoint.host, endpoint.port)
+        reason = self._destination_verdict(destination.host, destination.port)
         if reason:
             raise DestinationNotAllowed(reason)
 

@@ -152,7 +152,6 @@ class Manager:
         """`want` messages of path `id` are ready without a permit, after `got` permits (modulo 2**32) have arrived."""
         flow = session.flows.get(id)
         if flow is None or session.end is not None:
-            session.lying += 1
             return
         session.backlog(id, ram, bounce, disk)
         if session.slack > SMALLEST_SLACK:
@@ -166,8 +165,8 @@ class Manager:
     def give_back(self, session: Session, id: int, first: int, n: int, now: int) -> None:
         """Permits of path `id` from the `first`th on (counted from 0, modulo 2**32) will not be used."""
         flow = session.flows.get(id)
-        if flow is None or session.end is not None or self._dispenser.give_back(flow, first, n, now) == 0:
-            session.lying += 1
+        if flow is not None and session.end is None:
+            self._dispenser.give_back(flow, first, n, now)
         self._settle(now)
 
     def outcome(self, session: Session, id: int, ok: int, deferred: int, failed: int, backoff: bool, now: int) -> None:
@@ -251,10 +250,6 @@ class Manager:
     def wanted(self, places: Places) -> bool:
         """Whether somebody waits for a place that these hold: a cached connection then gives way."""
         return any(throttle.line is not None for throttle in places.throttles)
-
-    def blockers(self, ticket: Ticket) -> tuple[Throttle, ...]:
-        """The full throttles in the way of `ticket`."""
-        return tuple([throttle for throttle in ticket.throttles if throttle.full()])
 
     def wait_of(self, ticket: Ticket) -> float | None:
         """Seconds that the proxy's own throttles let a request wait; None: none of them applies."""

@@ -102,7 +102,7 @@ class Session(Receiver):
     """Made by `Manager.hello`; give it back to the manager's calls."""
 
     __slots__ = (
-        *("run", "address", "since", "end", "flows", "backlogs", "ram", "bounce", "disk", "congested", "lying"),
+        *("run", "address", "since", "end", "flows", "backlogs", "ram", "bounce", "disk", "congested"),
         *("ping_t", "ping_at", "pong_at", "rtt", "worst_rtt", "pongs", "ping_due", "caps", "unpermitted", "warned_at"),
         "slack",
     )
@@ -127,7 +127,6 @@ class Session(Receiver):
         self.ping_due: int | None = None
         self.caps: dict[int, int] = {}
         self.unpermitted = 0
-        self.lying = 0
         self.warned_at: int | None = None
 
     def may_receive(self, now: int) -> bool:

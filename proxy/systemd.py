@@ -34,11 +34,6 @@ class Notifier:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.watchdog_interval = _watchdog_interval(environ, pid) if self._socket else 0.0
 
-    @property
-    def is_active(self) -> bool:
-        """Whether anybody listens."""
-        return self._socket is not None
-
     def ready(self, status: str) -> bool:
         """The start, or a reload, is complete."""
         return self._send("READY=1", _status(status))
@@ -54,10 +49,6 @@ class Notifier:
     def extend(self, seconds: float) -> bool:
         """The start, reload or stop in progress goes on: this many seconds more, from now."""
         return self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
-
-    def status(self, text: str) -> bool:
-        """One line for `systemctl status`."""
-        return self._send(_status(text))
 
     def watchdog(self) -> bool:
         """We are alive; to be said every `watchdog_interval` seconds (0: never)."""

@@ -38,7 +38,7 @@ def allows(check: object, *arguments: object) -> bool:
 
 
 def reaches(rules: Access, host: str, port: int = 25) -> bool:
-    return allows(rules.check_destination, Endpoint(host, port))
+    return allows(rules.check_route, "", None, Endpoint(host, port))
 
 
 # --- who may connect
@@ -388,7 +388,7 @@ def test_of_denied_and_allowed_the_longer_prefix_decides() -> None:
 
 def test_refusal_names_address_and_disguise() -> None:
     with pytest.raises(DestinationNotAllowed, match=r"^\[64:ff9b::a00:1\]:25 is in a denied range \(as 10\.0\.0\.1\)$"):
-        access().check_destination(Endpoint("64:ff9b::a00:1", 25))
+        access().check_route("", None, Endpoint("64:ff9b::a00:1", 25))
 
 
 # --- this proxy itself
@@ -473,7 +473,7 @@ def test_memory_is_bounded() -> None:
         rules.client_allowed(ip, "native")
         rules.instance_of_address(ip)
         allows(rules.check_source, f"instance-{number}", ip)
-        allows(rules.check_destination, Endpoint(ip, 25))
+        allows(rules.check_route, "", None, Endpoint(ip, 25))
     for cache in (rules.client_allowed, rules.instance_of_address, rules._source_verdict, rules._destination_verdict):
         assert cache.cache_info().currsize <= 4096
 

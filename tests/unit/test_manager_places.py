@@ -114,7 +114,7 @@ def test_all_throttles_of_a_path_or_none(doors: Doors) -> None:
     places = doors.opened(session, 0)
     ticket = doors.waiting(session, 1)
     assert (doors.used(KEY), doors.used(OTHER), doors.used(ALL)) == (1, 0, 1)
-    assert [throttle.key for throttle in doors.manager.blockers(ticket)] == [ALL]
+    assert doors.manager.refusal(ticket, doors.now).throttle == ALL.name
     assert doors.close(places) == [ticket]
     assert (doors.used(KEY), doors.used(OTHER), doors.used(ALL)) == (0, 1, 1)
 
@@ -324,7 +324,7 @@ def test_a_cached_connection_gives_way(doors: Doors) -> None:
     assert not doors.manager.wanted(cached)
     ticket = doors.waiting(b)
     assert doors.manager.wanted(cached)
-    assert doors.manager.blockers(ticket) == (cached.throttles[0],)
+    assert doors.manager.take_blocked() == list(cached.throttles)
     assert doors.close(cached) == [ticket]
     assert not doors.manager.wanted(ticket.places)  # type: ignore[arg-type]
 
@@ -547,7 +547,7 @@ def test_own_throttle_is_a_ceiling_for_sessions_too(doors: Doors) -> None:
     doors.opened(session)
     assert isinstance(doors.stranger("s"), Places)
     ticket = doors.waiting(session)
-    assert [throttle.key.name for throttle in doors.manager.blockers(ticket)] == ["yahoo"]
+    assert doors.manager.refusal(ticket, doors.now).throttle == "yahoo"
     assert doors.used() == 1
 
 
