@@ -170,7 +170,8 @@ class Counters:
     accepted: client connections, by protocol. refused: by the outcome's `code`. failed: outgoing connections that did
     not come to be, by step. ended: relayed connections, by `model.Ending`. discarded: cached connections, by reason.
     reused and fresh: how often a request was served from the cache or by a new connection. messages: MAIL commands seen
-    on tracked channels. probes: connections that closed without a byte, and health checks.
+    on tracked channels; `audit` counts those without a permit. probes: connections that closed without a byte, and
+    health checks.
     """
 
     __slots__ = (
@@ -184,7 +185,6 @@ class Counters:
         "fresh",
         "internal_errors",
         "messages",
-        "messages_without_permit",
         "probes",
         "refused",
         "reloads",
@@ -203,7 +203,6 @@ class Counters:
         self.reused = 0
         self.fresh = 0
         self.messages = 0
-        self.messages_without_permit = 0
         self.probes = 0
         self.accept_errors = 0
         self.internal_errors = 0

@@ -213,6 +213,22 @@ def test_cached_connections(proxy):
             assert b"a-secret-user" not in get(proxy, path)[2]
 
 
+def test_messages_without_a_permit_are_counted():
+    with Proxy(STATUS) as proxy, Sink() as sink, Session(proxy.native, SECRET, "server-e") as session:
+        throttle = session.throttle(SOURCE, Limits("counted", [(20, 1)]))
+        assert throttle.wait_until_registered(10)
+        with session.smtp([sink.endpoint], "mta.example.com", source_ip=SOURCE, throttles=[throttle]) as smtp:
+            for permitted in (True, False, False, True, False):
+                smtp.permit = throttle.acquire(10) if permitted else None
+                smtp.sendmail("a@example.com", ["b@example.net"], b"Subject: x\r\n\r\nx\r\n")
+        figures = wait_for(lambda: (it := metrics(proxy))["messages_total",] == 5 and it, what="all are counted")
+        assert figures["messages_without_permit_total",] == 3
+        now = view(proxy)
+        assert now["counters"]["messages_without_permit"] == now["manager"]["without_permit"] == 3
+        assert [row["without_permit"] for row in now["sessions"]] == [3]
+        assert "3 messages were sent without a permit" in command("--status", address(proxy))[1]
+
+
 def test_reloads_are_counted_good_and_bad_ones():
     with Proxy(STATUS) as own:
         own.hup()
@@ -236,7 +252,7 @@ def test_counters_in_json_and_metrics(proxy):
     figures = wait_for(after, what="an accepted connection")
     assert figures["fresh_connections_total",] > before["fresh_connections_total",]
     wait_for(lambda: metrics(proxy)["bytes_up_total",] >= before["bytes_up_total",] + 1000, what="bytes")
-    assert view(proxy)["counters"].keys() == set(Counters.__slots__)
+    assert view(proxy)["counters"].keys() == {*Counters.__slots__, "messages_without_permit"}
     assert figures["process_resident_memory_bytes",] > 1e6
     assert figures["process_open_fds",] > 10
 
