@@ -20,8 +20,8 @@ from proxy.flows import Flow
 from proxy.limits import BackoffRule, Part
 from proxy.places import PlaceBook, Places, Ticket
 from proxy.refusals import refusal
-from proxy.registry import Registry, Remark
-from proxy.session import DEAD_AFTER, LEASE, PING_EVERY, SMALLEST_SLACK, End, Output, Session
+from proxy.registry import MAX_THROTTLES, Registry, Remark
+from proxy.session import DEAD_AFTER, LEASE, MAX_NAMED, PING_EVERY, SMALLEST_SLACK, End, Output, Session
 from proxy.throttle import MICROSECOND, SECOND, TICK, Key, Throttle, check
 from proxy.wheel import Wheel
 
@@ -114,8 +114,8 @@ class Manager:
         """`id` names the path of these throttles, with the instance's limits for each.
 
         Raises:
-            ValueError: a limit that would not hold (see `throttle.check`), no throttle, or one named twice; nothing
-                changed.
+            ValueError: a limit that would not hold (see `throttle.check`), no throttle, one named twice, or more than
+                there is room for; nothing changed.
         """
         keys = [key for key, _ in parts]
         if not keys or len(set(keys)) != len(keys):
@@ -126,10 +126,13 @@ class Manager:
         if session.end is not None:
             return
         registry = self._registry
+        flow = session.flows.get(id)
+        named = session.named + len(keys) - (len(flow.path.throttles) if flow is not None else 0)
+        self._check_room(named, keys)
         throttles = tuple([registry.throttle(key) for key in keys])
         said = [part for _, part in parts]
         paused = any(part.paused for part in said)
-        flow = session.flows.get(id)
+        session.named = named
         if flow is not None and flow.path.throttles == throttles:
             flow.paused = flow.paused or paused  # before its part in the limits goes, or it would be free of them
             registry.restake(flow, said, now)
@@ -355,6 +358,23 @@ class Manager:
         return len(self._active)
 
     # --- steps ---
+
+    def _check_room(self, named: int, keys: Sequence[Key]) -> None:
+        """Whether a session may come to name so many throttles, and these at all.
+
+        Raises:
+            ValueError: says which bound it is, and what to do.
+        """
+        if named > MAX_NAMED:
+            raise ValueError(
+                f"the paths of this session would name more than {MAX_NAMED} throttles, the limit for a session: "
+                "register fewer, or bind an id that is not needed any more to this path"
+            )
+        if not self._registry.has_room(keys):
+            raise ValueError(
+                f"the proxy would know more than {MAX_THROTTLES} throttles, the limit for all instances together: "
+                "register fewer, or again when others are gone"
+            )
 
     def _drop_idle(self, now: int, most: int | None = None) -> None:
         """Look at throttles that nobody waits under or uses any more, or whose debt should be paid."""

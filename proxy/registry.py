@@ -7,7 +7,7 @@ only when nobody needs it and its debt is paid. Giving out slots and places is l
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from proxy.dispenser import Dispenser
@@ -17,6 +17,8 @@ from proxy.places import PlaceBook, Places
 from proxy.throttle import SECOND, TICK, Key, Throttle
 from proxy.wheel import Wheel
 
+#: Throttles that are known at a time, those of all sessions and those that are remembered for their debt.
+MAX_THROTTLES = 500_000
 MAX_PARTS = 4096
 MAX_FINES = 4096
 
@@ -58,6 +60,13 @@ class Registry:
         self._fines: dict[tuple[str, tuple[Throttle, ...]], int] = {}
 
     # --- joining and leaving ---
+
+    def has_room(self, keys: Sequence[Key]) -> bool:
+        """Whether there may be throttles of all these keys."""
+        known = self.throttles
+        return len(known) + len(keys) <= MAX_THROTTLES or (
+            len(known) + sum(key not in known for key in keys) <= MAX_THROTTLES
+        )
 
     def throttle(self, key: Key) -> Throttle:
         throttle = self.throttles.get(key)
@@ -136,11 +145,14 @@ class Registry:
             self.forget(throttle, now)
 
     def forget(self, throttle: Throttle, now: int) -> None:
-        """Drop a throttle that nobody names, holds or waits for, but not before its debt is paid."""
+        """Drop a throttle that nobody names, holds or waits for, but not before its debt is paid.
+
+        One that has not given out a slot may go at once: made anew, it would have the debt of a start again.
+        """
         terms = _terms(throttle)
         if terms.stakes or throttle.used or throttle.line is not None:
             return
-        debt = throttle.debt_until()
+        debt = throttle.debt_until() if throttle.taken else 0
         if debt > now:
             self.forgetting.arm(throttle, debt)
         elif self.throttles.get(throttle.key) is throttle:

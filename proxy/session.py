@@ -27,6 +27,8 @@ SLACK_MARGIN = 50_000_000
 MAX_PONGS = 16
 #: No path has less.
 SMALLEST_SLACK = 100_000_000
+#: Throttles that the paths of a session may name, each counted once for each path; one costs some 1,300 bytes.
+MAX_NAMED = 200_000
 
 
 K = TypeVar("K")
@@ -104,7 +106,7 @@ class Session(Receiver):
     __slots__ = (
         *("run", "address", "since", "end", "flows", "backlogs", "ram", "bounce", "disk", "congested"),
         *("ping_t", "ping_at", "pong_at", "rtt", "worst_rtt", "pongs", "ping_due", "caps", "unpermitted", "warned_at"),
-        "slack",
+        *("slack", "named"),
     )
 
     def __init__(self, name: str, run: bytes, address: str, weight: float, now: int) -> None:
@@ -113,6 +115,7 @@ class Session(Receiver):
         self.address = address
         self.since = now
         self.flows: dict[int, Flow] = {}
+        self.named = 0
         self.backlogs: dict[int, tuple[int, int, int]] = {}
         self.ram = self.bounce = self.disk = 0
         self.ping_t: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import socket
@@ -12,6 +13,7 @@ import time
 import pytest
 
 from proxy.client import Limits, Session
+from proxy.client.throttle import ThrottleRejected
 from tests.independent_client import CERT, ERROR, GOAWAY, PING, PONG, Closed, Peer, error_of, frame, pack, session
 from tests.mta import SECOND, Use, check_uses, clock
 from tests.program import SECRET, Proxy
@@ -186,6 +188,23 @@ def _storm(proxy, count):
         assert max(a.pongs) < 1.0
         assert worst < 1.0
         a.tell(BYE)
+
+
+@pytest.mark.slow
+def test_a_session_that_names_too_many_throttles_is_told_and_goes_on(proxy):
+    with Session(proxy.native, SECRET, "hoarder", tls=False) as session:
+        limits = [[Limits(f"rule-{path}-{number}", [(1000, 1)]) for number in range(8)] for path in range(25_001)]
+        *throttles, last = [session.throttle(SOURCE, *each) for each in limits[:-1]]
+        assert last.wait_until_registered(120)
+        one_more = session.throttle(SOURCE, *limits[-1])
+        with pytest.raises(ThrottleRejected, match=r"more than 200000 throttles, .*: register fewer"):
+            one_more.wait_until_registered(10)
+        with pytest.raises(ThrottleRejected):
+            one_more.acquire(10)
+        for throttle in (throttles[0], last):
+            assert throttle.acquire(10).usable
+        session.change_limits(last, *(dataclasses.replace(each, rates=[(500, 1)]) for each in limits[-2]))
+        wait_for(lambda: last.effective[7] == ([(500, 1)], 0), what="the new limits")
 
 
 def test_coming_and_going_wins_nothing(proxy):

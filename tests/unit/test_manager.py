@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from proxy import manager, registry
 from proxy.errors import NameInUse
 from proxy.limits import BackoffRule, Effective, Mode, Part, reconcile
 from proxy.manager import Manager
@@ -24,9 +25,9 @@ ALL = Key(SOURCE, "all")
 class Bench:
     """A manager long after its start, with a clock that a test moves, and sessions that answer pings at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, age: int = 50_000 * SECOND) -> None:
         self.now = 100_000 * SECOND
-        self.manager = Manager(7, self.now - 50_000 * SECOND)
+        self.manager = Manager(7, self.now - age)
         self.got: dict[Session, int] = {}
         self.caps: dict[Session, list[tuple[int, int]]] = {}
         self.quiet: set[Session] = set()
@@ -493,6 +494,61 @@ def test_a_key_is_forgotten_when_its_debt_is_paid_and_not_before(bench: Bench) -
     assert KEY not in throttles
     assert bench.manager.active_throttles(bench.now) == 0
     assert bench.manager.next_wakeup() is None  # nothing is scanned while idle
+
+
+def test_a_session_names_so_many_throttles_and_no_more(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manager, "MAX_NAMED", 5)
+    a, b = bench.session("a"), bench.session("b")
+    few, keys = part(Limit(100, 1)), [Key(SOURCE, str(number)) for number in range(6)]
+    bench.register(a, *[(key, few) for key in keys[:4]], id=0)
+    bench.register(a, (keys[0], few), id=1)  # named twice, counted twice
+    for id, fresh in ((2, keys[5]), (3, keys[0])):
+        with pytest.raises(ValueError, match=r"more than 5 throttles, the limit .* bind an id that is not needed"):
+            bench.register(a, (fresh, few), id=id)
+    with pytest.raises(ValueError, match="limit for a session"):
+        bench.register(a, (keys[4], few), (keys[5], few), id=1)
+    assert keys[4] not in bench.manager.throttles
+    assert sorted(a.flows) == [0, 1]
+    bench.register(b, (keys[5], few), id=0)  # another session's is its own
+    bench.register(a, *[(key, part(Limit(50, 1))) for key in keys[:4]], id=0)  # the same again, with other limits
+    bench.want(a, 1, id=1)
+    assert count(bench.run(SECOND)) == {"a": 1}
+    bench.register(a, (keys[0], few), id=0)
+    bench.register(a, *[(key, few) for key in keys[:3]], id=2)
+    assert a.named == 5
+
+
+def test_all_sessions_together_have_so_many_throttles(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "MAX_THROTTLES", 3)
+    a, b = bench.session("a"), bench.session("b")
+    few, keys = part(Limit(100, 1)), [Key(SOURCE, str(number)) for number in range(4)]
+    for id, key in enumerate(keys[:2]):
+        bench.register(a, (key, few), id=id)
+    with pytest.raises(ValueError, match="for all instances together"):
+        bench.register(b, (keys[2], few), (keys[3], few), id=0)
+    bench.register(b, (keys[1], few), (keys[2], few), id=0)
+    with pytest.raises(ValueError, match="again when others are gone"):
+        bench.register(b, (keys[3], few), id=1)
+    bench.register(b, *[(key, few) for key in keys[:3]], id=1)  # these are known
+    bench.manager.bye(a, bench.now)
+    bench.register(b, (keys[1], few), id=1)
+    bench.register(b, (keys[3], few), id=2)
+    assert set(bench.manager.throttles) == set(keys[1:])
+
+
+def test_a_throttle_that_was_never_used_is_forgotten_at_once_and_comes_back_with_its_debt() -> None:
+    bench = Bench(age=10 * SECOND)
+    session = bench.session("a")
+    slow = part(Limit(1, 60))
+    for number in range(5):
+        bench.register(session, (Key(SOURCE, str(number)), slow))
+    assert list(bench.manager.throttles) == [Key(SOURCE, "4")]
+    bench.register(session, (KEY, slow))
+    bench.register(session, (OTHER, slow))
+    bench.register(session, (KEY, slow))
+    bench.want(session, 1)
+    assert bench.run(49 * SECOND) == {}
+    assert count(bench.run(20 * SECOND)) == {"a": 1}  # a minute after the manager's start, as without all that
 
 
 def test_reregistering_a_path_with_other_throttles(bench: Bench) -> None:
