@@ -9,17 +9,16 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import pytest
 
 from tests.clients import DOORS, exactly, v2
 from tests.load import Load, Receiver, Session, descriptors
+from tests.peers import missing, program
 from tests.program import Proxy
 from tests.sinks import GREETING
 
@@ -62,17 +61,10 @@ def running(engine: str) -> Proxy:
     return Proxy("auth_timeout 60s\n", environ={"GREENARROW_PROXY_RELAY": engine})
 
 
-def missing(what: str) -> NoReturn:
-    """Where it must not be missing, that is a failure."""
-    if os.environ.get("CI"):
-        pytest.fail(what)
-    pytest.skip(what)
-
-
 @contextlib.contextmanager
 def traced(proxy: Proxy, tmp_path: Path) -> Iterator[dict[str, int]]:
     """The system calls of the program within the block, by name; filled in when it ends."""
-    strace = shutil.which("strace") or missing("strace is not installed")
+    strace = program("strace")
     report = tmp_path / "calls"
     command = [strace, "-f", "-c", "-o", str(report), "-p", str(proxy.pid)]
     tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

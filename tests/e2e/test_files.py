@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -18,22 +17,13 @@ import pytest
 
 from proxy.client import Session
 from tests.clients import DOORS
+from tests.peers import program as tool
 from tests.program import SECRET, Proxy
 from tests.sinks import Sink
 
 ROOT = Path(__file__).resolve().parents[2]
 INIT = ROOT / "etc" / "greenarrow_proxy.init"
 SHELL_SCRIPTS = ["etc/greenarrow_proxy.init", "tests/fetch_smtp_sink.sh", ".ci/run"]
-
-
-def tool(name: str) -> str:
-    """The path of a program; the test is skipped without it, and fails in continuous integration."""
-    path = shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin")
-    if path is None and os.environ.get("CI") == "true":
-        pytest.fail(f"{name} is not installed")
-    if path is None:
-        pytest.skip(f"{name} is not installed")
-    return path
 
 
 def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:

@@ -7,6 +7,7 @@ import pytest
 
 from tests.clients import WITH_PASSWORD, bind_request, connect_request, exactly, login, v1, v2
 from tests.load import Load, Receiver, Session, descriptors
+from tests.peers import missing
 from tests.program import Proxy
 from tests.sinks import closed_port
 
@@ -71,7 +72,7 @@ def test_nothing_is_left_of_a_hundred_thousand_sessions():
 def relays_at_once(count):
     """Hold so many relays at once, use each, and let them go. Returns bytes of memory a relay."""
     if not descriptors(2 * count + 1000):
-        pytest.skip(f"{count} relays need a limit of {2 * count + 1000} descriptors")
+        missing(f"{count} relays need a limit of {2 * count + 1000} descriptors")
     text = f"max_connections {count + 10}\nauth_timeout 60s\n"
     with Receiver() as receiver, Proxy(text) as proxy:
         pp, destination = proxy.proxy_protocol, receiver.endpoint

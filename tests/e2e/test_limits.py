@@ -9,6 +9,7 @@ import pytest
 from proxy.client import Session
 from tests import clients
 from tests.clients import Refused, dial, exactly, proxied, read_all, socks5, v2
+from tests.peers import missing
 from tests.program import SECRET, Proxy
 from tests.sinks import GREETING, Raw, Sink, echo, greet
 from tests.waiting import wait_for
@@ -25,7 +26,7 @@ def many_descriptors():
     """This process needs some, too."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < 4096:
-        pytest.skip("needs 4096 descriptors")
+        missing("a limit of 4096 descriptors, at least")
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

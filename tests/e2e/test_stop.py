@@ -12,6 +12,7 @@ import pytest
 
 from tests import clients
 from tests.clients import DOORS, dial, exactly, read_all, socks5, was_reset
+from tests.peers import missing
 from tests.program import ROOT, Proxy
 from tests.sinks import Raw, echo
 from tests.waiting import wait_for
@@ -149,21 +150,23 @@ def test_an_address_of_another_machine_is_exit_69():
 
 
 def unprivileged():
-    """Run what follows as nobody, without a single capability; skips where nobody may read the program."""
+    """What runs the rest of a command without a single capability: as nobody, or, where the program lies in a directory
+    that nobody may enter, as whoever owns it."""
     if os.geteuid() != 0:
         return ""
-    nobody = pwd.getpwnam("nobody")
-    prefix = f"setpriv --reuid {nobody.pw_uid} --regid {nobody.pw_gid} --clear-groups --bounding-set=-all"
-    look = [*prefix.split(), sys.executable, "-c", f"import gevent, os; os.stat({str(ROOT / 'proxy/cli.py')!r})"]
-    if subprocess.run(look, capture_output=True, check=False).returncode:
-        pytest.skip("the program's files are not readable for everybody")
-    return f'exec {prefix} "$@"'
+    nobody, owner = pwd.getpwnam("nobody"), (ROOT / "proxy" / "cli.py").stat()
+    for user, group in ((nobody.pw_uid, nobody.pw_gid), (owner.st_uid, owner.st_gid)):
+        prefix = f"setpriv --reuid {user} --regid {group} --clear-groups --bounding-set=-all --inh-caps=-all"
+        look = [*prefix.split(), sys.executable, "-c", f"import gevent, os; os.stat({str(ROOT / 'proxy/cli.py')!r})"]
+        if subprocess.run(look, capture_output=True, check=False).returncode == 0:
+            return f'exec {prefix} "$@"'
+    return missing("neither nobody nor its owner may read the program without privileges")
 
 
 def test_a_low_port_without_the_privilege_is_exit_69(tmp_path):
     with open("/proc/sys/net/ipv4/ip_unprivileged_port_start") as file:
         if int(file.read()) <= 807:
-            pytest.skip("low ports are for everybody here")
+            pytest.skip("this machine gives low ports to everybody (ip_unprivileged_port_start)")
     before = unprivileged()
     with Proxy("listen_socks5 127.0.1.4:807\n", ready=False, exit_code=69, before=before, shared=True) as proxy:
         proxy.wait_exit()
@@ -171,9 +174,8 @@ def test_a_low_port_without_the_privilege_is_exit_69(tmp_path):
 
 
 def test_a_file_that_may_not_be_read_is_exit_78():
-    if os.geteuid() != 0:
-        pytest.skip("only root can give a file away")
-    with Proxy(ready=False, exit_code=78, before=unprivileged()) as proxy:
+    lock = 'chmod 0 "${3#--config-filename=}"'
+    with Proxy(ready=False, exit_code=78, before=f"{lock}; {unprivileged() or ':'}", shared=True) as proxy:
         proxy.wait_exit()
     assert "Permission denied" in "\n".join(proxy.stderr_lines)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from gevent import get_hub
 from proxy import relay
 from tests.fuzz.relay_schedules import schedule
 from tests.loopback.relays import ENGINES
+from tests.peers import program
 
 
 @pytest.mark.parametrize("kind", ENGINES, ids=lambda engine: engine.name)
@@ -26,7 +26,7 @@ def test_random_schedules(kind: type[relay.Engine], monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(not shutil.which("gcc"), reason="needs a compiler")
 def test_the_compiled_engine_with_sanitizers() -> None:
+    program("gcc")
     script = Path(__file__).with_name("relay_schedules.py")
     subprocess.run([sys.executable, str(script), "--asan", "--rounds", "40", "--steps", "2000"], check=True)

@@ -70,7 +70,7 @@ QUEUES = ("active", "bounce", "corrupt", "defer", "deferred", "flush", "hold", "
 def _postfix():
     peers.postfix("postfix")
     if os.getuid():
-        pytest.skip("Postfix' master wants root")
+        pytest.skip("Postfix' master wants root, and this user is not")
 
 
 @contextmanager
