@@ -111,6 +111,7 @@ class Proxy:
             self._directory.chmod(0o755)
         self._news = threading.Condition()
         self._threads: list[threading.Thread] = []
+        self._told_to_stop = False  # a second time would end it at once
         self._process: subprocess.Popen[bytes]
 
     # -- life
@@ -153,7 +154,7 @@ class Proxy:
     ) -> None:
         try:
             if kind is None:
-                if self._process.poll() is None:
+                if not self._told_to_stop and self._process.poll() is None:
                     self.term()
                 self.wait_exit(30.0)
                 self.check()
@@ -222,6 +223,7 @@ class Proxy:
         return [line for line in self.lines[mark:] if line.startswith("ERROR reload_failed")]
 
     def signal(self, number: int) -> None:
+        self._told_to_stop |= number in (signal.SIGTERM, signal.SIGINT)
         self._process.send_signal(number)
 
     def status(self) -> list[str]:

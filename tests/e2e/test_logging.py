@@ -237,6 +237,8 @@ def test_in_the_journal_without_timestamps():
             assert stream.readline().startswith(b"listen: listening on ")
         proxy.term()
         assert stream.readline().startswith(b"drain: ")
+        assert stream.readline().startswith(b"stop: stopped ")
+        assert stream.read() == b""
 
 
 # -- nobody reads

@@ -133,7 +133,7 @@ PLANS = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(plans=PLANS)
 @example(plans=[{"rset": (0, "close")}, {"mail": (1, "421")}, {"dot": (1, "reset")}])
 def test_no_message_is_lost_or_doubled_wherever_the_receiver_dies(proxy, pair, plans):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import os
 import random
 import socket
 import struct
+import sys
+import termios
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -162,6 +166,25 @@ def chunks(seed: int, total: int, largest: int) -> list[bytes]:
 
 def open_descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def unread(fd: int) -> int:
+    """Bytes that have arrived at a socket and were not read."""
+    size = fcntl.ioctl(fd, termios.FIONREAD, bytes(4))
+    return int.from_bytes(size, sys.byteorder)
+
+
+class _Mallinfo(ctypes.Structure):
+    """mallinfo(3): ten counters; the eighth is the bytes that are allocated."""
+
+    _fields_ = tuple((f"field{number}", ctypes.c_size_t) for number in range(10))
+
+
+def malloced() -> int:
+    """Bytes that malloc has given out."""
+    call = ctypes.CDLL(None).mallinfo2
+    call.restype = _Mallinfo
+    return int(call().field7)
 
 
 def run(*jobs: Callable[[], Any], timeout: float = 30.0) -> list[Any]:

@@ -621,7 +621,7 @@ ACTIONS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(ACTIONS)
 def test_books_are_right_after_each_call(actions: list[tuple[str, int]]) -> None:
     """Never over a limit that was not lowered, no place lost, and nobody waits who could get in."""

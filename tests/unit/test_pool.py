@@ -438,5 +438,5 @@ class PoolMachine(RuleBasedStateMachine):
         assert {held.connection: held for held in self.pool._idle} == self.inside
 
 
-PoolMachine.TestCase.settings = hypothesis_settings(max_examples=100, stateful_step_count=40, deadline=None)
+PoolMachine.TestCase.settings = hypothesis_settings(max_examples=100, stateful_step_count=40)
 TestPoolMachine = PoolMachine.TestCase

@@ -102,7 +102,7 @@ def test_bare_newlines_are_tolerated_only_where_nothing_is_to_be_kept(wire):
             parse(wire, size, strict=True)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=200), st.integers(1, 9), st.booleans())
 def test_any_bytes_give_the_same_however_they_are_cut_and_never_another_error(data, size, strict):
     def outcome(cut):
@@ -297,7 +297,7 @@ def test_an_ehlo_name_that_could_be_a_command_is_the_clients_mistake(name):
         ClientDialogue(name, TlsMode.NONE, "peer")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from(list(TlsMode)), st.lists(st.binary(max_size=40) | st.sampled_from([GREETING, HELLO, HELLO_TLS])))
 def test_no_receiver_can_cause_anything_but_an_upstream_error(mode, script):
     dialogue = ClientDialogue("mta.example.org", mode, "peer")

@@ -381,13 +381,13 @@ def assert_same(dialogue, size):
     assert result(feed(Tracker(), dialogue, size)) == expected
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(TALK, st.integers(1, 9))
 def test_any_talk_in_any_pieces_agrees_with_the_reference(dialogue, size):
     assert_same(dialogue, size)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 @given(MESSAGE, st.integers(1, 9))
 @example(b"\r\n.\r\r\n.\r\n", 3)
 @example(b"\n.\r\n.\r\n", 4)

@@ -107,7 +107,6 @@ class ThrottleMachine(RuleBasedStateMachine):
 ThrottleMachine.TestCase.settings = settings(
     max_examples=int(os.environ.get("THROTTLE_EXAMPLES", "60")),
     stateful_step_count=40,
-    deadline=None,
     suppress_health_check=list(HealthCheck),
 )
 TestThrottleMachine = ThrottleMachine.TestCase
