@@ -66,6 +66,7 @@ class Channel:
         self._peer = guest.handshake.peer
         self._link = Link(current().engine, guest)
         self._opening = False
+        self._receiver: Receiver | None = None  # of the session in progress
         self._swept = (-1, 0.0)
         self._goes_at: float | None = None
 
@@ -124,6 +125,8 @@ class Channel:
 
     def sweep(self, now: float) -> None:
         """See `services.HostedChannel`: byte progress, as the relay counts it. An OPEN has its own deadline."""
+        if self._receiver is not None:
+            self._receiver.guard()
         moved, since = self._swept
         if moved != self._link.moved or self._opening:
             self._swept = self._link.moved, now
@@ -158,7 +161,7 @@ class Channel:
             if link.goaway is not None:
                 link.tell_goaway()
                 return None
-            if not link.receive():
+            if not link.readable or not link.receive():
                 link.wait()
 
     def _check_welcome(self) -> None:
@@ -197,6 +200,7 @@ class Channel:
         transfer = Transfer(link, taken.receiver, Tracker() if tracked else None, taken.reused)
         session = _Session(number, request, taken, transfer, started, services)
         ending, reset = Ending.CLIENT_RESET, True
+        self._receiver = taken.receiver
         try:
             link.send(native.encode(_opened(taken)))
             transfer.carry()
@@ -208,6 +212,7 @@ class Channel:
             ending = Ending.PROTOCOL_ERROR
             raise
         finally:
+            self._receiver = None
             self._over(session, ending, reset)
 
     def _open(self, services: Services, request: m.Open, attempts: Attempts) -> Taken:

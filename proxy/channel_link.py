@@ -22,6 +22,9 @@ from proxy.relay import GONE, Engine
 _READ_SIZE = 65536
 _RESET = select.EPOLLERR | select.EPOLLHUP
 
+#: Handles epoll events in the hub; whether the greenlet has to look around.
+Step = Callable[[int], bool]
+
 
 class ClientGone(PeerError):
     """The client's end of the channel is closed or broken, or is to be closed without a word."""
@@ -36,6 +39,7 @@ class Link:
         moved: grows with each byte that came or went, receivers' included: what idleness is measured by.
         doom: why all of it ends now; set by `interrupt`.
         goaway: what the client is to be told before the next OPEN at the latest.
+        blocked: the client has not taken all that it was sent.
     """
 
     def __init__(self, engine: Engine, guest: Guest) -> None:
@@ -46,6 +50,7 @@ class Link:
         self.moved = 0
         self.doom: Ending | None = None
         self.goaway: m.Goaway | None = None
+        self.blocked = False
         self._told_goaway = False
         self._unsent = b""  # for the client, not yet taken by the stream
         self._greenlet: Any = getcurrent()
@@ -54,6 +59,7 @@ class Link:
         self._waiting = False
         self._cancellable = False
         self._reset = False
+        self._raised: BaseException | None = None  # in the hub, by a step; for our greenlet
 
     # ---------------------------------------------------------------- in
 
@@ -101,19 +107,20 @@ class Link:
             ClientGone.
         """
         stream = self.stream
-        if not self._unsent and not stream.unsent:
-            return True
+        self.blocked = True
         try:
             while self._unsent:
                 sent = stream.send(self._unsent)
                 self._unsent = self._unsent[sent:]
                 self.moved += sent
-            stream.flush()
+            if stream.unsent:
+                stream.flush()
+            self.blocked = stream.unsent
         except BlockingIOError:
-            return False
+            pass
         except OSError:
             raise ClientGone("the connection broke") from None
-        return not stream.unsent
+        return not self.blocked
 
     def tell_goaway(self) -> None:
         """Say GOAWAY, if there is one to be said; once."""
@@ -132,25 +139,29 @@ class Link:
         """Events went by while nobody looked: only a read that finds nothing proves that there is nothing."""
         self.readable = self._missed = True
 
-    def wait(self, other: int = -1, tell: Callable[[int], object] | None = None) -> None:
+    def wait(self, other: int = -1, client_step: Step | None = None, other_step: Step | None = None) -> None:
         """Until the client's socket or the other descriptor has an event, or somebody wakes us.
 
-        Args:
-            tell: is called with the other descriptor's events.
+        With steps, events are handled as they come, in the hub, without our greenlet: a step is called with the events,
+        must not wait, and says whether the greenlet has to look around, as it has to at an end (`relay.GONE`). What it
+        raises is raised here.
 
         Raises:
             ClientGone: we are told to end, or the client has reset the connection, which must not have to wait until
                 the receiver takes bytes again.
         """
-        engine = self.engine
-        fd = self.fd
+        engine, fd = self.engine, self.fd
+
+        def client_event(events: int) -> None:
+            self.readable = True
+            if events & GONE:  # no other event will tell of it
+                self._note_end(events)
+            self._handle(client_step, events)
 
         def other_event(events: int) -> None:
-            if tell is not None:
-                tell(events)
-            self._greenlet.switch()
+            self._handle(other_step, events)
 
-        engine.watch(fd, self._client_event)
+        engine.watch(fd, client_event)
         engine.watch(other, other_event)
         self._waiting = True
         try:
@@ -160,15 +171,24 @@ class Link:
             self._waiting = False
             engine.watch(fd, None)
             engine.watch(other, None)
+        raised, self._raised = self._raised, None
+        if raised is not None:
+            raise raised
         if self.doom is not None or self._reset:
             raise ClientGone("reset, or to be cut off")
 
-    def _client_event(self, events: int) -> None:
-        self.readable = True
-        if events & GONE:  # no other event will tell of it
-            self._missed = True
-            self._reset = self._reset or bool(events & _RESET)
+    def _handle(self, step: Step | None, events: int) -> None:
+        try:
+            if step is not None and not step(events):
+                return
+        except BaseException as error:
+            self._raised = error
         self._greenlet.switch()
+
+    def _note_end(self, events: int) -> None:
+        """The client has closed, at least its sending side."""
+        self._missed = True
+        self._reset = self._reset or bool(events & _RESET)
 
     def wake(self) -> None:
         """Let the greenlet look around; must not wait."""
@@ -194,16 +214,17 @@ class Link:
         """
         self._cancellable = True
         self.engine.watch(self.fd, self._opening_event)
-        if has_gone(self.stream.socket):
+        if self._missed and has_gone(self.stream.socket):
             raise ClientGone("the client closed")
 
     def unwatch_client(self) -> None:
         self._cancellable = False
         self.engine.watch(self.fd, None)
-        self.look_again()
 
     def _opening_event(self, events: int) -> None:
+        self.readable = True
         if events & GONE:
+            self._note_end(events)
             self._cancel()
 
     def _cancel(self) -> None:

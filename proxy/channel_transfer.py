@@ -59,6 +59,7 @@ class Transfer:
         self._readable = True  # the receiver may have something to be read
         self._missed = True  # events of the receiver may have gone by that nobody acted upon
         self._held = b""  # for the receiver, not yet taken by the stream
+        self._blocked = False  # the receiver does not take what it is given; nothing of the client is read meanwhile
         self._finished = False  # the client said EOF
         self._write_error: OSError | None = None
 
@@ -69,9 +70,8 @@ class Transfer:
             ClientGone, PeerError.
         """
         link, receiver = self._link, self._stream.socket.fileno()
-        link.look_again()
         turns = 0
-        while True:
+        while self.end is None:
             moved = self._from_receiver()
             moved |= self._from_client()
             if self.end is not None:
@@ -81,10 +81,10 @@ class Transfer:
                 raise ClientGone("to be cut off")
             if not moved:
                 turns = 0
-                if self._is_stuck() and has_gone(link.stream.socket):
+                if self._blocked and has_gone(link.stream.socket):
                     self._push_on()
                 else:
-                    link.wait(receiver, self._receiver_event)
+                    link.wait(receiver, self._client_event, self._receiver_event)
             else:
                 turns += 1
                 if turns % _TURNS_IN_A_ROW == 0:
@@ -92,22 +92,33 @@ class Transfer:
                     link.look_again()
                     self._readable = self._missed = True
 
-    def _receiver_event(self, events: int) -> None:
+    def _client_event(self, events: int) -> bool:
+        """The usual case, in the hub: what the client sends, the receiver takes. See `Link.wait`."""
+        link = self._link
+        if events & GONE or link.blocked or self._blocked:
+            return True
+        self._from_client()
+        more = link.readable or link.decoder.unread
+        return more or self.end is not None or self._write_error is not None or self._blocked
+
+    def _receiver_event(self, events: int) -> bool:
+        """The same the other way."""
         self._readable = True
         if events & GONE:  # no other event will tell of it
             self._missed = True
+            return True
+        if self._link.blocked or self._blocked:
+            return True
+        self._from_receiver()
+        return self._readable or self.receiver_done or self._link.blocked
 
     def unclean(self) -> Discard | None:
         """Why the connection cannot serve another client, as far as its bytes tell."""
         if self.receiver_done or self.broken is not None:
             return Discard.PEER_CLOSED
-        if self._is_stuck() or self._finished:
+        if self._blocked or self._finished:
             return Discard.OUTSTANDING
         return self.tracker.verdict() if self.tracker is not None else Discard.NOT_OFFERED
-
-    def _is_stuck(self) -> bool:
-        """Whether the receiver does not take what it is given; nothing of the client is read meanwhile."""
-        return bool(self._held) or self._stream.unsent
 
     def _push_on(self) -> None:
         """The client has closed while the receiver takes nothing, and there may be an END among what is unread.
@@ -122,6 +133,8 @@ class Transfer:
 
     def flush(self) -> bool:
         """What the client gave before END shall reach the receiver, if it takes it soon; whether it did."""
+        if self._push():
+            return self.broken is None
         timer = Timeout.start_new(_FLUSH_SECONDS)
         try:
             while not self._push():
@@ -133,16 +146,18 @@ class Transfer:
             return False
         finally:
             timer.close()
+            self._link.look_again()
 
     # ---------------------------------------------------------------- from the client
 
     def _from_client(self) -> bool:
         """Read frames and send their bytes on, as far as the receiver takes them; whether anything came."""
-        if not self._push():
+        if self._blocked and not self._push():
             return False
         link, moved = self._link, False
+        next_frame = link.decoder.next_frame
         for _ in range(_READS_A_TURN):
-            while (frame := link.decoder.next_frame()) is not None:
+            while (frame := next_frame()) is not None:
                 moved = True
                 if frame[0] != native.DATA:
                     self._control(frame)
@@ -187,20 +202,22 @@ class Transfer:
     def _push(self) -> bool:
         """Hand what is held back to the receiver; whether nothing is left."""
         stream = self._stream
-        if self._write_error is not None or self.broken is not None or not (self._held or stream.unsent):
+        self._blocked = False
+        if self._write_error is not None or self.broken is not None:
             return True
         try:
             while self._held:
                 sent = stream.send(self._held)
                 self._held = self._held[sent:]
                 self._link.moved += sent
-            stream.flush()
+            if stream.unsent:
+                stream.flush()
+            self._blocked = stream.unsent
         except BlockingIOError:
-            return False
+            self._blocked = True
         except OSError as error:
             self._write_failed(error)
-            return True
-        return not stream.unsent
+        return not self._blocked
 
     def _write_failed(self, error: OSError) -> None:
         """The receiver takes no more; what it has said before is still to be read, and perhaps says why.
@@ -217,7 +234,7 @@ class Transfer:
     def _from_receiver(self) -> bool:
         """Read from the receiver and frame it, as far as the client takes it; whether anything came."""
         link = self._link
-        if not link.flush() or self.receiver_done:
+        if (link.blocked and not link.flush()) or self.receiver_done:
             return False
         moved = False
         for _ in range(_READS_A_TURN):

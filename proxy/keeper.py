@@ -179,6 +179,7 @@ class Keeper:
             self.decline(reason)
             self._close(receiver)
             return
+        receiver.guard()
         self._engine.watch(receiver.stream.socket.fileno(), partial(self._idle_event, receiver))
         self._part(self._pool.offer(entry, monotonic()))
         if receiver in self._pool and self._office.wanted(receiver.place):

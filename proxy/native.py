@@ -82,6 +82,11 @@ class FrameDecoder:
             view = memoryview(bytes(self._view[self._at :]) + bytes(view))
         self._view, self._at = view, 0
 
+    @property
+    def unread(self) -> bool:
+        """Whether something was received that `next_frame` has not looked at."""
+        return self._at < len(self._view)
+
     def next_frame(self) -> Frame | None:
         """The next frame or piece of DATA, or None when more bytes are needed.
 
@@ -96,14 +101,15 @@ class FrameDecoder:
         body = at + HEADER
         if body <= len(view):
             length, kind = _LAYOUT.unpack_from(view, at)
-            self._check(length, kind)
-            if kind == DATA:
-                self._at, self._left = body, length
-                return self._piece()
+            if length > self.limit or not length:
+                self._check(length, kind)
             end = body + length
             if end <= len(view):
                 self._at = end
                 return kind, view[body:end]
+            if kind == DATA:
+                self._at, self._left = body, length
+                return self._piece()
         if at < len(view):
             self._partial += view[at:]
         self._view, self._at = _EMPTY, 0
@@ -190,14 +196,14 @@ def encode(message: m.Message) -> bytes:
 
 def frame_bytes(kind: int, payload: bytes | memoryview) -> bytes:
     """Header and payload: a frame as it is on the wire."""
-    return b"".join((_LAYOUT.pack(len(payload), kind), payload))
+    return _LAYOUT.pack(len(payload), kind) + payload
 
 
 def encode_data(payload: bytes | memoryview) -> bytes:
     """Raw bytes as DATA frames, as many as are needed; nothing for no bytes."""
     size = len(payload)
     if size <= MAX_PAYLOAD:
-        return frame_bytes(DATA, payload) if size else b""
+        return _LAYOUT.pack(size, DATA) + payload if size else b""
     view = memoryview(payload)
     return b"".join(encode_data(view[at : at + MAX_PAYLOAD]) for at in range(0, size, MAX_PAYLOAD))
 

@@ -7,6 +7,7 @@ elsewhere.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import ssl
@@ -57,6 +58,8 @@ class Receiver:
         tls: None: in clear.
         mailmax: MAIL commands that the receiver takes, if it said so.
         place: what it holds under the throttles.
+        idle_timeout: seconds, for `guard`.
+        guarded: it was called.
     """
 
     stream: Stream
@@ -64,12 +67,22 @@ class Receiver:
     destination: Endpoint
     local: Endpoint
     opened_at: float
+    idle_timeout: float
     greeting: str | None = None
     hello: tuple[str, ...] = ()
     tls: TlsFacts | None = None
     mailmax: int | None = None
     messages: int = 0
     place: Places | None = None
+    guarded: bool = False
+
+    def guard(self) -> None:
+        """Have TCP watch over a dead peer (`relay.keep_alive`), once. For those that live long: it is five system
+        calls, and until then there is a deadline."""
+        if not self.guarded:
+            self.guarded = True
+            with contextlib.suppress(OSError):  # it is broken: whoever uses it next will see
+                keep_alive(self.stream.socket, self.idle_timeout)
 
 
 def open_receiver(
@@ -102,9 +115,9 @@ def _attempt(
     opened_at = monotonic()
     sock = upstream.bind(source)
     try:
-        keep_alive(sock, idle_timeout)
         upstream.connect(engine, sock, source, destination, seconds[0])
-        receiver = Receiver(PlainStream(sock), source, destination, upstream.local_endpoint(sock), opened_at)
+        local = upstream.local_endpoint(sock)
+        receiver = Receiver(PlainStream(sock), source, destination, local, opened_at, idle_timeout)
         if wish.ehlo_name is not None:
             bring_up = _BringUp(engine, receiver, wish, wish.ehlo_name)
             bring_up.run(max(seconds[1] - (monotonic() - opened_at), 0.001))

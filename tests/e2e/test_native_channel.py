@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import struct
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -389,6 +390,15 @@ def test_who_reads_nothing_does_not_live_for_ever() -> None:
 def test_an_idle_channel_is_closed() -> None:
     with Proxy("idle_timeout 1s\n") as proxy, channel(proxy.native) as peer:
         assert peer.closed()
+
+
+def test_tcp_watches_over_a_receiver_that_serves_for_long(mx: Mx) -> None:
+    """From the first sweep on, an eighth of `idle_timeout`."""
+    host, port = mx.endpoint
+    sockets = ["ss", "--tcp", "--options", "--no-header", "--numeric", "state", "established", "dst", f"{host}:{port}"]
+    with Proxy("idle_timeout 8s\n") as proxy, channel(proxy.native) as peer:
+        peer.opened(mx.endpoint)
+        wait_for(lambda: "timer:(keepalive" in subprocess.run(sockets, capture_output=True, text=True).stdout)
 
 
 def test_who_does_not_even_read_the_answer_to_end() -> None:

@@ -193,7 +193,8 @@ def test_a_session_that_does_not_come_up(peer: Peer, script: dict, step: str, re
 
 def test_a_reset_and_a_silence(peer: Peer) -> None:
     with Mx({"greeting": reset}) as mx:
-        assert peer.failed(mx.endpoint, ehlo_name=EHLO)[:4:3] == ["greeting", 104]
+        step, number = peer.failed(mx.endpoint, ehlo_name=EHLO)[:4:3]
+        assert (step in ("connect", "greeting"), number) == (True, 104)  # it may come before we know of the connection
     with Mx({"ehlo": mute}) as mx:
         failed = peer.failed(mx.endpoint, ehlo_name=EHLO, deadline_ms=300)
         assert failed[:4:3] == ["ehlo", 110]
