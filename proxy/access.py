@@ -11,10 +11,11 @@ machine (the bind tells), failure budgets and rate limits, and how a refusal is 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Container, Iterable
-from functools import lru_cache
+from collections.abc import Callable, Container, Iterable, Mapping
+from functools import lru_cache, partial
 from hashlib import sha256
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from itertools import repeat
 from typing import Literal
 
 from proxy.errors import BadCredentials, DestinationNotAllowed, FamilyMismatch, SourceNotAllowed
@@ -60,29 +61,23 @@ class Access:
         self._settings = settings
         self._own_addresses = own_addresses
         self._own_ports = _hosts_by_port((*_listeners(settings), *own_listeners))
-        everyone = _Networks(settings.allow_from)
-        self._doors: dict[Door, _Networks] = {
-            "native": everyone,
-            "socks5": everyone,
-            "proxy_protocol": _Networks(settings.listen_proxy_protocol_allow_from),
-            "status": _Networks(settings.listen_status_allow_from),
-        }
-        self._sources = _Networks(settings.source_ip)
-        self._denied = _Networks(settings.deny_destination)
-        self._allowed = _Networks(settings.allow_destination)
-        self._allowed_translated = _Networks(net for net in settings.allow_destination if _is_translated(net))
         self._digests = _digests(settings.auth_shared_secret)
-        self._instances = {block.name: _Instance(block) for block in settings.instance}
-        self.client_allowed = lru_cache(_REMEMBERED)(self._judge_client)
-        self.instance_of_address = lru_cache(_REMEMBERED)(self._find_instance)
-        self._source_verdict = lru_cache(_REMEMBERED)(self._judge_source)
-        self._destination_verdict = lru_cache(_REMEMBERED)(self._judge_destination)
-        self._grant_route = lru_cache(_REMEMBERED)(self._judge_route)
+        self._blocks = {block.name: block for block in settings.instance}
+        self._own_digests = {name: _digests(block.auth_shared_secret) for name, block in self._blocks.items()}
+        rules = _Rules(settings, self._blocks)
+        self._instance = rules.instance
+        self.client_allowed = lru_cache(_REMEMBERED)(rules.judge_client)
+        self.instance_of_address = lru_cache(_REMEMBERED)(rules.find_instance)
+        self._source_verdict = lru_cache(_REMEMBERED)(rules.judge_source)
+        self._destination_verdict = lru_cache(_REMEMBERED)(rules.judge_destination)
+        self._grant_route = lru_cache(_REMEMBERED)(
+            partial(_judge_route, self._source_verdict, self._destination_verdict)
+        )
 
     def secrets_of(self, instance: str) -> tuple[bytes, ...]:
         """The secrets that prove this name: the block's own ones; else, also for an unknown name, the global ones."""
-        block = self._instances.get(instance)
-        return (block.secrets if block else ()) or self._settings.auth_shared_secret
+        block = self._blocks.get(instance)
+        return (block.auth_shared_secret if block else ()) or self._settings.auth_shared_secret
 
     def authenticate(self, login: Login, client: str | None = None) -> str:
         """The instance's name, if the secret proves it. Takes the same time for every failure.
@@ -94,8 +89,7 @@ class Access:
         Raises:
             BadCredentials: the same words whatever was wrong.
         """
-        block = self._instances.get(login.instance)
-        digests = (block.digests if block else ()) or self._digests
+        digests = self._own_digests.get(login.instance) or self._digests
         shown = sha256(login.secret).digest()
         proven = not digests and self._settings.socks5_auth == "none"
         for digest in digests:
@@ -106,12 +100,12 @@ class Access:
 
     def weight_of(self, instance: str) -> float:
         """The instance's weight in the fair division of throttles: its block's, else 1."""
-        block = self._instances.get(instance)
+        block = self._blocks.get(instance)
         return block.weight if block else 1.0
 
     def instance_allowed(self, instance: str, client: str) -> bool:
         """Whether the instance may come from this address: its block's `allow_from`, if there is one."""
-        block = self._instances.get(instance)
+        block = self._instance(instance)
         return block is None or not block.clients or _parse(client) in block.clients
 
     def check_source(self, instance: str, ip: str) -> None:
@@ -135,7 +129,7 @@ class Access:
         Returns:
             None: the system's choice.
         """
-        block = self._instances.get(instance)
+        block = self._instance(instance)
         candidates = [*(block.single_sources if block else ()), *self._settings.default_source_ip]
         for candidate in candidates:
             source = canonical_ip(dialled) if candidate == "same" else candidate
@@ -153,60 +147,10 @@ class Access:
         self._grant_route(instance, source, destination)
         self._refuse_own_listener(destination)
 
-    def _judge_route(self, instance: str, source: str | None, destination: Endpoint) -> None:
-        """`check_route`, but for our own listeners. What is granted is remembered, a refusal is raised anew."""
-        if source is not None:
-            self.check_source(instance, source)
-            if (":" in source) != destination.is_ipv6:
-                raise FamilyMismatch(f"{source} and {destination} are not of the same address family")
-        reason = self._destination_verdict(destination.host, destination.port)
-        if reason:
-            raise DestinationNotAllowed(reason)
-
     def _refuse_own_listener(self, endpoint: Endpoint) -> None:
         """Not remembered: the addresses of this machine may change."""
         if endpoint.port in self._own_ports and self._is_own_listener(endpoint):
             raise DestinationNotAllowed(f"{endpoint} is this proxy itself")
-
-    def _judge_client(self, ip: str, door: Door) -> bool:
-        """Whether this address may connect at that door at all."""
-        return _parse(ip) in self._doors[door]
-
-    def _find_instance(self, ip: str) -> str:
-        """The name of the block whose `allow_from` matches the address most closely, the first of equals; else ""."""
-        address = _parse(ip)
-        best, name = -1, ""
-        for candidate, block in self._instances.items():
-            length = block.clients.longest_match(address)
-            if length > best:
-                best, name = length, candidate
-        return name
-
-    def _judge_source(self, instance: str, ip: str) -> str:
-        """Why not, or ""."""
-        address = _parse(ip)
-        if address.is_unspecified or address.is_multicast:
-            return f"source {ip}: no connection can leave from it"
-        block = self._instances.get(instance)
-        lists = [networks for networks in (self._sources, block.sources if block else None) if networks]
-        if not lists and address.is_loopback:
-            return f"source {ip}: loopback must be listed in source_ip"
-        needed = _LOOPBACK_PREFIX[address.version] if address.is_loopback else 0
-        if any(networks.longest_match(address) < needed for networks in lists):
-            return f"source {ip} is not in source_ip"
-        return ""
-
-    def _judge_destination(self, host: str, port: int) -> str:
-        """Why not, or "", but for our own listeners."""
-        if not any(low <= port <= high for low, high in self._settings.destination_port):
-            return f"{Endpoint(host, port)}: port {port} is not in destination_port"
-        address = _parse(host)
-        if address in self._allowed_translated:
-            return ""
-        for form in _forms(address):
-            if self._denied.longest_match(form) > self._allowed.longest_match(form):
-                return f"{Endpoint(host, port)} is in a denied range" + (f" (as {form})" if form != address else "")
-        return ""
 
     def _is_own_listener(self, endpoint: Endpoint) -> bool:
         hosts = self._own_ports[endpoint.port]
@@ -222,15 +166,101 @@ class Access:
         return False
 
 
-class _Networks:
-    """Networks to look an address up in, at the cost of one set look-up for each prefix length that occurs."""
+class _Rules:
+    """The lists of the configuration, and what follows from them for an address.
 
-    def __init__(self, networks: Iterable[Network]) -> None:
-        found: dict[tuple[int, int], set[int]] = {}
-        for network in networks:
-            shift = network.max_prefixlen - network.prefixlen
-            found.setdefault((network.version, network.prefixlen), set()).add(int(network.network_address) >> shift)
-        self._levels: dict[int, list[tuple[int, int, set[int]]]] = {4: [], 6: []}
+    Apart from `Access`, which remembers the verdicts: what remembers must not hold itself, or the whole of an old
+    configuration would stay in memory until the garbage collector finds it.
+    """
+
+    def __init__(self, settings: Settings, blocks: Mapping[str, InstanceSettings]) -> None:
+        everyone = _Networks(settings.allow_from)
+        self._doors: dict[Door, _Networks] = {
+            "native": everyone,
+            "socks5": everyone,
+            "proxy_protocol": _Networks(settings.listen_proxy_protocol_allow_from),
+            "status": _Networks(settings.listen_status_allow_from),
+        }
+        self._sources = _Networks(settings.source_ip)
+        self._ports = settings.destination_port
+        self._denied = _Networks(settings.deny_destination)
+        self._allowed = _Networks(settings.allow_destination)
+        self._allowed_translated = _Networks(net for net in settings.allow_destination if _is_translated(net))
+        clients = [(network, block.name) for block in settings.instance for network in block.allow_from]
+        self._names = _Networks([network for network, _ in clients], [name for _, name in clients])
+        # Prepared when asked for: there may be thousands, and a reload would wait for them all.
+        self.instance = lru_cache(_REMEMBERED)(partial(_prepare, blocks))
+
+    def judge_client(self, ip: str, door: Door) -> bool:
+        """Whether this address may connect at that door at all."""
+        return _parse(ip) in self._doors[door]
+
+    def find_instance(self, ip: str) -> str:
+        """The name of the block whose `allow_from` matches the address most closely, the first of equals; else ""."""
+        return self._names.name_of(_parse(ip))
+
+    def judge_source(self, instance: str, ip: str) -> str:
+        """Why not, or ""."""
+        address = _parse(ip)
+        if address.is_unspecified or address.is_multicast:
+            return f"source {ip}: no connection can leave from it"
+        block = self.instance(instance)
+        lists = [networks for networks in (self._sources, block.sources if block else None) if networks]
+        if not lists and address.is_loopback:
+            return f"source {ip}: loopback must be listed in source_ip"
+        needed = _LOOPBACK_PREFIX[address.version] if address.is_loopback else 0
+        if any(networks.longest_match(address) < needed for networks in lists):
+            return f"source {ip} is not in source_ip"
+        return ""
+
+    def judge_destination(self, host: str, port: int) -> str:
+        """Why not, or "", but for our own listeners."""
+        if not any(low <= port <= high for low, high in self._ports):
+            return f"{Endpoint(host, port)}: port {port} is not in destination_port"
+        address = _parse(host)
+        if address in self._allowed_translated:
+            return ""
+        for form in _forms(address):
+            if self._denied.longest_match(form) > self._allowed.longest_match(form):
+                return f"{Endpoint(host, port)} is in a denied range" + (f" (as {form})" if form != address else "")
+        return ""
+
+
+def _judge_route(
+    source_verdict: Callable[[str, str], str],
+    destination_verdict: Callable[[str, int], str],
+    instance: str,
+    source: str | None,
+    destination: Endpoint,
+) -> None:
+    """`check_route`, but for our own listeners. What is granted is remembered, a refusal is raised anew."""
+    if source is not None:
+        if reason := source_verdict(instance, source):
+            raise SourceNotAllowed(reason)
+        if (":" in source) != destination.is_ipv6:
+            raise FamilyMismatch(f"{source} and {destination} are not of the same address family")
+    if reason := destination_verdict(destination.host, destination.port):
+        raise DestinationNotAllowed(reason)
+
+
+def _prepare(blocks: Mapping[str, InstanceSettings], instance: str) -> _Instance | None:
+    block = blocks.get(instance)
+    return _Instance(block) if block is not None else None
+
+
+class _Networks:
+    """Networks to look an address up in, at the cost of one dict look-up for each prefix length that occurs.
+
+    Args:
+        names: what each network stands for; of equal networks the first one's counts.
+    """
+
+    def __init__(self, networks: Iterable[Network], names: Iterable[str] = repeat("")) -> None:
+        found: dict[tuple[int, int], dict[int, str]] = {}
+        for network, name in zip(networks, names, strict=False):
+            prefix = int(network.network_address) >> network.max_prefixlen - network.prefixlen
+            found.setdefault((network.version, network.prefixlen), {}).setdefault(prefix, name)
+        self._levels: dict[int, list[tuple[int, int, dict[int, str]]]] = {4: [], 6: []}
         for (version, length), prefixes in sorted(found.items(), reverse=True):
             self._levels[version].append((length, (32 if version == 4 else 128) - length, prefixes))
 
@@ -248,22 +278,29 @@ class _Networks:
                 return length
         return -1
 
+    def name_of(self, address: _Address) -> str:
+        """What the longest prefix that contains the address stands for, or ""."""
+        value = int(address)
+        for _, shift, prefixes in self._levels[address.version]:
+            if (name := prefixes.get(value >> shift)) is not None:
+                return name
+        return ""
+
 
 class _Instance:
-    """One `instance` block, prepared."""
+    """The lists of one `instance` block, prepared."""
 
-    __slots__ = ("clients", "digests", "secrets", "single_sources", "sources", "weight")
+    __slots__ = ("clients", "single_sources", "sources")
 
     def __init__(self, block: InstanceSettings) -> None:
         self.clients = _Networks(block.allow_from)
         self.sources = _Networks(block.source_ip)
-        self.secrets = block.auth_shared_secret
-        self.weight = block.weight
-        self.digests = _digests(block.auth_shared_secret)
         #: At most one of each family: where a block lists several addresses or a network, none is "the" source.
         families = [[net for net in block.source_ip if net.version == version] for version in (4, 6)]
         self.single_sources = [
-            str(nets[0].network_address) for nets in families if len(nets) == 1 and nets[0].num_addresses == 1
+            str(nets[0].network_address)
+            for nets in families
+            if len(nets) == 1 and nets[0].prefixlen == nets[0].max_prefixlen
         ]
 
 

@@ -34,6 +34,7 @@ __all__ = [
 ]
 
 _BY_NAME = {option.name: option for option in OPTIONS}
+_BLOCK_OPTIONS = {kind: {option.name: option for option in options} for kind, options in BLOCKS.items()}
 _BLOCK_TYPES: dict[str, Callable[..., Any]] = {"instance": InstanceSettings, "throttle": ThrottleSettings}
 LONGEST_NAME = 64  # as in the native protocol
 MOST_MISTAKES = 200  # that are told; the wrong file, given to a reload, would fill the log
@@ -65,6 +66,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str], read_file: Callable[[s
     if not file.readable:  # everything else would be a consequence of that
         raise file.mistakes[0]
     settings = _Loader(file.mistakes, read_file).settings(given, file)
+    file.blocks.clear()  # argparse's objects hold each other, and this, until the garbage collector finds them
     mistakes = sorted(file.mistakes, key=lambda mistake: (mistake.line == 0, mistake.line))
     if len(mistakes) == 1:
         raise mistakes[0]
@@ -364,7 +366,7 @@ class _Loader:
                 continue
             first_line.setdefault((kind, name), line)
             prefix = f"{kind} {_shown(name)}: "
-            given = _collect(directives, {o.name: o for o in BLOCKS[kind]}, prefix, file.name, self._mistakes)
+            given = _collect(directives, _BLOCK_OPTIONS[kind], prefix, file.name, self._mistakes)
             values = {option.name: self._value(option, given.get(option.name), prefix) for option in BLOCKS[kind]}
             built[kind].append(_BLOCK_TYPES[kind](name=name, **values))
         return {kind: tuple(items) for kind, items in built.items()}

@@ -36,10 +36,20 @@ def canonical_ip(text: str) -> str:
     Raises:
         ValueError: not an IP address, or one with a zone.
     """
+    return ip_from_bytes(packed_ip(text))
+
+
+def packed_ip(text: str) -> bytes:
+    """The same as 4 or 16 bytes in network order.
+
+    Raises:
+        ValueError: as `canonical_ip`.
+    """
     address = ip_address(text)
     if getattr(address, "scope_id", None):
         raise ValueError(f"{text!r} has a zone")
-    return ip_from_bytes(address.packed)
+    packed = address.packed
+    return packed[12:] if packed[:12] == _MAPPED_PREFIX else packed
 
 
 @lru_cache(maxsize=4096)

@@ -71,6 +71,16 @@ def freeze_garbage() -> None:
     gc.freeze()
 
 
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """For work that makes many objects to keep: the collector would look at them again and again, and find nothing."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def log_what_the_hub_catches(counters: Counters) -> None:
     """An exception that reaches gevent's hub is a mistake of ours: one line in the log, no traceback on stderr."""
 

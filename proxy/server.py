@@ -290,7 +290,7 @@ class Server:
         """Read the configuration anew; on any error the old one stays in force, whole."""
         self._notifier.reloading()
         try:
-            with self._reserve.lent():
+            with self._reserve.lent(), process.no_garbage_collection():
                 prepared = self._prepare(self._load())
         except (ConfigError, ListenError) as error:
             self._counters.reloads_failed += 1

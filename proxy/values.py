@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 
-from proxy.model import Endpoint, canonical_ip
+from proxy.model import Endpoint, canonical_ip, ip_from_bytes, packed_ip
 from proxy.settings import Network, Rate
 
 #: Timers and TCP_USER_TIMEOUT (milliseconds in a C int) hold 24.8 days.
@@ -20,6 +20,7 @@ SHORTEST_SECRET = 32
 
 _DURATION_UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 _DURATION = re.compile("".join(rf"(?:([0-9]{{1,9}}(?:\.[0-9]{{1,9}})?){unit})?" for unit in _DURATION_UNITS))
+_UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _SIZE_UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 _RATE_UNITS = {
     **dict.fromkeys(("s", "sec", "second"), 1),
@@ -83,9 +84,10 @@ def parse_endpoint(text: str) -> Endpoint:
 def parse_network(text: str) -> Network:
     """An IP address or a CIDR; `10.0.0.1/8` is an error, since one of its two parts was meant otherwise."""
     address, slash, length = text.partition("/")
-    ip = canonical_ip(address)
+    packed = packed_ip(address)
     if not slash:
-        return ip_network(ip)
+        return ip_network(packed)
+    ip = ip_from_bytes(packed)
     network = ip_network(f"{ip}/{_number(length)}", strict=False)
     if str(network.network_address) != ip:
         raise ValueError(f"the network is {network}, the address alone {ip}")
@@ -148,7 +150,7 @@ def parse_text(text: str) -> str:
     """Any text, but for control characters (they are mistakes in a path) and what UTF-8 cannot hold."""
     if not text:
         raise ValueError("it is empty")
-    if any(ord(character) < 32 or ord(character) == 127 or 0xD800 <= ord(character) < 0xE000 for character in text):
+    if _UNFIT.search(text):
         raise ValueError("it has a control character or a broken UTF-8 sequence in it")
     return text
 

@@ -1,6 +1,7 @@
 """The grammar of the configuration file."""
 
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -163,6 +164,22 @@ def test_no_text_raises_anything(text):
 @given(st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"])), min_size=1))
 def test_every_list_of_texts_can_be_written_as_json(values):
     assert parse("d " + ", ".join(json.dumps(value) for value in values)).directives == [("d", values, 1, "")]
+
+
+@given(
+    st.from_regex(r"[ \t]*[A-Za-z_-][A-Za-z0-9_-]{,3}[ \t]", fullmatch=True),
+    st.text(st.characters(min_codepoint=0x20, max_codepoint=0x7F)),
+    st.sampled_from(["{}", '"{}"']),
+    st.sampled_from(["", " ", "\t\r"]),
+)
+def test_the_short_way_for_plain_lines_leads_to_the_same(name, value, shape, end):
+    line = name + shape.format(value) + end
+    directives, wrong = parse(line).directives, mistakes(line)
+    plain = config_file._PLAIN.fullmatch(line) is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config_file, "_PLAIN", re.compile("(?!)"))
+        assert (parse(line).directives, mistakes(line)) == (directives, wrong)
+    assert not plain or (len(directives) == 1 and not wrong)
 
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="`")))
