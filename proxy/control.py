@@ -21,6 +21,7 @@ from proxy import native_messages as m
 from proxy import native_session as s
 from proxy.admission import Admission, Client, clock_ns
 from proxy.control_frames import MAX_CACHED
+from proxy.control_queue import Outgoing
 from proxy.conversation import farewell
 from proxy.crew import let_others_run
 from proxy.errors import NameInUse, ProxyError, Refused
@@ -67,8 +68,7 @@ class Control(Client):
         self._admission: Admission = current().admission
         self._session: Session | None = None
         self._incoming: deque[native.Frame] = deque()
-        self._outgoing: deque[bytes] = deque()
-        self._begun = False  # some bytes of the first frame in `_outgoing` are gone
+        self._outgoing = Outgoing(guest.stream)
         self._turn_ends = 0.0
         self._congested = False
         self._leaving = False
@@ -357,7 +357,7 @@ class Control(Client):
             return
         output = self._admission.manager.take(session, clock_ns())
         incarnation = self._current().incarnation
-        self._queue_first(control_frames.urgent_frames(output, incarnation))
+        self._outgoing.add_first(control_frames.urgent_frames(output, incarnation))
         self._queue(control_frames.frames(output, incarnation))
         if self._has_more():
             self._wake()  # the rest in our own greenlet, where others get their turn
@@ -375,15 +375,8 @@ class Control(Client):
             return b""
         return native.encode(s.Cert(services.incarnation, [services.identity.certificate]))
 
-    def _queue_first(self, frames: list[bytes]) -> None:
-        """Before all but a frame of which a part is gone already; `_queue` is called next."""
-        first = self._outgoing.popleft() if self._begun else b""
-        self._outgoing.extendleft(reversed(frames))
-        if first:
-            self._outgoing.appendleft(first)
-
     def _queue(self, frames: Iterable[bytes]) -> None:
-        self._outgoing.extend(frames)
+        self._outgoing.add(frames)
         try:
             self._flush()
         except OSError:
@@ -395,23 +388,12 @@ class Control(Client):
         Raises:
             OSError: the connection is broken.
         """
-        stream, outgoing = self._stream, self._outgoing
-        try:
-            while outgoing:
-                frame = outgoing[0]
-                sent = stream.send(frame)
-                self._begun = sent < len(frame)
-                if self._begun:
-                    outgoing[0] = frame[sent:]
-                else:
-                    outgoing.popleft()
-            stream.flush()
-        except BlockingIOError:
-            pass
+        outgoing = self._outgoing
+        outgoing.flush()
         session = self._session
         if session is None or session.end is not None:
             return
-        full = self._leaving or len(outgoing) >= QUEUE or (self._congested and bool(outgoing))
+        full = self._leaving or len(outgoing) >= QUEUE or (self._congested and len(outgoing) > 0)
         if full != self._congested:
             self._congested = full
             self._admission.manager.congest(session, full, clock_ns())

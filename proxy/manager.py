@@ -20,8 +20,8 @@ from proxy.flows import Flow
 from proxy.limits import BackoffRule, Part
 from proxy.places import PlaceBook, Places, Ticket
 from proxy.refusals import refusal
-from proxy.registry import MAX_THROTTLES, Registry, Remark
-from proxy.session import DEAD_AFTER, LEASE, MAX_NAMED, PING_EVERY, SMALLEST_SLACK, End, Output, Session
+from proxy.registry import Registry, Remark
+from proxy.session import DEAD_AFTER, LEASE, PING_EVERY, SMALLEST_SLACK, End, Output, Session
 from proxy.throttle import MICROSECOND, SECOND, TICK, Key, Throttle, check
 from proxy.wheel import Wheel
 
@@ -128,7 +128,7 @@ class Manager:
         registry = self._registry
         flow = session.flows.get(id)
         named = session.named + len(keys) - (len(flow.path.throttles) if flow is not None else 0)
-        self._check_room(named, keys)
+        registry.check_room(named, keys)
         throttles = tuple([registry.throttle(key) for key in keys])
         said = [part for _, part in parts]
         paused = any(part.paused for part in said)
@@ -358,23 +358,6 @@ class Manager:
         return len(self._active)
 
     # --- steps ---
-
-    def _check_room(self, named: int, keys: Sequence[Key]) -> None:
-        """Whether a session may come to name so many throttles, and these at all.
-
-        Raises:
-            ValueError: says which bound it is, and what to do.
-        """
-        if named > MAX_NAMED:
-            raise ValueError(
-                f"the paths of this session would name more than {MAX_NAMED} throttles, the limit for a session: "
-                "register fewer, or bind an id that is not needed any more to this path"
-            )
-        if not self._registry.has_room(keys):
-            raise ValueError(
-                f"the proxy would know more than {MAX_THROTTLES} throttles, the limit for all instances together: "
-                "register fewer, or again when others are gone"
-            )
 
     def _drop_idle(self, now: int, most: int | None = None) -> None:
         """Look at throttles that nobody waits under or uses any more, or whose debt should be paid."""

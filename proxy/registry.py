@@ -17,6 +17,8 @@ from proxy.places import PlaceBook, Places
 from proxy.throttle import SECOND, TICK, Key, Throttle
 from proxy.wheel import Wheel
 
+#: Throttles that the paths of a session may name, each counted once for each path; one costs some 1,300 bytes.
+MAX_NAMED = 200_000
 #: Throttles that are known at a time, those of all sessions and those that are remembered for their debt.
 MAX_THROTTLES = 500_000
 MAX_PARTS = 4096
@@ -61,12 +63,23 @@ class Registry:
 
     # --- joining and leaving ---
 
-    def has_room(self, keys: Sequence[Key]) -> bool:
-        """Whether there may be throttles of all these keys."""
+    def check_room(self, named: int, keys: Sequence[Key]) -> None:
+        """Whether the paths of a session may come to name so many throttles, and there be throttles of these keys.
+
+        Raises:
+            ValueError: says which bound it is, and what to do.
+        """
+        if named > MAX_NAMED:
+            raise ValueError(
+                f"the paths of this session would name more than {MAX_NAMED} throttles, the limit for a session: "
+                "register fewer, or bind an id that is not needed any more to this path"
+            )
         known = self.throttles
-        return len(known) + len(keys) <= MAX_THROTTLES or (
-            len(known) + sum(key not in known for key in keys) <= MAX_THROTTLES
-        )
+        if len(known) + len(keys) > MAX_THROTTLES < len(known) + sum(key not in known for key in keys):
+            raise ValueError(
+                f"the proxy would know more than {MAX_THROTTLES} throttles, the limit for all instances together: "
+                "register fewer, or again when others are gone"
+            )
 
     def throttle(self, key: Key) -> Throttle:
         throttle = self.throttles.get(key)

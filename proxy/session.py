@@ -27,8 +27,6 @@ SLACK_MARGIN = 50_000_000
 MAX_PONGS = 16
 #: No path has less.
 SMALLEST_SLACK = 100_000_000
-#: Throttles that the paths of a session may name, each counted once for each path; one costs some 1,300 bytes.
-MAX_NAMED = 200_000
 
 
 K = TypeVar("K")

@@ -85,6 +85,7 @@ HOUSE = {
     "channel_transfer": Place(3, "channel"),
     "control": Place(3, "control"),
     "control_frames": Place(3, "control"),
+    "control_queue": Place(3, "control"),
     "status": Place(3, "status"),
     "status_host": Place(3, "status"),
     "status_page": Place(3, "status"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from proxy import manager, registry
+from proxy import registry
 from proxy.errors import NameInUse
 from proxy.limits import BackoffRule, Effective, Mode, Part, reconcile
 from proxy.manager import Manager
@@ -497,7 +497,7 @@ def test_a_key_is_forgotten_when_its_debt_is_paid_and_not_before(bench: Bench) -
 
 
 def test_a_session_names_so_many_throttles_and_no_more(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manager, "MAX_NAMED", 5)
+    monkeypatch.setattr(registry, "MAX_NAMED", 5)
     a, b = bench.session("a"), bench.session("b")
     few, keys = part(Limit(100, 1)), [Key(SOURCE, str(number)) for number in range(6)]
     bench.register(a, *[(key, few) for key in keys[:4]], id=0)
