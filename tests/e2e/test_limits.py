@@ -11,14 +11,8 @@ from tests import clients
 from tests.clients import Refused, dial, exactly, proxied, read_all, socks5, v2
 from tests.peers import missing
 from tests.program import SECRET, Proxy
-from tests.sinks import GREETING, Raw, Sink, echo, greet
+from tests.sinks import GREETING, Raw, Sink, echo
 from tests.waiting import wait_for
-
-
-@pytest.fixture
-def mx():
-    with Raw(greet) as mx:
-        yield mx
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ import pytest
 from tests import clients
 from tests.clients import DOORS, Refused, dial, exactly, login, proxied, read_all, socks5
 from tests.program import ROOT, Proxy, config
-from tests.sinks import GREETING, Raw, Sink, closed_port, echo, greet
+from tests.sinks import GREETING, Raw, Sink, closed_port, echo
 from tests.waiting import wait_for
 
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z "
@@ -24,12 +24,6 @@ CLOSING = re.compile(
     r"source=(?P<source>\S+) destination=(?P<destination>\S+) reused=no tls=- up=(?P<up>\d+) down=(?P<down>\d+) "
     r"seconds=\d+\.\d{3} outcome=(?P<outcome>\w+)"
 )
-
-
-@pytest.fixture
-def mx():
-    with Raw(greet) as mx:
-        yield mx
 
 
 # -- status lines

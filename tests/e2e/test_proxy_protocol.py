@@ -29,12 +29,6 @@ def proxy():
         yield proxy
 
 
-@pytest.fixture
-def mx():
-    with Raw(greet) as mx:
-        yield mx
-
-
 @pytest.mark.parametrize("header", [v1, v2])
 def test_the_header_names_source_and_destination(proxy, mx, header):
     with proxied(proxy.proxy_protocol, mx.endpoint, "127.0.0.88", header) as sock:

@@ -11,7 +11,7 @@ import trustme
 
 from tests.clients import DOORS, Refused, dial, exactly, read_all, socks5, v1
 from tests.program import BASE, SECRET, Proxy
-from tests.sinks import GREETING, Raw, echo, greet
+from tests.sinks import GREETING, Raw, echo
 from tests.waiting import wait_for
 
 OTHER_SECRET = "another-open-secret-of-32-characters-0"
@@ -23,12 +23,6 @@ CHANGED = "source_ip 127.0.0.66\n"
 def proxy():
     with Proxy() as proxy:
         yield proxy
-
-
-@pytest.fixture
-def mx():
-    with Raw(greet) as mx:
-        yield mx
 
 
 def works(proxy, mx, source="127.0.0.5", **more):

@@ -33,12 +33,6 @@ def proxy():
         yield proxy
 
 
-@pytest.fixture
-def mx():
-    with Raw(greet) as mx:
-        yield mx
-
-
 def start(proxy):
     """A client that is logged in."""
     sock = dial(proxy.socks5)

@@ -9,9 +9,9 @@ import pytest
 
 from tests import peers
 from tests.certificates import pem
-from tests.e2e.sharing import NAME, body, instances
 from tests.peers import Daemon
 from tests.program import Proxy
+from tests.sharing import NAME, body, instances
 from tests.waiting import wait_for
 
 COUNT = 10

@@ -1,9 +1,14 @@
-"""What all of these tests need."""
+"""What all of these tests need, and what those of the keeper start with."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 from gevent import get_hub
+
+from tests.loopback.houses import House
+from tests.mx import Mx
 
 
 @pytest.fixture(autouse=True)
@@ -11,3 +16,28 @@ def _the_loop_knows_the_time() -> None:
     """The loop does not run between two tests, and the timeouts of `joinall` and `get` count from its last look at the
     clock: after ten seconds of other tests they would be over at once."""
     get_hub().loop.update_now()
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., House]]:
+    """Makes houses, with the arguments of `House`, and looks at each of them in the end."""
+    houses: list[House] = []
+
+    def make(*arguments: object) -> House:
+        houses.append(House(*arguments))
+        return houses[-1]
+
+    yield make
+    for each in houses:
+        each.close()
+
+
+@pytest.fixture
+def house(make: Callable[..., House]) -> House:
+    return make()
+
+
+@pytest.fixture
+def mx() -> Iterator[Mx]:
+    with Mx() as mx:
+        yield mx

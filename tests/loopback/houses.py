@@ -132,16 +132,3 @@ class House:
         assert not any(throttle.used or throttle.line for throttle in self.throttles), "places are left behind"
         self._sweeper.kill()
         self.engine.stop()
-
-
-def made():
-    """For a fixture: makes houses, and looks at each of them in the end."""
-    houses = []
-
-    def make(settings=None, *blocks):
-        houses.append(House(settings, *blocks))
-        return houses[-1]
-
-    yield make
-    for each in houses:
-        each.close()

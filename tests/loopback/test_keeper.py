@@ -26,24 +26,8 @@ from proxy.pool import PoolKey
 from proxy.receiver import Receiver
 from proxy.tls import PlainStream
 from tests.certificates import pem
-from tests.loopback.houses import SOURCE, key_of, limits, made, until
+from tests.loopback.houses import SOURCE, key_of, limits, until
 from tests.mx import Mx, close, flood, garbage, half_close, late, mute, reset, say, stall, trickle, twice
-
-
-@pytest.fixture
-def make():
-    yield from made()
-
-
-@pytest.fixture
-def house(make):
-    return make()
-
-
-@pytest.fixture
-def mx():
-    with Mx() as mx:
-        yield mx
 
 
 def test_a_connection_goes_from_one_user_to_the_next(house, mx):

@@ -5,6 +5,7 @@ A block of the configuration stands for any throttle. At no time are more socket
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import gevent
@@ -13,24 +14,31 @@ import pytest
 from proxy.admission import clock_ns
 from proxy.errors import Throttled
 from proxy.model import Discard
-from tests.loopback.houses import block, key_of, limits, made, until
+from tests.loopback.houses import block, key_of, limits, until
 from tests.mx import Mx, close, late, mute
 
 
-@pytest.fixture
-def make():
-    yield from made()
+@contextlib.contextmanager
+def being_cleaned(make):
+    """The only place is held by a connection that nobody uses any more, and that is cleaned once the gate is open.
+
+    Yields:
+        House, receiver's server, the connection, gate.
+    """
+    gate = threading.Event()
+    with Mx(lambda number: {"rset": late(gate)} if number == 0 else {}) as mx:
+        house = make(None, block("one"))
+        connection = house.open(key_of(mx))
+        house.give(connection)
+        yield house, mx, connection, gate
 
 
-@pytest.fixture
-def house(make):
-    return make()
-
-
-@pytest.fixture
-def mx():
-    with Mx() as mx:
-        yield mx
+def waiting(house, mx, owner, tenant=""):
+    """Somebody who asks for a connection, and has to wait."""
+    greenlet = gevent.spawn(house.open, key_of(mx, tenant=tenant), owner)
+    gevent.sleep(0)
+    assert not greenlet.ready()
+    return greenlet
 
 
 def test_a_cached_connection_counts_and_gives_way_to_another_key(make, mx):
@@ -55,13 +63,9 @@ def test_without_another_in_the_way_it_stays(make, mx):
 
 
 def test_it_gives_way_when_it_is_clean_to_one_who_came_meanwhile(make):
-    gate = threading.Event()
-    with Mx({"rset": late(gate)}) as mx, Mx() as other:
-        house = make(None, block("one"))
-        house.give(house.open(key_of(mx)))
-        waiter = gevent.spawn(house.open, key_of(other), "b")
-        gevent.sleep(0)
-        assert not waiter.ready(), "the place is taken while the connection is cleaned"
+    """Until then it has the place."""
+    with being_cleaned(make) as (house, _, _, gate), Mx() as other:
+        waiter = waiting(house, other, "b")
         gate.set()
         waiter.get(timeout=5)
         assert house.discarded() == {Discard.YIELDED: 1}
@@ -79,13 +83,8 @@ def test_it_gives_way_while_the_answer_to_quit_is_awaited(make):
 
 
 def test_who_waits_for_just_this_connection_gets_it_with_its_place(make):
-    gate = threading.Event()
-    with Mx({"rset": late(gate)}) as mx:
-        house = make(None, block("one"))
-        first = house.open(key_of(mx))
-        house.give(first)
-        waiter = gevent.spawn(house.open, key_of(mx), "b")
-        gevent.sleep(0)
+    with being_cleaned(make) as (house, mx, first, gate):
+        waiter = waiting(house, mx, "b")
         gate.set()
         assert waiter.get(timeout=5) is first
         assert (mx.connects, first.place.owner, first.place.open) == (1, "b", True)
@@ -94,14 +93,9 @@ def test_who_waits_for_just_this_connection_gets_it_with_its_place(make):
 
 def test_whose_turn_it_is_decides_who_gets_it(make):
     """Another key came first: it gets the place, and the one who wanted the connection waits on."""
-    gate = threading.Event()
-    with Mx(lambda number: {"rset": late(gate)} if number == 0 else {}) as mx, Mx() as other:
-        house = make(None, block("one"))
-        house.give(house.open(key_of(mx)))
-        stranger = gevent.spawn(house.open, key_of(other), "b")
-        gevent.sleep(0)
-        heir = gevent.spawn(house.open, key_of(mx), "c")
-        gevent.sleep(0)
+    with being_cleaned(make) as (house, mx, _, gate), Mx() as other:
+        stranger = waiting(house, other, "b")
+        heir = waiting(house, mx, "c")
         gate.set()
         taken = stranger.get(timeout=5)
         assert not heir.ready()
@@ -113,13 +107,8 @@ def test_whose_turn_it_is_decides_who_gets_it(make):
 
 def test_nobody_comes_between_an_heir_and_its_connection(make, monkeypatch):
     """Place and connection are promised; before the heir has its turn, another asks for the same, and has to wait."""
-    gate = threading.Event()
-    with Mx({"rset": late(gate)}) as mx:
-        house = make(None, block("one"))
-        first = house.open(key_of(mx))
-        house.give(first)
-        heir = gevent.spawn(house.open, key_of(mx), "b")
-        gevent.sleep(0)
+    with being_cleaned(make) as (house, mx, first, gate):
+        heir = waiting(house, mx, "b")
         others = []
         pass_on = house.admission.pass_on
 
@@ -143,13 +132,8 @@ def test_nobody_comes_between_an_heir_and_its_connection(make, monkeypatch):
 
 def test_an_heir_that_goes_away_leaves_no_connection_without_a_place(make, monkeypatch):
     """It was given place and connection, and died before it had its turn."""
-    gate = threading.Event()
-    with Mx({"rset": late(gate)}) as mx:
-        house = make(None, block("one"))
-        first = house.open(key_of(mx))
-        house.give(first)
-        heir = gevent.spawn(house.open, key_of(mx), "b")
-        gevent.sleep(0)
+    with being_cleaned(make) as (house, mx, _, gate):
+        heir = waiting(house, mx, "b")
         passed = []
         pass_on = house.admission.pass_on
 
@@ -180,12 +164,10 @@ def test_it_gives_way_to_one_who_comes_from_another_throttles_line(make, mx):
     house = make(None, block("near", "127.0.0.2/32"), block("all", connections=2))
     with Mx(host="127.0.0.2") as near:
         busy = house.open(key_of(near), owner="x")
-        waiter = gevent.spawn(house.open, key_of(near, tenant="w"), "b")
-        gevent.sleep(0)
+        waiter = waiting(house, near, "b", tenant="w")
         house.cache(mx)  # the second place of `all`
         mine = house.open(key_of(mx))  # and it is in use
-        third = gevent.spawn(house.open, key_of(mx, tenant="third"), "c")
-        gevent.sleep(0)
+        third = waiting(house, mx, "c", tenant="third")
         house.give(mine)
         house.give(busy)
         waiter.get(timeout=5)

@@ -12,47 +12,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from tests.e2e.sharing import (
-    DEATHS,
-    FAILURES,
-    NAME,
-    PLAIN,
-    accepted,
-    arrived,
-    body,
-    cached,
-    drop_cached,
-    instances,
-    send,
-)
 from tests.mx import Mx, mute, usual
-from tests.program import Proxy
+from tests.sharing import DEATHS, FAILURES, NAME, accepted, arrived, body, cached, send
 from tests.waiting import wait_for
-
-
-@pytest.fixture(scope="module")
-def proxy():
-    with Proxy(PLAIN) as it:
-        yield it
-
-
-@pytest.fixture
-def pair(proxy):
-    with instances(proxy, "server-a", "server-b") as it:
-        yield it
-
-
-@pytest.fixture
-def mx():
-    with Mx(starttls=True) as it:
-        yield it
-
-
-@pytest.fixture(autouse=True)
-def _empty(request):
-    yield
-    if "proxy" in request.fixturenames:
-        drop_cached(request.getfixturevalue("proxy"))
 
 
 @pytest.mark.parametrize("death", DEATHS)

@@ -13,46 +13,10 @@ import threading
 import pytest
 
 from proxy.client import MailLimitReached, ProxyRefused
-from tests.e2e.sharing import (
-    NAME,
-    PLAIN,
-    accepted,
-    arrived,
-    body,
-    cached,
-    drop_cached,
-    instances,
-    send,
-)
 from tests.mx import Mx, mute
 from tests.program import Proxy
+from tests.sharing import NAME, PLAIN, accepted, arrived, body, cached, instances, send
 from tests.waiting import wait_for
-
-
-@pytest.fixture(scope="module")
-def proxy():
-    with Proxy(PLAIN) as it:
-        yield it
-
-
-@pytest.fixture
-def pair(proxy):
-    with instances(proxy, "server-a", "server-b") as it:
-        yield it
-
-
-@pytest.fixture
-def mx():
-    with Mx(starttls=True) as it:
-        yield it
-
-
-@pytest.fixture(autouse=True)
-def _empty(request):
-    yield
-    if "proxy" in request.fixturenames:
-        drop_cached(request.getfixturevalue("proxy"))
-
 
 # -- the way it should be ----------------------------------------------------------------------------------------------
 

@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from tests.e2e.sharing import FAILURES, accepted, arrived, cached, instances, send
 from tests.mx import Mx, close, half_close, reset, say, trickle, twice, usual
 from tests.program import Proxy
+from tests.sharing import FAILURES, accepted, arrived, cached, instances, send
 from tests.waiting import wait_for
 
 #: A reset takes away what was said before and not yet read, the 250 to a message perhaps: only where nothing was.

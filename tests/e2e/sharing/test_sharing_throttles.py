@@ -8,38 +8,10 @@ import threading
 import pytest
 
 from proxy.client import Limits, ProxyRefused
-from tests.e2e.sharing import (
-    DEATHS,
-    NAME,
-    PLAIN,
-    arrived,
-    body,
-    cached,
-    instances,
-    send,
-)
 from tests.mx import Mx, usual
 from tests.program import Proxy
+from tests.sharing import DEATHS, NAME, PLAIN, arrived, body, cached, instances, send
 from tests.waiting import wait_for
-
-
-@pytest.fixture(scope="module")
-def proxy():
-    with Proxy(PLAIN) as it:
-        yield it
-
-
-@pytest.fixture
-def pair(proxy):
-    with instances(proxy, "server-a", "server-b") as it:
-        yield it
-
-
-@pytest.fixture
-def mx():
-    with Mx(starttls=True) as it:
-        yield it
-
 
 ONE = "throttle one {\n    destination 127.0.0.0/8\n    max_concurrent_connections 1\n    wait 20s\n}\n"
 
