@@ -1,8 +1,11 @@
 """When there is too much of something: connections, descriptors, clients that say nothing."""
 
 import contextlib
+import json
 import resource
 import socket
+import time
+from http.client import HTTPConnection
 
 import pytest
 
@@ -130,6 +133,30 @@ def test_out_of_descriptors(mx):
         with socks5(proxy.door("socks5", "127.0.1.2"), mx.endpoint) as sock:
             assert exactly(sock, 8) == GREETING
         proxy.wait_idle()
+
+
+def accept_errors(proxy):
+    """All that were counted."""
+    http = HTTPConnection(*proxy.door("status"), timeout=20)
+    with contextlib.closing(http):
+        http.request("GET", "/status.json")
+        return json.load(http.getresponse())["counters"]["accept_errors"]
+
+
+def test_accept_errors_write_one_line_a_second_at_most():
+    """With one descriptor free now and then, accepting fails many times a second."""
+    text = "listen_status 127.0.0.1:0\nmax_connections 1000\nauth_timeout 60s\n"
+    begin = time.monotonic()
+    with Proxy(text, before="ulimit -n 100") as proxy, contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(dial(proxy.socks5)) for _ in range(250)]
+        proxy.wait_line(r"^ERROR accept: ")
+        while (errors := accept_errors(proxy)) < 20 + 3 * (time.monotonic() - begin):
+            silent.pop(0).close()
+            wait_for(
+                lambda errors=errors: accept_errors(proxy) > errors, what="the next client is accepted, and no more"
+            )
+    # Our clock began before the program's and ends after it: on a slow machine more lines are allowed, never fewer.
+    assert 1 <= len(proxy.matching("^ERROR accept: ")) <= 1 + time.monotonic() - begin < errors
 
 
 def test_no_descriptor_for_the_outgoing_connection(mx):
