@@ -16,7 +16,7 @@ from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 
 from proxy.flows import WORD, Flow, Path, Receiver, Run
-from proxy.throttle import MICROSECOND, TICK, Throttle
+from proxy.throttle import AHEAD, MICROSECOND, TICK, Throttle
 from proxy.wheel import Wheel
 
 #: The longest step that fits its field of the wire, in nanoseconds.
@@ -78,10 +78,10 @@ class Dispenser:
         slot, decider = path.earliest(now)
         throttle = decider or path.throttles[0]
         self._enqueue(flow, throttle)
-        if slot <= now + TICK:
+        if slot <= now + AHEAD:
             self.serve(throttle, now)
         else:
-            self.wheel.arm_earlier(throttle, slot - TICK)
+            self.wheel.arm_earlier(throttle, slot - AHEAD)
 
     def withdraw(self, flow: Flow) -> None:
         """The session of `flow` is gone or means another path: it wants nothing, and what it held is not reused."""
@@ -137,7 +137,7 @@ class Dispenser:
 
     def _take_turn(self, throttle: Throttle, slots: Slots, agenda: list[Turn], now: int) -> bool:
         """Serve the queue of `throttle` while its slots are the next ones and near. Whether nobody is left in it."""
-        queue, times, horizon = slots.queue, slots.times, now + TICK
+        queue, times, horizon = slots.queue, slots.times, now + AHEAD
         while queue:
             time, order, flow = queue[0]
             receiver, path = flow.receiver, flow.path
@@ -157,11 +157,11 @@ class Dispenser:
                 continue
             if slot > horizon:
                 if decider is throttle:
-                    self.wheel.arm(throttle, slot - TICK)
+                    self.wheel.arm(throttle, slot - AHEAD)
                     return False
                 heappop(queue)
                 self._enqueue(flow, decider)
-                self.wheel.arm_earlier(decider, slot - TICK)
+                self.wheel.arm_earlier(decider, slot - AHEAD)
                 if queue and slots.path is not None:
                     self.wheel.arm(throttle, slot)
                     return False

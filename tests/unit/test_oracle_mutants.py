@@ -100,7 +100,7 @@ def only_the_first_window_counts(patch: Patch) -> None:
 
 
 def given_out_too_early(patch: Patch) -> None:
-    patch.setattr("proxy.dispenser.TICK", 200_000_000)
+    patch.setattr("proxy.dispenser.AHEAD", 200_000_000)
 
 
 MUTANTS = [

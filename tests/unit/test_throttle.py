@@ -9,7 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Rule, check_slots, check_windows
 
-from proxy.throttle import FREE_SLACK, MICROSECOND, SECOND, TICK, Key, Limit, Throttle, check, interval, slack_range
+from proxy.throttle import (
+    AHEAD,
+    FREE_SLACK,
+    MICROSECOND,
+    SECOND,
+    TICK,
+    Key,
+    Limit,
+    Throttle,
+    check,
+    interval,
+    slack_range,
+)
 
 KEY = Key("192.0.2.1", "yahoo")
 START = 1_000 * SECOND
@@ -25,7 +37,7 @@ def drain(one: Throttle, begin: int, end: int, step: int = TICK) -> list[int]:
     """Take every slot that may be given out from `begin` to `end`, looking each `step`."""
     slots = []
     for now in range(begin, end, step):
-        while (slot := one.earliest(now)) <= now + TICK:
+        while (slot := one.earliest(now)) <= now + AHEAD:
             one.take_slot(slot)
             slots.append(slot)
     return slots
@@ -87,7 +99,7 @@ def test_slots_conform_whenever_somebody_looks(seconds: int, amount: int, burst:
         now += pause
         for _ in range(3):
             slot = one.earliest(now)
-            if slot <= now + TICK:
+            if slot <= now + AHEAD:
                 one.take_slot(slot)
                 slots.append(slot)
     rule = Rule(limit.amount, seconds, limit.burst, slack)
@@ -146,7 +158,7 @@ def test_a_restart_counts_for_limits_that_come_later() -> None:
 def test_dead_time_of_a_restart() -> None:
     """H + I, not more."""
     one = throttle(Limit(360, 3600))
-    assert one.earliest(START) == START + TICK + interval(Limit(360, 3600), 2 * SECOND)
+    assert one.earliest(START) == START + AHEAD + interval(Limit(360, 3600), 2 * SECOND)
 
 
 # --- limits that change ---
@@ -154,7 +166,7 @@ def test_dead_time_of_a_restart() -> None:
 
 def used_up(limit: Limit, now: int) -> Throttle:
     one = throttle(limit, now=now - 10_000 * SECOND)
-    while one.earliest(now) <= now + TICK:
+    while one.earliest(now) <= now + AHEAD:
         one.take_slot(one.earliest(now))
     return one
 
@@ -169,9 +181,9 @@ def test_a_higher_limit_shortens_the_wait() -> None:
 def test_a_lower_limit_holds_at_once_and_scales_the_debt() -> None:
     now = START * 100
     one = used_up(Limit(3600, 3600), now)
-    before = one.debt_until() - now - TICK
+    before = one.debt_until() - now - AHEAD
     one.limit_to((Limit(360, 3600),), START, now)
-    after = one.debt_until() - now - TICK
+    after = one.debt_until() - now - AHEAD
     assert after == pytest.approx(before * 10, rel=0.01)
 
 
@@ -180,7 +192,7 @@ def test_a_slot_given_out_ahead_does_not_become_hours() -> None:
     now = START * 100
     one = used_up(Limit(1000, 1), now)
     one.limit_to((Limit(1, 1),), START, now)
-    assert one.earliest(now) <= now + TICK + SECOND
+    assert one.earliest(now) <= now + AHEAD + SECOND
 
 
 LIMITS = st.sampled_from((Limit(1, 60), Limit(7, 60), Limit(60, 60, 9), Limit(600, 60, 50), Limit(100, 60)))
@@ -196,7 +208,7 @@ def test_changing_limits_never_pass_more_than_the_highest(changes: list[tuple[Li
         one.limit_to((limit,), START - 3600 * SECOND, now)
         for _ in range(takes):
             slot = one.earliest(now)
-            if slot <= now + TICK:
+            if slot <= now + AHEAD:
                 one.take_slot(slot)
                 slots.append(slot)
         if len({limit.burst for limit, _, _ in changes}) == 1:  # else the debt of the larger burst is paid first
@@ -220,6 +232,17 @@ def test_a_limit_that_goes_and_comes_finds_its_debt() -> None:
     assert one.busy(now)
     one.limit_to((Limit(1, 3600),), START, now + SECOND)
     assert one.earliest(now) == owed
+
+
+def test_the_next_slot_of_a_burst_does_not_come_sooner_when_slack_grows() -> None:
+    now = START * 100
+    one = used_up(Limit(600, 60, 20), now)
+    coming = one.earliest(now)
+    assert now < coming < now + AHEAD * 8
+    for lateness in range(0, coming - now, MICROSECOND * 1000):
+        again = used_up(Limit(600, 60, 20), now)
+        assert again.stretch(SECOND // 2, START, now + lateness)
+        assert again.earliest(now + lateness) >= coming
 
 
 def test_slack_grows_within_its_range_and_never_shrinks() -> None:

@@ -19,7 +19,7 @@ from proxy.lease import Demand, Lease, Permit
 from proxy.limits import Part
 from proxy.manager import Manager
 from proxy.session import Output, Session
-from proxy.throttle import TICK, Key, Limit
+from proxy.throttle import AHEAD, Key, Limit
 
 MS = 1_000_000
 SOURCE = "192.0.2.1"
@@ -198,7 +198,7 @@ class World:
         for record in output.grants:
             path = names[record.id]
             slots = [base + (record.first_offset_us + i * record.step_us) * 1000 for i in range(record.n)]
-            numbers = [self.oracle.grant(path, slot, self.now, TICK) for slot in slots]
+            numbers = [self.oracle.grant(path, slot, self.now, AHEAD) for slot in slots]
             grants.append((path, record.n, record.first_offset_us, record.step_us, numbers))
         link.down = max(link.down, self.now + self._delay(client), client.stalled_until)
         self.at(link.down, lambda: self._receive(client, link, output, grants))
