@@ -152,10 +152,12 @@ def _growth(count: int) -> Workload:
     )
 
 
-def _driven(name: str, title: str, candidates: tuple[str, ...], measure: Callable[..., dict[str, Any]]) -> Workload:
+def _driven(
+    name: str, title: str, candidates: tuple[str, ...], measure: Callable[..., dict[str, Any]], rounds: int = 3
+) -> Workload:
     """Driven from Python; the first candidate is the one that the others are compared with."""
     metrics = (CPU_SESSION, SESSIONS, SESSION_P50, SESSION_P99)
-    return Workload(name, title, "", (), (), metrics, candidates, candidates[0], measure=measure)
+    return Workload(name, title, "", (), (), metrics, candidates, candidates[0], measure=measure, rounds=rounds)
 
 
 def _permits(depth: int, title: str) -> Workload:
@@ -203,7 +205,7 @@ WORKLOADS = {
             "rate",
             "300 sessions/s on a timetable",
             "--connections 1000 --rate 300",
-            3,
+            5,
             metrics=(SESSION_P50, SESSION_P99, CPU_SESSION),
             candidates=("greenarrow", "greenarrow-python", "haproxy", "tokio"),
             rounds=MAIN,
@@ -234,6 +236,7 @@ WORKLOADS = {
             "--connections 4000 --rate 8000",
             metrics=(TRIP_P99, TRIP_P50, CPU_ROUND_TRIP),
             candidates=("greenarrow", "greenarrow-python", "haproxy", "tokio"),
+            rounds=MAIN,
         ),
         _bulk("bulk", "4 connections, client to MX", "--connections 4"),
         _bulk("bulkdn", "4 connections, MX to client", "--connections 4 --download"),
@@ -266,6 +269,7 @@ WORKLOADS = {
             "1 message of 20 KB each, driven from Python",
             ("native-socks", "native-fresh", "native-warm", "native-tls-fresh", "native-tls-warm", "haproxy-tls"),
             driven.driven_sessions,
+            MAIN,
         ),
         _driven(
             "reuse",
