@@ -79,6 +79,7 @@ class Link:
         if not data:
             raise ClientGone("the client closed")
         self.readable = self._missed or not self.stream.drained
+        self.blocked = self.blocked or self.stream.unsent  # TLS has something to say of its own
         self.moved += len(data)
         self.decoder.receive(data)
         return True

@@ -110,7 +110,7 @@ class Transfer:
         if self._link.blocked or self._blocked:
             return True
         self._from_receiver()
-        return self._readable or self.receiver_done or self._link.blocked
+        return self._readable or self.receiver_done or self._link.blocked or self._blocked
 
     def unclean(self) -> Discard | None:
         """Why the connection cannot serve another client, as far as its bytes tell."""
@@ -184,6 +184,7 @@ class Transfer:
             if self._write_error is None and self.broken is None:
                 try:
                     self._stream.finish()
+                    self._blocked = self._stream.unsent
                 except OSError as error:
                     self._write_failed(error)
 
@@ -253,6 +254,7 @@ class Transfer:
                 return True
             moved = True
             self._readable = self._missed or not self._stream.drained
+            self._blocked = self._blocked or self._stream.unsent  # TLS has something to say of its own
             if not data:
                 self.receiver_done = True
                 if self._write_error is not None:
