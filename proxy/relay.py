@@ -281,7 +281,7 @@ class Engine:
             self._guarded(self._flush, up)  # and reads on
         elif client_readable:
             self._guarded(self._pump, up)
-        if upstream_events and pair.down.pending is None:
+        if upstream_events and pair in self._pairs and pair.down.pending is None:
             self._guarded(self._pump, pair.down, upstream_events)
 
     @property

@@ -50,9 +50,9 @@ def check(header: str, machine: str, find_full_name: Callable[[str], str] = full
         return
     machine = machine.lower()
     short = machine.partition(".")[0]
-    if host in (machine, short):
+    if host and host in (machine, short):
         return
-    if host.startswith(f"{short}.") and host == find_full_name(machine).lower().rstrip("."):
+    if short and host.startswith(f"{short}.") and host == find_full_name(machine).lower().rstrip("."):
         return
     raise HostNotAllowed(
         f"asked as {host[:100]}: only an IP address, localhost and the host name of this machine are answered; "

@@ -109,7 +109,7 @@ class Window:
         the interval grows, though the burst's share of the debt grows with it. And what a manager does not know about
         the time before its start holds for the new terms too: `floor` is theirs.
         """
-        next_slot = self.tat - self.tau
+        next_slot, burst = self.tat - self.tau, self.limit.burst
         old, self.limit, self.slack = self.interval, limit, slack
         self.interval = interval(limit, slack)
         self.tau = (limit.burst - 1) * self.interval
@@ -117,7 +117,7 @@ class Window:
         if self.tat > ahead:
             scaled = -(-(self.tat - ahead) * self.interval // (old * MICROSECOND)) * MICROSECOND
             self.tat = -(-ahead // MICROSECOND) * MICROSECOND + scaled
-        if self.interval > old and next_slot > now:
+        if self.interval > old and limit.burst <= burst and next_slot > now:
             self.tat = max(self.tat, next_slot + self.tau)
         self.tat = max(self.tat, floor)
 

@@ -202,6 +202,7 @@ class TlsStream:
             return True
 
     def recv(self, size: int) -> bytes:
+        self._took_all = False  # an older read of the socket says nothing about what has come since
         while True:
             try:
                 return self.tls.read(size)

@@ -103,7 +103,7 @@ class Relayed:
         if client_registered:
             engine.register(ours.fileno())
         before(self)
-        engine.join(ours, theirs, self.owner, idle_timeout, early, client_registered, client_registered, True)
+        engine.join(ours, theirs, self.owner, idle_timeout, early, client_registered, client_registered, relay.GONE)
 
     def close(self) -> None:
         self.client.close()

@@ -100,6 +100,17 @@ def test_last_words_and_fin_leave_in_one_segment(engine: relay.Engine) -> None:
     assert segments_in(pair.client) == before + 1
 
 
+def test_a_client_that_is_gone_at_the_join(engine: relay.Engine) -> None:
+    def before(pair: Relayed) -> None:
+        pair.upstream.sendall(b"220 hello")
+        gevent.sleep(0.01)  # its event comes, and nobody listens
+        reset(pair.client)
+
+    pair = Relayed(engine, before=before, client_registered=True)
+    assert pair.owner.ending() == (Ending.CLIENT_RESET, 0, 0)
+    assert engine.faults == 0
+
+
 def segments_in(sock: socket.socket) -> int:
     """tcpi_segs_in of struct tcp_info (linux/tcp.h)."""
     information = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)

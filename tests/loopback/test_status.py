@@ -212,6 +212,12 @@ def test_all_pages_are_kept_from_other_names(room):
     assert room.ask(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nHost: evil.example\r\n\r\n").startswith(b"HTTP/1.1 421 ")
 
 
+@pytest.mark.parametrize("header", [":80", "."])
+def test_no_name_is_not_the_name_of_a_machine_without_one(header):
+    with pytest.raises(status_host.HostNotAllowed):
+        status_host.check(header, "", lambda machine: "")
+
+
 def test_a_machine_whose_full_name_is_not_known_has_none():
     assert status_host.full_name("no-such-host.invalid") == ""
     assert status_host.full_name("x" * 300) == ""

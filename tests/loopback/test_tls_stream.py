@@ -78,6 +78,18 @@ def test_bytes_arrive_in_records(pair: Pair) -> None:
         pair.far.recv(65536)
 
 
+def test_a_record_from_an_older_read_does_not_hide_what_came_since(pair: Pair) -> None:
+    """The edge for what came since is used up by whoever was woken by it: only a read of the socket finds it."""
+    pair.near.send(b"a" * 100)
+    pair.near.send(b"b" * 100)
+    assert pair.far.recv(65536) == b"a" * 100  # both records were read from the socket
+    pair.near.send(b"c" * 100)
+    assert pair.far.recv(65536) == b"b" * 100
+    assert not pair.far.drained
+    assert pair.far.recv(65536) == b"c" * 100
+    assert pair.far.drained
+
+
 def test_a_full_socket_takes_no_more_until_it_has_room(pair: Pair) -> None:
     payload, sent = os.urandom(65536), 0
     with contextlib.suppress(BlockingIOError):

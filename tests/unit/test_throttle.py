@@ -245,6 +245,16 @@ def test_the_next_slot_of_a_burst_does_not_come_sooner_when_slack_grows() -> Non
         assert again.earliest(now + lateness) >= coming
 
 
+def test_a_burst_that_comes_and_goes_leaves_no_debt() -> None:
+    """An instance brings a larger burst and a lower rate, and leaves, and nobody sent anything."""
+    now = START * 100
+    one = used_up(Limit(1100, 3600), now)
+    coming = one.earliest(now)
+    one.limit_to((Limit(100, 3600, 50),), START, now)
+    one.limit_to((Limit(1100, 3600),), START, now + MICROSECOND)
+    assert one.earliest(now) <= coming + AHEAD
+
+
 def test_slack_grows_within_its_range_and_never_shrinks() -> None:
     one = throttle(Limit(60, 60))
     assert one.slack == SECOND // 4
