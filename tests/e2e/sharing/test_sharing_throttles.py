@@ -36,6 +36,15 @@ def is_established(sock):
         return False
 
 
+def both(work):
+    """`work(0)` and `work(1)`, at the same time."""
+    threads = [threading.Thread(target=work, args=(which,)) for which in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+
 def test_a_backlog_of_two_instances_under_a_limit_of_one_needs_one_connection():
     """Whoever waits for the place waits for the connection, too, and gets both."""
     with Counting() as mx, Proxy(PLAIN + ONE) as proxy, instances(proxy, "server-a", "server-b") as pair:
@@ -44,11 +53,7 @@ def test_a_backlog_of_two_instances_under_a_limit_of_one_needs_one_connection():
             for number in range(15):
                 send(pair[which], mx, 100 * which + number)
 
-        threads = [threading.Thread(target=backlog, args=(which,)) for which in (0, 1)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
+        both(backlog)
         arrived(mx, {100 * which + number: 1 for which in (0, 1) for number in range(15)})
         assert (mx.connects, mx.peak) == (1, 1)
 
@@ -61,11 +66,7 @@ def test_two_keys_under_a_limit_of_one_take_turns():
             for number in range(10):
                 send(pair[which], mx, 100 * which + number, tenant=str(which))
 
-        threads = [threading.Thread(target=backlog, args=(which,)) for which in (0, 1)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
+        both(backlog)
         arrived(mx, {100 * which + number: 1 for which in (0, 1) for number in range(10)})
         assert mx.peak == 1
 
