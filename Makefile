@@ -25,7 +25,7 @@ help:
 $(READY): setup.py pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (once; takes a minute) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat --editable '.[test]'
 	@touch $(READY)
 
 demo: $(READY)
@@ -57,4 +57,4 @@ run: $(READY)
 clean:
 	rm -rf $(VENV) build bench/build .cache .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
-	rm -f proxy/*.so proxy/*.c
+	rm -f proxy/net/*.so proxy/net/*.c

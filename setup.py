@@ -3,11 +3,11 @@
 import re
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "proxy" / "__init__.py").read_text(encoding="utf-8"))[1]
-FAST_RELAY = "proxy/_fastrelay.pyx"
+FAST_RELAY = "proxy/net/_fastrelay.pyx"
 
 
 def extensions() -> list[Extension]:
@@ -17,7 +17,7 @@ def extensions() -> list[Extension]:
         from Cython.Build import cythonize
     except ImportError:
         return []
-    built = cythonize([Extension("proxy._fastrelay", [FAST_RELAY])], language_level=3)
+    built = cythonize([Extension("proxy.net._fastrelay", [FAST_RELAY])], language_level=3)
     for extension in built:
         extension.optional = True  # only now: cythonize forgets it
     return built
@@ -35,7 +35,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=["proxy", "proxy.client"],
+    packages=find_packages(include=["proxy", "proxy.*"]),
     py_modules=["greenarrow_proxy"],
     package_data={"proxy": ["py.typed"]},
     ext_modules=extensions(),

@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from proxy.client import Session
+from greenarrow_proxy_client import Session
 from tests.mx import Mx
 from tests.program import SECRET, Proxy
 

@@ -14,11 +14,11 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from proxy.limits import Part
-from proxy.manager import Manager
-from proxy.places import Places, Ticket
-from proxy.session import Session
-from proxy.throttle import SECOND, Key, Limit
+from proxy.throttling.limits import Part
+from proxy.throttling.manager import Manager
+from proxy.throttling.places import Places, Ticket
+from proxy.throttling.session import Session
+from proxy.throttling.throttle import SECOND, Key, Limit
 
 
 def manager_with(sessions: int, now: int) -> tuple[Manager, list[Session]]:

@@ -32,7 +32,7 @@ from demo.ways import (
     socks5_login,
     socks5_request,
 )
-from proxy.client import ProxyFailure
+from greenarrow_proxy_client import ProxyFailure
 
 SIZES = (2_000, 20_000, 500_000)
 

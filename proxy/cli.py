@@ -14,7 +14,8 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TextIO
 
-from proxy import __version__, config
+from proxy import __version__
+from proxy.config import load as config
 from proxy.errors import ConfigError, UsageError
 
 EX_OK = 0
@@ -61,7 +62,7 @@ def _main(argv: list[str]) -> int:
         _print(parser.format_help(), sys.stdout)
         return EX_OK
     if flags.version:
-        from proxy import relay  # late: it loads gevent, which --help does not need
+        from proxy.net import relay  # late: it loads gevent, which --help does not need
 
         _print(f"greenarrow_proxy {__version__} (relay: {relay.engine_name()})", sys.stdout)
         return EX_OK
@@ -73,14 +74,14 @@ def _main(argv: list[str]) -> int:
     settings = load()
     if flags.check_config:
         return _check_config(argv, settings)
-    from proxy import server  # late: --help and a wrong configuration need no gevent
+    from proxy.server import server  # late: --help and a wrong configuration need no gevent
 
     run: Callable[[Callable[[], config.Settings], config.Settings], int] = server.run
     return run(load, settings)
 
 
 def _ping(argv: list[str], address: str, instance: str | None) -> int:
-    from proxy import ping
+    from proxy.server import ping
 
     # Only the secret is needed. An MTA's machine has no listener and allows nobody.
     nobody = ["--listen=127.0.0.1:807", "--allow-from=127.0.0.1"]
@@ -90,14 +91,14 @@ def _ping(argv: list[str], address: str, instance: str | None) -> int:
 
 
 def _status(address: str, load: Callable[[], config.Settings]) -> int:
-    from proxy import status_client
+    from proxy.status import terminal
 
-    to = status_client.target(address, load)
-    return status_client.run(to, lambda text: _print(text, sys.stdout), lambda line: _print(line, sys.stderr))
+    to = terminal.target(address, load)
+    return terminal.run(to, lambda text: _print(text, sys.stdout), lambda line: _print(line, sys.stderr))
 
 
 def _check_config(argv: Sequence[str], settings: config.Settings) -> int:
-    from proxy import check_config
+    from proxy.server import check_config
 
     origins = config.origins(argv, os.environ, read_file)
     findings = check_config.check(settings, origins)

@@ -14,18 +14,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from proxy.access import Access
-from proxy.admission import Admission
-from proxy.budget import FailureBudget
-from proxy.crew import Crew
+from proxy.egress.admission import Admission
+from proxy.egress.keeper import Keeper
 from proxy.errors import ProxyError
-from proxy.keeper import Keeper
 from proxy.model import Ending, Endpoint
-from proxy.native_auth import ChannelKey, Fences
-from proxy.relay import Engine, RawSocket
+from proxy.net.crew import Crew
+from proxy.net.relay import Engine, RawSocket
+from proxy.net.tls import ServerIdentity
+from proxy.policy.access import Access
+from proxy.policy.budget import FailureBudget
+from proxy.protocols.native.auth import ChannelKey, Fences
 from proxy.settings import Settings
 from proxy.stats import Counters, SessionFigures
-from proxy.tls import ServerIdentity
 
 
 class Door:

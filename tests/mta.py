@@ -1,4 +1,4 @@
-"""MTA processes for the throttle tests: each takes permits through `proxy.client` and says when it used which.
+"""MTA processes for the throttle tests: each takes permits through the client library and says when it used which.
 
     with Mta(proxy, "mta-1", {"fast": [("rule", 100, 1, 1)]}) as mta:
         wait_for(lambda: len(mta.uses) > 50)
@@ -115,7 +115,7 @@ def check_uses(uses: Iterable[Use], paths: Paths) -> None:
     Raises:
         oracle.Violation.
     """
-    from oracle import Rule, Violation, check_windows
+    from tests.unit.throttling.oracle import Rule, Violation, check_windows
 
     uses = list(uses)
     for use in uses:
@@ -138,7 +138,7 @@ def check_uses(uses: Iterable[Use], paths: Paths) -> None:
 
 def _check_slots(uses: list[Use], rule: Any) -> None:
     """GCRA on slots of which only bounds are known: no span holds more slots than it may, that surely lie within it."""
-    from oracle import Violation
+    from tests.unit.throttling.oracle import Violation
 
     uses = sorted(uses, key=lambda use: use.latest)
     for index, first in enumerate(uses):
@@ -153,7 +153,7 @@ def _check_slots(uses: list[Use], rule: Any) -> None:
 
 def _serve(order: dict[str, Any]) -> None:
     """The MTA: one thread a path, mail without end."""
-    from proxy.client import Limits, ProxyFailure, Session
+    from greenarrow_proxy_client import Limits, ProxyFailure, Session
 
     def say(text: str) -> None:
         os.write(1, text.encode() + b"\n")

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from proxy.client import ProxyFailure, Session
+from greenarrow_proxy_client import ProxyFailure, Session
 from tests.mx import Mx, close, half_close, reset, say
 from tests.program import SECRET, Proxy
 from tests.waiting import wait_for

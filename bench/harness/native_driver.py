@@ -19,7 +19,7 @@ from harness.machine import BENCH, BUILD, ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from proxy.client import Limits, ProxiedSMTP, Session
+from greenarrow_proxy_client import Limits, ProxiedSMTP, Session
 
 if TYPE_CHECKING:
     from harness.measure import Bench, Running

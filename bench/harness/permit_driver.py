@@ -20,11 +20,11 @@ from harness.machine import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from proxy import native
-from proxy import native_messages as m
-from proxy import native_session as s
-from proxy.client.link import tls_context
-from proxy.native_auth import NO_CERTIFICATE, ClientHandshake, certificate_hash
+from greenarrow_proxy_client.link import tls_context
+from proxy.protocols.native import frames
+from proxy.protocols.native import messages as m
+from proxy.protocols.native import session_messages as s
+from proxy.protocols.native.auth import NO_CERTIFICATE, ClientHandshake, certificate_hash
 
 SOURCE = "127.0.2.1"
 _READ = 65536
@@ -74,14 +74,14 @@ class Member:
         self.sock.setblocking(False)
 
     def ping(self) -> None:
-        self.send(native.encode(s.Ping(self.incarnation, now_us())))
+        self.send(frames.encode(s.Ping(self.incarnation, now_us())))
 
     def register(self, throttles: Iterable[tuple[int, str, int, int]]) -> None:
         """(id, name, messages, seconds) each."""
         paths = [
             s.Path(id, SOURCE, [s.Throttle(name, [s.Rate(amount, seconds)])]) for id, name, amount, seconds in throttles
         ]
-        self.send(native.encode(s.Reg(self.incarnation, paths)))
+        self.send(frames.encode(s.Reg(self.incarnation, paths)))
 
     def demand(self, want: int, id: int = 0) -> None:
         body = _DEMAND.pack(
@@ -115,7 +115,7 @@ class Member:
             self.decoder.receive(data)
             while (frame := self.decoder.next_frame()) is not None:
                 self.frames_in += 1
-                self._take(native.decode(frame, native.SESSION_FROM_PROXY))
+                self._take(frames.decode(frame, frames.SESSION_FROM_PROXY))
             if len(data) < _READ and not isinstance(self.sock, ssl.SSLSocket):
                 return
 
@@ -126,7 +126,7 @@ class Member:
                 self.waiting -= record.n
                 self.on_grant(self, record.n, record.first_offset_us)
         elif isinstance(message, s.Ping):
-            self.send(native.encode(s.Pong(message.incarnation, message.t, 0)))
+            self.send(frames.encode(s.Pong(message.incarnation, message.t, 0)))
         elif isinstance(message, s.Limit):
             self.answered += len(message.records)
         elif isinstance(message, m.Error):

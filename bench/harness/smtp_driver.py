@@ -23,7 +23,7 @@ from harness.usage import process_cpu
 
 sys.path.insert(0, str(ROOT))
 
-from proxy.client import ProxyFailure
+from greenarrow_proxy_client import ProxyFailure
 
 _THREADS = 8
 _SECONDS, _SECONDS_QUICK = 2.0, 1.5

@@ -30,7 +30,7 @@ from pathlib import Path
 from mail_queue import Envelope, MailQueue, Replies, log, says
 from queue_worker import LOOK, Worker
 
-from proxy.client import Limits, Session, Throttle
+from greenarrow_proxy_client import Limits, Session, Throttle
 
 DAMAGED = float("inf")  # when such a message is due
 LINGER = 0.5  # seconds that a worker keeps its connection when there is no mail

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from mail_queue import Envelope, Replies, log, says
 
-from proxy.client import (
+from greenarrow_proxy_client import (
     MailLimitReached,
     Permit,
     PermitExpired,

@@ -28,9 +28,9 @@ sys.path.insert(0, str(ROOT))
 import gevent  # noqa: E402
 from gevent import get_hub  # noqa: E402
 
-from proxy import relay  # noqa: E402
 from proxy.model import Ending  # noqa: E402
-from tests.loopback.relays import (  # noqa: E402
+from proxy.net import relay  # noqa: E402
+from tests.loopback.net.relays import (  # noqa: E402
     ENGINES,
     Owner,
     Relayed,
@@ -207,7 +207,7 @@ def finish(alive: list[Session]) -> None:
 def load_instrumented() -> type[relay.Engine]:
     """The engine that `--asan` built, in the process that has the sanitizer loaded."""
     path = os.environ["RELAY_UNDER_TEST"]
-    spec = importlib.util.spec_from_file_location("proxy._fastrelay", path)
+    spec = importlib.util.spec_from_file_location("proxy.net._fastrelay", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -221,7 +221,8 @@ def run_with_sanitizers(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as directory:
         source, module = Path(directory) / "_fastrelay.c", Path(directory) / "_fastrelay.so"
         subprocess.run(
-            [sys.executable, "-m", "cython", "-3", str(ROOT / "proxy/_fastrelay.pyx"), "-o", str(source)], check=True
+            [sys.executable, "-m", "cython", "-3", str(ROOT / "proxy/net/_fastrelay.pyx"), "-o", str(source)],
+            check=True,
         )
         sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "--param", "asan-stack=0"]
         include = f"-I{sysconfig.get_paths()['include']}"

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from gevent import get_hub
 
-from proxy import relay
+from proxy.net import relay
 from tests.fuzz.relay_schedules import schedule
-from tests.loopback.relays import ENGINES
+from tests.loopback.net.relays import ENGINES
 from tests.peers import program
 
 

@@ -8,16 +8,16 @@ from types import SimpleNamespace
 
 import gevent
 
-from proxy.admission import Admission, clock_ns
-from proxy.crew import Crew
-from proxy.keeper import Keeper
-from proxy.manager import Manager
+from proxy.egress.admission import Admission, clock_ns
+from proxy.egress.keeper import Keeper
+from proxy.egress.pool import PoolKey
+from proxy.egress.receiver import Wish, open_receiver
 from proxy.model import Endpoint, TlsMode
-from proxy.pool import PoolKey
-from proxy.receiver import Wish, open_receiver
-from proxy.relay import make_engine
+from proxy.net.crew import Crew
+from proxy.net.relay import make_engine
 from proxy.settings import ThrottleSettings
 from proxy.stats import Counters
+from proxy.throttling.manager import Manager
 from tests.waiting import wait_for
 
 until = partial(wait_for, pause=gevent.sleep)

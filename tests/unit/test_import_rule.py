@@ -181,7 +181,7 @@ def imports_of(source: str) -> list[Import]:
 
 
 def module_of(name: str) -> str:
-    """`proxy.access` → `access`, `proxy.client.link` → `client`; `proxy.__version__` is the package's own."""
+    """`proxy.policy.access` → `access`, `greenarrow_proxy_client.link` → `client`; `proxy.__version__` is the package's own."""
     first = name.split(".")[1] if "." in name else ""
     return "__init__" if not first or first.startswith("__") else first
 
@@ -235,7 +235,7 @@ def violations(module: str, source: str) -> list[str]:
 
 
 def sources() -> dict[str, str]:
-    """Full name → source of every module; `proxy.client` is a folder of its own."""
+    """Full name → source of every module; `greenarrow_proxy_client` is a folder of its own."""
     found = {}
     for path in sorted((ROOT / "proxy").rglob("*.py")):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)

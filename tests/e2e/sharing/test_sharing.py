@@ -12,7 +12,7 @@ import threading
 
 import pytest
 
-from proxy.client import MailLimitReached, ProxyRefused
+from greenarrow_proxy_client import MailLimitReached, ProxyRefused
 from tests.mx import Mx, mute
 from tests.program import Proxy
 from tests.sharing import NAME, PLAIN, accepted, arrived, body, cached, instances, send

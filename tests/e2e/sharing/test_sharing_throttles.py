@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from proxy.client import Limits, ProxyRefused
+from greenarrow_proxy_client import Limits, ProxyRefused
 from tests.mx import Mx, usual
 from tests.program import Proxy
 from tests.sharing import DEATHS, NAME, PLAIN, arrived, body, cached, instances, send

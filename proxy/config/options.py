@@ -1,0 +1,158 @@
+"""The table of options: every directive with its form, default and one line of help.
+
+The command line, the environment, the file and `--help` are made from it, and a test holds the sample file, the manual
+page and docs/configuration.md against it. How a value is read stands in `values`, the result in `settings`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from proxy.config.values import (
+    BOOLEAN,
+    ENDPOINT,
+    NETWORK,
+    PATH,
+    PORTS,
+    RATE,
+    SECRET,
+    SOURCE,
+    STORE,
+    WEIGHT,
+    WORKERS,
+    Kind,
+    choice,
+    count,
+    duration,
+)
+
+LOOPBACK = "127.0.0.0/8, ::1/128"
+
+#: Where mail never has to go: unspecified, private (RFC 1918, RFC 6598, ULA), loopback, link-local, multicast,
+#: broadcast.
+DENIED = (
+    "0.0.0.0/8, 10.0.0.0/8, 100.64.0.0/10, 127.0.0.0/8, 169.254.0.0/16, 172.16.0.0/12, 192.168.0.0/16, 224.0.0.0/4, "
+    "255.255.255.255/32, ::/128, ::1/128, fc00::/7, fe80::/10, ff00::/8"
+)
+
+POSITIVE = duration(minimum=0.001)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One directive.
+
+    Args:
+        name: as in the file, and as the attribute of `Settings`.
+        kind: the form of its value, or of each of its values.
+        default: as it would be written in the file; None: nothing, see `help`.
+        help: one line.
+        repeatable: it is a list; repeating the directive adds to it.
+        secret: its value is never shown.
+        extends: what is given adds to the default instead of replacing it.
+    """
+
+    name: str
+    kind: Kind
+    default: str | None
+    help: str
+    metavar: str
+    repeatable: bool = False
+    secret: bool = False
+    extends: bool = False
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return "GREENARROW_PROXY_" + self.name.upper()
+
+    def default_value(self) -> object:
+        """The parsed default: a tuple for a list, else the value or None."""
+        if not self.repeatable:
+            return None if self.default is None else self.kind.parse(self.default)
+        return self.default_items()
+
+    def default_items(self) -> tuple[Any, ...]:
+        """The parsed default of a list."""
+        return tuple(map(self.kind.parse, self.default.split(", "))) if self.default else ()
+
+
+def _one(name: str, kind: Kind, default: str | None, metavar: str, text: str, secret: bool = False) -> Option:
+    return Option(name, kind, default, text, metavar, secret=secret)
+
+
+def _many(name: str, kind: Kind, default: str | None, metavar: str, text: str, secret: bool = False) -> Option:
+    return Option(name, kind, default, text, metavar, repeatable=True, secret=secret)
+
+
+OPTIONS: tuple[Option, ...] = (
+    _many("listen", ENDPOINT, None, "IP:PORT", "listen for the native protocol"),
+    _many("listen_socks5", ENDPOINT, None, "IP:PORT", "listen for SOCKS5"),
+    _many("listen_proxy_protocol", ENDPOINT, None, "IP:PORT", "listen for the PROXY protocol, outbound sense"),
+    _one("listen_status", ENDPOINT, None, "IP:PORT", "listen for HTTP: status page, metrics, health"),
+    _many("allow_from", NETWORK, None, "NETWORK", "who may connect, on every listener; required"),
+    _many(
+        "listen_proxy_protocol_allow_from", NETWORK, None, "NETWORK", "who may connect there instead (as allow_from)"
+    ),
+    _many("listen_status_allow_from", NETWORK, LOOPBACK, "NETWORK", "who may read the status"),
+    _many("auth_shared_secret", SECRET, None, "SECRET", "shared secret; visible in ps when given as a flag", True),
+    _many("auth_shared_secret_file", PATH, None, "FILE", "file with shared secrets, one a line"),
+    _one("socks5_auth", choice("required", "none"), "required", "WORD", "whether SOCKS5 clients need the secret"),
+    _one("listen_tls", BOOLEAN, "yes", "YES|NO", "TLS on the native listener"),
+    _one("tls_certificate_file", PATH, None, "FILE", "certificate chain, PEM (made in memory)"),
+    _one("tls_private_key_file", PATH, None, "FILE", "private key of that certificate, PEM"),
+    _many("source_ip", NETWORK, None, "NETWORK", "local addresses to leave from (all of this machine but loopback)"),
+    _many("default_source_ip", SOURCE, None, "IP|same", "for clients that name none (the system's choice)"),
+    _many("destination_port", PORTS, "25, 465, 587", "PORTS", "ports that may be connected to"),
+    Option(
+        "deny_destination",
+        NETWORK,
+        DENIED,
+        "more destinations that are refused, beside private, loopback and other special ones",
+        "NETWORK",
+        repeatable=True,
+        extends=True,
+    ),
+    _many("allow_destination", NETWORK, None, "NETWORK", "exceptions; of both lists the longer prefix decides"),
+    _one("connect_timeout", POSITIVE, "30s", "DURATION", "limit for connecting to a destination"),
+    _one("auth_timeout", POSITIVE, "10s", "DURATION", "limit for a client's TLS, login and request together"),
+    _one("idle_timeout", POSITIVE, "15m", "DURATION", "a connection that moves no byte for so long is closed"),
+    _one("drain_timeout", duration(), "60s", "DURATION", "how long a stop waits for active connections"),
+    _one("max_connections", count(1), None, "NUMBER", "accepted connections (from RLIMIT_NOFILE)"),
+    _one("reuse_connections", BOOLEAN, "yes", "YES|NO", "keep the connections that clients offer"),
+    _one("reuse_connections_max_idle", POSITIVE, "30s", "DURATION", "a kept connection is closed after so long unused"),
+    _one("reuse_connections_max_age", POSITIVE, "5m", "DURATION", "no connection is kept for longer, from its connect"),
+    _one("reuse_connections_max_messages", count(1), "100", "NUMBER", "messages that one connection may carry"),
+    _one("reuse_connections_max_cached", count(0), "1000", "NUMBER", "kept connections altogether"),
+    _one("reuse_connections_max_cached_per_destination", count(0), "10", "NUMBER", "kept connections a destination"),
+    _one("throttle_enforce", BOOLEAN, "no", "YES|NO", "an instance that sent without a permit waits"),
+    _one("throttle_store", STORE, "memory", "STORE", "where the throttles live; only memory in this version", True),
+    _one("workers", WORKERS, "1", "NUMBER", "processes; only 1 in this version"),
+    _one("log_verbose", BOOLEAN, "no", "YES|NO", "log details for debugging"),
+    _one("log_format", choice("text", "json"), "text", "WORD", "text, or one JSON object a line"),
+    _one("log_connections", choice("all", "errors", "none"), "all", "WORD", "whose closing lines are logged"),
+    _one("stats_interval", POSITIVE, "10s", "DURATION", "time between two sets of status lines"),
+)
+
+#: What may stand in the blocks. Blocks exist in the file only.
+BLOCKS: dict[str, tuple[Option, ...]] = {
+    "instance": (
+        _many("allow_from", NETWORK, None, "NETWORK", "addresses that this instance comes from (any)"),
+        _many("source_ip", NETWORK, None, "NETWORK", "local addresses that this instance may leave from (any)"),
+        _many(
+            "auth_shared_secret", SECRET, None, "SECRET", "this instance's own secret instead of the global one", True
+        ),
+        _one("weight", WEIGHT, "1", "WEIGHT", "share of throttles relative to other instances"),
+    ),
+    "throttle": (
+        _many("source", NETWORK, None, "NETWORK", "local addresses that it applies to, each by itself (any)"),
+        _many("destination", NETWORK, None, "NETWORK", "destinations that it applies to, all together (any)"),
+        _one("max_concurrent_connections", count(0), "0", "NUMBER", "connections at a time; 0 is no limit"),
+        _many("max_delivery_rate", RATE, None, "RATE", "messages, or connections, in a time; all listed limits hold"),
+        _one("wait", duration(), "20s", "DURATION", "how long a request may wait for its turn"),
+    ),
+}

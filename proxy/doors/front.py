@@ -1,0 +1,391 @@
+"""The data path: one accepted connection from its first byte to its closing log line, whatever protocol it speaks.
+
+`serve` runs in a pooled greenlet and reads top to bottom: greet (the handshake, under one deadline), connect (access
+rules, bind, connect), answer, hand over to the relay. From then on the connection has no greenlet; `Visit.ended` is
+called when it is over. What goes wrong on the way is one `ProxyError`, told to the client in its own protocol and
+logged as one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+from gevent import get_hub, getcurrent, sleep
+
+from proxy.egress import upstream
+from proxy.errors import (
+    BadCredentials,
+    ClientNotAllowed,
+    HandshakeTimeout,
+    Overloaded,
+    PeerError,
+    ProxyError,
+    UpstreamError,
+)
+from proxy.log import lines as log
+from proxy.model import (
+    Accepted,
+    BindSource,
+    Connect,
+    Ending,
+    Endpoint,
+    Event,
+    Handshake,
+    HealthCheck,
+    Login,
+    Route,
+)
+from proxy.net.alarm import Alarm
+from proxy.net.conversation import farewell, has_gone
+from proxy.net.relay import GONE, RawSocket
+from proxy.net.tls import PlainStream
+from proxy.policy.budget import SLOW_ANSWER
+from proxy.protocols.proxy_protocol import ProxyProtocol
+from proxy.protocols.socks5 import Socks5
+from proxy.services import Door, Services, numbers
+from proxy.throttling.places import Places
+
+#: A KumoMTA gives up 60 s after its request; the answer must be there before, waiting included.
+ANSWER_WITHIN = 50.0
+_READ_SIZE = 4096
+_YES = Accepted()
+
+
+def _socks5(services: Services) -> Handshake:
+    return Socks5(services.settings.socks5_auth == "required")
+
+
+def _proxy_protocol(services: Services) -> Handshake:
+    return ProxyProtocol(services.host_name)
+
+
+_HANDSHAKES: dict[str, Callable[[Services], Handshake]] = {"socks5": _socks5, "proxy_protocol": _proxy_protocol}
+
+
+def serve(
+    services: Services, door: Door, sock: RawSocket, address: tuple[Any, ...], refusal: ProxyError | None = None
+) -> None:
+    """Serve one accepted connection; returns when it is relayed or over. Never raises.
+
+    Args:
+        refusal: the proxy is full or shuts down: do the handshake, then say this instead of connecting.
+    """
+    visit = Visit(services, door, sock, address)
+    try:
+        if not services.access.client_allowed(visit.client.host, door.protocol):
+            visit.failed(ClientNotAllowed(f"{visit.client.host} is not in allow_from"))
+            return
+        visit.run(refusal)
+    except ProxyError as error:
+        visit.failed(error)
+        visit.tell(error)
+    except OSError:
+        services.counters.refused.count("client_gone")
+    except Exception as error:
+        visit.broken(error)
+    finally:
+        visit.leave()
+
+
+class Visit:
+    """One connection's record: what it asked for, what it holds, and what its log line says."""
+
+    __slots__ = (
+        *("services", "door", "socket", "client", "handshake"),
+        *("number", "started", "instance", "source", "destination", "upstream", "relayed", "missed", "place"),
+    )
+
+    def __init__(self, services: Services, door: Door, sock: RawSocket, address: tuple[Any, ...]) -> None:
+        self.services = services
+        self.door = door
+        self.socket = sock
+        self.client = Endpoint(address[0], address[1])
+        self.handshake: Handshake | None = None
+        self.number = next(numbers)
+        self.started = monotonic()
+        self.instance = ""
+        self.source = ""
+        self.destination: Endpoint | None = None
+        self.upstream: RawSocket | None = None
+        self.relayed = False
+        self.missed = False  # whether an event of the client may have gone by that nobody acted upon
+        self.place: Places | None = None
+        door.open_connections += 1
+        services.counters.accepted.count(door.protocol)
+
+    # ---------------------------------------------------------------- top to bottom
+
+    def run(self, refusal: ProxyError | None) -> None:
+        """Handshake, connect, answer, hand over.
+
+        Raises:
+            ProxyError: to be told to the client.
+            OSError: the client is gone.
+        """
+        handshake = self.handshake = _HANDSHAKES[self.door.protocol](self.services)
+        request = self._greet(handshake)
+        if request is None:
+            self.services.counters.probes += 1
+            return
+        if refusal is not None:
+            raise refusal
+        self.services.engine.watch(self.socket.fileno(), self._miss)
+        upstream_events = self._connect(request.route)
+        self._hand_over(handshake, upstream_events)
+
+    def _greet(self, handshake: Handshake) -> Connect | None:
+        """Read until the request is there; None for a health check. One deadline covers all of it."""
+        services = self.services
+        services.engine.register(self.socket.fileno())
+        services.newcomers.enter(self, self.socket)
+        alarm = services.engine.alarms.start(services.settings.auth_timeout)
+        silent = True
+        try:
+            while True:
+                event = handshake.next_event()
+                if event is None:
+                    data = self._read()
+                    if data:
+                        silent = False
+                        handshake.receive(data)
+                    elif silent:
+                        return None
+                    else:
+                        raise PeerError("the client closed in the middle of its handshake")
+                elif event.__class__ is Connect:
+                    return event
+                elif event.__class__ is HealthCheck:
+                    return None
+                else:
+                    self._write(handshake.send(self._verdict(event)))
+        except Alarm as fired:
+            if fired is not alarm:
+                raise
+            raise HandshakeTimeout("the handshake was not finished within auth_timeout") from None
+        finally:
+            alarm.cancel()
+            services.newcomers.leave(self)
+
+    def _verdict(self, event: Event) -> Accepted:
+        """Decide on what comes before the request.
+
+        Raises:
+            ProxyError: no.
+        """
+        services = self.services
+        if event.__class__ is Login:
+            self.instance = self._authenticate(event)
+        elif event.__class__ is BindSource:
+            source = event.source
+            services.access.check_source(self.instance or self._instance_of_address(), source)
+            # Bound now, since only here can the client be told that the source is wrong; the connect uses it.
+            self._bind(source)
+            return Accepted(Endpoint(source, 0))
+        return _YES
+
+    def _authenticate(self, login: Login) -> str:
+        """The instance's name. Wrong secrets cost an address its budget, and time when that is used up.
+
+        A right one is never slowed: behind one NAT address there may be a good instance beside a bad one.
+
+        Raises:
+            BadCredentials: no.
+        """
+        services, host = self.services, self.client.host
+        try:
+            return services.access.authenticate(login, host)
+        except BadCredentials:
+            services.budget.failed(host, monotonic())
+            if services.budget.exhausted(host, monotonic()):
+                services.newcomers.enter(self, self.socket)
+                try:
+                    sleep(SLOW_ANSWER)
+                finally:
+                    services.newcomers.leave(self)
+            raise
+
+    def _connect(self, route: Route) -> int:
+        """Connect as the route says; the events of upstream that the relay has to act upon.
+
+        Raises:
+            ProxyError: refused or failed.
+        """
+        services = self.services
+        settings = services.settings
+        destination = self.destination = route.destination
+        instance = self.instance = self.instance or self._instance_of_address()
+        try:
+            source = upstream.source_for(services.access, instance, self.socket, route.source, destination)
+        except Overloaded:
+            services.keeper.shed(1)
+            raise
+        self.source = source
+        services.access.check_route(instance, source, destination)
+        asked_at = monotonic()
+        if services.admission.manager.blocks:
+            self._take_place(instance, source, destination)
+        sock = self.upstream or self._bind(source)
+        timeout = min(settings.connect_timeout, asked_at + ANSWER_WITHIN - monotonic())
+        return upstream.connect(services.engine, sock, source, destination, timeout)
+
+    def _take_place(self, instance: str, source: str, destination: Endpoint) -> None:
+        """Wait for a place under the proxy's own throttles; a client that goes away meanwhile gives up its turn.
+
+        Raises:
+            Throttled: not in time. OSError: the client is gone.
+        """
+        services, fd, greenlet = self.services, self.socket.fileno(), getcurrent()
+        waiting = True
+
+        def client_event(events: int) -> None:
+            self.missed = True
+            if events & GONE and waiting:
+                greenlet.throw(ConnectionResetError())
+
+        services.engine.watch(fd, client_event)
+        if has_gone(self.socket):  # with its request, so no event will tell; matters only to who has to wait
+            get_hub().loop.run_callback(client_event, GONE)
+        owner = instance or self.client.host
+        weight = services.access.weight_of(instance)
+        try:
+            self.place = services.admission.enter(owner, weight, source, destination.host, (), ANSWER_WITHIN)
+        finally:
+            waiting = False
+            services.engine.watch(fd, self._miss)
+
+    def _bind(self, source: str) -> RawSocket:
+        try:
+            sock = self.upstream = upstream.bind(source)
+        except Overloaded:
+            self.services.keeper.shed(1)
+            raise
+        self.services.gauges.outgoing += 1
+        return sock
+
+    def _hand_over(self, handshake: Handshake, upstream_events: int) -> None:
+        """Say yes and let the relay take both sockets."""
+        services, client, receiver = self.services, self.socket, self.upstream
+        assert receiver is not None
+        reply = Accepted(upstream.local_endpoint(receiver)) if handshake.tells_local else _YES
+        answer = handshake.send(reply)
+        if answer and self._write(answer):
+            upstream_events = GONE  # while we waited, edges of both sides went by
+        early = handshake.trailing
+        self.relayed = True
+        self.handshake = None
+        del self.socket, self.upstream  # this record lives as long as the relay, and there may be many
+        services.counters.fresh += 1
+        timeout = services.settings.idle_timeout
+        services.engine.join(client, receiver, self, timeout, early, True, self.missed, upstream_events)
+
+    # ---------------------------------------------------------------- ends
+
+    def ended(self, ending: Ending, up: int, down: int) -> None:
+        """The relay is over; called from the hub, must not wait."""
+        services = self.services
+        counters = services.counters
+        counters.bytes_up += up
+        counters.bytes_down += down
+        counters.ended.count(ending)
+        services.gauges.outgoing -= 1
+        if self.place is not None:
+            services.admission.leave(self.place)
+        self.door.open_connections -= 1
+        log.connection(
+            self.number,
+            self.instance,
+            self.door.protocol,
+            self.client,
+            self.source,
+            self.destination,
+            False,
+            "",
+            up,
+            down,
+            monotonic() - self.started,
+            ending,
+        )
+
+    def leave(self) -> None:
+        """What `serve` does last: nothing if the relay has the sockets, else close them."""
+        if self.relayed:
+            return
+        engine = self.services.engine
+        engine.close(self.socket)
+        if self.upstream is not None:
+            engine.close(self.upstream)
+            self.services.gauges.outgoing -= 1
+        if self.place is not None:
+            self.services.admission.leave(self.place)
+        self.door.open_connections -= 1
+
+    def failed(self, error: ProxyError) -> None:
+        """Count and log an outcome that is not a relay."""
+        counters = self.services.counters
+        if isinstance(error, UpstreamError):
+            counters.failed.count(error.step)
+        else:
+            counters.refused.count(error.code)
+        log.refused(
+            self.number,
+            self.instance,
+            self.door.protocol,
+            self.client,
+            self.source,
+            self.destination,
+            monotonic() - self.started,
+            error,
+        )
+
+    def broken(self, error: Exception) -> None:
+        """An exception that is a bug of ours: costs this connection only."""
+        self.services.counters.internal_errors += 1
+        log.internal_error(f"connection {self.number} of {self.client}", error)
+
+    def tell(self, error: ProxyError) -> None:
+        """Tell the client why, in its own protocol."""
+        if self.handshake is None:
+            return
+        farewell(self.services.engine, PlainStream(self.socket), self.handshake.send(error))
+
+    # ---------------------------------------------------------------- small things
+
+    def _instance_of_address(self) -> str:
+        return self.services.access.instance_of_address(self.client.host)
+
+    def _miss(self, _events: int) -> None:
+        self.missed = True
+
+    def _read(self) -> bytes:
+        """The client's next bytes; b"" at the end of the file.
+
+        Waits before it reads, unless events went by: the socket is registered anyway, and one way in is simpler than
+        two. It saves nothing where the first bytes come with the connection (on loopback, 19 times in 20).
+        """
+        while True:
+            if not self.missed and self._wait() & GONE:
+                self.missed = True  # no other event will tell of the end
+            try:
+                data = self.socket.recv(_READ_SIZE)
+            except BlockingIOError:
+                self.missed = False
+                continue
+            if len(data) == _READ_SIZE:
+                self.missed = True
+            return data
+
+    def _write(self, data: bytes) -> bool:
+        """Send all of it; whether that took a wait."""
+        waited = False
+        while data:
+            try:
+                data = data[self.socket.send(data) :]
+            except BlockingIOError:
+                self._wait()
+                waited = self.missed = True
+        return waited
+
+    def _wait(self) -> int:
+        return self.services.engine.wait(self.socket.fileno())

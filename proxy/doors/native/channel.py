@@ -1,0 +1,376 @@
+"""A native channel: one SMTP session after another on one authenticated connection.
+
+One greenlet serves a channel, top to bottom: wait for OPEN, open a connection, answer OPENED or FAILED, carry bytes
+both ways until END, answer ENDED, and again. It has a greenlet of its own, unlike a raw relay: its frames and its TLS
+need the CPU anyway, and the TLS state outweighs the greenlet. How it waits and is interrupted is `channel_link`'s; how
+a receiver is had, `channel_open`'s; how bytes move, `channel_transfer`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from time import monotonic
+
+from proxy import __version__
+from proxy.doors.native.entrance import Guest, check_still_welcome
+from proxy.doors.native.link import ClientGone, Link
+from proxy.doors.native.open import Attempts, Opener, Taken
+from proxy.doors.native.transfer import Transfer
+from proxy.egress.admission import clock_ns
+from proxy.egress.receiver import Receiver
+from proxy.errors import Draining, PeerError, ProxyError, UpstreamError
+from proxy.log import lines as log
+from proxy.model import Discard, Ending
+from proxy.protocols.native import frames
+from proxy.protocols.native import messages as m
+from proxy.protocols.smtp.tracker import Tracker
+from proxy.services import Door, Services, numbers
+
+#: Bytes of OPENED's longest parts: all of them together, with what else is in it, fit in one frame.
+_MAX_CERTIFICATE = 32_768
+_MAX_GREETING = 4_096
+_MAX_EHLO = 24_576
+_MAX_EHLO_LINES = 256
+_DEAD = frozenset({Discard.PEER_CLOSED, Discard.SAID_421})
+#: Why a connection that is clean is not kept: its receiver is told QUIT.
+_UNWANTED = frozenset({Discard.DISABLED, Discard.DRAINING, Discard.YIELDED})
+
+
+@dataclass(slots=True, eq=False)
+class _Session:
+    """One SMTP session on a channel, from OPENED to ENDED; `services` are those it began with."""
+
+    number: int
+    request: m.Open
+    taken: Taken
+    transfer: Transfer
+    started: float
+    services: Services
+    unwanted: Discard | None = None  # clean and offered, but nobody may have it
+
+
+class Channel:
+    """One channel.
+
+    Args:
+        current: gives the services of the moment; each OPEN uses them.
+        door: the listener it came through.
+        guest: the authenticated connection.
+    """
+
+    def __init__(self, current: Callable[[], Services], door: Door, guest: Guest) -> None:
+        assert guest.handshake.peer is not None
+        self._current = current
+        self._door = door
+        self._guest = guest
+        self._peer = guest.handshake.peer
+        self._link = Link(current().engine, guest)
+        self._opening = False
+        self._receiver: Receiver | None = None  # of the session in progress
+        self._swept = (-1, 0.0)
+        self._goes_at: float | None = None
+
+    @property
+    def instance(self) -> str:
+        return self._peer.instance
+
+    @property
+    def run_id(self) -> bytes:
+        return self._peer.run_id
+
+    # ---------------------------------------------------------------- the whole life
+
+    def serve(self) -> None:
+        """Serve until the client closes, breaks the protocol, or is told to go away. Closes nothing; never raises."""
+        services, link = self._current(), self._link
+        instances, host = services.instances, self._guest.client.host
+        instances.channels[self] = None
+        instances.hosts[host] += 1
+        try:
+            if not self._peer.one_flight:
+                link.send(self._welcome(services))
+            while (request := self._next_open()) is not None:
+                self._serve_session(request)
+            link.part()
+        except ClientGone:
+            with contextlib.suppress(OSError):
+                link.stream.finish()
+        except ProxyError as error:
+            services.counters.refused.count(error.code)
+            self._log_refused(self._guest.number, error)
+            link.part(error)
+        except Exception as error:
+            services.counters.internal_errors += 1
+            log.internal_error(f"channel {self._guest.number} of {self._guest.client}", error)
+        finally:
+            del instances.channels[self]
+            instances.hosts[host] -= 1
+            if not instances.hosts[host]:
+                del instances.hosts[host]
+
+    def _welcome(self, services: Services) -> bytes:
+        settings = services.settings
+        return self._guest.handshake.welcome(
+            services.incarnation,
+            reuse_max_idle_ms=int(settings.reuse_connections_max_idle * 1000) if settings.reuse_connections else 0,
+            software=f"greenarrow_proxy {__version__}",
+        )
+
+    def goaway(self, seconds: float, reason: str) -> None:
+        """See `services.HostedChannel`."""
+        if self._link.goaway is None:
+            self._goes_at = monotonic() + seconds
+            self._link.goaway = m.Goaway(int(seconds * 1000), reason)
+            self._link.wake()
+
+    def sweep(self, now: float) -> None:
+        """See `services.HostedChannel`: byte progress, as the relay counts it. An OPEN has its own deadline."""
+        if self._receiver is not None:
+            self._receiver.guard()
+        moved, since = self._swept
+        if moved != self._link.moved or self._opening:
+            self._swept = self._link.moved, now
+        elif now - since >= self._current().settings.idle_timeout:
+            self.cut(Ending.IDLE_TIMEOUT)
+        if self._goes_at is not None and now >= self._goes_at:
+            self.cut(Ending.NO_LONGER_ALLOWED)
+
+    def cut(self, ending: Ending) -> None:
+        """End the session in progress, and the channel; must not wait."""
+        self._link.interrupt(ending)
+
+    # ---------------------------------------------------------------- between sessions
+
+    def _next_open(self) -> m.Open | None:
+        """Wait for an OPEN; None when the client is to go.
+
+        Raises:
+            ProxyError: the client broke the protocol, is no longer welcome, or is gone.
+        """
+        link = self._link
+        while True:
+            frame = link.decoder.next_frame()
+            if frame is not None:
+                if frame[0] == frames.DATA:
+                    raise PeerError("DATA without an SMTP session")
+                message = frames.decode(frame, frames.CHANNEL_FROM_CLIENT)
+                if not isinstance(message, m.Open):
+                    raise PeerError(f"{type(message).__name__.upper()} without an SMTP session")
+                self._check_welcome()
+                return message
+            if link.goaway is not None:
+                link.tell_goaway()
+                return None
+            if not link.readable or not link.receive():
+                link.wait()
+
+    def _check_welcome(self) -> None:
+        """A reload may have changed who is allowed, a newer run may have fenced this one.
+
+        Raises:
+            Refused.
+        """
+        services, peer = self._current(), self._peer
+        check_still_welcome(services.access, peer, self._guest.client.host)
+        services.instances.fences.check(peer.instance, peer.run_id)
+        if self._link.goaway is not None:
+            raise Draining(self._link.goaway.reason or "going away")
+
+    # ---------------------------------------------------------------- one session
+
+    def _serve_session(self, request: m.Open) -> None:
+        """From OPEN to ENDED or FAILED.
+
+        Raises:
+            ProxyError: the channel is over; the client broke the protocol or is gone.
+        """
+        services, link = self._current(), self._link
+        started, number = monotonic(), next(numbers)
+        attempts: Attempts = []
+        try:
+            taken = self._open(services, request, attempts)
+        except ProxyError as error:
+            self._count_refused(services, error)
+            self._log_refused(number, error, request, started)
+            if isinstance(error, ClientGone):
+                raise
+            link.send(frames.encode(frames.failed(error, attempts)))
+            return
+        tracked = request.ehlo_name is not None and (request.reuse or request.throttles)
+        transfer = Transfer(link, taken.receiver, Tracker() if tracked else None, taken.reused)
+        session = _Session(number, request, taken, transfer, started, services)
+        ending, reset = Ending.CLIENT_RESET, True
+        self._receiver = taken.receiver
+        try:
+            link.send(frames.encode(_opened(taken)))
+            transfer.carry()
+            ending, reset = self._finish(session)
+        except ClientGone:
+            ending = link.doom or ending
+            raise
+        except PeerError:
+            ending = Ending.PROTOCOL_ERROR
+            raise
+        finally:
+            self._receiver = None
+            self._over(session, ending, reset)
+
+    def _open(self, services: Services, request: m.Open, attempts: Attempts) -> Taken:
+        """Serve the OPEN, unless the client goes away meanwhile.
+
+        Raises:
+            ProxyError: as `Opener.run`. ClientGone: nobody waits for the answer any more.
+        """
+        opener = Opener(services, self._guest, self._peer, request)
+        self._opening = True
+        try:
+            self._link.watch_client()
+            return opener.run(attempts)
+        finally:
+            self._link.unwatch_client()
+            self._opening = False
+
+    def _finish(self, session: _Session) -> tuple[Ending, bool]:
+        """Answer END: keep the connection for the next one, or close it; how it ended, and whether by a reset."""
+        link, transfer = self._link, session.transfer
+        assert transfer.end is not None
+        reason = self._why_not_kept(session, transfer.end)
+        if reason is None:
+            link.send(frames.encode(m.Ended(True, "kept")))
+            return Ending.KEPT, False
+        if reason in _UNWANTED:
+            session.unwanted = reason
+        elif transfer.end.keep:
+            session.services.keeper.decline(reason)
+        delivered = transfer.flush()
+        link.send(frames.encode(m.Ended(False, reason)))
+        if transfer.broken is not None:
+            return transfer.broken, True
+        return Ending.UPSTREAM_CLOSED if transfer.receiver_done else Ending.CLIENT_CLOSED, not delivered
+
+    def _why_not_kept(self, session: _Session, end: m.End) -> Discard | None:
+        """Only what the tracker has found clean is kept, and only when the client says so."""
+        services, taken = self._current(), session.taken
+        if not end.keep or not session.request.reuse or session.transfer.tracker is None:
+            return Discard.NOT_OFFERED
+        reason = session.transfer.unclean()
+        if reason is not None:
+            return reason
+        if not services.settings.reuse_connections:
+            return Discard.DISABLED
+        if self._link.goaway is not None:
+            return Discard.DRAINING
+        admission = services.admission
+        # Who waits for its place may want this very connection; whose turn it is turns out when it is clean.
+        if admission.wanted(taken.receiver.place) and not admission.awaited(taken.key):
+            return Discard.YIELDED
+        return None
+
+    def _over(self, session: _Session, ending: Ending, reset: bool) -> None:
+        """Close, count, log."""
+        services, transfer, receiver = session.services, session.transfer, session.taken.receiver
+        services.gauges.outgoing -= 1
+        self._count_messages(session)
+        if ending is Ending.KEPT:
+            services.keeper.give(receiver, session.taken.key)
+        elif session.unwanted is not None and not reset:
+            services.keeper.dismiss(receiver, session.unwanted)
+        else:
+            _close(services, receiver, reset)
+        counters = services.counters
+        counters.bytes_up += transfer.up
+        counters.bytes_down += transfer.down
+        counters.ended.count(ending)
+        log.connection(
+            session.number,
+            self._peer.instance,
+            self._door.protocol,
+            self._guest.client,
+            receiver.source,
+            receiver.destination,
+            session.taken.reused,
+            receiver.tls.version if receiver.tls else "",
+            transfer.up,
+            transfer.down,
+            monotonic() - session.started,
+            ending,
+        )
+
+    def _count_messages(self, session: _Session) -> None:
+        """What the tracker saw, else what the client says. Each MAIL of a throttled path should have had a permit."""
+        services, transfer, receiver = session.services, session.transfer, session.taken.receiver
+        if transfer.tracker is None:
+            services.counters.messages += transfer.end.messages if transfer.end is not None else 0
+            return
+        mails = transfer.tracker.mails
+        receiver.messages += mails
+        services.counters.messages += mails
+        # What a shared connection that turned out to be dead was told is said again elsewhere, with the same permit.
+        in_vain = session.taken.reused and not transfer.tracker.accepted and transfer.unclean() in _DEAD
+        if mails and not in_vain and receiver.place is not None and receiver.place.flows:
+            services.admission.manager.mail_sent(receiver.place, mails, clock_ns())
+            services.admission.settle()
+
+    # ---------------------------------------------------------------- refusals
+
+    def _count_refused(self, services: Services, error: ProxyError) -> None:
+        if isinstance(error, UpstreamError):
+            services.counters.failed.count(error.step)
+        else:
+            services.counters.refused.count(error.code)
+
+    def _log_refused(
+        self, number: int, error: ProxyError, request: m.Open | None = None, started: float | None = None
+    ) -> None:
+        log.refused(
+            number,
+            self._peer.instance,
+            self._door.protocol,
+            self._guest.client,
+            (request.source_ip if request else None) or "",
+            request.destinations[0].endpoint if request else None,
+            monotonic() - started if started else 0.0,
+            error,
+        )
+
+
+def _close(services: Services, receiver: Receiver, reset: bool) -> None:
+    if not reset:
+        with contextlib.suppress(OSError):
+            receiver.stream.finish()
+    services.engine.close(receiver.stream.socket, reset)
+    services.admission.leave(receiver.place)
+
+
+def _opened(taken: Taken) -> m.Opened:
+    receiver = taken.receiver
+    facts = receiver.tls
+    tls = None
+    if facts is not None:
+        certificate = facts.certificate if len(facts.certificate) <= _MAX_CERTIFICATE else b""
+        tls = m.TlsInfo(facts.version, facts.cipher, facts.verified, facts.verdict, certificate)
+    return m.Opened(
+        reused=taken.reused,
+        destination=m.Address(*receiver.destination),
+        local=m.Address(*receiver.local),
+        messages=receiver.messages,
+        age_ms=int((monotonic() - receiver.opened_at) * 1000),
+        greeting=receiver.greeting.encode()[:_MAX_GREETING] if receiver.greeting is not None else None,
+        ehlo=_bounded(receiver.hello),
+        tls=tls,
+    )
+
+
+def _bounded(lines: Iterable[str]) -> list[bytes]:
+    """As many lines as fit."""
+    bounded: list[bytes] = []
+    left = _MAX_EHLO
+    for line in lines:
+        text = line.encode()[:_MAX_GREETING]
+        left -= len(text)
+        if left < 0 or len(bounded) == _MAX_EHLO_LINES:
+            break
+        bounded.append(text)
+    return bounded

@@ -1,0 +1,427 @@
+"""One instance's session: frames in, calls to the throttle manager; what the manager has to say, frames out.
+
+The greenlet reads; the manager's words are written by whoever made it speak, without waiting. What the kernel does not
+take is queued, at most 16 frames; beyond that the records stay parked in the session, it gets no permits, and nothing
+that it says is acted upon: who does not read is not listened to. Pings go before all else, both ways. A session also
+hands out the key with which its channels authenticate in one flight, and announces the certificates they may show.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from time import monotonic
+from typing import Any, TypeVar
+
+from gevent import get_hub, getcurrent
+
+from proxy import __version__
+from proxy.doors.native import control_frames
+from proxy.doors.native.control_frames import MAX_CACHED
+from proxy.doors.native.control_queue import Outgoing
+from proxy.doors.native.entrance import Guest, check_still_welcome
+from proxy.egress.admission import Admission, Client, clock_ns
+from proxy.errors import NameInUse, ProxyError, Refused
+from proxy.log import lines as log
+from proxy.net.conversation import farewell
+from proxy.net.crew import let_others_run
+from proxy.protocols.native import frames as native
+from proxy.protocols.native import messages as m
+from proxy.protocols.native import session_messages as s
+from proxy.protocols.native.auth import ChannelKey
+from proxy.services import Door, Services
+from proxy.stats import Backlog, Flow, SessionFigures
+from proxy.throttling.session import End, Session
+from proxy.throttling.throttle import Key
+
+_READ_SIZE = 65536
+#: Frames in a queue; the figure in the status lines.
+QUEUE = 16
+#: Seconds of work after which others get their turn.
+_TURN = 0.005
+#: Records between two looks at the clock.
+_BREATH = 50
+#: Frames that are taken in ahead of their turn.
+_URGENT = frozenset((s.Ping.TYPE, s.Pong.TYPE))
+
+Record = TypeVar("Record")
+
+
+class SessionOver(Exception):
+    """The session's connection is to be closed; there is nothing to say to it."""
+
+
+class Control(Client):
+    """One session.
+
+    Args:
+        current: gives the services of the moment.
+    """
+
+    def __init__(self, current: Callable[[], Services], door: Door, guest: Guest) -> None:
+        assert guest.handshake.peer is not None
+        self._current = current
+        self._door = door
+        self._guest = guest
+        self._peer = guest.handshake.peer
+        self._stream = guest.stream
+        self._decoder = guest.handshake.decoder
+        self._engine = current().engine
+        self._admission: Admission = current().admission
+        self._session: Session | None = None
+        self._incoming: deque[native.Frame] = deque()
+        self._outgoing = Outgoing(guest.stream)
+        self._turn_ends = 0.0
+        self._congested = False
+        self._leaving = False
+        self._doom: ProxyError | SessionOver | None = None
+        self._key_id = b""
+        self._greenlet: Any = None
+        self._waiting = False
+
+    @property
+    def instance(self) -> str:
+        return self._peer.instance
+
+    @property
+    def run_id(self) -> bytes:
+        return self._peer.run_id
+
+    # ---------------------------------------------------------------- the whole life
+
+    def serve(self) -> None:
+        """Serve until the session ends. Closes nothing; never raises."""
+        services = self._current()
+        self._greenlet = getcurrent()
+        host = self._guest.client.host
+        try:
+            self._begin(services)
+            services.instances.hosts[host] += 1
+            services.instances.sessions[self] = None
+            try:
+                self._listen()
+            finally:
+                del services.instances.sessions[self]
+                services.instances.hosts[host] -= 1
+                if not services.instances.hosts[host]:
+                    del services.instances.hosts[host]
+        except ProxyError as error:
+            services.counters.refused.count(error.code)
+            self._log(log.WARNING, f"session ends: {error}", reason=error.code)
+            farewell(self._engine, self._stream, native.error_frame(error))
+        except (SessionOver, OSError):
+            pass
+        except Exception as error:
+            services.counters.internal_errors += 1
+            log.internal_error(f"session of {self.instance} at {self._guest.client}", error)
+        finally:
+            self._end(services)
+
+    def _begin(self, services: Services) -> None:
+        """WELCOME and CERT; then the manager knows the session.
+
+        Nothing waits here: between the claim of the name and the manager's hello no other run may come.
+
+        Raises:
+            NameInUse: this run was replaced by another one.
+        """
+        instances, peer = services.instances, self._peer
+        fenced = instances.fences.claim(peer.instance, peer.run_id, self._guest.client.host)
+        key = b""
+        if services.identity is not None:
+            self._key_id, key = os.urandom(8), os.urandom(32)
+            instances.channel_keys[self._key_id] = ChannelKey(
+                peer.instance, peer.run_id, peer.version, key, peer.secret
+            )
+        keeps = services.settings.reuse_connections
+        welcome = self._guest.handshake.welcome(
+            services.incarnation,
+            key_id=self._key_id,
+            key=key,
+            reuse_max_idle_ms=int(services.settings.reuse_connections_max_idle * 1000) if keeps else 0,
+            software=f"greenarrow_proxy {__version__}",
+        )
+        self._queue([welcome + self._certificates(services)])
+        if fenced is not None:
+            self._fence(services, fenced)
+        weight = services.access.weight_of(peer.instance)
+        host = self._guest.client.host
+        self._session = self._admission.manager.hello(peer.instance, peer.run_id, host, weight, clock_ns())
+        self._admission.clients[self._session] = self
+        self._admission.settle()
+        self._log(log.INFO, "session begins", tls="yes" if services.identity else "no")
+
+    def _fence(self, services: Services, run_id: bytes) -> None:
+        """A new run has the name: the old one's channels finish what runs on them."""
+        for channel in list(services.instances.channels):
+            if channel.instance == self.instance and channel.run_id == run_id:
+                channel.goaway(0.0, f"name in use by {self._guest.client.host}")
+
+    def _listen(self) -> None:
+        """Read frames and act on them.
+
+        Raises:
+            ProxyError: the client broke the protocol, or is no longer welcome. SessionOver, OSError.
+        """
+        self._turn_ends = monotonic() + _TURN
+        while True:
+            self._flush()
+            self.deliver()  # what did not fit before
+            self._take_frames()
+            if self._incoming and len(self._outgoing) < QUEUE:
+                self._act(native.decode(self._incoming.popleft(), native.SESSION_FROM_CLIENT))
+                self._breathe()
+                continue
+            if self._doom is not None:
+                raise self._doom
+            if len(self._incoming) < QUEUE and self._receive():
+                self._breathe()
+                continue
+            if not self._has_more():
+                self._wait()
+            self._breathe()
+
+    def _receive(self) -> bool:
+        """Read once; False: there is nothing now.
+
+        Raises:
+            SessionOver: the client closed. OSError.
+        """
+        try:
+            data = self._stream.recv(_READ_SIZE)
+        except BlockingIOError:
+            return False
+        if not data:
+            raise SessionOver
+        self._decoder.receive(data)
+        return True
+
+    def _take_frames(self) -> None:
+        """Whole frames into the queue; pings do not stand in it."""
+        while len(self._incoming) < QUEUE and (frame := self._decoder.next_frame()) is not None:
+            if frame[0] in _URGENT:
+                self._act(native.decode(frame, native.SESSION_FROM_CLIENT))
+            else:
+                self._incoming.append((frame[0], bytes(frame[1])))
+
+    def _has_more(self) -> bool:
+        """Whether there is something to be sent that the kernel may take at once."""
+        session = self._session
+        return not self._outgoing and session is not None and session.parked_records > 0
+
+    def _breathe(self) -> None:
+        """Let others have their turn when ours is over.
+
+        Raises:
+            ProxyError, SessionOver: the session has ended meanwhile.
+        """
+        if monotonic() >= self._turn_ends:
+            self._admission.settle()
+            let_others_run()
+            self._turn_ends = monotonic() + _TURN
+        if self._doom is not None:
+            raise self._doom
+
+    def _end(self, services: Services) -> None:
+        """Whatever the reason: its key is void, its permits are not given out again."""
+        self._greenlet = None
+        services.instances.channel_keys.pop(self._key_id, None)
+        session = self._session
+        if session is not None:
+            self._admission.clients.pop(session, None)
+            if session.end is None:
+                self._admission.manager.lost(session, clock_ns())
+            self._admission.settle()
+            self._log(log.INFO, "session is over", reason=session.end or End.LOST)
+
+    # ---------------------------------------------------------------- what others tell it
+
+    def goaway(self, seconds: float, reason: str) -> None:
+        """See `services.Hosted`: no more permits from now on."""
+        if self._session is not None and self._session.end is None:
+            self._leaving = self._congested = True
+            self._admission.manager.congest(self._session, True, clock_ns())
+            self._admission.settle()
+            self._queue([native.encode(m.Goaway(int(seconds * 1000), reason))])
+
+    def cut(self, error: ProxyError | None = None) -> None:
+        """Close the connection, with a reason or without a word; must not wait."""
+        if self._doom is None:
+            self._doom = error or SessionOver()
+            self._wake()
+
+    def reloaded(self) -> None:
+        """New settings: is the instance still welcome, and which certificates may its channels show now?"""
+        services = self._current()
+        try:
+            check_still_welcome(services.access, self._peer, self._guest.client.host)
+        except Refused as error:
+            self.cut(error)
+            return
+        if self._session is not None:
+            self._admission.manager.weigh(self._session, services.access.weight_of(self.instance))
+            if announcement := self._certificates(services):
+                self._queue([announcement])
+
+    def figures(self) -> SessionFigures | None:
+        """For the status lines; None before the session has begun."""
+        session = self._session
+        if session is None:
+            return None
+        now = session.figures(clock_ns())
+        queued = len(self._outgoing)  # the last delivery may have had some frames more than there was room for
+        return SessionFigures(
+            name=now.name,
+            connected=now.connected,
+            ping=now.ping,
+            ping_age=now.ping_age,
+            backlog=Backlog(now.ram, now.bounce, now.disk),
+            forward=Flow(entering=len(self._incoming)),
+            back=Flow(leaving=min(queued, QUEUE), parked=session.parked_records + max(0, queued - QUEUE)),
+        )
+
+    # ---------------------------------------------------------------- frames in
+
+    def _act(self, message: Any) -> None:
+        """One message of the client.
+
+        Raises:
+            SessionOver: it said BYE.
+        """
+        session, manager = self._session, self._admission.manager
+        assert session is not None
+        if message.incarnation != self._current().incarnation:
+            return  # of a proxy that is no more
+        now = clock_ns()
+        if isinstance(message, s.Ping):
+            manager.ping(session, message.t, now)
+        elif isinstance(message, s.Pong):
+            manager.pong(session, message.t, message.hold_us, now)
+        elif isinstance(message, s.Demand):
+            for want in self._slowly(message.records):
+                manager.demand(session, want.id, want.want, want.got_cum, want.ram, want.bounce, want.disk, clock_ns())
+        elif isinstance(message, s.Return):
+            for run in self._slowly(message.records):
+                manager.give_back(session, run.id, run.first, run.n, clock_ns())
+        elif isinstance(message, s.Outcome):
+            for tally in self._slowly(message.records):
+                manager.outcome(session, tally.id, tally.ok, tally.deferred, tally.failed, tally.backoff, clock_ns())
+        elif isinstance(message, s.Reg):
+            self._register(session, message.paths)
+        elif isinstance(message, s.List):
+            self._queue([native.encode(self._cached(message.source_ip))])
+        elif isinstance(message, s.Bye):
+            manager.bye(session, now)
+            raise SessionOver
+        self._admission.settle()
+
+    def _slowly(self, records: Sequence[Record]) -> Iterator[Record]:
+        """The records, with a rest now and then: there may be thousands in a frame."""
+        for at in range(0, len(records), _BREATH):
+            yield from records[at : at + _BREATH]
+            self._breathe()
+
+    def _register(self, session: Session, paths: list[s.Path]) -> None:
+        """Bind the paths, or say why not with LIMITs that have no throttles."""
+        refused: dict[int, str] = {}
+        for path in self._slowly(paths):
+            try:
+                self._current().access.check_source(self.instance, path.source_ip)
+                parts = [(Key(path.source_ip, each.name), control_frames.part_of(each)) for each in path.throttles]
+                self._admission.manager.register(session, path.id, parts, clock_ns())
+            except (ValueError, Refused) as error:
+                refused[path.id] = str(error)
+        if refused:
+            self._queue(control_frames.refusals(refused, self._current().incarnation))
+
+    def _cached(self, source_ip: str | None) -> s.Cached:
+        """Idle connections that the instance could take over now."""
+        services = self._current()
+        entries = []
+        for listed in services.keeper.pool.listing(monotonic()):
+            key = listed.key
+            if key.tenant or (source_ip is not None and key.source != source_ip):
+                continue
+            try:
+                services.access.check_source(self.instance, key.source)
+            except Refused:
+                continue
+            address = m.Address(*key.destination)
+            entries.append(s.CachedEntry(key.source, address, key.ehlo_name, key.tls, listed.cached))
+        return s.Cached(services.incarnation, entries[:MAX_CACHED], len(entries) > MAX_CACHED)
+
+    # ---------------------------------------------------------------- frames out
+
+    def deliver(self) -> None:
+        """See `admission.Client`. With the queue full the records stay where they are."""
+        session = self._session
+        if session is None or session.end is not None or len(self._outgoing) >= QUEUE or not session.has_words:
+            return
+        output = self._admission.manager.take(session, clock_ns())
+        incarnation = self._current().incarnation
+        self._outgoing.add_first(control_frames.urgent_frames(output, incarnation))
+        self._queue(control_frames.frames(output, incarnation))
+        if self._has_more():
+            self._wake()  # the rest in our own greenlet, where others get their turn
+
+    def ended(self, reason: End) -> None:
+        """See `admission.Client`."""
+        if reason is End.FENCED:
+            newer = self._admission.manager.sessions.get(self.instance)
+            self.cut(NameInUse(f"name in use by {newer.address if newer is not None else 'a newer run'}"))
+        else:
+            self.cut()
+
+    def _certificates(self, services: Services) -> bytes:
+        if services.identity is None:
+            return b""
+        return native.encode(s.Cert(services.incarnation, [services.identity.certificate]))
+
+    def _queue(self, frames: Iterable[bytes]) -> None:
+        self._outgoing.add(frames)
+        try:
+            self._flush()
+        except OSError:
+            self.cut()
+
+    def _flush(self) -> None:
+        """Hand frames to the kernel; a queue that is full stops the permits, one that is empty again starts them.
+
+        Raises:
+            OSError: the connection is broken.
+        """
+        outgoing = self._outgoing
+        outgoing.flush()
+        session = self._session
+        if session is None or session.end is not None:
+            return
+        full = self._leaving or len(outgoing) >= QUEUE or (self._congested and len(outgoing) > 0)
+        if full != self._congested:
+            self._congested = full
+            self._admission.manager.congest(session, full, clock_ns())
+            self._admission.settle()
+
+    # ---------------------------------------------------------------- small things
+
+    def _wait(self) -> None:
+        """Until the socket has an event, or somebody wakes us."""
+        fd = self._stream.socket.fileno()
+        self._engine.watch(fd, self._greenlet.switch)
+        self._waiting = True
+        try:
+            get_hub().switch()
+        finally:
+            self._waiting = False
+            self._engine.watch(fd, None)
+            self._turn_ends = monotonic() + _TURN
+
+    def _wake(self) -> None:
+        get_hub().loop.run_callback(self._resume)
+
+    def _resume(self) -> None:
+        if self._waiting:  # by now it may wait for something else
+            self._greenlet.switch()
+
+    def _log(self, level: int, message: str, **fields: object) -> None:
+        log.note(log.Event.SESSION, level, message, instance=self.instance, client=self._guest.client, **fields)

@@ -1,0 +1,214 @@
+"""The native listener's entrance: TLS, then who is it? Everything before a peer is authenticated.
+
+One deadline covers all of it, the number of those inside is bounded (`Newcomers`), and a failure is told in one
+sentence that is the same for an unknown name and a wrong secret. What an authenticated peer then does is `channel`'s
+or `control`'s; the dispatch is `server`'s.
+"""
+
+from __future__ import annotations
+
+import os
+from _socket import MSG_PEEK
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+import gevent
+from gevent import Timeout
+
+from proxy.errors import BadCredentials, ClientNotAllowed, HandshakeTimeout, Overloaded, PeerError, ProxyError, Refused
+from proxy.log import lines as log
+from proxy.model import Endpoint
+from proxy.net.conversation import farewell, receive, send_all
+from proxy.net.relay import RawSocket
+from proxy.net.tls import PlainStream, ServerIdentity, Stream, TlsStream
+from proxy.policy.access import Access
+from proxy.policy.budget import SLOW_ANSWER
+from proxy.protocols.native import frames
+from proxy.protocols.native.auth import NO_CERTIFICATE, Peer, ServerHandshake
+from proxy.services import Door, Services, numbers
+
+#: The first byte of a TLS connection: a handshake record (RFC 8446 section 5.1). No frame of ours is that long.
+_TLS_RECORD = b"\x16"
+
+
+@dataclass(slots=True, eq=False)
+class Guest:
+    """An authenticated peer's connection.
+
+    Args:
+        number: names it in the log.
+        handshake: over; holds the peer, the frame decoder with what came behind, and makes the WELCOME.
+    """
+
+    number: int
+    stream: Stream
+    client: Endpoint
+    handshake: ServerHandshake
+
+
+class _Probe(Exception):
+    """Closed without a byte: a health check."""
+
+
+def enter(
+    services: Services, door: Door, sock: RawSocket, address: tuple[Any, ...], refusal: ProxyError | None = None
+) -> Guest | None:
+    """Let a peer in, or tell it why not. Never raises; the socket is the caller's to close either way.
+
+    Args:
+        refusal: the proxy is full: say this to whoever it is.
+
+    Returns:
+        None: nobody came in.
+    """
+    client = Endpoint(address[0], address[1])
+    number = next(numbers)
+    services.counters.accepted.count(door.protocol)
+    entrance = _Entrance(services, client, sock)
+    started = monotonic()
+    try:
+        return Guest(number, *entrance.run(refusal))
+    except ProxyError as error:
+        services.counters.refused.count(error.code)
+        instance = entrance.claimed_instance
+        log.refused(number, instance, door.protocol, client, "", None, monotonic() - started, error)
+        entrance.refuse(error)
+    except _Probe:
+        services.counters.probes += 1
+    except OSError as error:
+        services.counters.refused.count("client_gone")
+        log.note(log.Event.TLS, log.DEBUG, "a native client is gone before it was known", client=client, error=error)
+    except Exception as error:
+        services.counters.internal_errors += 1
+        log.internal_error(f"connection {number} of {client}", error)
+    finally:
+        services.newcomers.leave(entrance)
+    return None
+
+
+def check_still_welcome(access: Access, peer: Peer, host: str) -> None:
+    """Whether a reload has left an authenticated peer, that came from `host`, its place.
+
+    Raises:
+        Refused: no longer.
+    """
+    if not access.client_allowed(host, "native") or not access.instance_allowed(peer.instance, host):
+        raise Refused("this address is no longer allowed")
+    if peer.secret not in access.secrets_of(peer.instance):
+        raise Refused("the secret of this instance has changed")
+
+
+class _Entrance:
+    """One connection on its way in. It is a newcomer until it is known, or has read why it is refused."""
+
+    def __init__(self, services: Services, client: Endpoint, sock: RawSocket) -> None:
+        self._services = services
+        self._client = client
+        self._stream: Stream = PlainStream(sock)
+        self._can_be_told = False
+        self._handshake: ServerHandshake | None = None
+
+    @property
+    def claimed_instance(self) -> str:
+        """The name it gave, proven or not."""
+        return self._handshake.claimed_instance if self._handshake else ""
+
+    def run(self, refusal: ProxyError | None) -> tuple[Stream, Endpoint, ServerHandshake]:
+        """TLS and authentication.
+
+        Raises:
+            ProxyError: refused. OSError: the client is gone. _Probe.
+        """
+        services, host = self._services, self._client.host
+        if not services.access.client_allowed(host, "native"):
+            raise ClientNotAllowed(f"{host} is not in allow_from")
+        services.engine.register(self._stream.socket.fileno())
+        services.newcomers.enter(self, self._stream.socket)
+        timer = Timeout.start_new(services.settings.auth_timeout)
+        try:
+            certificate = self._start(services.identity)
+            if refusal is not None:
+                raise refusal
+            self._check_budget()
+            return self._stream, self._client, self._authenticate(certificate)
+        except Timeout as fired:
+            if fired is not timer:
+                raise
+            raise HandshakeTimeout("not authenticated within auth_timeout") from None
+        finally:
+            timer.close()
+
+    def _check_budget(self) -> None:
+        """An address that failed too often is not listened to, unless there is a good client at it, too."""
+        services, host, now = self._services, self._client.host, monotonic()
+        if services.budget.exhausted(host, now) and host not in services.instances.hosts:
+            wait = services.budget.retry_after(host, now)
+            raise Overloaded(f"too many wrong secrets from {host}; again in {wait:.0f}s", wait)
+
+    def _start(self, identity: ServerIdentity | None) -> bytes:
+        """Begin with TLS or without, as configured; the hash of the certificate shown."""
+        sock = self._stream.socket
+        first = self._first_byte(sock)
+        self._can_be_told = first != _TLS_RECORD or identity is None  # a client of the wrong kind: in clear
+        if identity is None:
+            if first == _TLS_RECORD:
+                raise PeerError("the client speaks TLS, this listener does not (listen_tls no)")
+            return NO_CERTIFICATE
+        if first != _TLS_RECORD:
+            raise PeerError("the client does not speak TLS, this listener does (listen_tls yes)")
+        stream = TlsStream(sock, identity.context, server_side=True)
+        try:
+            while not stream.handshake():
+                self._services.engine.wait(sock.fileno())
+        except ConnectionError:
+            raise
+        except OSError as error:
+            raise PeerError(f"no TLS: {getattr(error, 'reason', None) or error.strerror or 'closed'}") from None
+        self._stream = stream
+        self._can_be_told = True
+        return identity.certificate
+
+    def _first_byte(self, sock: RawSocket) -> bytes:
+        """Look without taking it."""
+        while True:
+            try:
+                first = sock.recv(1, MSG_PEEK)
+            except BlockingIOError:
+                self._services.engine.wait(sock.fileno())
+                continue
+            if not first:
+                raise _Probe
+            return first
+
+    def _authenticate(self, certificate: bytes) -> ServerHandshake:
+        services = self._services
+        handshake = self._handshake = ServerHandshake(
+            services.access.secrets_of,
+            services.instances.channel_keys.get,
+            nonce=os.urandom(32),
+            certificate=certificate,
+        )
+        while handshake.peer is None:
+            data = receive(services.engine, self._stream)
+            if not data:
+                raise PeerError("the client closed before it was authenticated")
+            answer = handshake.receive(data)
+            if answer:
+                send_all(services.engine, self._stream, answer)
+        peer = handshake.peer
+        if not services.access.instance_allowed(peer.instance, self._client.host):
+            raise BadCredentials("unknown instance or wrong secret")
+        services.instances.fences.check(peer.instance, peer.run_id)
+        return handshake
+
+    def refuse(self, error: ProxyError) -> None:
+        """Say why. A wrong secret costs an address its budget, and time when that is used up."""
+        services, host = self._services, self._client.host
+        if isinstance(error, BadCredentials):
+            services.budget.failed(host, monotonic())
+            if services.budget.exhausted(host, monotonic()):
+                log.note(log.Event.REFUSED, log.WARNING, f"{host} has given too many wrong secrets: shut out or slowed")
+                gevent.sleep(SLOW_ANSWER)
+        if self._can_be_told:
+            farewell(services.engine, self._stream, frames.error_frame(error))

@@ -1,0 +1,234 @@
+"""The client's end of a channel: frames in and out, waiting, and how others interrupt the greenlet that serves it.
+
+What the frames mean is not known here. The rules of the relay hold: try, then wait; an edge is only a hint.
+"""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Callable
+from typing import Any
+
+from gevent import get_hub, getcurrent
+
+from proxy.doors.native.entrance import Guest
+from proxy.errors import PeerError, ProxyError
+from proxy.model import Ending
+from proxy.net.conversation import farewell, has_gone
+from proxy.net.relay import GONE, Engine
+from proxy.protocols.native import frames
+from proxy.protocols.native import messages as m
+
+_READ_SIZE = 65536
+_RESET = select.EPOLLERR | select.EPOLLHUP
+
+#: Handles epoll events in the hub; whether the greenlet has to look around.
+Step = Callable[[int], bool]
+
+
+class ClientGone(PeerError):
+    """The client's end of the channel is closed or broken, or is to be closed without a word."""
+
+    code = "client_gone"
+
+
+class Link:
+    """Belongs to the greenlet that makes it.
+
+    Attributes:
+        moved: grows with each byte that came or went, receivers' included: what idleness is measured by.
+        doom: why all of it ends now; set by `interrupt`.
+        goaway: what the client is to be told before the next OPEN at the latest.
+        blocked: the client has not taken all that it was sent.
+    """
+
+    def __init__(self, engine: Engine, guest: Guest) -> None:
+        self.engine = engine
+        self.stream = guest.stream
+        self.fd = guest.stream.socket.fileno()
+        self.decoder = guest.handshake.decoder
+        self.moved = 0
+        self.doom: Ending | None = None
+        self.goaway: m.Goaway | None = None
+        self.blocked = False
+        self._told_goaway = False
+        self._unsent = b""  # for the client, not yet taken by the stream
+        self._greenlet: Any = getcurrent()
+        self.readable = True  # there may be something to receive
+        self._missed = True  # events may have gone by that nobody acted upon
+        self._waiting = False
+        self._cancellable = False
+        self._reset = False
+        self._raised: BaseException | None = None  # in the hub, by a step; for our greenlet
+
+    # ---------------------------------------------------------------- in
+
+    def receive(self) -> bool:
+        """Read once, for the decoder; False: there is nothing now.
+
+        Raises:
+            ClientGone: closed or broken.
+        """
+        try:
+            data = self.stream.recv(_READ_SIZE)
+        except BlockingIOError:
+            self.readable = self._missed = False
+            return False
+        except OSError:
+            raise ClientGone("the connection broke") from None
+        if not data:
+            raise ClientGone("the client closed")
+        self.readable = self._missed or not self.stream.drained
+        self.blocked = self.blocked or self.stream.unsent  # TLS has something to say of its own
+        self.moved += len(data)
+        self.decoder.receive(data)
+        return True
+
+    # ---------------------------------------------------------------- out
+
+    def send(self, data: bytes) -> None:
+        """Send whole frames and wait until they are gone.
+
+        Raises:
+            ClientGone.
+        """
+        self._unsent += data
+        while not self.flush():
+            self.wait()
+
+    def queue(self, data: bytes) -> bool:
+        """Send whole frames without waiting; whether all is gone."""
+        self._unsent += data
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Hand on what is held back; whether all is gone.
+
+        Raises:
+            ClientGone.
+        """
+        stream = self.stream
+        self.blocked = True
+        try:
+            while self._unsent:
+                sent = stream.send(self._unsent)
+                self._unsent = self._unsent[sent:]
+                self.moved += sent
+            if stream.unsent:
+                stream.flush()
+            self.blocked = stream.unsent
+        except BlockingIOError:
+            pass
+        except OSError:
+            raise ClientGone("the connection broke") from None
+        return not self.blocked
+
+    def tell_goaway(self) -> None:
+        """Say GOAWAY, if there is one to be said; once."""
+        if self.goaway is not None and not self._told_goaway:
+            self._told_goaway = True
+            self.queue(frames.encode(self.goaway))
+
+    def part(self, error: ProxyError | None = None) -> None:
+        """The last word, behind what is held back, and a moment for the client to read it."""
+        last = frames.error_frame(error) if error is not None else b""
+        farewell(self.engine, self.stream, self._unsent + last)
+
+    # ---------------------------------------------------------------- waiting
+
+    def look_again(self) -> None:
+        """Events went by while nobody looked: only a read that finds nothing proves that there is nothing."""
+        self.readable = self._missed = True
+
+    def wait(self, other: int = -1, client_step: Step | None = None, other_step: Step | None = None) -> None:
+        """Until the client's socket or the other descriptor has an event, or somebody wakes us.
+
+        With steps, events are handled as they come, in the hub, without our greenlet: a step is called with the events,
+        must not wait, and says whether the greenlet has to look around, as it has to at an end (`relay.GONE`). What it
+        raises is raised here.
+
+        Raises:
+            ClientGone: we are told to end, or the client has reset the connection, which must not have to wait until
+                the receiver takes bytes again.
+        """
+        engine, fd = self.engine, self.fd
+
+        def client_event(events: int) -> None:
+            self.readable = True
+            if events & GONE:  # no other event will tell of it
+                self._note_end(events)
+            self._handle(client_step, events)
+
+        def other_event(events: int) -> None:
+            self._handle(other_step, events)
+
+        engine.watch(fd, client_event)
+        engine.watch(other, other_event)
+        self._waiting = True
+        try:
+            if self.doom is None:
+                get_hub().switch()
+        finally:
+            self._waiting = False
+            engine.watch(fd, None)
+            engine.watch(other, None)
+        raised, self._raised = self._raised, None
+        if raised is not None:
+            raise raised
+        if self.doom is not None or self._reset:
+            raise ClientGone("reset, or to be cut off")
+
+    def _handle(self, step: Step | None, events: int) -> None:
+        try:
+            if step is not None and not step(events):
+                return
+        except BaseException as error:
+            self._raised = error
+        self._greenlet.switch()
+
+    def _note_end(self, events: int) -> None:
+        """The client has closed, at least its sending side."""
+        self._missed = True
+        self._reset = self._reset or bool(events & _RESET)
+
+    def wake(self) -> None:
+        """Let the greenlet look around; must not wait."""
+        get_hub().loop.run_callback(self._resume)
+
+    def _resume(self) -> None:
+        if self._waiting:  # by now it may wait for something else
+            self._greenlet.switch()
+
+    def interrupt(self, ending: Ending) -> None:
+        """End whatever is in progress; must not wait."""
+        self.doom = ending
+        get_hub().loop.run_callback(self._cancel)
+        self.wake()
+
+    # ---------------------------------------------------------------- while an OPEN is served
+
+    def watch_client(self) -> None:
+        """Cancel with ClientGone whatever our greenlet waits for, when the client goes away.
+
+        Raises:
+            ClientGone: it is gone already: no edge would tell it again.
+        """
+        self._cancellable = True
+        self.engine.watch(self.fd, self._opening_event)
+        if self._missed and has_gone(self.stream.socket):
+            raise ClientGone("the client closed")
+
+    def unwatch_client(self) -> None:
+        self._cancellable = False
+        self.engine.watch(self.fd, None)
+
+    def _opening_event(self, events: int) -> None:
+        self.readable = True
+        if events & GONE:
+            self._note_end(events)
+            self._cancel()
+
+    def _cancel(self) -> None:
+        if self._cancellable:
+            self._cancellable = False
+            self._greenlet.throw(ClientGone("the client closed"))

@@ -1,0 +1,288 @@
+"""One SMTP session on a channel: bytes both ways between the client's frames and the receiver, from OPENED to END.
+
+What is held back on one side stops reading on the other, so memory is bounded by one read each way. Closing, counting
+and who gets the connection afterwards are `channel`'s.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import ssl
+
+from gevent import Timeout
+
+from proxy.doors.native.link import ClientGone, Link
+from proxy.egress.receiver import Receiver
+from proxy.errors import PeerError
+from proxy.model import Discard, Ending
+from proxy.net.conversation import has_gone
+from proxy.net.crew import let_others_run
+from proxy.net.relay import GONE
+from proxy.protocols.native import frames
+from proxy.protocols.native import messages as m
+from proxy.protocols.smtp.tracker import Tracker
+
+_READ_SIZE = 65536
+#: Reads of one side before the other gets its turn, and turns without waiting before other connections get theirs.
+_READS_A_TURN = 4
+_TURNS_IN_A_ROW = 8
+#: What the client gave before END is sent on for this long.
+_FLUSH_SECONDS = 5.0
+
+
+class Transfer:
+    """One SMTP session's bytes.
+
+    Args:
+        tracker: follows the dialogue, if the connection may be shared or its messages are counted.
+        reused: somebody else has had the connection before.
+
+    Attributes:
+        up, down: bytes so far.
+        receiver_done: the receiver said FIN, or is broken.
+        broken: the connection to the receiver ended otherwise than by a FIN.
+        end: what the client ended the session with.
+    """
+
+    def __init__(self, link: Link, receiver: Receiver, tracker: Tracker | None, reused: bool = False) -> None:
+        self.receiver = receiver
+        self.tracker = tracker
+        self.up = 0
+        self.down = 0
+        self.receiver_done = False
+        self.broken: Ending | None = None
+        self.end: m.End | None = None
+        self._link = link
+        self._reused = reused
+        self._stream = receiver.stream
+        self._readable = True  # the receiver may have something to be read
+        self._missed = True  # events of the receiver may have gone by that nobody acted upon
+        self._held = b""  # for the receiver, not yet taken by the stream
+        self._blocked = False  # the receiver does not take what it is given; nothing of the client is read meanwhile
+        self._finished = False  # the client said EOF
+        self._write_error: OSError | None = None
+
+    def carry(self) -> None:
+        """Move bytes both ways until END.
+
+        Raises:
+            ClientGone, PeerError.
+        """
+        link, receiver = self._link, self._stream.socket.fileno()
+        turns = 0
+        while self.end is None:
+            moved = self._from_receiver()
+            moved |= self._from_client()
+            if self.end is not None:
+                return
+            link.tell_goaway()
+            if link.doom is not None:
+                raise ClientGone("to be cut off")
+            if not moved:
+                turns = 0
+                if self._blocked and has_gone(link.stream.socket):
+                    self._push_on()
+                else:
+                    link.wait(receiver, self._client_event, self._receiver_event)
+            else:
+                turns += 1
+                if turns % _TURNS_IN_A_ROW == 0:
+                    let_others_run()
+                    link.look_again()
+                    self._readable = self._missed = True
+
+    def _client_event(self, events: int) -> bool:
+        """The usual case, in the hub: what the client sends, the receiver takes. See `Link.wait`."""
+        link = self._link
+        if events & GONE or link.blocked or self._blocked:
+            return True
+        self._from_client()
+        more = link.readable or link.decoder.unread
+        return more or self.end is not None or self._write_error is not None or self._blocked
+
+    def _receiver_event(self, events: int) -> bool:
+        """The same the other way."""
+        self._readable = True
+        if events & GONE:  # no other event will tell of it
+            self._missed = True
+            return True
+        if self._link.blocked or self._blocked:
+            return True
+        self._from_receiver()
+        return self._readable or self.receiver_done or self._link.blocked or self._blocked
+
+    def unclean(self) -> Discard | None:
+        """Why the connection cannot serve another client, as far as its bytes tell."""
+        if self.receiver_done or self.broken is not None:
+            return Discard.PEER_CLOSED
+        if self._blocked or self._finished:
+            return Discard.OUTSTANDING
+        return self.tracker.verdict() if self.tracker is not None else Discard.NOT_OFFERED
+
+    def _push_on(self) -> None:
+        """The client has closed while the receiver takes nothing, and there may be an END among what is unread.
+
+        Raises:
+            ClientGone: the receiver goes on taking nothing, so that END will not be seen.
+        """
+        if not self.flush():
+            raise ClientGone("the client closed")
+        self._link.look_again()
+        self._readable = self._missed = True
+
+    def flush(self) -> bool:
+        """What the client gave before END shall reach the receiver, if it takes it soon; whether it did."""
+        if self._push():
+            return self.broken is None
+        timer = Timeout.start_new(_FLUSH_SECONDS)
+        try:
+            while not self._push():
+                self._link.engine.wait(self._stream.socket.fileno())
+            return self.broken is None
+        except Timeout as fired:
+            if fired is not timer:
+                raise
+            return False
+        finally:
+            timer.close()
+            self._link.look_again()
+
+    # ---------------------------------------------------------------- from the client
+
+    def _from_client(self) -> bool:
+        """Read frames and send their bytes on, as far as the receiver takes them; whether anything came."""
+        if self._blocked and not self._push():
+            return False
+        link, moved = self._link, False
+        next_frame = link.decoder.next_frame
+        for _ in range(_READS_A_TURN):
+            while (frame := next_frame()) is not None:
+                moved = True
+                if frame[0] != frames.DATA:
+                    self._control(frame)
+                    if self.end is not None:
+                        return True
+                elif not self._give(bytes(frame[1])):
+                    return True
+            if not link.readable or not link.receive():
+                return moved
+            moved = True
+        return moved
+
+    def _control(self, frame: frames.Frame) -> None:
+        """END or EOF."""
+        message = frames.decode(frame, frames.CHANNEL_FROM_CLIENT)
+        if isinstance(message, m.End):
+            self.end = message
+        elif not isinstance(message, m.Eof):
+            raise PeerError(f"{type(message).__name__.upper()} in the middle of an SMTP session")
+        elif self._finished:
+            raise PeerError("EOF twice in an SMTP session")
+        else:
+            self._finished = True
+            if self._write_error is None and self.broken is None:
+                try:
+                    self._stream.finish()
+                    self._blocked = self._stream.unsent
+                except OSError as error:
+                    self._write_failed(error)
+
+    def _give(self, piece: bytes) -> bool:
+        """Send the client's bytes to the receiver; False: some are held back."""
+        if self._finished:
+            raise PeerError("DATA after EOF in an SMTP session")
+        if self._write_error is not None or self.broken is not None:
+            return True  # the client does not know yet, or goes on after the receiver's FIN
+        if self.tracker is not None:
+            self.tracker.client_bytes(piece)
+        self.up += len(piece)
+        self._held = piece
+        return self._push()
+
+    def _push(self) -> bool:
+        """Hand what is held back to the receiver; whether nothing is left."""
+        stream = self._stream
+        self._blocked = False
+        if self._write_error is not None or self.broken is not None:
+            return True
+        try:
+            while self._held:
+                sent = stream.send(self._held)
+                self._held = self._held[sent:]
+                self._link.moved += sent
+            if stream.unsent:
+                stream.flush()
+            self._blocked = stream.unsent
+        except BlockingIOError:
+            self._blocked = True
+        except OSError as error:
+            self._write_failed(error)
+        return not self._blocked
+
+    def _write_failed(self, error: OSError) -> None:
+        """The receiver takes no more; what it has said before is still to be read, and perhaps says why.
+
+        After its FIN there is nothing to tell any more: the client has been told that it closed.
+        """
+        self._write_error = error
+        self._held = b""
+        if not self.receiver_done:
+            self.broken = Ending.UPSTREAM_RESET
+
+    # ---------------------------------------------------------------- from the receiver
+
+    def _from_receiver(self) -> bool:
+        """Read from the receiver and frame it, as far as the client takes it; whether anything came."""
+        link = self._link
+        if (link.blocked and not link.flush()) or self.receiver_done:
+            return False
+        moved = False
+        for _ in range(_READS_A_TURN):
+            if not self._readable and self._write_error is None:
+                return moved
+            try:
+                data = self._stream.recv(_READ_SIZE)
+            except BlockingIOError:
+                self._readable = self._missed = False
+                if self._write_error is None:
+                    return moved
+                self._aborted(self._write_error)
+                return True
+            except OSError as error:
+                self._aborted(error)
+                return True
+            moved = True
+            self._readable = self._missed or not self._stream.drained
+            self._blocked = self._blocked or self._stream.unsent  # TLS has something to say of its own
+            if not data:
+                self.receiver_done = True
+                if self._write_error is not None:
+                    self._aborted(self._write_error)
+                else:
+                    link.queue(frames.encode(m.Eof()))
+                return True
+            if self._reused and not self.up:
+                # Nobody has asked it anything: the client would take this for the answer to its first command, and
+                # each later answer for that to the command after. To the client it is a connection that has died.
+                self._aborted(OSError(errno.EPROTO, ""))
+                return True
+            if self.tracker is not None:
+                self.tracker.server_bytes(data)
+            self.down += len(data)
+            link.moved += len(data)
+            if not link.queue(frames.encode_data(data)):
+                return True
+        return moved
+
+    def _aborted(self, error: OSError) -> None:
+        """Tell the client at once; it answers with END."""
+        self.broken = Ending.UPSTREAM_RESET
+        self.receiver_done = True
+        self._held = b""
+        if isinstance(error, ssl.SSLError):  # its number is OpenSSL's
+            number, text = 0, f"TLS: {error.reason or error.strerror}"
+        else:
+            number = error.errno or 0
+            text = os.strerror(number)
+        self._link.queue(frames.encode(m.Aborted("upstream_failed", number, text[:200])))

@@ -1,0 +1,235 @@
+"""The throttle manager's doing: its clock, its one timer, and the greenlets that wait for a place.
+
+`manager` decides and never waits. Here a request for a connection waits until its ticket is admitted or its time is up,
+and after each call what follows from it is carried out: tickets are woken, sessions are given what they are to send,
+notices are logged, and the timer is set. With no throttle configured or named, a connection costs one look.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from gevent import Timeout, get_hub, getcurrent
+
+from proxy.log import lines as log
+from proxy.throttling.flows import Flow
+from proxy.throttling.manager import Manager
+from proxy.throttling.places import Places, Ticket
+from proxy.throttling.session import End, Session
+from proxy.throttling.throttle import Throttle
+
+_NANOSECONDS = 1_000_000_000
+
+
+def clock_ns() -> int:
+    """Nanoseconds of a clock that never steps and goes on while the machine is suspended."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+class Client:
+    """Who serves a session's connection, as the admission sees it."""
+
+    def deliver(self) -> None:
+        """Something waits to be sent to the session; must not wait."""
+        raise NotImplementedError
+
+    def ended(self, reason: End) -> None:
+        """The manager is done with the session: close its connection; must not wait."""
+        raise NotImplementedError
+
+
+class Admission:
+    """The one manager and whoever deals with it.
+
+    Args:
+        make_way: told a full throttle under which a request waits: a cached connection is to give up its place there;
+            says whether one did.
+    """
+
+    def __init__(self, manager: Manager, make_way: Callable[[Throttle], bool]) -> None:
+        self.manager = manager
+        self.clients: dict[Session, Client] = {}
+        self._make_way = make_way
+        self._hub: Any = get_hub()
+        self._waiting: dict[Ticket, Any] = {}  # the greenlets
+        self._keys: dict[Ticket, Hashable] = {}  # what those who wait would share
+        self._awaited: Counter[Hashable] = Counter()  # the same, how often
+        self._timer: Any = self._hub.loop.timer(0)
+        self._armed_for: int | None = None
+        self._settling = False
+
+    # ---------------------------------------------------------------- places
+
+    def enter(
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+        seconds: float,
+        key: Hashable = None,
+    ) -> Places | None:
+        """Wait in fair order for a place under every throttle that applies; None: none does.
+
+        Args:
+            owner: instance name, else the client's address.
+            seconds: the longest to wait; the proxy's own throttles may say less.
+            key: of the cached connection that would do; see `pass_on`.
+
+        Raises:
+            Throttled: not in time; says which throttle, and when to come back.
+        """
+        manager = self.manager
+        if not flows and not manager.blocks:
+            return None
+        answer = manager.admit(owner, weight, source, destination, flows, clock_ns())
+        self.settle()
+        if isinstance(answer, Places):
+            return answer
+        own = manager.wait_of(answer)
+        self._wait_for(answer, seconds if own is None else min(seconds, own), key)
+        return answer.places
+
+    def swap(
+        self,
+        old: Places | None,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+    ) -> tuple[bool, Places | None]:
+        """A cached connection changes its user: its places for those of the new one, in one call, without waiting.
+
+        Returns:
+            whether it may, and the new places; if not, the old ones are as they were.
+        """
+        manager = self.manager
+        if old is None:
+            if not flows and not manager.blocks:
+                return True, None
+            answer = manager.admit(owner, weight, source, destination, flows, clock_ns())
+            if isinstance(answer, Ticket):
+                manager.cancel(answer, clock_ns())
+                self.settle()
+                return False, None
+            self.settle()
+            return True, answer
+        new = manager.swap(old, owner, weight, source, destination, flows, clock_ns())
+        self.settle()
+        return new is not None, new
+
+    def leave(self, places: Places | None) -> None:
+        """The socket is closed."""
+        if places is not None:
+            self._wake(self.manager.release(places, clock_ns()))
+            self.settle()
+
+    def wanted(self, places: Places | None) -> bool:
+        """Whether somebody waits for one of these places."""
+        return places is not None and self.manager.wanted(places)
+
+    def awaited(self, key: Hashable) -> bool:
+        """Whether one who waits for places, anywhere, asks for this key."""
+        return key in self._awaited
+
+    def pass_on(self, places: Places, key: Hashable) -> bool:
+        """Give the places of a cached connection back; whether one who waited and asks for its key got in by that.
+
+        That one takes over the connection when it runs next. Otherwise the caller has to close the socket at once.
+        """
+        tickets = self.manager.release(places, clock_ns())
+        taker = any(self._keys.get(ticket) == key for ticket in tickets)
+        self._wake(tickets)
+        self.settle()
+        return taker
+
+    def _wait_for(self, ticket: Ticket, seconds: float, key: Hashable) -> None:
+        """Until the ticket is admitted.
+
+        Raises:
+            Throttled: time is up.
+        """
+        timer = Timeout.start_new(max(seconds, 0.001))
+        self._waiting[ticket] = getcurrent()
+        self._keys[ticket] = key
+        self._awaited[key] += 1
+        try:
+            while ticket.places is None:
+                self._hub.switch()
+        except BaseException as reason:
+            if reason is timer and ticket.places is not None:
+                return  # admitted in time, but not woken yet
+            refusal = self.manager.refusal(ticket, clock_ns())
+            self._wake(self.manager.cancel(ticket, clock_ns()))
+            if reason is timer:
+                raise refusal from None
+            raise
+        finally:
+            timer.close()
+            del self._waiting[ticket]
+            del self._keys[ticket]
+            self._awaited[key] -= 1
+            if not self._awaited[key]:
+                del self._awaited[key]
+            self.settle()
+
+    def _wake(self, tickets: list[Ticket]) -> None:
+        for ticket in tickets:
+            if ticket in self._waiting:
+                self._hub.loop.run_callback(self._resume, ticket)
+
+    def _resume(self, ticket: Ticket) -> None:
+        greenlet = self._waiting.get(ticket)  # by now it may have been called off, and wait for something else
+        if greenlet is not None:
+            greenlet.switch()
+
+    # ---------------------------------------------------------------- what follows from a call
+
+    def settle(self) -> None:
+        """Carry out what the last calls to the manager have led to. To be called after each."""
+        if self._settling:
+            return  # a delivery called the manager: the loop below goes round once more
+        self._settling = True
+        manager = self.manager
+        try:
+            while True:
+                admitted, ready, ended = manager.take_admitted(), manager.take_ready(), manager.take_ended()
+                self._wake(admitted)
+                blocked = manager.take_blocked()
+                for throttle in blocked:
+                    while throttle.line is not None and throttle.full() and self._make_way(throttle):
+                        pass
+                for session in ready:
+                    client = self.clients.get(session)
+                    if client is not None:
+                        client.deliver()
+                for session in ended:
+                    client = self.clients.pop(session, None)
+                    if client is not None and session.end is not None:
+                        client.ended(session.end)
+                if not (admitted or ready or ended or blocked):
+                    break
+            for remark in manager.take_notices():
+                log.note(log.Event.THROTTLE, log.WARNING, remark.detail, notice=remark.notice, instance=remark.instance)
+        finally:
+            self._settling = False
+        self._arm()
+
+    def _arm(self) -> None:
+        due = self.manager.next_wakeup()
+        if due is None or (self._armed_for is not None and self._armed_for <= due):
+            return  # it rings early at worst
+        self._armed_for = due
+        self._timer.close()
+        self._timer = self._hub.loop.timer(max(0.0, (due - clock_ns()) / _NANOSECONDS))
+        self._timer.start(self._ring)
+
+    def _ring(self) -> None:
+        self._armed_for = None
+        self.manager.advance(clock_ns())
+        self.settle()

@@ -1,0 +1,304 @@
+"""The keepalive pool's doing: cleans connections that are given back, watches them while they are idle, hands them out.
+
+What may be kept, for whom and how long is `pool`'s decision; what a clean session is, `smtp`'s. Here are the sockets:
+RSET before an idle life, an eye on the socket during it, QUIT at its end. One greenlet sweeps; cleaning and parting
+run in pooled ones. An idle connection has no greenlet and no timer.
+
+Each connection here holds its throttle places until its socket is closed. Nobody waits for a place that an idle
+connection holds: it gives way at once, or goes, with its place, to the very client that waited.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable
+from functools import partial
+from time import monotonic
+from typing import Any, Protocol
+
+from gevent import Timeout, get_hub
+from gevent.event import Event
+
+from proxy.egress.pool import Discarded, Entry, Pool, PoolKey, PoolSettings
+from proxy.egress.receiver import Receiver
+from proxy.model import Discard
+from proxy.net.conversation import receive, send_all
+from proxy.net.crew import Crew
+from proxy.net.relay import Engine
+from proxy.protocols.smtp.dialogue import Quit, Rset
+from proxy.stats import Counters
+from proxy.throttling.places import Places
+from proxy.throttling.throttle import Throttle
+
+#: Seconds for the 250 to RSET, and for the 221 to QUIT.
+_RSET_SECONDS = 10.0
+_QUIT_SECONDS = 5.0
+_READ_SIZE = 4096
+
+#: Reasons after which the receiver is alive, in a known state, and nobody is in a hurry: QUIT is said and answered.
+_POLITE = frozenset(
+    {
+        Discard.DISABLED,
+        Discard.MAX_AGE,
+        Discard.MAX_IDLE,
+        Discard.MAX_MESSAGES,
+        Discard.PEER_LIMIT,
+        Discard.MAX_CACHED,
+        Discard.MAX_CACHED_PER_DESTINATION,
+        Discard.DRAINING,
+    }
+)
+#: The same in a hurry: QUIT is said, and the socket is closed in the same call.
+_PRESSED = frozenset({Discard.YIELDED, Discard.OVERLOADED})
+
+
+class PlaceOffice(Protocol):
+    """Where throttle places are given back; `Admission` is one."""
+
+    def leave(self, places: Places | None) -> None:
+        """The socket is closed."""
+
+    def wanted(self, places: Places | None) -> bool:
+        """Whether somebody waits for one of these places."""
+
+    def pass_on(self, places: Places, key: Hashable) -> bool:
+        """Give places back; whether one who waited for them and asks for this key got in by that."""
+
+
+class Keeper:
+    """All connections to receivers that no client uses at the moment: being cleaned, idle, or being parted from."""
+
+    def __init__(
+        self, engine: Engine, crew: Crew, counters: Counters, settings: PoolSettings, office: PlaceOffice
+    ) -> None:
+        self._engine = engine
+        self._crew = crew
+        self._counters = counters
+        self._office = office
+        self._pool = Pool(settings)
+        self._cleaning = 0
+        self._parting: dict[Receiver, None] = {}  # QUIT is said or will be; in this order
+        self._armed: float | None = None  # when the sweeper wakes up; None: when it is told to
+        self._changed = Event()
+        self._loop: Any = get_hub().loop
+
+    @property
+    def cached(self) -> int:
+        """Connections held here, in whatever state."""
+        return len(self._pool) + self._cleaning + len(self._parting)
+
+    @property
+    def pool(self) -> Pool:
+        """The index, for the status."""
+        return self._pool
+
+    # ---------------------------------------------------------------- for channels
+
+    def take(self, key: PoolKey, claim: Callable[[Receiver], bool]) -> Receiver | None:
+        """A live connection of this key, the caller's now; None: there is none to be had.
+
+        Args:
+            claim: asked for a live connection whether the caller may have it (its places change hands there); if not,
+                it stays as it was. Must not wait.
+        """
+        while True:
+            entry, discarded = self._pool.take(key, monotonic())
+            self._part(discarded)
+            if entry is None:
+                return None
+            receiver = _receiver(entry)
+            reason = _look(receiver)
+            if reason is not None:
+                self._part([self._pool.reject(entry, reason)])
+            elif claim(receiver):
+                self._engine.watch(receiver.stream.socket.fileno(), None)
+                return receiver
+            else:
+                self._pool.put_back(entry)
+                return None
+
+    def give(self, receiver: Receiver, key: PoolKey) -> None:
+        """Take a connection back; whether it is fit to be kept turns out behind the caller's back."""
+        limits = receiver.place.throttles if receiver.place is not None else ()
+        entry = Entry(receiver, key, receiver.opened_at, receiver.messages, receiver.mailmax, limits)
+        self._cleaning += 1
+        self._crew.run(self._clean, entry)
+
+    def decline(self, reason: Discard) -> None:
+        """Count a connection that was offered and is not fit; the caller closes it."""
+        self._pool.decline(reason)
+        self._counters.discarded.count(reason)
+
+    def dismiss(self, receiver: Receiver, reason: Discard) -> None:
+        """Count and close a clean connection that was offered and is not wanted."""
+        self.decline(reason)
+        self._say_quit(receiver, reason)
+
+    # ---------------------------------------------------------------- housekeeping
+
+    def make_way(self, throttle: Throttle) -> bool:
+        """Somebody waits under this throttle: a connection that holds a place there is closed now; False: none does."""
+        for receiver in self._parting:
+            if receiver.place is not None and throttle in receiver.place.throttles:
+                self._parted(receiver)
+                return True
+        discarded = self._pool.yield_for(throttle)
+        if discarded is not None:
+            self._part([discarded])
+        return discarded is not None
+
+    def run(self) -> None:
+        """Give up what has come to its age; for a greenlet of its own."""
+        while True:
+            self._armed = due = self._pool.next_expiry()
+            self._changed.clear()
+            self._changed.wait(None if due is None else max(0.0, due - monotonic()))
+            self._part(self._pool.expire(monotonic()))
+
+    def apply(self, settings: PoolSettings) -> None:
+        """New settings hold for what is held already, too."""
+        self._part(self._pool.apply(settings, monotonic()))
+        self._changed.set()
+
+    def shed(self, count: int) -> None:
+        """Descriptors are short: close `count` connections now."""
+        self._part(self._pool.shed(count))
+
+    def drain(self) -> None:
+        """Say QUIT to all; nothing is kept from now on. `cached` falls to zero."""
+        self._part(self._pool.drain())
+
+    # ---------------------------------------------------------------- on the way in
+
+    def _clean(self, entry: Entry) -> None:
+        """RSET, and the connection is idle; or it is closed."""
+        receiver = _receiver(entry)
+        reason = self._reset(receiver)
+        self._cleaning -= 1
+        if reason is not None:
+            self.decline(reason)
+            self._close(receiver)
+            return
+        receiver.guard()
+        self._engine.watch(receiver.stream.socket.fileno(), partial(self._idle_event, receiver))
+        self._part(self._pool.offer(entry, monotonic()))
+        if receiver in self._pool and self._office.wanted(receiver.place):
+            self._pass_on(receiver, entry.key)
+        due = self._pool.next_expiry()
+        if due is not None and (self._armed is None or due < self._armed):
+            self._changed.set()
+
+    def _reset(self, receiver: Receiver) -> Discard | None:
+        """Why the session cannot be kept, or None."""
+        rset = Rset()
+        timer = Timeout.start_new(_RSET_SECONDS)
+        try:
+            send_all(self._engine, receiver.stream, rset.command)
+            while rset.reason is None:
+                data = receive(self._engine, receiver.stream, _READ_SIZE)
+                if not data:
+                    return Discard.PEER_CLOSED
+                if rset.receive(data):
+                    return _look(receiver)  # up to EAGAIN: whatever comes later makes an edge
+            return rset.reason
+        except OSError:
+            return Discard.PEER_CLOSED
+        except Timeout as fired:
+            if fired is not timer:
+                raise
+            return Discard.TIMED_OUT
+        finally:
+            timer.close()
+
+    def _pass_on(self, receiver: Receiver, key: PoolKey) -> None:
+        """Somebody waits for this connection's place: it gets the place, and the connection if it wants just this one.
+
+        Otherwise the socket is closed in this very call, so at no time do more sockets exist than places allow.
+        """
+        places, receiver.place = receiver.place, None
+        self._pool.free_limits(receiver)
+        if places is not None and self._office.pass_on(places, key):
+            # Whoever got the place was woken before this is called, and has taken the connection by then.
+            self._loop.run_callback(self._unclaimed, receiver)
+        else:
+            self._unclaimed(receiver)
+
+    def _unclaimed(self, receiver: Receiver) -> None:
+        """Its place is somebody else's now, so unless that one has taken the connection too, it must go."""
+        discarded = self._pool.remove(receiver, Discard.YIELDED)
+        if discarded is not None:
+            self._part([discarded])
+
+    def _idle_event(self, receiver: Receiver, _events: int) -> None:
+        """An idle receiver has nothing to say: TLS's own messages are read, anything else is the end."""
+        reason = _look(receiver)
+        if reason is not None and (discarded := self._pool.remove(receiver, reason)) is not None:
+            self._part([discarded])
+
+    # ---------------------------------------------------------------- on the way out
+
+    def _part(self, discarded: list[Discarded]) -> None:
+        """Count, and close politely or at once."""
+        for entry, reason in discarded:
+            self._counters.discarded.count(reason)
+            self._say_quit(_receiver(entry), reason)
+
+    def _say_quit(self, receiver: Receiver, reason: Discard) -> None:
+        """QUIT, as far as the reason allows it, and close."""
+        if reason in _POLITE:
+            self._parting[receiver] = None
+            self._crew.run(self._quit, receiver)
+            return
+        if reason in _PRESSED:
+            with contextlib.suppress(OSError):
+                receiver.stream.send(Quit.command)
+        self._close(receiver)
+
+    def _quit(self, receiver: Receiver) -> None:
+        """QUIT, and its answer."""
+        if receiver not in self._parting:
+            return  # its place was wanted meanwhile
+        engine, stream, farewell = self._engine, receiver.stream, Quit()
+        engine.watch(stream.socket.fileno(), None)
+        timer = Timeout.start_new(_QUIT_SECONDS)
+        try:
+            send_all(engine, stream, farewell.command)
+            while data := receive(engine, stream, _READ_SIZE):
+                if farewell.receive(data):
+                    break
+        except OSError:
+            pass
+        except Timeout as fired:
+            if fired is not timer:
+                raise
+        finally:
+            timer.close()
+            self._parted(receiver)
+
+    def _parted(self, receiver: Receiver) -> None:
+        """Close a connection that QUIT was said to; a second time does nothing."""
+        if receiver in self._parting:
+            del self._parting[receiver]
+            self._close(receiver)
+
+    def _close(self, receiver: Receiver) -> None:
+        with contextlib.suppress(OSError):
+            receiver.stream.finish()
+        self._engine.close(receiver.stream.socket)
+        self._office.leave(receiver.place)
+
+
+def _receiver(entry: Entry) -> Receiver:
+    assert isinstance(entry.connection, Receiver)
+    return entry.connection
+
+
+def _look(receiver: Receiver) -> Discard | None:
+    """What speaks against an idle connection, without waiting: None if there is nothing to read."""
+    try:
+        data = receiver.stream.recv(_READ_SIZE)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return Discard.PEER_CLOSED
+    return Discard.PEER_SPOKE if data else Discard.PEER_CLOSED

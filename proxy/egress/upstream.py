@@ -1,0 +1,190 @@
+"""Outgoing connections: bind to the requested local address, connect, say exactly what failed.
+
+The one place where an errno of an outgoing socket becomes an outcome. Which source may be used, which destination may
+be reached and how long all of it may take is decided elsewhere; what is said over the connection is not known here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from _socket import (
+    AF_INET,
+    AF_INET6,
+    IPPROTO_IP,
+    IPPROTO_TCP,
+    SOCK_CLOEXEC,
+    SOCK_DGRAM,
+    SOCK_NONBLOCK,
+    SOCK_STREAM,
+)
+from functools import lru_cache
+from select import EPOLLERR, EPOLLHUP, EPOLLOUT
+from time import monotonic
+
+from proxy.errors import Overloaded, Step, UpstreamError
+from proxy.model import Endpoint
+from proxy.net.alarm import Alarm
+from proxy.net.relay import TCP_NODELAY, Engine, RawSocket
+from proxy.policy.access import Access
+
+#: Linux: choose the local port at connect, not at bind: 28,000 connections a source and peer, not 28,000 a source.
+_IP_BIND_ADDRESS_NO_PORT = 24
+_STREAM = SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC
+_CONNECTED_OR_NOT = EPOLLOUT | EPOLLERR | EPOLLHUP
+_ANY_PORT = 9  # where nothing is sent to
+_OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+def bind(source: str) -> RawSocket:
+    """A non-blocking TCP socket bound to `source`, any port.
+
+    The watch over a dead peer (`relay.keep_alive`) begins later, for those that live long: it is five system calls and
+    a timer of the kernel, and the connect has a deadline of its own.
+
+    Raises:
+        UpstreamError: step `bind`; the address is not on this machine (EADDRNOTAVAIL), or may not be used.
+        Overloaded: no descriptor or memory for one more socket.
+    """
+    sock = _open(AF_INET6 if ":" in source else AF_INET, _STREAM)
+    try:
+        sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+        sock.setsockopt(IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+        sock.bind((source, 0))
+    except OSError as error:
+        sock.close()
+        number = error.errno or 0
+        why = "not an address of this machine" if number == errno.EADDRNOTAVAIL else os.strerror(number)
+        raise UpstreamError(f"bind {source}: {why}", Step.BIND, number) from None
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def connect(engine: Engine, sock: RawSocket, source: str, destination: Endpoint, timeout: float) -> int:
+    """Connect a bound socket; it is registered with the engine from now on. Closes nothing, whatever happens.
+
+    Args:
+        source: the address that the socket is bound to, for the error's text.
+        timeout: seconds.
+
+    Returns:
+        The epoll events that came with the connection: the peer's first bytes, or its end; 0: none of these.
+
+    Raises:
+        UpstreamError: step `connect`, with the errno; a timeout is ETIMEDOUT, no free port is EADDRNOTAVAIL.
+    """
+    number = sock.connect_ex(destination)
+    engine.register(sock.fileno())
+    events = 0
+    if number == errno.EINPROGRESS:
+        alarm = engine.alarms.start(timeout)
+        try:
+            number, events = _await(engine, sock, destination)
+        except Alarm as fired:
+            if fired is not alarm:
+                raise
+            number = errno.ETIMEDOUT
+        finally:
+            alarm.cancel()
+    if number:
+        raise UpstreamError(f"connect {source} -> {destination}: {_why(number)}", Step.CONNECT, number)
+    return events & ~EPOLLOUT
+
+
+def _await(engine: Engine, sock: RawSocket, destination: Endpoint) -> tuple[int, int]:
+    """Wait until the connect is decided.
+
+    A socket that is writable and nothing else is connected: it was registered after its connect began, so this is no
+    older event. In all other cases a second connect tells it (0, or the errno), whatever woke us.
+    """
+    fd = sock.fileno()
+    while True:
+        events = engine.wait(fd)
+        if events & _CONNECTED_OR_NOT == EPOLLOUT:
+            return 0, events
+        number = sock.connect_ex(destination)
+        if number != errno.EALREADY:
+            return (0 if number == errno.EISCONN else number), events
+
+
+def _why(number: int) -> str:
+    if number == errno.EADDRNOTAVAIL:
+        return "no free local port for this source and destination"
+    return os.strerror(number)
+
+
+def local_endpoint(sock: RawSocket) -> Endpoint:
+    """The real local address of a socket."""
+    name = sock.getsockname()
+    return Endpoint(name[0], name[1])
+
+
+def system_source(destination: Endpoint) -> str:
+    """The local address that the system would leave from. A connected UDP socket tells it and sends nothing.
+
+    Raises:
+        UpstreamError: step `connect`; there is no route.
+        Overloaded: no descriptor.
+    """
+    sock = _open(AF_INET6 if destination.is_ipv6 else AF_INET, SOCK_DGRAM | SOCK_CLOEXEC)
+    try:
+        sock.connect(destination)
+        host: str = sock.getsockname()[0]
+    except OSError as error:
+        number = error.errno or 0
+        raise UpstreamError(f"route to {destination.host}: {os.strerror(number)}", Step.CONNECT, number) from None
+    finally:
+        sock.close()
+    return host
+
+
+def source_for(access: Access, instance: str, client: RawSocket, wanted: str | None, destination: Endpoint) -> str:
+    """The address to leave from: the wanted one, else the configured default, else the system's choice.
+
+    Args:
+        client: the client's socket; its local address is the one that was dialled (`default_source_ip same`).
+
+    Raises:
+        UpstreamError, Overloaded: as `system_source`.
+    """
+    if wanted is not None:
+        return wanted
+    default = access.default_source(instance, destination, local_endpoint(client).host)
+    return default or _route(destination.host, int(monotonic()))
+
+
+@lru_cache(maxsize=1024)
+def _route(host: str, _second: int) -> str:
+    """`system_source`, asked once a second for each destination; it is four system calls.
+
+    Safe for so short a time: should the routes change meanwhile, the address is still one of ours and may be bound, or
+    the bind says that it is not, which is told to the client as temporary. A failure is not remembered.
+    """
+    return system_source(Endpoint(host, _ANY_PORT))
+
+
+class LocalAddresses:
+    """The addresses of this machine, as a container: whether one can be bound now, which no list of them could tell."""
+
+    def __contains__(self, host: object) -> bool:
+        assert isinstance(host, str)
+        sock = _open(AF_INET6 if ":" in host else AF_INET, SOCK_DGRAM | SOCK_CLOEXEC)
+        try:
+            sock.bind((host, 0))
+        except OSError:
+            return False
+        finally:
+            sock.close()
+        return True
+
+
+def _open(family: int, kind: int) -> RawSocket:
+    try:
+        return RawSocket(family, kind, 0)
+    except OSError as error:
+        if error.errno in _OUT_OF_DESCRIPTORS:
+            raise Overloaded(f"no outgoing socket: {os.strerror(error.errno or 0)}") from None
+        number = error.errno or 0
+        raise UpstreamError(f"no outgoing socket: {os.strerror(number)}", Step.BIND, number) from None

@@ -1,0 +1,263 @@
+"""TLS on raw sockets: contexts, the certificate made in memory, and a stream that never blocks.
+
+A context is built once (0.2 to 20 ms each). A certificate that the operator did not give is made at start and handed to
+OpenSSL through a memfd: nothing touches the disk. `TlsStream` has the same shape as `PlainStream`, so that who moves
+bytes need not know which it holds. Waiting is the caller's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import ssl
+from _socket import SHUT_WR
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import lru_cache
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from proxy.net.relay import RawSocket
+from proxy.protocols.native.auth import certificate_hash
+
+#: Ciphertext read or written in one call.
+_CHUNK = 65536
+#: Plaintext given to OpenSSL in one call: four whole records.
+_WRITE_CHUNK = 4 * 16384
+#: Answers to key updates that may wait for a peer who reads nothing; then nothing is read from it either.
+_MOST_ANSWERS = 16384
+_LIFETIME = timedelta(days=3650)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerIdentity:
+    """What the native listener shows: the context, and the SHA-256 of its leaf certificate's DER form."""
+
+    context: ssl.SSLContext
+    certificate: bytes
+
+
+def generated_identity(host_name: str, now: datetime | None = None) -> ServerIdentity:
+    """A self-signed certificate (P-256) that lives in memory only; the handshake binds it to the shared secret."""
+    now = now or datetime.now(UTC)
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, host_name[:64] or "greenarrow_proxy")])
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + _LIFETIME)
+        .sign(key, hashes.SHA256())
+    )
+    pem = certificate.public_bytes(serialization.Encoding.PEM) + key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return _identity(pem)
+
+
+def load_identity(certificate_file: str, key_file: str) -> ServerIdentity:
+    """The operator's certificate chain and key.
+
+    Raises:
+        OSError: a file cannot be read; ssl.SSLError: not PEM, or the key does not fit the certificate.
+        ValueError: the certificate file holds no certificate.
+    """
+    with open(certificate_file, "rb") as certificates, open(key_file, "rb") as key:
+        return _identity(certificates.read() + b"\n" + key.read())
+
+
+def _identity(pem: bytes) -> ServerIdentity:
+    """From certificates (the leaf first) and a key. Read once, so that what is shown is what was hashed."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.num_tickets = 0  # a resumed handshake costs no less here, and channels live long
+    leaf = x509.load_pem_x509_certificates(pem)[0]
+    fd = os.memfd_create("certificate", os.MFD_CLOEXEC)
+    try:
+        os.write(fd, pem)
+        # A key with a password is an error, not a question on the terminal.
+        context.load_cert_chain(f"/proc/self/fd/{fd}", password="")
+    finally:
+        os.close(fd)
+    return ServerIdentity(context, certificate_hash(leaf.public_bytes(serialization.Encoding.DER)))
+
+
+@lru_cache(maxsize=2)
+def client_context(verify: bool) -> ssl.SSLContext:
+    """For TLS to a receiver; `verify` checks name and chain, against the system's authorities or SSL_CERT_FILE's."""
+    context = ssl.create_default_context()
+    context.options |= ssl.OP_NO_RENEGOTIATION  # in the middle of a write we could not read
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def reload_authorities() -> None:
+    """Read the system's authorities anew, now and not under the first connection that needs them (it takes 20 ms)."""
+    client_context.cache_clear()
+    for verify in (False, True):
+        client_context(verify)
+
+
+class PlainStream:
+    """A raw socket with the shape of a stream."""
+
+    __slots__ = ("drained", "socket")
+
+    #: Whether bytes wait here that the kernel has not taken yet.
+    unsent = False
+
+    def __init__(self, socket: RawSocket) -> None:
+        self.socket = socket
+        #: Whether the last `recv` took all that had come, so that an event will tell of more: nobody need try again.
+        self.drained = False
+
+    def recv(self, size: int) -> bytes:
+        """Up to `size` bytes; b"" at the end of the file.
+
+        Raises:
+            BlockingIOError: nothing now. OSError: the connection is broken.
+        """
+        data = self.socket.recv(size)
+        self.drained = len(data) < size
+        return data
+
+    def send(self, data: bytes | memoryview) -> int:
+        """Send what can be sent now; how many bytes that was.
+
+        Raises:
+            BlockingIOError: nothing now. OSError: the connection is broken.
+        """
+        return self.socket.send(data)
+
+    def flush(self) -> None:
+        """Nothing is ever held back here."""
+
+    def finish(self) -> None:
+        """Say that no more bytes will come.
+
+        Raises:
+            OSError: the connection is broken.
+        """
+        self.socket.shutdown(SHUT_WR)
+
+
+class TlsStream:
+    """TLS over a raw, non-blocking socket. See `PlainStream` for the contract.
+
+    One `recv` may need no system call, since several records can have come in one read: so read until BlockingIOError
+    before waiting for an edge. `send` takes plaintext only when no older ciphertext is held back.
+
+    Args:
+        socket: connected; stays the caller's to close.
+        tls: an object on two memory BIOs.
+    """
+
+    __slots__ = ("_ciphertext", "_incoming", "_outgoing", "_took_all", "socket", "tls")
+
+    def __init__(self, socket: RawSocket, context: ssl.SSLContext, server_side: bool, name: str | None = None) -> None:
+        self.socket = socket
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+        self._took_all = False  # the last read of the socket was a short one
+        self._ciphertext = memoryview(b"")  # read from the BIO, not yet taken by the kernel
+        self.tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side, server_hostname=name)
+
+    @property
+    def drained(self) -> bool:
+        return self._took_all and not self._incoming.pending and not self.tls.pending()
+
+    @property
+    def unsent(self) -> bool:
+        return bool(self._ciphertext) or self._outgoing.pending > 0
+
+    def handshake(self) -> bool:
+        """Go on with the handshake; whether it is done. If not, wait for the socket and call again.
+
+        Raises:
+            ssl.SSLError: it failed, perhaps with a certificate that is not accepted.
+            OSError: the connection broke or was closed in the middle.
+        """
+        while True:
+            try:
+                self.tls.do_handshake()
+            except ssl.SSLWantReadError:
+                self.flush()
+                try:
+                    self._read_socket()
+                except BlockingIOError:
+                    return False
+                continue
+            except ssl.SSLError:
+                self._flush_alert()
+                raise
+            self.flush()
+            return True
+
+    def recv(self, size: int) -> bytes:
+        self._took_all = False  # an older read of the socket says nothing about what has come since
+        while True:
+            try:
+                return self.tls.read(size)
+            except ssl.SSLWantReadError:
+                if self._outgoing.pending:
+                    self.flush()  # an answer to a key update
+                    if self._outgoing.pending > _MOST_ANSWERS:
+                        raise BlockingIOError from None
+                self._read_socket()
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                # Many a receiver ends with a FIN and no close_notify. SMTP has its own ends: nothing hangs on that one.
+                return b""
+
+    def send(self, data: bytes | memoryview) -> int:
+        if self.unsent:
+            self.flush()
+            if self.unsent:
+                raise BlockingIOError
+        written = self.tls.write(data[:_WRITE_CHUNK])
+        self.flush()
+        return written
+
+    def flush(self) -> None:
+        """Hand ciphertext to the kernel, as much as it takes."""
+        while True:
+            if not self._ciphertext:
+                if not self._outgoing.pending:
+                    return
+                self._ciphertext = memoryview(self._outgoing.read())
+            try:
+                self._ciphertext = self._ciphertext[self.socket.send(self._ciphertext) :]
+            except BlockingIOError:
+                return
+
+    def finish(self) -> None:
+        """Send close_notify; TLS 1.3 lets the other direction go on, and so do we (no FIN)."""
+        unread = self._incoming.read()  # unwrap looks for the peer's close_notify, and would stumble over data
+        with contextlib.suppress(ssl.SSLError):
+            self.tls.unwrap()
+        if unread:
+            self._incoming.write(unread)
+        self.flush()
+
+    def _read_socket(self) -> None:
+        data = self.socket.recv(_CHUNK)
+        self._took_all = len(data) < _CHUNK
+        if data:
+            self._incoming.write(data)
+        else:
+            self._incoming.write_eof()
+
+    def _flush_alert(self) -> None:
+        """Tell the peer why, if it still listens."""
+        with contextlib.suppress(OSError):
+            self.flush()
+
+
+Stream = PlainStream | TlsStream

@@ -1,0 +1,269 @@
+"""Watches an SMTP dialogue that passes by, both ways, to say whether its connection may serve somebody else afterwards.
+
+Out come a verdict (None, or a `Discard` reason), the number of MAIL commands and that of accepted messages. Nothing is
+changed, held back or answered: the relay passes every byte on, whatever is thought of it here. When in doubt, the
+verdict is against keeping. LMTP is not supported (one reply a recipient after the final dot).
+
+Memory is bounded: a few numbers and at most one unfinished line each way. Replies come in the order of the commands
+(RFC 5321 4.1.1, RFC 2920 3.1), so their number is enough, together with two facts about the ends of the queue:
+only the *first* outstanding reply can be that to a final dot (message data begins after a 354, when nothing is
+outstanding), and only the *last* that to DATA or STARTTLS (RFC 2920 3.1: they end a group; a client that goes on before
+the reply makes the rest unreadable, and the tracker says so and looks away).
+"""
+
+from __future__ import annotations
+
+import enum
+
+from proxy.model import Discard
+from proxy.protocols.smtp.dialogue import MAX_REPLY_LINE, BadReply, parse_reply_line
+
+#: RFC 5321 4.5.3.1.4 says 512 octets, extensions add to it, AUTH up to 12288 (RFC 4954 4).
+MAX_COMMAND_LINE = 12288
+
+_END_OF_DATA = b"\r\n.\r\n"
+
+#: Verbs that change nothing which RSET does not undo.
+_HARMLESS = frozenset((b"MAIL", b"RCPT", b"DATA", b"RSET", b"NOOP", b"VRFY", b"EXPN", b"HELP"))
+#: Verbs after which the connection is no longer what its key says, or is at its end.
+_HARMFUL = {
+    b"QUIT": Discard.QUIT,
+    b"EHLO": Discard.HELLO,
+    b"HELO": Discard.HELLO,
+    b"AUTH": Discard.AUTH,
+    b"STARTTLS": Discard.STARTTLS,
+    b"BDAT": Discard.BDAT,
+    b"XCLIENT": Discard.XCLIENT,
+}
+
+
+class _Client(enum.Enum):
+    """What the next byte of the client is part of."""
+
+    COMMAND = enum.auto()
+    SWITCHING = enum.auto()  # DATA or STARTTLS was sent: the client has to wait for the reply
+    DATA = enum.auto()
+    CHUNK = enum.auto()  # BDAT (RFC 3030)
+    LOST = enum.auto()  # not understood any more
+
+
+class Tracker:
+    """One use of one connection, from behind the EHLO of the bring-up to END.
+
+    Give each piece to `client_bytes` or `server_bytes` *before* it is passed on: then no reply can be seen before its
+    command. How the bytes are cut into pieces makes no difference.
+    """
+
+    __slots__ = (
+        "_before",
+        "_chunk_left",
+        "_client",
+        "_code",
+        "_dot_first",
+        "_line",
+        "_outstanding",
+        "_reason",
+        "_reply_line",
+        "_server_lost",
+        "_tail",
+        "accepted",
+        "mails",
+    )
+
+    def __init__(self) -> None:
+        #: MAIL commands that the client sent: what a permit is spent on.
+        self.mails = 0
+        #: Final dots that the receiver answered with 2xx. BDAT messages are not counted.
+        self.accepted = 0
+        self._client = _Client.COMMAND
+        self._line = b""
+        self._tail = b""
+        self._chunk_left = 0
+        self._outstanding = 0
+        self._dot_first = False
+        self._reply_line = b""
+        self._code = 0  # of a reply whose last line has not come; 0: none
+        self._server_lost = False
+        self._reason: Discard | None = None
+
+    def verdict(self) -> Discard | None:
+        """None: nothing speaks against keeping the connection now; else the first reason that came up."""
+        if self._reason is not None:
+            return self._reason
+        if self._client is _Client.DATA:
+            return Discard.IN_DATA
+        if self._outstanding or self._line or self._reply_line or self._code:
+            return Discard.OUTSTANDING
+        return None
+
+    def client_bytes(self, data: bytes) -> None:
+        """What the client sends to the receiver."""
+        while data:
+            if self._client is _Client.DATA:
+                data = self._take_data(data)
+            elif self._client is _Client.COMMAND:
+                data = self._take_commands(data)
+            elif self._client is _Client.CHUNK:
+                taken = min(self._chunk_left, len(data))
+                self._chunk_left -= taken
+                data = data[taken:]
+                if not self._chunk_left:
+                    self._client = _Client.COMMAND
+            else:
+                if self._client is _Client.SWITCHING:
+                    self._lose_client()
+                return
+
+    def server_bytes(self, data: bytes) -> None:
+        """What the receiver sends to the client."""
+        if self._server_lost:
+            return
+        *lines, rest = (self._reply_line + data).split(b"\r\n")
+        try:
+            for line in lines:
+                self._on_reply_line(line)
+            # A trailing CR may still become the line end.
+            _check_reply_line(rest.removesuffix(b"\r"))
+        except BadReply:
+            self._blame(Discard.PROTOCOL_ERROR)
+            self._server_lost = True
+            rest = b""
+        self._reply_line = rest
+
+    # -- client side ---------------------------------------------------------------------------------------------------
+
+    def _take_commands(self, data: bytes) -> bytes:
+        """Reads commands until the mode changes; returns what is left for the new mode."""
+        data = self._line + data
+        self._line = b""
+        start = 0
+        while self._client is _Client.COMMAND:
+            end = data.find(b"\r\n", start)
+            if end < 0:
+                rest = data[start:]
+                if len(rest) > MAX_COMMAND_LINE or b"\n" in rest or b"\r" in rest[:-1]:
+                    self._lose_client()
+                else:
+                    self._line = rest
+                return b""
+            self._on_command(data[start:end])
+            start = end + 2
+        return data[start:]
+
+    def _on_command(self, line: bytes) -> None:
+        if len(line) > MAX_COMMAND_LINE or b"\n" in line or b"\r" in line or 0 in line:
+            # A receiver that takes a bare LF for a line end, or a NUL for the end of a line, sees other commands.
+            self._lose_client()
+            return
+        words = line.split(None, 2)
+        verb = words[0].upper() if words else b""
+        self._outstanding += 1
+        if verb == b"MAIL":
+            self.mails += 1
+        elif verb == b"DATA":
+            self._client = _Client.SWITCHING
+        elif verb not in _HARMLESS:
+            self._on_harmful(verb, words[1] if len(words) > 1 else b"")
+
+    def _on_harmful(self, verb: bytes, argument: bytes) -> None:
+        self._blame(_HARMFUL.get(verb, Discard.UNKNOWN_VERB))
+        if verb == b"STARTTLS":
+            self._client = _Client.SWITCHING
+        elif verb == b"BDAT" and argument.isdigit() and len(argument) < 20:
+            # Looked at only so that MAIL commands behind it are still counted.
+            self._chunk_left = int(argument)
+            if self._chunk_left:
+                self._client = _Client.CHUNK
+
+    def _take_data(self, data: bytes) -> bytes:
+        """Reads message data up to and with CRLF.CRLF (RFC 5321 4.1.1.4); returns what comes behind it.
+
+        A lone dot between any other line ends (LF.LF, CR.CR, LF.CRLF ...) makes the connection unfit for others: some
+        receivers take it for the end of the message ("SMTP smuggling") and what follows for commands, whose replies the
+        next user would read. So does a NUL beside a dot, which some skip. Base64 has no dots, so most bytes cost one
+        memchr; text costs three searches more.
+        """
+        data = self._tail + data
+        dot = data.find(b".")
+        if dot < 0:
+            self._tail = data[-4:]
+            return b""
+        start = max(dot - 1, 0)
+        line_feed, carriage_return = data.find(b"\n.", start), data.find(b"\r.", start)
+        nul = 0 in data
+        if line_feed < 0 and carriage_return < 0 and not nul:
+            self._tail = data[-4:]
+            return b""
+        end = data.find(_END_OF_DATA, max(line_feed - 1, 0)) if line_feed >= 0 else -1
+        if end < 0:
+            self._check_lone_dots(data)
+            self._tail = data[-4:]
+            return b""
+        if line_feed != end + 1 or carriage_return >= 0 or nul:
+            self._check_lone_dots(data[: end + 2])
+        self._tail = b""
+        self._outstanding += 1
+        self._dot_first = True
+        self._client = _Client.COMMAND
+        return data[end + len(_END_OF_DATA) :]
+
+    def _check_lone_dots(self, data: bytes) -> None:
+        """Looks at message data without its end; a CRLF.CR at the very end may still become that."""
+        at = data.find(b"\n.\r")
+        unfinished = at == len(data) - 3 and data[at - 1 : at] == b"\r"
+        if (at >= 0 and not unfinished) or b"\n.\n" in data or b"\r.\r" in data or b"\r.\n" in data:
+            self._blame(Discard.LONE_DOT)
+        if b"\0." in data or b".\0" in data:
+            self._blame(Discard.LONE_DOT)
+
+    def _lose_client(self) -> None:
+        self._blame(Discard.PROTOCOL_ERROR)
+        self._client = _Client.LOST
+        self._line = b""
+
+    # -- server side ---------------------------------------------------------------------------------------------------
+
+    def _on_reply_line(self, line: bytes) -> None:
+        _check_reply_line(line)
+        code, last = parse_reply_line(line)
+        if self._code and code != self._code:
+            raise BadReply("the lines of one reply carry different codes")
+        self._code = 0 if last else code
+        if last:
+            self._on_reply(code)
+
+    def _on_reply(self, code: int) -> None:
+        if code == 421:
+            self._blame(Discard.SAID_421)
+        if not self._outstanding:
+            # Two replies for one command, or one for none: every later reply would be read one too early.
+            self._blame(Discard.PROTOCOL_ERROR)
+            return
+        self._outstanding -= 1
+        if self._dot_first:
+            self._dot_first = False
+            self.accepted += 200 <= code < 300
+        if self._client is _Client.SWITCHING and not self._outstanding:
+            self._on_switch(code)
+        elif 300 <= code < 400:
+            # 334 answers AUTH, which has its own reason already.
+            self._blame(Discard.PROTOCOL_ERROR)
+
+    def _on_switch(self, code: int) -> None:
+        """The reply to DATA or STARTTLS: no (4xx, 5xx), 354, or what ends our understanding: TLS, or nonsense."""
+        if code >= 400:
+            self._client = _Client.COMMAND
+        elif code == 354:
+            self._client = _Client.DATA
+            self._tail = b"\r\n"  # the line end of DATA itself counts (RFC 5321 4.1.1.4)
+        else:
+            self._lose_client()
+
+    def _blame(self, reason: Discard) -> None:
+        if self._reason is None:
+            self._reason = reason
+
+
+def _check_reply_line(line: bytes) -> None:
+    if len(line) > MAX_REPLY_LINE or b"\n" in line or b"\r" in line or b"\0" in line:
+        raise BadReply("a reply line is too long, or holds a bare CR, a bare LF or a NUL")

@@ -1,0 +1,153 @@
+"""A listening socket that never stops listening: gevent's StreamServer with our own accept and hand-over.
+
+Accepted sockets stay raw and go to pooled greenlets (`Crew`); they inherit the listener's TCP options, which saves six
+system calls a connection. An accept error (EMFILE, ECONNABORTED …) backs off and goes on, where the stock server prints
+a traceback. Who may connect and what is spoken is not known here.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+from _socket import SOCK_STREAM
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from gevent.server import StreamServer
+
+from proxy.errors import ProxyError
+from proxy.model import Endpoint, canonical_ip
+from proxy.net.relay import IPPROTO_TCP, TCP_NODELAY, RawSocket, keep_alive
+from proxy.services import Door
+
+_BACKLOG = 4096
+#: Errors of one connection, not of the listener: the next accept may work at once (accept(2)).
+_THIS_CONNECTION_ONLY = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EINTR, errno.EPERM})
+
+Admit = Callable[["Listener", RawSocket, tuple[Any, ...]], None]
+
+
+class ListenError(ProxyError):
+    """A listening socket cannot be had; the message tells the operator what to do."""
+
+    code = "cannot_listen"
+
+
+def open_socket(endpoint: Endpoint) -> socket.socket:
+    """A listening, non-blocking socket; IPv6 ones serve IPv6 only.
+
+    Raises:
+        ListenError: the address is taken, not ours, or not permitted.
+    """
+    sock = socket.socket(socket.AF_INET6 if endpoint.is_ipv6 else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if endpoint.is_ipv6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(endpoint)
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise ListenError(f"cannot listen on {endpoint}: {_advice(error, endpoint)}") from None
+    return sock
+
+
+def _advice(error: OSError, endpoint: Endpoint) -> str:
+    text = os.strerror(error.errno or 0)
+    if error.errno == errno.EADDRINUSE:
+        return f"{text}; 'ss -ltnp sport = :{endpoint.port}' shows the program that has it"
+    if error.errno == errno.EACCES:
+        return f"{text}; a port below 1024 needs root or CAP_NET_BIND_SERVICE"
+    if error.errno == errno.EADDRNOTAVAIL:
+        return f"{text}; no interface of this machine has {endpoint.host}"
+    return text
+
+
+class Listener(StreamServer):  # type: ignore[misc]
+    """One listening socket and the door behind it.
+
+    Args:
+        sock: bound and listening.
+        door: its protocol and count of open connections.
+        admit: takes an accepted, non-blocking socket; must not raise or wait.
+        accept_failed: is told each accept error that made the listener back off.
+
+    Attributes:
+        spare: gives descriptors that are held back, if this listener may have one of them when there is no other.
+    """
+
+    max_accept = 64
+
+    def __init__(
+        self, sock: socket.socket, door: Door, admit: Admit, accept_failed: Callable[[Listener, OSError], None]
+    ) -> None:
+        self.door = door
+        self._pause: float = self.min_delay  # not `delay`: the base class resets that after each `do_read`
+        self._admit = admit
+        self._accept_failed = accept_failed
+        self.spare: Callable[[], AbstractContextManager[None]] | None = None
+        sock.setblocking(False)
+        self._family = int(sock.family)
+        super().__init__(sock, handle=self._never)
+
+    def _never(self, *_: object) -> None:
+        raise AssertionError("do_handle is overridden")
+
+    def set_options(self, idle_timeout: float) -> None:
+        """Options that accepted sockets inherit; again after a reload."""
+        self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+        keep_alive(self.socket, idle_timeout)
+
+    def do_read(self) -> tuple[int, tuple[Any, ...]] | None:
+        """Accept one connection; None when there is none, or after an error."""
+        while True:
+            try:
+                accepted = self._accept()
+                self._pause = self.min_delay
+                return accepted
+            except BlockingIOError:
+                return None
+            except OSError as error:
+                if error.errno in _THIS_CONNECTION_ONLY:
+                    continue
+                self._back_off(error)
+                return None
+
+    def _accept(self) -> tuple[int, tuple[Any, ...]]:
+        accept: Callable[[], tuple[int, tuple[Any, ...]]] = self.socket._accept
+        try:
+            return accept()
+        except OSError as error:
+            if self.spare is None or error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        with self.spare():
+            return accept()
+
+    def do_handle(self, *args: Any) -> None:
+        fd, address = args
+        sock = RawSocket(self._family, SOCK_STREAM, 0, fd)
+        sock.setblocking(False)
+        self._admit(self, sock, address)
+
+    def finish(self) -> None:
+        """Stop listening; clients that the kernel has already let in are served, where a close would reset them."""
+        while (accepted := self.do_read()) is not None:
+            self.do_handle(*accepted)
+        self.close()
+
+    def _back_off(self, error: OSError) -> None:
+        """Stop accepting for a moment, twice as long each time; what waits stays in the kernel's queue."""
+        self._accept_failed(self, error)
+        self.stop_accepting()
+        self._timer = self.loop.timer(self._pause)
+        self._timer.start(self._start_accepting_if_started)
+        self._pause = min(self.max_delay, self._pause * 2)
+
+
+def endpoint_of(sock: socket.socket) -> Endpoint:
+    """The address that a socket really listens on."""
+    name = sock.getsockname()
+    return Endpoint(canonical_ip(name[0].partition("%")[0]), name[1])

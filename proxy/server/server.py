@@ -1,0 +1,412 @@
+"""The running program: signals, reload, drain, and the wiring of everything else.
+
+`run` is the whole life from the first socket to the exit code. Each connection is dispatched here, with the services of
+the moment. A reload builds everything that can fail before it changes anything: it is all or nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, NamedTuple
+
+import gevent
+from gevent.event import Event
+
+from proxy import __version__
+from proxy.doors import front
+from proxy.doors.native import entrance
+from proxy.doors.native.channel import Channel
+from proxy.doors.native.control import Control
+from proxy.egress import upstream
+from proxy.egress.admission import Admission, clock_ns
+from proxy.egress.keeper import Keeper
+from proxy.errors import ConfigError, Overloaded
+from proxy.log import lines as log
+from proxy.model import Ending
+from proxy.net import tls
+from proxy.net.crew import Crew, let_others_run
+from proxy.net.relay import RawSocket, make_engine
+from proxy.policy.access import Access
+from proxy.policy.budget import FailureBudget
+from proxy.protocols.native.messages import Kind
+from proxy.server import process, systemd
+from proxy.server.listener import Listener, ListenError
+from proxy.server.listeners import STATUS, Doors, Opened
+from proxy.services import Door, Gauges, Instances, Newcomers, Services
+from proxy.settings import Settings
+from proxy.stats import Counters, ManagerFigures, Snapshot, sum_flows
+from proxy.status.http import House, StatusDoor
+from proxy.throttling.manager import Manager
+
+EXIT_OK, EXIT_FORCED, EXIT_CANNOT_LISTEN = 0, 1, 69
+
+#: Descriptors that are not for connections: listeners, log, epoll, pipes of the relay (64), files read at a reload.
+_OTHER_DESCRIPTORS = 160
+#: Connections over the limit that are told so at a time; the rest are closed without a word.
+_REFUSALS_AT_A_TIME = 32
+#: Connections that have not said who they are.
+_MAX_NEWCOMERS = 1024
+#: Cached connections given up when there is no descriptor for a client.
+_SHED_WHEN_SHORT = 32
+#: Seconds between two lines about accept errors; all are counted.
+_ACCEPT_LINE_EVERY = 1.0
+_SWEEPS_AN_IDLE_TIMEOUT = 8
+_LONGEST_SWEEP_PERIOD = 15.0
+_DRAIN_POLL = 0.05
+_EXTEND_EVERY = 5.0
+
+
+def run(load: Callable[[], Settings], settings: Settings) -> int:
+    """Serve until a signal ends it.
+
+    Args:
+        load: reads the configuration anew, for SIGHUP; raises ConfigError.
+        settings: what to start with.
+
+    Returns:
+        The exit code: 0 clean stop, 1 a second signal ended the drain, 69 cannot listen.
+    """
+    log.setup(settings)
+    try:
+        return Server(load, settings).run()
+    finally:
+        log.flush(1.0)
+
+
+class Server:
+    """The program's one instance; lives in the hub's thread."""
+
+    def __init__(self, load: Callable[[], Settings], settings: Settings) -> None:
+        self._load = load
+        self._descriptors = process.raise_descriptor_limit()
+        self._engine = make_engine()
+        self._counters = Counters()
+        self._gauges = Gauges()
+        self._crew = Crew()
+        self._newcomers = Newcomers(_MAX_NEWCOMERS)
+        self._budget = FailureBudget()
+        self._instances = Instances()
+        self._incarnation: int = int.from_bytes(os.urandom(4), "big")
+        manager = Manager(self._incarnation, clock_ns(), settings.throttle_enforce, settings.throttle)
+        self._admission = Admission(manager, lambda throttle: self._keeper.make_way(throttle))
+        self._keeper = Keeper(self._engine, self._crew, self._counters, settings, self._admission)
+        self._generated: tls.ServerIdentity | None = None
+        self._refusing = 0
+        self._next_accept_line = 0.0
+        self._signals = 0
+        self._reload_wanted = False
+        self._reloading = False
+        self._stop = Event()
+        self._reserve = process.Reserve()
+        self._notifier = systemd.Notifier(os.environ, os.getpid())
+        inherited = systemd.Inherited(os.environ, os.getpid())
+        self._doors = Doors(self._admit, self._accept_failed, self._reserve.lent, inherited)
+        self._status = self._status_door()
+        self._first_settings = settings
+        self.services: Services
+
+    # ---------------------------------------------------------------- life
+
+    def run(self) -> int:
+        """Start, serve, drain; the exit code."""
+        process.forbid_core_dumps()
+        log.note(log.Event.START, log.INFO, f"greenarrow_proxy {__version__} starts", pid=os.getpid())
+        try:
+            self._take(self._prepare(self._first_settings))
+        except ListenError as error:
+            log.note(log.Event.LISTEN, log.ERROR, str(error))
+            return EXIT_CANNOT_LISTEN
+        self._doors.close_unclaimed()
+        self._watch_signals()
+        process.log_what_the_hub_catches(self._counters)
+        gevent.spawn(self._report_forever)
+        gevent.spawn(self._sweep_forever)
+        gevent.spawn(self._keeper.run)
+        gevent.spawn(self._watchdog_forever)
+        process.load_codecs()
+        process.freeze_garbage()
+        self._notifier.ready("serving")
+        self._stop.wait()
+        return self._drain()
+
+    def _prepare(self, settings: Settings) -> _Prepared:
+        """Everything about new settings that can fail.
+
+        Raises:
+            ConfigError: the certificate is of no use. ListenError: an address cannot be had. Nothing has changed then.
+        """
+        identity = self._identity(settings)
+        return _Prepared(settings, identity, self._doors.open_missing(settings))
+
+    def _wire(self, settings: Settings, identity: tls.ServerIdentity | None) -> Services:
+        own = (door.endpoint for door in self._doors.listening())
+        return Services(
+            settings=settings,
+            access=Access(settings, upstream.LocalAddresses(), own),
+            engine=self._engine,
+            counters=self._counters,
+            gauges=self._gauges,
+            crew=self._crew,
+            newcomers=self._newcomers,
+            budget=self._budget,
+            instances=self._instances,
+            keeper=self._keeper,
+            admission=self._admission,
+            identity=identity,
+            incarnation=self._incarnation,
+            host_name=socket.gethostname(),
+        )
+
+    def _identity(self, settings: Settings) -> tls.ServerIdentity | None:
+        """What the native listener shows; a certificate made in memory stays the same over reloads.
+
+        Raises:
+            ConfigError: the operator's files are of no use.
+        """
+        if not settings.listen or not settings.listen_tls:
+            return None
+        certificate, key = settings.tls_certificate_file, settings.tls_private_key_file
+        if certificate is None or key is None:
+            self._generated = self._generated or tls.generated_identity(socket.gethostname())
+            return self._generated
+        try:
+            return tls.load_identity(certificate, key)
+        except (OSError, ValueError) as error:
+            why = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+            raise ConfigError(f"tls_certificate_file {certificate}, tls_private_key_file {key}: {why}") from None
+
+    def _watch_signals(self) -> None:
+        for number, act in (
+            (signal.SIGHUP, self._reload_soon),
+            (signal.SIGTERM, self._stop_soon),
+            (signal.SIGINT, self._stop_soon),
+            (signal.SIGUSR1, self._report),
+        ):
+            gevent.signal_handler(number, act)
+
+    def _status_door(self) -> StatusDoor:
+        return StatusDoor(
+            House(
+                services=lambda: self.services,
+                snapshot=self.snapshot,
+                doors=lambda: self._doors,
+                listening=self._doors.listening,
+                limit=lambda: self._max_connections,
+                clients=self._doors.open_connections,
+                draining=self._stop.is_set,
+                spare=self._reserve.lent,
+            )
+        )
+
+    def _take(self, prepared: _Prepared) -> None:
+        """Put new settings in force. Nothing here can fail."""
+        settings = prepared.settings
+        self._doors.take(settings, prepared.opened)
+        self.services = self._wire(settings, prepared.identity)
+        if settings.listen:
+            tls.reload_authorities()
+        self._keeper.apply(settings)
+        self._admission.manager.reload(settings.throttle_enforce, settings.throttle, clock_ns())
+        self._admission.settle()
+        for session in list(self._instances.sessions):
+            session.reloaded()
+        self._places_left = 0
+        self._max_connections = settings.max_connections or max(1, (self._descriptors - _OTHER_DESCRIPTORS) // 2)
+
+    # ---------------------------------------------------------------- accepted connections
+
+    def _admit(self, listener: Listener, sock: RawSocket, address: tuple[Any, ...]) -> None:
+        """Serve one accepted connection, or refuse it when there are too many."""
+        door = listener.door
+        if door.protocol == STATUS:
+            self._status.admit(door, sock, address)
+        elif self._may_enter():
+            if door.protocol == "native":
+                self._crew.run(self._native, door, sock, address)
+            else:
+                self._crew.run(front.serve, self.services, door, sock, address)
+        elif self._refusing < _REFUSALS_AT_A_TIME:
+            self._crew.run(self._refuse, door, sock, address)
+        else:
+            self._counters.refused.count(Overloaded.code)
+            sock.close()
+
+    def _may_enter(self) -> bool:
+        """Take one of the places left. Those that became free meanwhile are counted only when these are used up."""
+        if self._places_left <= 0:
+            self._places_left = self._max_connections - self._doors.open_connections()
+        self._places_left -= 1
+        return self._places_left >= 0
+
+    def _native(self, door: Door, sock: RawSocket, address: tuple[Any, ...]) -> None:
+        """One native connection: who is it, and is it a session or a channel?"""
+        door.open_connections += 1
+        try:
+            guest = entrance.enter(self.services, door, sock, address)
+            if guest is None or guest.handshake.peer is None:
+                return
+            serve = Channel if guest.handshake.peer.kind is Kind.CHANNEL else Control
+            serve(lambda: self.services, door, guest).serve()
+        finally:
+            door.open_connections -= 1
+            self._engine.close(sock)
+
+    def _refuse(self, door: Door, sock: RawSocket, address: tuple[Any, ...]) -> None:
+        self._refusing += 1
+        try:
+            refusal = Overloaded(f"max_connections ({self._max_connections}) are open")
+            if door.protocol == "native":
+                entrance.enter(self.services, door, sock, address, refusal)
+                self._engine.close(sock)
+            else:
+                front.serve(self.services, door, sock, address, refusal)
+        finally:
+            self._refusing -= 1
+
+    def _accept_failed(self, listener: Listener, error: OSError) -> None:
+        self._counters.accept_errors += 1
+        self._keeper.shed(_SHED_WHEN_SHORT)
+        now = monotonic()
+        if now < self._next_accept_line:  # with one descriptor free now and then, every second accept fails
+            return
+        self._next_accept_line = now + _ACCEPT_LINE_EVERY
+        text = os.strerror(error.errno or 0)
+        log.note(log.Event.ACCEPT, log.ERROR, f"accept on {listener.door.endpoint}: {text}; trying again soon")
+
+    # ---------------------------------------------------------------- reload
+
+    def _reload_soon(self) -> None:
+        """SIGHUP; one that comes during a reload makes another reload follow."""
+        self._reload_wanted = True
+        if self._reloading:
+            return
+        self._reloading = True
+        try:
+            while self._reload_wanted and not self._stop.is_set():
+                self._reload_wanted = False
+                self._reload()
+        finally:
+            self._reloading = False
+
+    def _reload(self) -> None:
+        """Read the configuration anew; on any error the old one stays in force, whole."""
+        self._notifier.reloading()
+        try:
+            with self._reserve.lent(), process.no_garbage_collection():
+                prepared = self._prepare(self._load())
+        except (ConfigError, ListenError) as error:
+            self._counters.reloads_failed += 1
+            for line in str(error).splitlines():
+                log.note(log.Event.RELOAD_FAILED, log.ERROR, line)
+            log.note(log.Event.RELOAD_FAILED, log.ERROR, "the old configuration is still in force")
+        else:
+            settings = prepared.settings
+            self._take(prepared)
+            log.reconfigure(settings)
+            self._counters.reloads += 1
+            log.note(
+                log.Event.RELOAD, log.INFO, "the new configuration is in force", file=settings.config_filename or "-"
+            )
+        self._notifier.ready("serving")
+
+    # ---------------------------------------------------------------- the end
+
+    def _stop_soon(self) -> None:
+        """SIGTERM or SIGINT: the first one drains, a second one ends at once."""
+        self._signals += 1
+        if self._signals > 1:
+            log.note(
+                log.Event.STOP,
+                log.WARNING,
+                "second signal: ending at once",
+                open_connections=self._doors.open_connections(),
+            )
+            log.flush(1.0)
+            os._exit(EXIT_FORCED)
+        self._stop.set()
+
+    def _drain(self) -> int:
+        """Accept nothing more, let what is open finish within `drain_timeout`, reset the rest."""
+        timeout = self.services.settings.drain_timeout
+        self._notifier.stopping("draining", 3 * _EXTEND_EVERY)
+        self._doors.finish()
+        for channel in list(self._instances.channels):
+            channel.goaway(timeout, "the proxy is shutting down")
+        for session in list(self._instances.sessions):
+            session.goaway(timeout, "the proxy is shutting down")
+        self._keeper.drain()
+        open_now = self._doors.open_connections()
+        log.note(log.Event.DRAIN, log.INFO, "stopping: no new connections", open_connections=open_now, timeout=timeout)
+        end = monotonic() + timeout
+        extended = monotonic()
+        while self._busy() and monotonic() < end:
+            if monotonic() - extended >= _EXTEND_EVERY:
+                extended = monotonic()
+                self._notifier.extend(3 * _EXTEND_EVERY)
+            gevent.sleep(_DRAIN_POLL)
+        cut = self._doors.open_connections()
+        self._engine.abort_all(Ending.DRAIN_TIMEOUT)
+        for channel in list(self._instances.channels):
+            channel.cut(Ending.DRAIN_TIMEOUT)
+        for session in list(self._instances.sessions):
+            session.cut()
+        let_others_run()
+        log.note(log.Event.STOP, log.INFO, "stopped", reset_connections=cut)
+        return EXIT_OK
+
+    def _busy(self) -> bool:
+        """Whether anything is open that a drain waits for; sessions stay until all else is done."""
+        return self._doors.open_connections() > len(self._instances.sessions) or self._keeper.cached > 0
+
+    # ---------------------------------------------------------------- what happens now and then
+
+    def snapshot(self) -> Snapshot:
+        """The figures of this moment."""
+        listeners = tuple((door.endpoint, door.open_connections) for door in self._doors)
+        manager = self._manager_figures() if self.services.settings.listen else None
+        return Snapshot(listeners=listeners, manager=manager, active=self._gauges.outgoing, cached=self._keeper.cached)
+
+    def _manager_figures(self) -> ManagerFigures:
+        sessions = tuple(f for session in self._instances.sessions if (f := session.figures()) is not None)
+        return ManagerFigures(
+            incarnation=f"{self._incarnation:08x}",
+            throttles=self._admission.manager.active_throttles(clock_ns()),
+            sessions=sessions,
+            forward=sum_flows(session.forward for session in sessions),
+            back=sum_flows(session.back for session in sessions),
+        )
+
+    def _report(self) -> None:
+        log.status(self.snapshot().lines())
+
+    def _report_forever(self) -> None:
+        while True:
+            gevent.sleep(self.services.settings.stats_interval)
+            self._report()
+
+    def _watchdog_forever(self) -> None:
+        interval = self._notifier.watchdog_interval
+        while interval:
+            self._notifier.watchdog()
+            gevent.sleep(interval)
+
+    def _sweep_forever(self) -> None:
+        while True:
+            period = self.services.settings.idle_timeout / _SWEEPS_AN_IDLE_TIMEOUT
+            gevent.sleep(min(period, _LONGEST_SWEEP_PERIOD))
+            for _ in self._engine.sweep(monotonic()):
+                let_others_run()
+            for channel in list(self._instances.channels):
+                channel.sweep(monotonic())
+
+
+class _Prepared(NamedTuple):
+    """New settings with what they need, had but not yet used."""
+
+    settings: Settings
+    identity: tls.ServerIdentity | None
+    opened: Opened

@@ -1,0 +1,303 @@
+"""The status listener: HTTP for operators. `/`, `/status.json`, `/metrics`, `/healthz`; nothing can be changed here.
+
+A connection carries one request, has one deadline over all of it, and may send a few kilobytes; of too many at a time
+the oldest is cut off. The view is built in steps with others in between, once a second at most, however often it is
+asked for. gevent's WSGI handler parses and answers; what it would print or log is left out. Under which names it may be
+asked is `status_host`'s, listening `server`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager
+from time import monotonic
+from typing import Any, NamedTuple, TypeVar
+
+import gevent
+import msgspec
+from gevent import Timeout, socket
+from gevent.lock import RLock
+from gevent.pywsgi import WSGIHandler, WSGIServer
+
+from proxy import __version__
+from proxy.egress.admission import clock_ns
+from proxy.errors import ClientNotAllowed
+from proxy.log import lines as log
+from proxy.model import Endpoint, canonical_ip
+from proxy.net.crew import let_others_run
+from proxy.net.relay import RawSocket, engine_name
+from proxy.services import Door, Newcomers, Services, numbers
+from proxy.stats import Snapshot
+from proxy.status import host, metrics
+from proxy.status import page as status_page
+from proxy.status.rows import Connections, ListenerRow, Program, Status
+from proxy.status.view import Meter, Sources, overview, survey
+
+#: One deadline over reading a request, building the answer and writing it.
+_SECONDS = 15.0
+_MOST_CONNECTIONS = 64
+#: Bytes of request line, headers and body together.
+_LONGEST_REQUEST = 16_384
+#: A view that is younger is shown again.
+_FRESH = 1.0
+
+_HTML, _JSON, _TEXT = "text/html; charset=utf-8", "application/json", "text/plain; charset=utf-8"
+_HEADERS = [
+    ("Cache-Control", "no-store"),
+    ("Connection", "close"),
+    ("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"),
+    ("X-Content-Type-Options", "nosniff"),
+]
+_Built = TypeVar("_Built")
+
+
+class House(NamedTuple):
+    """What the status room may ask the program.
+
+    Args:
+        services: those of the moment. snapshot: the figures of the moment. doors: all listeners, also those that are
+            closed and still have connections. listening: those among them that listen.
+        limit: `max_connections` in force. clients: open client connections. draining: whether a stop has begun.
+        spare: gives descriptors that are held back for work that must not fail for want of one.
+    """
+
+    services: Callable[[], Services]
+    snapshot: Callable[[], Snapshot]
+    doors: Callable[[], Iterable[Door]]
+    listening: Callable[[], Iterable[Door]]
+    limit: Callable[[], int]
+    clients: Callable[[], int]
+    draining: Callable[[], bool]
+    spare: Callable[[], AbstractContextManager[None]]
+
+
+class Answer(NamedTuple):
+    """One HTTP answer."""
+
+    status: str
+    kind: str
+    body: bytes
+    more: tuple[tuple[str, str], ...] = ()
+
+
+class StatusDoor:
+    """Serves the accepted connections of the status listener."""
+
+    def __init__(self, house: House) -> None:
+        self._house = house
+        self._started = monotonic()
+        self._open = Newcomers(_MOST_CONNECTIONS)
+        self._meter = Meter()
+        self._building = RLock()
+        self._view: tuple[float, Status] | None = None
+        # Never started: it only holds what the handler asks for. The listener is not its own.
+        self._wsgi = WSGIServer(("127.0.0.1", 0), self._respond, log=None, error_log=None)
+        self._wsgi.environ |= {"SERVER_NAME": "greenarrow_proxy", "SERVER_PORT": "0"}
+
+    def admit(self, door: Door, sock: RawSocket, address: tuple[Any, ...]) -> None:
+        """Serve one accepted connection in a greenlet of its own; does not wait."""
+        gevent.spawn(self._serve, door, sock, address)
+
+    def _serve(self, door: Door, raw: RawSocket, address: tuple[Any, ...]) -> None:
+        sock = socket.socket(raw.family, raw.type, raw.proto, fileno=raw.detach())
+        door.open_connections += 1
+        try:
+            if self._allowed(address):
+                self._open.enter(sock, sock)
+                self._talk(sock, address)
+        except OSError:
+            pass  # the client is gone
+        except Exception as error:
+            self._house.services().counters.internal_errors += 1
+            log.internal_error("status request", error)
+        finally:
+            self._open.leave(sock)
+            sock.close()
+            door.open_connections -= 1
+            with self._house.spare():
+                pass  # the descriptor may have been one that was held back: it is again
+
+    def _allowed(self, address: tuple[Any, ...]) -> bool:
+        """Whether this address may read the status; a no is counted and logged, and nothing is read or said."""
+        client = _client(address)
+        if self._house.services().access.client_allowed(client.host, "status"):
+            return True
+        self._refuse(client, ClientNotAllowed(f"{client.host} is not in listen_status_allow_from"))
+        return False
+
+    def _refuse(self, client: Endpoint, error: ClientNotAllowed) -> None:
+        """Count and log a no."""
+        self._house.services().counters.refused.count(error.code)
+        log.refused(next(numbers), "", "status", client, "", None, 0.0, error)
+
+    def _talk(self, sock: Any, address: tuple[Any, ...]) -> None:
+        file = sock.makefile("rb", -1)
+        timer = Timeout.start_new(_SECONDS)
+        try:
+            _Handler(sock, address, self._wsgi, _Bounded(file, _LONGEST_REQUEST)).handle_one_connection()
+        except Timeout as fired:
+            if fired is not timer:
+                raise
+        finally:
+            timer.close()
+            file.close()
+
+    # ---------------------------------------------------------------- answers
+
+    def _respond(self, environ: dict[str, Any], start_response: Callable[[str, list[tuple[str, str]]], object]) -> Any:
+        """The WSGI application."""
+        method = environ["REQUEST_METHOD"]
+        answer = self._misdirected(environ) or self._answer(method, environ["PATH_INFO"])
+        headers = [("Content-Type", answer.kind), ("Content-Length", str(len(answer.body))), *answer.more, *_HEADERS]
+        start_response(answer.status, headers)
+        return [b"" if method == "HEAD" else answer.body]
+
+    def _misdirected(self, environ: dict[str, Any]) -> Answer | None:
+        """The no to a request that asks under a name which may be somebody else's."""
+        try:
+            host.check(environ.get("HTTP_HOST", ""), self._house.services().host_name)
+        except host.HostNotAllowed as error:
+            self._refuse(_client((environ["REMOTE_ADDR"], int(environ["REMOTE_PORT"]))), error)
+            return Answer("421 Misdirected Request", _TEXT, f"{error}\n".encode())
+        return None
+
+    def _answer(self, method: str, path: str) -> Answer:
+        page = self._pages().get(path)
+        if page is None:
+            return Answer("404 Not Found", _TEXT, b"not found\n")
+        if method not in ("GET", "HEAD"):
+            return Answer("405 Method Not Allowed", _TEXT, b"read only\n", (("Allow", "GET, HEAD"),))
+        return page()
+
+    def _pages(self) -> dict[str, Callable[[], Answer]]:
+        return {
+            "/": lambda: Answer("200 OK", _HTML, status_page.render(self.view()).encode()),
+            "/status.json": lambda: Answer("200 OK", _JSON, msgspec.json.encode(self.view()) + b"\n"),
+            "/metrics": self._metrics,
+            "/healthz": self._health,
+        }
+
+    def _metrics(self) -> Answer:
+        view = self._look(overview(*self._sources()))
+        with self._house.spare():  # it reads /proc; nobody else runs meanwhile
+            return Answer("200 OK", metrics.CONTENT_TYPE, metrics.render(view))
+
+    def _health(self) -> Answer:
+        if self._house.draining():
+            return Answer("503 Service Unavailable", _TEXT, b"draining\n")
+        return Answer("200 OK", _TEXT, b"ok\n")
+
+    # ---------------------------------------------------------------- the view
+
+    def view(self) -> Status:
+        """The whole view, at most `_FRESH` seconds old. May wait."""
+        with self._building:
+            if self._view is None or monotonic() - self._view[0] >= _FRESH:
+                sources, now = self._sources()
+                self._view = monotonic(), self._look(survey(sources, self._meter, now, clock_ns()))
+            return self._view[1]
+
+    def _look(self, steps: Generator[None, None, _Built]) -> _Built:
+        """Go all the way, and let others run between the steps."""
+        while True:
+            try:
+                next(steps)
+            except StopIteration as done:
+                result: _Built = done.value
+                return result
+            let_others_run()
+
+    def _sources(self) -> tuple[Sources, float]:
+        house, now = self._house, monotonic()
+        services, snapshot = house.services(), house.snapshot()
+        listening = set(house.listening())
+        program = Program(
+            version=__version__,
+            incarnation=f"{services.incarnation:08x}",
+            uptime=now - self._started,
+            relay=engine_name(),
+            draining=house.draining(),
+            enforce=services.settings.throttle_enforce,
+        )
+        listeners = [
+            ListenerRow(str(door.endpoint), door.protocol, door.open_connections, door not in listening)
+            for door in house.doors()
+        ]
+        connections = Connections(
+            open=house.clients(),
+            limit=house.limit(),
+            newcomers=len(services.newcomers),
+            newcomers_dropped=services.newcomers.dropped,
+            channels=len(services.instances.channels),
+            active=snapshot.active,
+            cached=snapshot.cached,
+        )
+        manager, pool = services.admission.manager, services.keeper.pool
+        return Sources(program, listeners, connections, services.counters, snapshot, manager, pool), now
+
+
+def _client(address: tuple[Any, ...]) -> Endpoint:
+    return Endpoint(canonical_ip(address[0].partition("%")[0]), address[1])
+
+
+class _TooLong(ValueError):
+    """The request is longer than anybody's who reads a status."""
+
+
+class _Bounded:
+    """What is read from the client, up to a number of bytes. As much of a file as the handler uses."""
+
+    def __init__(self, file: Any, limit: int) -> None:
+        self._file = file
+        self._left = limit
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._file.closed)
+
+    def readline(self, size: int = -1) -> bytes:
+        """Raises: `_TooLong`, OSError."""
+        return self._count(self._file.readline(min(size, self._left + 1) if size >= 0 else self._left + 1))
+
+    def read(self, size: int = -1) -> bytes:
+        """Raises: `_TooLong`, OSError."""
+        return self._count(self._file.read(min(size, self._left + 1) if size >= 0 else self._left + 1))
+
+    def _count(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        if self._left < 0:
+            raise _TooLong
+        return data
+
+
+class _Handler(WSGIHandler):  # type: ignore[misc]
+    """gevent's, for one request, silent, and without a way for an error to get out or to be printed."""
+
+    def handle_one_connection(self) -> None:
+        """One request, one answer. The socket and the file are the caller's to close.
+
+        Raises:
+            OSError: the client is gone. Timeout, GreenletExit: as they come.
+        """
+        answer = self.handle_one_request()
+        if isinstance(answer, tuple):
+            self.socket.sendall(answer[1])
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)  # so that the answer arrives even if something is left unread
+
+    def log_request(self) -> None:
+        pass
+
+    def _handle_client_error(self, error: object) -> tuple[str, bytes]:
+        return "400", b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+    def handle_error(self, kind: type[BaseException], error: BaseException, traceback: object) -> None:
+        """While the answer was built, sent, or what is left of the request was read."""
+        if not isinstance(error, Exception):
+            raise error
+        self.close_connection = True
+        if isinstance(error, OSError | _TooLong):
+            return
+        log.internal_error("status request", error)
+        self._send_error_response_if_possible(500)

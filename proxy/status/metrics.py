@@ -1,0 +1,141 @@
+"""`/metrics`: counters and gauges in the exposition format of Prometheus.
+
+A collector is built for each request from what is counted anyway, so nothing is counted twice. Labels have few values:
+closed vocabularies, listeners, and at most `stats.MAX_NAMES` instances; never a destination or a client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from proxy.stats import MAX_NAMES
+from proxy.status.rows import Overview, SessionRow
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+_PREFIX = "greenarrow_proxy_"
+
+#: Name in `Counters` → name of the metric, label of a table, help.
+_COUNTERS = {
+    "accepted": ("accepted_connections", "protocol", "Client connections, by protocol"),
+    "refused": ("refused", "reason", "Connections and requests that were refused"),
+    "failed": ("failed", "step", "Outgoing connections that did not come to be, by step"),
+    "ended": ("ended_connections", "outcome", "Relayed connections that have ended"),
+    "discarded": ("discarded_connections", "reason", "Held-open connections that were closed"),
+    "bytes_up": ("bytes_up", "", "Bytes from clients to receivers"),
+    "bytes_down": ("bytes_down", "", "Bytes from receivers to clients"),
+    "reused": ("reused_connections", "", "Requests served by a held-open connection"),
+    "fresh": ("fresh_connections", "", "Requests served by a new connection"),
+    "messages": ("messages", "", "MAIL commands seen"),
+    "messages_without_permit": ("messages_without_permit", "", "MAIL commands that no permit covered"),
+    "probes": ("probes", "", "Connections that closed without a byte, and health checks"),
+    "accept_errors": ("accept_errors", "", "Times that a listener could not accept"),
+    "internal_errors": ("internal_errors", "", "Mistakes of the program itself"),
+    "reloads": ("reloads", "", "Configurations put in force by a reload"),
+    "reloads_failed": ("reloads_failed", "", "Reloads that were refused"),
+}
+
+
+def render(view: Overview) -> bytes:
+    """The whole exposition."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_View(view))
+    ProcessCollector(registry=registry)
+    return generate_latest(registry)
+
+
+class _View(Collector):
+    def __init__(self, view: Overview) -> None:
+        self._view = view
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        view, program = self._view, self._view.program
+        yield InfoMetricFamily(
+            _PREFIX + "build", "The program", value={"version": program.version, "relay": program.relay}
+        )
+        yield _gauge("uptime_seconds", "Since the start", program.uptime)
+        yield _gauge("draining", "1 while the program is stopping", int(program.draining))
+        yield from _counters(view)
+        yield from _connections(view)
+        yield from _throttling(view)
+        yield from _pool(view)
+
+
+def _counters(view: Overview) -> Iterator[Metric]:
+    for name, value in view.counters.items():
+        metric, label, text = _COUNTERS.get(name, (name, "name", name.replace("_", " ")))
+        if isinstance(value, dict):
+            family = CounterMetricFamily(_PREFIX + metric, text, labels=[label])
+            for key, count in value.items():
+                family.add_metric([key], count)
+            yield family
+        else:
+            yield CounterMetricFamily(_PREFIX + metric, text, value=value)
+
+
+def _connections(view: Overview) -> Iterator[Metric]:
+    connections = view.connections
+    listeners = GaugeMetricFamily(
+        _PREFIX + "open_connections", "Client connections, by listener", labels=["listener", "protocol"]
+    )
+    for row in view.listeners:
+        listeners.add_metric([row.address, row.protocol], row.open_connections)
+    yield listeners
+    yield _gauge("max_connections", "Client connections that are accepted", connections.limit)
+    yield _gauge("newcomers", "Clients that have not said yet who they are", connections.newcomers)
+    yield CounterMetricFamily(
+        _PREFIX + "newcomers_dropped", "Newcomers cut off because there were too many", connections.newcomers_dropped
+    )
+    yield _gauge("channels", "Native channels", connections.channels)
+    outgoing = GaugeMetricFamily(_PREFIX + "remote_connections", "Connections to receivers", labels=["state"])
+    outgoing.add_metric(["active"], connections.active)
+    outgoing.add_metric(["cached"], connections.cached)
+    yield outgoing
+
+
+def _throttling(view: Overview) -> Iterator[Metric]:
+    manager = view.manager
+    yield _gauge("throttles", "Throttles with demand, places in use or debt", manager.throttles)
+    yield _gauge("throttles_known", "Throttles that are remembered", manager.known)
+    yield _gauge("sessions", "Instances with a throttle session", manager.sessions)
+    total = GaugeMetricFamily(_PREFIX + "backlog", "Messages that wait for a permit", labels=["queue"])
+    for queue, count in (("ram", manager.ram), ("bounce", manager.bounce), ("disk", manager.disk)):
+        total.add_metric([queue], count)
+    yield total
+    sessions = view.sessions[:MAX_NAMES]
+    yield _by_instance(
+        "session_backlog", "The same, by instance", sessions, lambda row: row.ram + row.bounce + row.disk
+    )
+    yield _by_instance("session_ping_seconds", "Last round trip", sessions, lambda row: row.ping)
+    yield _by_instance("session_ping_age_seconds", "Since the last round trip", sessions, lambda row: row.ping_age)
+
+
+def _pool(view: Overview) -> Iterator[Metric]:
+    pool = view.pool
+    yield CounterMetricFamily(_PREFIX + "pool_offered", "Connections given back to be shared", pool.offered)
+    lookups = CounterMetricFamily(_PREFIX + "pool_lookups", "Look-ups; who waits makes two", labels=["result"])
+    lookups.add_metric(["hit"], pool.hits)
+    lookups.add_metric(["miss"], pool.misses)
+    yield lookups
+    if pool.reuse_ratio is not None:
+        yield _gauge("pool_reuse_ratio", "Requests served from the pool, of all that were served", pool.reuse_ratio)
+    yield _gauge("pool_oldest_seconds", "Age of the oldest held-open connection", pool.oldest)
+    yield _gauge("pool_mean_age_seconds", "Mean age of held-open connections", pool.mean_age)
+    yield _gauge("pool_longest_idle_seconds", "Longest time that one has been idle", pool.longest_idle)
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(_PREFIX + name, text, value=value)
+
+
+def _by_instance(name: str, text: str, rows: list[SessionRow], figure: Callable[[SessionRow], float]) -> Metric:
+    family = GaugeMetricFamily(_PREFIX + name, text, labels=["instance"])
+    for row in rows:
+        family.add_metric([row.name], figure(row))
+    return family

@@ -1,0 +1,202 @@
+"""The status page: one HTML document without scripts or outside parts, that loads itself anew.
+
+Everything that is not written here is escaped: names come from instances, addresses from configuration and clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+
+from proxy.log.lines import printable
+from proxy.stats import duration, whole_seconds
+from proxy.status.rows import (
+    CachedRow,
+    InstanceRow,
+    SessionRow,
+    Status,
+    ThrottleRow,
+    instance_state,
+    limits_text,
+    next_slot,
+    percent,
+    places_text,
+    queues_text,
+    throttle_state,
+)
+
+REFRESH = 5
+_STYLE = """
+:root{color-scheme:light dark}
+body{font:14px/1.45 system-ui,sans-serif;margin:1.5rem auto;max-width:110rem;padding:0 1rem}
+h1{font-size:1.35rem;margin:0}h2{font-size:1.05rem;margin:1.6rem 0 .4rem}p{margin:.2rem 0;opacity:.75}
+.s{overflow-x:auto}table{border-collapse:collapse}
+th,td{padding:.22rem .6rem;text-align:left;border-bottom:1px solid #8883;white-space:nowrap}
+th{font-weight:600;opacity:.7}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
+tr.i td{opacity:.8;border-bottom-style:dotted}tr.i td:nth-child(2){padding-left:1.8rem}
+.w{color:#b45309;font-weight:600}.b{color:#c0262d;font-weight:600}
+.c{display:flex;flex-wrap:wrap;gap:.3rem 1.6rem}.c b{font-variant-numeric:tabular-nums}
+"""
+
+
+class _Html(str):
+    """Markup; whatever is not one is text and gets escaped."""
+
+    __slots__ = ()
+
+
+def render(view: Status) -> str:
+    """The document."""
+    program = view.program
+    draining = ' <span class="b">draining</span>' if program.draining else ""
+    return "".join(
+        (
+            '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
+            f'<meta http-equiv="refresh" content="{REFRESH}">',
+            '<meta name="viewport" content="width=device-width"><title>GreenArrow Proxy</title>',
+            f"<style>{_STYLE}</style></head><body><h1>GreenArrow Proxy{draining}</h1>",
+            f"<p>version {_text(program.version)}, up {whole_seconds(program.uptime)}, "
+            f"incarnation {_text(program.incarnation)}, relay {_text(program.relay)}. ",
+            'Also: <a href="/status.json">status.json</a>, <a href="/metrics">metrics</a>, ',
+            '<a href="/healthz">healthz</a></p>',
+            _overview(view),
+            _throttles(view),
+            _sessions(view),
+            _pool(view),
+            _counters(view),
+            "</body></html>\n",
+        )
+    )
+
+
+# --- sections ---
+
+
+def _overview(view: Status) -> str:
+    connections = view.connections
+    figures = _figures(
+        ("clients", f"{connections.open} of {connections.limit}"),
+        ("not yet known", connections.newcomers),
+        ("native channels", connections.channels),
+        ("to receivers", f"{connections.active} active, {connections.cached} cached"),
+        ("throttles in use", f"{view.manager.throttles} of {view.manager.known} known"),
+        ("messages without a permit", view.manager.without_permit),
+    )
+    rows = [
+        (row.address, row.protocol.replace("_", " "), row.open_connections, "closing" if row.closing else "")
+        for row in view.listeners
+    ]
+    return figures + _section("Listeners", _table(("address", "protocol", "#open connections", ""), rows))
+
+
+def _throttles(view: Status) -> str:
+    head = (
+        *("throttle", "source / instance", "limits", "how / mode", "state", "#places", "#waiting", "#share"),
+        *("#demand", "#next slot", "#rate used"),
+    )
+    rows: list[_Html] = []
+    for throttle in view.throttles:
+        rows.append(_row(head, _throttle_cells(throttle)))
+        rows += [_row(head, _instance_cells(each), "i") for each in throttle.instances]
+        if throttle.instances_left_out:
+            rows.append(_row(head, ("", f"and {throttle.instances_left_out} more"), "i"))
+    left_out = f"<p>{view.throttles_left_out} more are not shown.</p>" if view.throttles_left_out else ""
+    return _section("Throttles", _markup_table(head, rows) + left_out)
+
+
+def _throttle_cells(row: ThrottleRow) -> tuple[object, ...]:
+    state = _Html(f'<span class="b">{throttle_state(row)}</span>')
+    waiting: object = _Html(f'<span class="w">{row.waiting}</span>') if row.waiting else 0
+    return (
+        *(_Html(f"<b>{_text(row.name)}</b>"), row.source, limits_text(row.limits, row.places), row.reconciled, state),
+        *(places_text(row.used, row.places), waiting, "", row.demand, next_slot(row), percent(row.rate_use)),
+    )
+
+
+def _instance_cells(row: InstanceRow) -> tuple[object, ...]:
+    said = limits_text(row.limits, row.places) if row.mode else ""
+    share = "" if row.share is None else row.share
+    return ("", row.name, said, row.mode, instance_state(row), row.used, row.waiting, share, row.demand, "", "")
+
+
+def _sessions(view: Status) -> str:
+    head = (
+        *("instance", "address", "#connected", "#ping", "#ago", "#ram", "#bounce", "#disk", "#forward", "#back"),
+        *("#paths", "#weight", "#without permit"),
+    )
+    left_out = f"<p>{view.sessions_left_out} more are not shown.</p>" if view.sessions_left_out else ""
+    return _section("Sessions", _table(head, map(_session_cells, view.sessions)) + left_out)
+
+
+def _session_cells(row: SessionRow) -> tuple[object, ...]:
+    return (
+        *(row.name, row.address, whole_seconds(row.connected), duration(row.ping), whole_seconds(row.ping_age)),
+        *(row.ram, row.bounce, row.disk, queues_text(row.forward), queues_text(row.back), row.paths, f"{row.weight:g}"),
+        row.without_permit,
+    )
+
+
+def _pool(view: Status) -> str:
+    pool = view.pool
+    figures = _figures(
+        ("held", pool.held),
+        ("given back so far", pool.offered),
+        ("requests served from here", percent(pool.reuse_ratio) or "none yet"),
+        ("look-ups that found one", f"{pool.hits} of {pool.hits + pool.misses}"),
+        ("oldest", whole_seconds(pool.oldest)),
+        ("mean age", whole_seconds(pool.mean_age)),
+        ("longest idle", whole_seconds(pool.longest_idle)),
+        *((f"closed: {reason}", count) for reason, count in pool.discards.items()),
+    )
+    head = ("source", "destination", "EHLO name", "TLS", "tenant", "#connections", "#messages", "#oldest", "#idle")
+    left_out = f"<p>{pool.keys_left_out} more are not shown.</p>" if pool.keys_left_out else ""
+    return _section("Cached connections", figures + _table(head, map(_cached_cells, pool.keys)) + left_out)
+
+
+def _cached_cells(row: CachedRow) -> tuple[object, ...]:
+    return (
+        *(row.source, row.destination, row.ehlo_name, f"{row.tls} {row.tls_server_name}", "yes" if row.tenant else ""),
+        *(row.connections, row.messages, whole_seconds(row.oldest), whole_seconds(row.idle)),
+    )
+
+
+def _counters(view: Status) -> str:
+    rows: list[tuple[object, ...]] = []
+    for name, value in view.counters.items():
+        parts = sorted(value.items()) if isinstance(value, dict) else [("", value)]
+        rows += [(name.replace("_", " "), key, count) for key, count in parts]
+    return _section("Counters since the start", _table(("counter", "", "#count"), rows))
+
+
+# --- markup ---
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, _Html) else escape(printable(str(value)))
+
+
+def _section(title: str, content: str) -> str:
+    return f"<h2>{title}</h2>{content}"
+
+
+def _figures(*figures: tuple[str, object]) -> str:
+    spans = (f"<span>{_text(name)} <b>{_text(value)}</b></span>" for name, value in figures)
+    return f'<div class="c">{"".join(spans)}</div>'
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
+    return _markup_table(head, [_row(head, cells) for cells in rows])
+
+
+def _markup_table(head: tuple[str, ...], rows: list[_Html]) -> str:
+    """A name in `head` that begins with # is that of a column of figures."""
+    if not rows:
+        return "<p>none</p>"
+    names = "".join(f'<th class="n">{n[1:]}</th>' if n.startswith("#") else f"<th>{n}</th>" for n in head)
+    return f'<div class="s"><table><tr>{names}</tr>{"".join(rows)}</table></div>'
+
+
+def _row(head: tuple[str, ...], cells: tuple[object, ...], kind: str = "") -> _Html:
+    tags = ('<td class="n">' if name.startswith("#") else "<td>" for name in head)
+    content = "".join(tag + _text(cell) + "</td>" for tag, cell in zip(tags, cells, strict=False))
+    return _Html(f'<tr class="{kind}">{content}</tr>' if kind else f"<tr>{content}</tr>")

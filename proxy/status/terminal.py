@@ -1,0 +1,207 @@
+"""`--status`: asks a running proxy for its `/status.json` and prints it as tables.
+
+A plain blocking socket with one deadline; what comes back is bounded, checked against the shapes of `status_rows`, and
+made harmless for a terminal. It needs no secret: the listener's allow list decides.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import msgspec
+
+from proxy.errors import ConfigError, UsageError
+from proxy.log.lines import printable
+from proxy.model import Endpoint, canonical_ip
+from proxy.settings import Settings
+from proxy.stats import duration, whole_seconds
+from proxy.status.rows import (
+    InstanceRow,
+    SessionRow,
+    Status,
+    ThrottleRow,
+    instance_state,
+    limits_text,
+    next_slot,
+    percent,
+    places_text,
+    queues_text,
+    throttle_state,
+)
+
+EX_OK, EX_UNAVAILABLE = 0, 69
+_SECONDS = 20.0
+_LONGEST_ANSWER = 64 * 1024 * 1024
+#: A listener on every address is asked on this one.
+_NEAREST = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+class NoStatus(Exception):
+    """Why there is no status to show, as one line."""
+
+
+def target(address: str, load: Callable[[], Settings]) -> Endpoint:
+    """Whom to ask.
+
+    Args:
+        address: IP:PORT as in the configuration; empty: what the configuration says.
+        load: reads the configuration.
+
+    Raises:
+        UsageError: not an address. ConfigError: the configuration is wrong, or has no status listener.
+    """
+    if address:
+        host, colon, port = address.rpartition(":")
+        try:
+            host = canonical_ip(host.removeprefix("[").removesuffix("]"))
+        except ValueError:
+            colon = ""
+        if not colon or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
+            raise UsageError("--status: not IP:PORT or [IPv6]:PORT", "command line")
+        return Endpoint(host, int(port))
+    endpoint = load().listen_status
+    if endpoint is None:
+        raise ConfigError("listen_status: not configured, so there is nobody to ask; or give --status an address")
+    if endpoint.port == 0:
+        raise ConfigError("listen_status: port 0 tells nobody where to ask; give --status the address")
+    return Endpoint(_NEAREST.get(endpoint.host, endpoint.host), endpoint.port)
+
+
+def run(to: Endpoint, say: Callable[[str], None], complain: Callable[[str], None]) -> int:
+    """Ask, and print. Returns: the exit code."""
+    try:
+        status = fetch(to)
+    except NoStatus as error:
+        complain(f"greenarrow_proxy: {to}: {error}")
+        return EX_UNAVAILABLE
+    say("\n".join(lines(status)))
+    return EX_OK
+
+
+def fetch(to: Endpoint) -> Status:
+    """The view of the proxy that has its status listener at `to`.
+
+    Raises:
+        NoStatus: nobody there, not allowed, or not a status listener of ours.
+    """
+    try:
+        answer = _ask(to)
+    except TimeoutError:
+        raise NoStatus("no answer in time") from None
+    except (ConnectionResetError, BrokenPipeError):
+        answer = b""
+    except OSError as error:
+        raise NoStatus(error.strerror or type(error).__name__) from None
+    if not answer:
+        raise NoStatus("closed without an answer; is this address in listen_status_allow_from?")
+    head, _, body = answer.partition(b"\r\n\r\n")
+    words = head.split(b"\r\n", 1)[0].split(None, 2)
+    if len(words) < 2 or not words[0].startswith(b"HTTP/1."):
+        raise NoStatus("this is no status listener: it does not speak HTTP")
+    if words[1] != b"200":
+        raise NoStatus(f"answered {printable(b' '.join(words[1:]).decode('latin-1'), 60)}")
+    try:
+        return msgspec.json.decode(body, type=Status)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise NoStatus("this is no status of this program, or of a version too far from this one") from None
+
+
+def _ask(to: Endpoint) -> bytes:
+    """The whole answer.
+
+    Raises:
+        OSError: as it comes.
+    """
+    ends = time.monotonic() + _SECONDS
+    with socket.create_connection(to, timeout=_SECONDS) as sock:
+        sock.sendall(f"GET /status.json HTTP/1.0\r\nHost: {to}\r\n\r\n".encode())
+        answer = bytearray()
+        while len(answer) <= _LONGEST_ANSWER:
+            sock.settimeout(max(0.001, ends - time.monotonic()))
+            data = sock.recv(65536)
+            if not data:
+                break
+            answer += data
+    return bytes(answer)
+
+
+# --- tables ---
+
+_THROTTLE_HEAD = (
+    *("THROTTLE", "SOURCE / INSTANCE", "LIMITS", "HOW", "STATE", "#PLACES", "#WAIT", "#SHARE", "#DEMAND"),
+    *("#NEXT", "#USE"),
+)
+_SESSION_HEAD = ("SESSION", "ADDRESS", "#CONNECTED", "#PING", "#AGO", "#RAM", "#BOUNCE", "#DISK", "#FORWARD", "#BACK")
+
+
+def lines(status: Status) -> Iterator[str]:
+    """The whole output."""
+    program, connections, manager, pool = status.program, status.connections, status.manager, status.pool
+    draining = ", DRAINING" if program.draining else ""
+    yield (
+        _safe(f"greenarrow_proxy {program.version} ({program.incarnation}), up {whole_seconds(program.uptime)}")
+        + draining
+    )
+    yield (
+        f"clients {connections.open} of {connections.limit}; receivers {connections.active} active, "
+        f"{connections.cached} cached; reuse {percent(pool.reuse_ratio) or '-'}"
+    )
+    yield ""
+    rows = [(row.address, row.protocol, row.open_connections, "closing" * row.closing) for row in status.listeners]
+    yield from _table(("LISTENER", "PROTOCOL", "#CONNECTIONS", ""), rows)
+    yield ""
+    yield from _table(_THROTTLE_HEAD, _throttles(status.throttles))
+    if status.throttles_left_out:
+        yield f"and {status.throttles_left_out} more throttles"
+    yield ""
+    yield from _table(_SESSION_HEAD, map(_session, status.sessions))
+    if status.sessions_left_out:
+        yield f"and {status.sessions_left_out} more sessions"
+    if manager.without_permit:
+        yield f"{manager.without_permit} messages were sent without a permit"
+
+
+def _throttles(rows: Iterable[ThrottleRow]) -> Iterator[tuple[object, ...]]:
+    for row in rows:
+        limits = limits_text(row.limits, row.places)
+        yield (
+            *(row.name, row.source, limits, row.reconciled, throttle_state(row), places_text(row.used, row.places)),
+            *(row.waiting, "", row.demand, next_slot(row), percent(row.rate_use)),
+        )
+        for each in row.instances:
+            yield _instance(each)
+        if row.instances_left_out:
+            yield ("", f"and {row.instances_left_out} more", *[""] * 9)
+
+
+def _instance(row: InstanceRow) -> tuple[object, ...]:
+    said = limits_text(row.limits, row.places) if row.mode else ""
+    share = "" if row.share is None else row.share
+    state = instance_state(row)
+    return ("", "  " + row.name, said, row.mode, state, row.used, row.waiting, share, row.demand, "", "")
+
+
+def _session(row: SessionRow) -> tuple[object, ...]:
+    return (
+        *(row.name, row.address, whole_seconds(row.connected), duration(row.ping), whole_seconds(row.ping_age)),
+        *(row.ram, row.bounce, row.disk, queues_text(row.forward), queues_text(row.back)),
+    )
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> Iterator[str]:
+    """Columns as wide as they need; a name in `head` that begins with # is that of a column of figures."""
+    right = [name.startswith("#") for name in head]
+    cells = [[name.removeprefix("#") for name in head], *([_safe(str(cell)) for cell in row] for row in rows)]
+    if len(cells) == 1:
+        yield f"{cells[0][0]}: none"
+        return
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        columns = zip(row, widths, right, strict=True)
+        yield "  ".join(text.rjust(width) if figure else text.ljust(width) for text, width, figure in columns).rstrip()
+
+
+def _safe(text: str) -> str:
+    return printable(text, 100)

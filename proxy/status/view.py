@@ -1,0 +1,315 @@
+"""Builds the operator's view from manager, pool and counters. Looks only: nothing here changes what it looks at.
+
+The work is done in steps: `survey` is a generator that yields after each small piece, so that its caller can let others
+run, and it lists a bounded number of everything. What was counted in different pieces need not fit to the last unit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator
+from heapq import nlargest
+from itertools import islice
+from typing import NamedTuple
+
+from proxy.egress.pool import Entry, Pool, PoolKey
+from proxy.stats import Backlog, Counters, Flow, Snapshot
+from proxy.status.rows import (
+    CachedRow,
+    Connections,
+    InstanceRow,
+    ListenerRow,
+    ManagerRow,
+    Overview,
+    PoolView,
+    Program,
+    Queues,
+    Rate,
+    SessionRow,
+    Status,
+    ThrottleRow,
+)
+from proxy.throttling.limits import Mode, Part, Stake
+from proxy.throttling.manager import Manager
+from proxy.throttling.throttle import SECOND, Limit, Throttle
+
+MOST_THROTTLES = 500
+MOST_INSTANCES = 20
+MOST_SESSIONS = 500
+MOST_KEYS = 200
+#: Things looked at between two yields: well under a millisecond.
+STEP = 500
+#: A sample of a throttle's slots is replaced when it is older.
+SAMPLE = 60 * SECOND
+
+
+class Sources(NamedTuple):
+    """What there is to look at; `snapshot` is of this moment, as the log would show it."""
+
+    program: Program
+    listeners: list[ListenerRow]
+    connections: Connections
+    counters: Counters
+    snapshot: Snapshot
+    manager: Manager
+    pool: Pool
+
+
+class _Sample(NamedTuple):
+    at: int
+    taken: int
+
+
+class Meter:
+    """How much of a rate is used: compares the slots given out with those of the last look and the one before.
+
+    Remembers the throttles of the last look only.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[Throttle, tuple[_Sample, _Sample]] = {}
+        self._next: dict[Throttle, tuple[_Sample, _Sample]] = {}
+
+    def use(self, throttle: Throttle, now: int) -> float | None:
+        """Share of the slots since one or two `SAMPLE`s (or the first look) that were given out; None: unknown."""
+        if not throttle.windows:
+            return None
+        fresh = _Sample(now, throttle.taken)
+        older, newer = self._last.get(throttle, (fresh, fresh))
+        if now - newer.at >= SAMPLE:
+            older, newer = newer, fresh
+        self._next[throttle] = older, newer
+        elapsed = now - older.at
+        if elapsed < SECOND:
+            return None
+        slowest = max(window.interval for window in throttle.windows)
+        return min(1.0, (throttle.taken - older.taken) * slowest / elapsed)
+
+    def turn(self) -> None:
+        """A look is over."""
+        self._last, self._next = self._next, {}
+
+
+def overview(sources: Sources, now: float) -> Generator[None, None, Overview]:
+    """All but the single throttles.
+
+    Args:
+        now: seconds of the pool's clock.
+    """
+    manager, figures = sources.manager, sources.snapshot.manager
+    pool = yield from _pool(sources.pool, sources.counters, now)
+    sessions = list(_sessions(sources)) if figures is not None else []
+    backlog = figures.backlog if figures is not None else Backlog()
+    return Overview(
+        program=sources.program,
+        listeners=sources.listeners,
+        connections=sources.connections,
+        counters=sources.counters.as_dict() | {"messages_without_permit": manager.unpermitted},
+        manager=ManagerRow(
+            throttles=figures.throttles if figures is not None else 0,
+            known=len(manager.throttles) + sum(1 for _ in manager.blocks.throttles()),
+            sessions=len(figures.sessions) if figures is not None else 0,
+            ram=backlog.ram,
+            bounce=backlog.bounce,
+            disk=backlog.disk,
+            without_permit=manager.unpermitted,
+        ),
+        pool=pool,
+        sessions=sessions[:MOST_SESSIONS],
+        sessions_left_out=max(0, len(sessions) - MOST_SESSIONS),
+    )
+
+
+def survey(
+    sources: Sources, meter: Meter, now: float, now_ns: int, most: int = MOST_THROTTLES
+) -> Generator[None, None, Status]:
+    """The whole view.
+
+    Args:
+        now: seconds of the pool's clock. now_ns: nanoseconds of the manager's.
+        most: throttles that are listed.
+    """
+    view = yield from overview(sources, now)
+    manager = sources.manager
+    everything = [*manager.throttles.values(), *manager.blocks.throttles()]
+    ranked: list[tuple[tuple[float, ...], int]] = []
+    for at in range(0, len(everything), STEP):
+        ranked += [(_rank(throttle, now_ns), -index) for index, throttle in enumerate(everything[at : at + STEP], at)]
+        if len(ranked) > 2 * most + STEP:
+            ranked = nlargest(most, ranked)
+        yield
+    rows = []
+    for _, index in nlargest(most, ranked):
+        rows.append((yield from _throttle(everything[-index], manager, meter, now_ns)))
+        if len(rows) % 20 == 0:
+            yield
+    meter.turn()
+    known = {name: getattr(view, name) for name in Overview.__struct_fields__}
+    return Status(**known, throttles=rows, throttles_left_out=len(everything) - len(rows))
+
+
+def _rank(throttle: Throttle, now: int) -> tuple[float, ...]:
+    """Larger comes first: connections that wait, messages that wait, places used, then debt."""
+    waiting = throttle.line.size if throttle.line is not None else 0
+    queued = len(throttle.slots.queue) if throttle.slots is not None else 0
+    use = throttle.used / throttle.cap if throttle.cap else 0.0
+    return waiting, queued, use, throttle.used, throttle.debt_until() > now, throttle.taken
+
+
+# --- one throttle ---
+
+
+def _throttle(throttle: Throttle, manager: Manager, meter: Meter, now: int) -> Generator[None, None, ThrottleRow]:
+    terms = throttle.terms
+    stakes = list(terms.stakes) if terms is not None else []
+    instances = _holders(throttle)
+    for stake in stakes:
+        yield from _add_part(instances, stake, manager)
+    for flow, share in (terms.advice or {}).items() if terms is not None else ():
+        if (row := instances.get(flow.receiver.name)) is not None:
+            row.share = (row.share or 0) + share
+    shown = nlargest(MOST_INSTANCES, instances.values(), key=lambda row: (row.waiting, row.demand, row.used))
+    state, backoff = _state(throttle, stakes, now)
+    return ThrottleRow(
+        source=throttle.key.source,
+        name=throttle.key.name,
+        kind="proxy" if terms is None else "instances",
+        reconciled=_reconciled([stake.part for stake in stakes]) if terms is not None else "throttle block",
+        limits=_rates(window.limit for window in throttle.windows),
+        places=throttle.cap or None,
+        state=state,
+        backoff=backoff,
+        used=throttle.used,
+        waiting=sum(row.waiting for row in instances.values()),
+        demand=sum(row.demand for row in instances.values()),
+        next_slot=max(0, throttle.earliest(now) - now - 999) / SECOND if throttle.windows else None,
+        taken=throttle.taken,
+        place_use=throttle.used / throttle.cap if throttle.cap else None,
+        rate_use=meter.use(throttle, now),
+        instances=sorted(shown, key=lambda row: row.name),
+        instances_left_out=len(instances) - len(shown),
+    )
+
+
+def _holders(throttle: Throttle) -> dict[str, InstanceRow]:
+    """Who holds places or stands in the line."""
+    rows = {name: InstanceRow(name, used=used) for name, used in (throttle.held or {}).items()}
+    for name, (waiting, _) in throttle.line.waiting().items() if throttle.line is not None else ():
+        rows.setdefault(name, InstanceRow(name)).waiting = waiting
+    return rows
+
+
+def _add_part(rows: dict[str, InstanceRow], stake: Stake, manager: Manager) -> Iterator[None]:
+    """What an instance said, and what its flows want."""
+    row = rows.setdefault(stake.name, InstanceRow(stake.name))
+    part = stake.part
+    row.limits, row.places = _rates(part.limits), part.places or None
+    row.mode, row.paused = str(part.mode), part.paused
+    row.connected = len(stake) > 0 and stake.name in manager.sessions
+    for number, flow in enumerate(list(stake), 1):
+        row.demand += max(0, flow.want - flow.fine)
+        row.waiting += len(flow.gated or ())
+        if number % STEP == 0:
+            yield
+
+
+def _state(throttle: Throttle, stakes: list[Stake], now: int) -> tuple[str, float]:
+    backoff = throttle.terms.backoff if throttle.terms is not None else None
+    if stakes and all(stake.part.paused for stake in stakes):
+        return "paused", 0.0
+    if backoff is None:
+        return "", 0.0
+    return ("backoff", (backoff.until - now) / SECOND) if backoff.until > now else ("rising", 0.0)
+
+
+def _reconciled(parts: list[Part]) -> str:
+    """How `limits.reconcile` made one set of limits of these."""
+    active = [part for part in parts if not part.paused]
+    sums = sum(1 for part in active if part.mode is Mode.SUM)
+    paused = f", {len(parts) - len(active)} paused" if len(parts) > len(active) else ""
+    if len(active) < 2:
+        return ("one instance" if active else "no instance") + paused
+    if 0 < sums < len(active):
+        return f"lower of sum ({sums}) and average ({len(active) - sums})" + paused
+    return f"{'sum' if sums else 'average'} of {len(active)}" + paused
+
+
+def _rates(limits: Iterable[Limit]) -> list[Rate]:
+    return [Rate(*limit) for limit in limits]
+
+
+# --- sessions and the pool ---
+
+
+def _sessions(sources: Sources) -> Iterator[SessionRow]:
+    assert sources.snapshot.manager is not None
+    for each in sorted(sources.snapshot.manager.sessions, key=lambda figures: figures.name):
+        session = sources.manager.sessions.get(each.name)
+        yield SessionRow(
+            name=each.name,
+            address=session.address if session is not None else "",
+            connected=each.connected,
+            ping=each.ping,
+            ping_age=each.ping_age,
+            ram=each.backlog.ram,
+            bounce=each.backlog.bounce,
+            disk=each.backlog.disk,
+            forward=_queues(each.forward),
+            back=_queues(each.back),
+            paths=len(session.flows) if session is not None else 0,
+            weight=session.weight if session is not None else 1.0,
+            without_permit=session.unpermitted if session is not None else 0,
+        )
+
+
+def _queues(flow: Flow) -> Queues:
+    return Queues(flow.entering, flow.leaving, flow.parked)
+
+
+def _pool(pool: Pool, counters: Counters, now: float) -> Generator[None, None, PoolView]:
+    entries = iter(pool.entries())
+    held, age_sum, oldest, longest_idle = 0, 0.0, 0.0, 0.0
+    rows: dict[PoolKey, CachedRow] = {}
+    while step := list(islice(entries, STEP)):
+        for entry in step:
+            age, idle = max(0.0, now - entry.opened_at), max(0.0, now - entry.idle_since)
+            held, age_sum = held + 1, age_sum + age
+            oldest, longest_idle = max(oldest, age), max(longest_idle, idle)
+            row = rows.get(entry.key)
+            if row is None:
+                row = rows[entry.key] = _cached_row(entry)
+            row.connections += 1
+            row.messages += entry.messages
+            row.oldest, row.idle = max(row.oldest, age), max(row.idle, idle)
+        yield
+    keys = nlargest(MOST_KEYS, rows.values(), key=lambda row: (row.connections, row.messages))
+    served = counters.reused + counters.fresh
+    return PoolView(
+        held=held,
+        offered=pool.offered,
+        hits=pool.hits,
+        misses=pool.misses,
+        reuse_ratio=counters.reused / served if served else None,
+        discards={str(reason): count for reason, count in sorted(pool.discards.items()) if count},
+        oldest=oldest,
+        mean_age=age_sum / held if held else 0.0,
+        longest_idle=longest_idle,
+        keys=keys,
+        keys_left_out=len(rows) - len(keys),
+    )
+
+
+def _cached_row(entry: Entry) -> CachedRow:
+    """Without the tenant's name: it may be a user's."""
+    key = entry.key
+    return CachedRow(
+        source=key.source,
+        destination=str(key.destination),
+        ehlo_name=key.ehlo_name,
+        tls=key.tls.name.lower(),
+        tls_server_name=key.tls_server_name,
+        tenant=bool(key.tenant),
+        connections=0,
+        messages=0,
+        oldest=0.0,
+        idle=0.0,
+    )

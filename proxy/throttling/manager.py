@@ -1,0 +1,452 @@
+"""The throttle manager: sessions, the paths they name, demand, grants, outcomes, connection places. docs/throttling.md.
+
+Everything is a call with the time in it, nothing polls: `next_wakeup` says when `advance` is due, one timer is enough.
+What follows from a call piles up until it is collected: `take_ready` (sessions that have something to send, see
+`Session.take`), `take_admitted` (tickets that got their places), `take_ended` (sessions whose connection is to be
+closed), `take_notices` (for the log). Frames, sockets and proof of identity are `control`'s and `native`'s; the
+arithmetic is in `throttle`, `dispenser`, `places` and `limits`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from proxy.errors import Throttled
+from proxy.throttling.advice import Adviser
+from proxy.throttling.audit import Audit
+from proxy.throttling.blocks import Block, Blocks
+from proxy.throttling.dispenser import Dispenser
+from proxy.throttling.flows import Flow
+from proxy.throttling.limits import BackoffRule, Part
+from proxy.throttling.places import PlaceBook, Places, Ticket
+from proxy.throttling.refusals import refusal
+from proxy.throttling.registry import Registry, Remark
+from proxy.throttling.session import DEAD_AFTER, LEASE, PING_EVERY, SMALLEST_SLACK, End, Output, Session
+from proxy.throttling.throttle import MICROSECOND, SECOND, TICK, Key, Throttle, check
+from proxy.throttling.wheel import Wheel
+
+#: Departed flows are cleared away, and throttles that fall due together are served, this many at a time, so that a
+#: session with 100,000 paths stops nobody.
+SWEEP = 100
+#: Records of a kind that are taken for one delivery; the others wait their turn.
+DELIVERY = 500
+
+
+class Manager:
+    """All throttles of this proxy.
+
+    Args:
+        incarnation: names this run of the manager.
+        start: when it began, in nanoseconds of the clock that all calls use. What came before is unknown, so every
+            limit begins as if its last slot had been given out at that moment.
+        enforce: `throttle_enforce`: messages sent without a permit are paid for before the next connection.
+        blocks: the proxy's own throttles.
+    """
+
+    def __init__(self, incarnation: int, start: int, enforce: bool = False, blocks: Iterable[Block] = ()) -> None:
+        self.incarnation = incarnation
+        self.enforce = enforce
+        self.blocks = Blocks(blocks, start)
+        self.sessions: dict[str, Session] = {}
+        self._audit = Audit()
+        self._dispenser = Dispenser()
+        self._book = PlaceBook(self._shut)
+        self._registry = Registry(start, self._dispenser, self._book)
+        self._adviser = Adviser()
+        self._pings: Wheel[Session] = Wheel(TICK)
+        self._departed: list[tuple[Iterator[Flow], int | None]] = []
+        self._active: dict[Throttle, None] = {}
+        self._debts: Wheel[Throttle] = Wheel(SECOND)  # throttles that are active, as far as is known, for debt alone
+        self._ended: list[Session] = []
+
+    # --- sessions ---
+
+    def hello(self, name: str, run: bytes, address: str, weight: float, now: int) -> Session:
+        """A session of an authenticated instance begins; the one that the name had before ends."""
+        session = Session(name, run, address, weight, now)
+        old = self.sessions.get(name)
+        if old is not None:
+            self._end(old, End.REPLACED if old.run == run else End.FENCED, now)
+        self.sessions[name] = session
+        self._ping(session, now)
+        return session
+
+    def bye(self, session: Session, now: int) -> None:
+        """The session ends in good order: its part in the limits goes with it."""
+        self._end(session, End.BYE, now)
+
+    def lost(self, session: Session, now: int) -> None:
+        """The session's connection broke. Its slots are not given out again, its part stays for a while."""
+        self._end(session, End.LOST, now)
+
+    def ping(self, session: Session, t: int, now: int) -> None:
+        """The client's ping: answered, and from now on its grants count from it."""
+        if session.end is None:
+            session.pinged(t, now)
+            self._dispenser.touched[session] = None
+            self._unpark(session, now)
+
+    def pong(self, session: Session, t: int, hold_us: int, now: int) -> None:
+        """The answer to our ping of `t` microseconds; one of another time or from the future measures nothing."""
+        rtt = now - (t + hold_us) * MICROSECOND
+        if session.end is None and -MICROSECOND <= rtt <= DEAD_AFTER:
+            if session.measured(max(0, rtt), now):
+                for flow in session.flows.values():
+                    if flow.want > 0:
+                        self._registry.stretch(flow.path, session.slack, now)
+                        self._registry.announce(flow)  # perhaps it is too far away: then this says so
+            self._unpark(session, now)
+
+    def weigh(self, session: Session, weight: float) -> None:
+        """The operator has given the instance another weight; it holds from the next permit on."""
+        session.weigh(weight)
+
+    def congest(self, session: Session, congested: bool, now: int) -> None:
+        """The session's outgoing queue is full (it gets no grants), or no longer."""
+        session.congested = congested
+        if not congested:
+            self._dispenser.touched[session] = None  # what has gathered meanwhile
+        self._unpark(session, now)
+
+    # --- what an instance says ---
+
+    def register(self, session: Session, id: int, parts: Sequence[tuple[Key, Part]], now: int) -> None:
+        """`id` names the path of these throttles, with the instance's limits for each.
+
+        Raises:
+            ValueError: a limit that would not hold (see `throttle.check`), no throttle, one named twice, or more than
+                there is room for; nothing changed.
+        """
+        keys = [key for key, _ in parts]
+        if not keys or len(set(keys)) != len(keys):
+            raise ValueError("a path needs one or more throttles, each once")
+        for _, part in parts:
+            for limit in part.limits + ((part.backoff.rate,) if part.backoff and part.backoff.rate else ()):
+                check(limit)
+        if session.end is not None:
+            return
+        registry = self._registry
+        flow = session.flows.get(id)
+        named = session.named + len(keys) - (len(flow.path.throttles) if flow is not None else 0)
+        registry.check_room(named, keys)
+        throttles = tuple([registry.throttle(key) for key in keys])
+        said = [part for _, part in parts]
+        paused = any(part.paused for part in said)
+        session.named = named
+        if flow is not None and flow.path.throttles == throttles:
+            flow.paused = flow.paused or paused  # before its part in the limits goes, or it would be free of them
+            registry.restake(flow, said, now)
+        else:
+            old, flow = flow, registry.join(session, id, throttles, said, now)
+            session.flows[id] = flow
+            if old is not None:  # last, so that no throttle is without limits in between
+                registry.leave(old, now, None)
+                session.backlog(id, 0, 0, 0)
+        flow.paused = paused
+        if not flow.paused:
+            self._dispenser.activate(flow, now)
+            self._book.retry(flow, now)
+        registry.announce(flow)
+        self._settle(now)
+
+    def demand(
+        self, session: Session, id: int, want: int, got: int, ram: int, bounce: int, disk: int, now: int
+    ) -> None:
+        """`want` messages of path `id` are ready without a permit, after `got` permits (modulo 2**32) have arrived."""
+        flow = session.flows.get(id)
+        if flow is None or session.end is not None:
+            return
+        session.backlog(id, ram, bounce, disk)
+        if session.slack > SMALLEST_SLACK:
+            self._registry.stretch(flow.path, session.slack, now)
+        self._dispenser.demand(flow, want, got, now)
+        if want:
+            for throttle in flow.path.throttles:
+                self._active[throttle] = None
+        self._settle(now)
+
+    def give_back(self, session: Session, id: int, first: int, n: int, now: int) -> None:
+        """Permits of path `id` from the `first`th on (counted from 0, modulo 2**32) will not be used."""
+        flow = session.flows.get(id)
+        if flow is not None and session.end is None:
+            self._dispenser.give_back(flow, first, n, now)
+        self._settle(now)
+
+    def outcome(self, session: Session, id: int, ok: int, deferred: int, failed: int, backoff: bool, now: int) -> None:
+        """How attempts of path `id` ended; `backoff`: the instance's word that its throttles shall slow down."""
+        flow = session.flows.get(id)
+        if flow is None or session.end is not None:
+            return
+        for throttle in flow.path.throttles:
+            terms = throttle.terms
+            stake = terms.stake(session.name) if terms is not None else None
+            if terms is None or stake is None:
+                continue
+            rule = stake.part.backoff
+            if terms.count(ok, deferred + failed, rule.threshold if rule is not None else 0, now) or (
+                backoff and (rule is not None or len(flow.path.throttles) == 1)
+            ):
+                self._registry.slow_down(throttle, rule or BackoffRule(), session.name, now)
+        self._settle(now)
+
+    # --- connections ---
+
+    def flows(self, session: Session, ids: Iterable[int]) -> tuple[Flow, ...]:
+        """The flows that a session's path numbers name, for `admit`.
+
+        Raises:
+            KeyError: a number that is not registered.
+        """
+        return tuple([session.flows[id] for id in ids])
+
+    def admit(
+        self, owner: str, weight: float, source: str, destination: str, flows: tuple[Flow, ...], now: int
+    ) -> Places | Ticket:
+        """Places for one connection under every throttle that applies, all or none.
+
+        Args:
+            owner: instance name, else the client's address: fairness is among owners.
+            source: address to leave from. destination: address to go to; canonical text, for the proxy's own throttles.
+            flows: what the OPEN names; empty for clients without a session.
+
+        Returns:
+            the places, or a ticket to wait with; it comes back in `take_admitted`, or `cancel` it and see `refusal`.
+        """
+        answer = self._book.admit(owner, weight, self._under(source, destination, flows, now), flows, now)
+        if isinstance(answer, Places):
+            for throttle in answer.throttles:
+                self._active[throttle] = None
+        self._settle(now)
+        return answer
+
+    def swap(
+        self, old: Places, owner: str, weight: float, source: str, destination: str, flows: tuple[Flow, ...], now: int
+    ) -> Places | None:
+        """A cached connection goes to another user: its places for those of the new path. None: not possible now."""
+        new = self._book.swap(old, owner, weight, self._under(source, destination, flows, now), flows, now)
+        if new is not None:
+            for throttle in new.throttles:
+                self._active[throttle] = None
+            self._registry.released(old, now)
+        self._settle(now)
+        return new
+
+    def release(self, places: Places, now: int) -> list[Ticket]:
+        """The socket is closed; a second time changes nothing.
+
+        Returns:
+            tickets that got in by it (and any others not yet collected); their `places` are set.
+        """
+        self._book.release(places, now)
+        self._registry.released(places, now)
+        self._settle(now)
+        return self.take_admitted()
+
+    def cancel(self, ticket: Ticket, now: int) -> list[Ticket]:
+        """Nobody waits for `ticket` any more, whether it got in or not. Returns as `release`."""
+        self._book.cancel(ticket, now)
+        if ticket.places is not None:
+            self._registry.released(ticket.places, now)
+        self._settle(now)
+        return self.take_admitted()
+
+    def wanted(self, places: Places) -> bool:
+        """Whether somebody waits for a place that these hold: a cached connection then gives way."""
+        return any(throttle.line is not None for throttle in places.throttles)
+
+    def wait_of(self, ticket: Ticket) -> float | None:
+        """Seconds that the proxy's own throttles let a request wait; None: none of them applies."""
+        return self.blocks.wait(ticket.throttles)
+
+    def refusal(self, ticket: Ticket, now: int) -> Throttled:
+        """Why `ticket` did not get in, and when to come back."""
+        return refusal(ticket, now)
+
+    def mail_sent(self, places: Places, messages: int, now: int) -> None:
+        """The proxy saw `messages` MAIL commands on a connection: each should have had a permit on every path."""
+        for flow in places.flows:
+            if self._audit.sent(flow, messages, self.enforce, now):
+                self._dispenser.activate(flow, now)
+        self._settle(now)
+
+    # --- time, settings, results ---
+
+    def reload(self, enforce: bool, blocks: Iterable[Block], now: int) -> None:
+        """New settings; places, debts and sessions stay."""
+        if self.enforce and not enforce:
+            self._pardon(now)
+        self.enforce = enforce
+        for throttle in self.blocks.reload(blocks, now):
+            self._book.pump(throttle, now)
+        self._settle(now)
+
+    def advance(self, now: int) -> None:
+        """Do what is due."""
+        for session in self._pings.expire(now):
+            self._ping(session, now)
+        for throttle in self._registry.backoffs.expire(now, SWEEP):
+            self._registry.relimit(throttle, now)
+        for throttle, name in self._registry.leases.expire(now, SWEEP):
+            self._registry.end_lease(throttle, name, now)
+        self._sweep(now)
+        self._book.expire(now)
+        self._dispenser.expire(now, SWEEP)
+        self._settle(now)
+        self._adviser.expire(now)
+        for throttle in self._registry.forgetting.expire(now, SWEEP):
+            self._registry.forget(throttle, now)
+        self._drop_idle(now, SWEEP)
+        self._settle(now)
+
+    def next_wakeup(self) -> int | None:
+        """When `advance` is due, in nanoseconds; in the past: at once; None: not before the next call."""
+        if self._departed:
+            return 0
+        wheels = (
+            self._dispenser.wheel,
+            self._book.wheel,
+            self._adviser.wheel,
+            self._pings,
+            self._registry.leases,
+            self._registry.backoffs,
+            self._registry.forgetting,
+        )
+        return min([due for wheel in wheels if (due := wheel.next_wakeup()) is not None], default=None)
+
+    def take_ready(self) -> list[Session]:
+        ready, self._dispenser.touched = self._dispenser.touched, {}
+        return [session for session in ready if isinstance(session, Session) and session.end is None]
+
+    def take(self, session: Session, now: int, most: int = DELIVERY) -> Output:
+        """What is to be sent to `session`, `most` records of a kind; `now` must not be after the moment of sending.
+
+        What is left (see `Session.parked_records`) is to be asked for again when this is sent.
+        """
+        return session.take(self._dispenser, now, most)
+
+    def take_blocked(self) -> list[Throttle]:
+        """Full throttles that somebody began to wait under: a cached connection with a place there should give way."""
+        throttles, self._book.blocked = list(self._book.blocked), {}
+        return throttles
+
+    def take_admitted(self) -> list[Ticket]:
+        admitted, self._book.admitted = self._book.admitted, []
+        return admitted
+
+    def take_ended(self) -> list[Session]:
+        ended, self._ended = self._ended, []
+        return ended
+
+    def take_notices(self) -> list[Remark]:
+        remarks, self._registry.remarks = self._registry.remarks + self._audit.remarks, []
+        self._audit.remarks = []
+        return remarks
+
+    @property
+    def throttles(self) -> dict[Key, Throttle]:
+        """Those that instances have named, by key; to be read only."""
+        return self._registry.throttles
+
+    @property
+    def unpermitted(self) -> int:
+        """Messages that were sent without a permit."""
+        return self._audit.unpermitted
+
+    def active_throttles(self, now: int) -> int:
+        """Keys with demand, places in use or unexpired debt (which is looked at once a second)."""
+        self._drop_idle(now)  # all of them: a few, since it is done all the time
+        return len(self._active)
+
+    # --- steps ---
+
+    def _drop_idle(self, now: int, most: int | None = None) -> None:
+        """Look at throttles that nobody waits under or uses any more, or whose debt should be paid."""
+        throttles = self._debts.expire(now, most)
+        for idle in (self._dispenser.idle, self._book.idle):
+            while idle and len(throttles) != most:
+                throttles.append(idle.popitem()[0])
+        for throttle in throttles:
+            if not throttle.busy(now):
+                self._active.pop(throttle, None)
+            elif not throttle.in_use() and throttle in self._active:
+                self._debts.arm(throttle, throttle.debt_until())
+
+    def _pardon(self, now: int) -> None:
+        """Messages without a permit are only counted from now on."""
+        for session in self.sessions.values():
+            for flow in session.flows.values():
+                if flow.fine:
+                    flow.want -= flow.fine
+                    flow.fine = flow.balance = 0
+                    self._dispenser.paid.append(flow)
+
+    def _shut(self, flow: Flow) -> bool:
+        """Whether connections of this flow wait for itself."""
+        return flow.paused or (self.enforce and flow.fine > 0)
+
+    def _under(self, source: str, destination: str, flows: tuple[Flow, ...], now: int) -> list[Throttle]:
+        throttles = [throttle for flow in flows for throttle in flow.path.throttles]
+        if self.blocks:
+            throttles += self.blocks.match(source, destination, now)
+        return throttles
+
+    def _ping(self, session: Session, now: int) -> None:
+        """Ping a live session; end one that has not answered for too long."""
+        if session.end is not None:
+            return
+        if now - session.pong_at > DEAD_AFTER:
+            self._end(session, End.SILENT, now)
+            return
+        session.ping_due = now // MICROSECOND
+        self._dispenser.touched[session] = None
+        self._pings.arm(session, now + PING_EVERY)
+
+    def _unpark(self, session: Session, now: int) -> None:
+        if session.parked and session.may_receive(now):
+            self._dispenser.unpark(session, now)
+        self._settle(now)
+
+    def _end(self, session: Session, reason: End, now: int) -> None:
+        if session.end is not None:
+            return
+        session.end = reason
+        session.runs.clear()
+        self._pings.disarm(session)
+        if self.sessions.get(session.name) is session:
+            del self.sessions[session.name]
+        if reason in (End.SILENT, End.FENCED, End.REPLACED):
+            self._ended.append(session)
+        lease = None if reason is End.BYE else session.pong_at + LEASE
+        self._departed.append((iter(session.flows.values()), lease))
+        self._sweep(now)
+        self._settle(now)
+
+    def _sweep(self, now: int) -> None:
+        """Clear away some flows of sessions that ended."""
+        left = SWEEP
+        while self._departed and left:
+            flows, lease = self._departed[0]
+            for flow in flows:
+                self._registry.leave(flow, now, lease)
+                left -= 1
+                if not left:
+                    break
+            else:
+                del self._departed[0]
+
+    def _settle(self, now: int) -> None:
+        """Pass on what one part's work means for another."""
+        paid = self._dispenser.paid
+        while paid:
+            self._book.retry(paid.pop(), now)
+        if self._book.crowded:
+            for throttle in self._book.crowded:
+                self._adviser.crowded(throttle, now)
+            self._book.crowded.clear()
+        if self._adviser.given:
+            for flow in self._adviser.given:
+                session = flow.receiver
+                if flow.cap is not None and isinstance(session, Session):
+                    session.caps[flow.id] = flow.cap[0]
+                    self._dispenser.touched[session] = None
+            self._adviser.given.clear()

@@ -1,0 +1,45 @@
+"""Why a connection that waited did not get in: the sentence, the throttle's name, and when to come back."""
+
+from __future__ import annotations
+
+from proxy.errors import Throttled
+from proxy.throttling.flows import Flow
+from proxy.throttling.places import Ticket
+from proxy.throttling.throttle import SECOND, Throttle
+
+#: When nobody can know when a place comes free, or a pause ends.
+PLACE_RETRY = 10.0
+PAUSE_RETRY = 60.0
+
+
+def refusal(ticket: Ticket, now: int) -> Throttled:
+    """The error for a ticket whose time is up."""
+    blocker = ticket.blocker
+    if isinstance(blocker, Flow):
+        return _held_back(blocker, now)
+    throttle = blocker or ticket.throttles[0]
+    name, source = throttle.key.name, throttle.key.source
+    if throttle.full() or not throttle.counts:
+        used = f"{throttle.used} of {throttle.cap} connections are in use"
+        return Throttled(f"throttle {name} for {source}: {used}; try again in {PLACE_RETRY:.0f} s", name, PLACE_RETRY)
+    seconds = _seconds_to_slot(throttle, now)
+    return Throttled(f"throttle {name} for {source}: next connection in {seconds:.1f} s", name, seconds)
+
+
+def _held_back(flow: Flow, now: int) -> Throttled:
+    throttle = flow.path.throttles[0]
+    name, source = throttle.key.name, throttle.key.source
+    if flow.paused:
+        return Throttled(f"throttle {name} for {source} is paused by this instance", name, PAUSE_RETRY)
+    slowest = max(each.interval for path in flow.path.throttles for each in path.windows) if _limited(flow) else 0
+    seconds = _seconds_to_slot(throttle, now) + flow.fine * slowest / SECOND
+    reason = f"{flow.fine} messages were sent without a permit; try again in {seconds:.1f} s"
+    return Throttled(f"throttle {name} for {source}: {reason}", name, seconds)
+
+
+def _limited(flow: Flow) -> bool:
+    return any(throttle.windows for throttle in flow.path.throttles)
+
+
+def _seconds_to_slot(throttle: Throttle, now: int) -> float:
+    return max(0.0, (throttle.earliest(now) - now) / SECOND)

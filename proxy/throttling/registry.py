@@ -1,0 +1,240 @@
+"""The throttles and paths that instances have named: whose limits are in force, from when and until when.
+
+Makes throttles when a path first names them, reconciles the instances' parts, slows down and returns, and forgets a key
+only when nobody needs it and its debt is paid. Giving out slots and places is left to the two who do that.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from proxy.throttling.dispenser import Dispenser
+from proxy.throttling.flows import Flow, Path, Receiver
+from proxy.throttling.limits import BackoffRule, Part, Stake, Terms
+from proxy.throttling.places import PlaceBook, Places
+from proxy.throttling.throttle import SECOND, TICK, Key, Throttle
+from proxy.throttling.wheel import Wheel
+
+#: Throttles that the paths of a session may name, each counted once for each path; one costs some 1,300 bytes.
+MAX_NAMED = 200_000
+#: Throttles that are known at a time, those of all sessions and those that are remembered for their debt.
+MAX_THROTTLES = 500_000
+MAX_PARTS = 4096
+MAX_FINES = 4096
+
+
+class Notice(enum.StrEnum):
+    """What is worth a line in the log."""
+
+    UNPERMITTED = "unpermitted"
+    BACKOFF = "backoff"
+    MIXED_MODES = "mixed_modes"
+
+
+class Remark(NamedTuple):
+    """A notice; `instance` may be empty where it is nobody's; `detail` is a sentence."""
+
+    notice: Notice
+    instance: str
+    detail: str
+
+
+class Registry:
+    """Throttles by key and paths by their throttles.
+
+    Args:
+        start: when this manager began, in nanoseconds.
+    """
+
+    def __init__(self, start: int, dispenser: Dispenser, book: PlaceBook) -> None:
+        self.throttles: dict[Key, Throttle] = {}
+        self.remarks: list[Remark] = []
+        self.leases: Wheel[tuple[Throttle, str]] = Wheel(SECOND)
+        self.backoffs: Wheel[Throttle] = Wheel(TICK)
+        self.forgetting: Wheel[Throttle] = Wheel(SECOND)
+        self._start = start
+        self._dispenser = dispenser
+        self._book = book
+        self._paths: dict[tuple[Throttle, ...], Path] = {}
+        self._parts: dict[Part, Part] = {}
+        self._fines: dict[tuple[str, tuple[Throttle, ...]], int] = {}
+
+    # --- joining and leaving ---
+
+    def check_room(self, named: int, keys: Sequence[Key]) -> None:
+        """Whether the paths of a session may come to name so many throttles, and there be throttles of these keys.
+
+        Raises:
+            ValueError: says which bound it is, and what to do.
+        """
+        if named > MAX_NAMED:
+            raise ValueError(
+                f"the paths of this session would name more than {MAX_NAMED} throttles, the limit for a session: "
+                "register fewer, or bind an id that is not needed any more to this path"
+            )
+        known = self.throttles
+        if len(known) + len(keys) > MAX_THROTTLES < len(known) + sum(key not in known for key in keys):
+            raise ValueError(
+                f"the proxy would know more than {MAX_THROTTLES} throttles, the limit for all instances together: "
+                "register fewer, or again when others are gone"
+            )
+
+    def throttle(self, key: Key) -> Throttle:
+        throttle = self.throttles.get(key)
+        if throttle is None:
+            throttle = self.throttles[key] = Throttle(key)
+            throttle.terms = Terms()
+        return throttle
+
+    def join(
+        self, receiver: Receiver, id: int, throttles: tuple[Throttle, ...], parts: Iterable[Part], now: int
+    ) -> Flow:
+        """A new flow of `receiver` on the path of these throttles, with its instance's part in each."""
+        path = self._paths.get(throttles)
+        if path is None:
+            path = self._paths[throttles] = Path(throttles)
+        path.refs += 1
+        flow = Flow(receiver, id, path)
+        for throttle, part in zip(throttles, parts, strict=True):
+            terms = _terms(throttle)
+            stake = terms.stake(receiver.name)
+            known = stake is not None and stake.part == part
+            if stake is None:
+                stake = Stake(receiver.name, part)
+                terms.stakes.append(stake)
+            stake.add(flow)
+            if not known:
+                self._restake(throttle, stake, part, now)
+        fine = self._fines.pop((receiver.name, throttles), 0)
+        flow.fine, flow.want, flow.balance = fine, fine, -fine
+        return flow
+
+    def restake(self, flow: Flow, parts: Iterable[Part], now: int) -> None:
+        """The instance's part in each throttle of the flow's path, changed or said again."""
+        for throttle, part in zip(flow.path.throttles, parts, strict=True):
+            stake = _terms(throttle).stake(flow.receiver.name)
+            if stake is not None and stake.part != part:
+                self._restake(throttle, stake, part, now)
+
+    def _restake(self, throttle: Throttle, stake: Stake, part: Part, now: int) -> None:
+        # Instances have few different parts and many throttles: equal ones are kept once.
+        if len(self._parts) >= MAX_PARTS:
+            self._parts.clear()
+        stake.part = self._parts.setdefault(part, part)
+        self.relimit(throttle, now)
+
+    def leave(self, flow: Flow, now: int, lease_until: int | None) -> None:
+        """The flow is over. Its instance's part stays until `lease_until` (None: goes now) unless it comes back."""
+        self._dispenser.withdraw(flow)
+        path, name = flow.path, flow.receiver.name
+        if flow.fine and len(self._fines) < MAX_FINES:
+            self._fines[name, path.throttles] = flow.fine  # a reconnect does not pay it
+        flow.paused, flow.fine = False, 0
+        self._book.retry(flow, now)
+        path.refs -= 1
+        if path.refs == 0:
+            del self._paths[path.throttles]
+        for throttle in path.throttles:
+            stake = _terms(throttle).stake(name)
+            assert stake is not None, "a stake outlives its flows"
+            stake.remove(flow)
+            if lease_until is not None and flow.balance > 0:
+                stake.spare += flow.balance
+            if len(stake) == 0:
+                if lease_until is not None and lease_until > now:
+                    self.leases.arm((throttle, name), lease_until)
+                else:
+                    self.end_lease(throttle, name, now)
+
+    def end_lease(self, throttle: Throttle, name: str, now: int) -> None:
+        """Drop the instance's part, if no flow of it is left."""
+        terms = _terms(throttle)
+        stake = terms.stake(name)
+        if stake is not None and len(stake) == 0:
+            terms.stakes.remove(stake)
+            self.relimit(throttle, now)
+            self.forget(throttle, now)
+
+    def forget(self, throttle: Throttle, now: int) -> None:
+        """Drop a throttle that nobody names, holds or waits for, but not before its debt is paid.
+
+        One that has not given out a slot may go at once: made anew, it would have the debt of a start again.
+        """
+        terms = _terms(throttle)
+        if terms.stakes or throttle.used or throttle.line is not None:
+            return
+        debt = throttle.debt_until() if throttle.taken else 0
+        if debt > now:
+            self.forgetting.arm(throttle, debt)
+        elif self.throttles.get(throttle.key) is throttle:
+            del self.throttles[throttle.key]
+            self._dispenser.wheel.disarm(throttle)
+            self.backoffs.disarm(throttle)
+
+    def released(self, places: Places, now: int) -> None:
+        """Places were given back: throttles that were remembered only for them may go."""
+        for throttle in places.throttles:
+            if throttle.terms is not None and not throttle.terms.stakes:
+                self.forget(throttle, now)
+
+    # --- limits in force ---
+
+    def relimit(self, throttle: Throttle, now: int) -> None:
+        """Put in force what follows from the parts and the backoff, and tell those whom it concerns."""
+        terms = _terms(throttle)
+        slowed, mixed = terms.backoff is not None, terms.mixed
+        effective = terms.effective(now)
+        if terms.mixed and not mixed:
+            self.remarks.append(
+                Remark(
+                    Notice.MIXED_MODES,
+                    "",
+                    f"{throttle.key.name}: instances disagree on sum or average, the lower holds",
+                )
+            )
+        changed = throttle.limit_to(effective.limits, self._start, now)
+        if throttle.cap != effective.places:
+            throttle.cap = effective.places
+            changed = True
+            self._book.pump(throttle, now)
+            self._book.crowded[throttle] = None
+        if terms.backoff is not None:
+            self.backoffs.arm(throttle, terms.backoff.next_change(now))
+        if changed or mixed != terms.mixed or slowed != (terms.backoff is not None):
+            self._dispenser.serve(throttle, now)
+            for flow in terms:
+                self.announce(flow)
+
+    def announce(self, flow: Flow) -> None:
+        """The receiver of `flow` is to be told the limits in force."""
+        flow.receiver.limits[flow] = None
+        self._dispenser.touched[flow.receiver] = None
+
+    def slow_down(self, throttle: Throttle, rule: BackoffRule, name: str, now: int) -> None:
+        """Enter backoff, or stay in it for longer."""
+        terms = _terms(throttle)
+        if terms.backoff is None:
+            self.remarks.append(
+                Remark(Notice.BACKOFF, name, f"{throttle.key.name} for {throttle.key.source} slows down")
+            )
+        terms.enter_backoff(rule, now)
+        for flow in terms:
+            self.announce(flow)
+        self.relimit(throttle, now)
+
+    def stretch(self, path: Path, need: int, now: int) -> None:
+        """Permits of this path need `need` nanoseconds of slack."""
+        for throttle in path.throttles:
+            if throttle.stretch(need, self._start, now):
+                for flow in _terms(throttle):
+                    self._dispenser.forget_slots(flow)
+                    self._dispenser.activate(flow, now)
+                    self.announce(flow)
+
+
+def _terms(throttle: Throttle) -> Terms:
+    terms = throttle.terms
+    assert terms is not None, "throttles of the registry have terms from the start"
+    return terms

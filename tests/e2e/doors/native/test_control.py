@@ -1,0 +1,324 @@
+"""Sessions, frame by frame: what an instance that does odd things gets, and that others do not notice."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import re
+import socket
+import threading
+import time
+
+import pytest
+
+from greenarrow_proxy_client import Limits, Session
+from greenarrow_proxy_client.throttle import ThrottleRejected
+from tests.independent_client import CERT, ERROR, GOAWAY, PING, PONG, Closed, Peer, error_of, frame, pack, session
+from tests.mta import SECOND, Use, check_uses, clock
+from tests.program import SECRET, Proxy
+from tests.waiting import wait_for
+
+REG, DEMAND, RETURN, OUTCOME, BYE, GRANT, CAP, LIMIT, LIST, CACHED = range(0x23, 0x2D)
+SOURCE = "127.0.0.5"
+PLAIN = "listen_tls no\n"
+
+
+@pytest.fixture(scope="module")
+def proxy():
+    with Proxy(PLAIN) as it:
+        yield it
+
+
+class Instance(Peer):
+    """A session that answers pings; `heard`: all other frames so far."""
+
+    def __init__(self, proxy, name, run_id=None):
+        super().__init__(proxy.native, tls=False)
+        self.hello(1, name, run_id or os.urandom(16))
+        self.incarnation = self.prove(SECRET)[1]
+        self.heard = []
+        self.pongs = []
+
+    def tell(self, kind, *fields):
+        self.say(kind, self.incarnation, *fields)
+
+    def ping(self):
+        self.tell(PING, clock() // 1000)
+
+    def register(self, *paths):
+        """(id, name, (amount, seconds, burst) …) each."""
+        self.tell(REG, [[id, SOURCE, [[name, [list(rate) for rate in rates]]]] for id, name, *rates in paths])
+
+    def want(self, id, want, got=0):
+        self.tell(DEMAND, [[id, want, got, want]])
+
+    def next(self, *kinds):
+        """The next frame of these kinds: type, fields, when it came."""
+        while True:
+            kind, fields = self.hear()
+            at = clock()
+            if kind == PING:
+                self.tell(PONG, fields[1], 0)
+            elif kind == PONG:
+                self.pongs.append((at // 1000 - fields[1] - fields[2]) / 1e6)
+            else:
+                self.heard.append((kind, fields))
+            if kind in kinds:
+                return kind, fields, at
+
+    def limit(self):
+        """The first record of the next LIMIT: id, throttles, slack …"""
+        return self.next(LIMIT)[1][1][0]
+
+
+@contextlib.contextmanager
+def instance(proxy, name="a", **more):
+    with Instance(proxy, name, **more) as peer:
+        yield peer
+
+
+def test_a_permit_for_a_message(proxy):
+    with instance(proxy) as a:
+        a.ping()
+        a.register((7, "one", (100, 1, 1)))
+        assert a.limit()[:3] == [7, [[[[100, 1, 1]], 0]], 100_000]
+        a.want(7, 1)
+        _, (_, ping_t, hold, records), at = a.next(GRANT)
+        ((id, n, offset, _),) = records
+        assert (id, n) == (7, 1)
+        assert ping_t + hold <= at // 1000
+        assert offset <= 25_000
+
+
+def test_without_a_ping_there_are_no_permits_and_without_pongs_no_session(proxy):
+    with instance(proxy) as a:
+        a.register((1, "unpinged", (100, 1, 1)))
+        a.limit()
+        a.want(1, 10)
+        for _ in range(3):
+            a.next(PING)
+        assert GRANT not in [kind for kind, _ in a.heard]
+        a.ping()
+        a.next(GRANT)
+        kinds = []
+        with contextlib.suppress(Closed):  # from here on it answers nothing
+            while True:
+                kinds.append(a.hear()[0])
+        assert kinds.count(PING) in (4, 5, 6)
+    proxy.wait_line(r"session is over.*reason=silent")
+
+
+def test_limits_that_do_not_hold_are_refused_path_by_path(proxy):
+    with instance(proxy) as a:
+        bad = [(number, f"{number:03}" + "n" * 252, (10, 60, 10)) for number in range(500)]
+        for at in range(0, 500, 100):
+            a.register(*bad[at : at + 100])
+        a.register((900, "good", (10, 60, 1)), (901, "twice", (10, 60, 1), (20, 60, 1)))
+        a.tell(REG, [[902, "192.0.2.1", [["not ours", []]]]])
+        answers = {}
+        while len(answers) < 503:
+            for id, throttles, *more in a.next(LIMIT)[1][1]:
+                answers[id] = throttles, more[-1] if more else ""
+        assert [id for id, (throttles, _) in answers.items() if throttles] == [900]
+        assert "burst 10 must be smaller" in answers[0][1]
+        assert "two rates" in answers[901][1]
+        assert "192.0.2.1" in answers[902][1]
+
+
+def test_more_windows_than_a_limit_can_tell(proxy):
+    with instance(proxy, "a") as a, instance(proxy, "b") as b:
+        a.register((1, "many", *((1000 * seconds, seconds, 1) for seconds in (1, 2, 3, 4))))
+        a.limit()
+        b.register((1, "many", *((1000 * seconds, seconds, 1) for seconds in (5, 6, 7)), (1, 8, 1)))
+        (rates, _) = b.limit()[1][0]
+        assert len(rates) == 4
+        assert [1, 8, 1] in rates
+
+
+def test_who_does_not_read_is_not_listened_to_and_nobody_else_notices(proxy):
+    with instance(proxy, "deaf") as deaf, Session(proxy.native, SECRET, "b", tls=False) as other:
+        throttle = other.throttle(SOURCE, Limits("others", ((200, 1),)))
+        throttle.wait_until_registered(10)
+        # Limits that do not hold: each is answered with a sentence.
+        paths = [[id, SOURCE, [["x" * 250, [[10, 60, 10]]]]] for id in range(200)]
+        storm = frame(REG, pack([deaf.incarnation, paths])) * 1000
+        deaf.sock.settimeout(1.0)
+        left = memoryview(storm)
+        with contextlib.suppress(TimeoutError):  # of one piece: however slow the machine is, it is stuck in the end
+            while left:
+                left = left[deaf.sock.send(left) :]
+        assert left
+
+        def line():
+            return next(line for line in proxy.status() if "session(deaf)" in line)
+
+        stuck = re.compile(r"forward\(in=16/16 .*back\(in=0/16 out=16/16 buf=\d+\)")
+        wait_for(lambda: stuck.search(line()), 20, "both queues are full")
+        for _ in range(5):
+            throttle.acquire(5)
+        assert other.round_trip < 1.0
+
+
+def test_a_storm_of_registrations_leaves_pings_alone(proxy):
+    _storm(proxy, 10_000)
+
+
+@pytest.mark.slow
+def test_a_storm_of_100_000_registrations_leaves_pings_alone(proxy):
+    _storm(proxy, 100_000)
+
+
+def _storm(proxy, count):
+    """All paths, twice, a thousand unanswered at a time; its own pings and another session's take less than 1 s."""
+    with instance(proxy, "storm") as a, Session(proxy.native, SECRET, "b", tls=False) as other:
+        other.wait_until_up(10)
+        worst = 0.0
+        for _ in range(2):
+            for first in range(0, count, 1000):
+                for at in range(first, first + 1000, 500):
+                    a.register(*((id, f"rule-{id}", (1000, 3600, 1)) for id in range(at, at + 500)))
+                a.ping()
+                answered = 0
+                while answered < 1000:
+                    answered += len(a.next(LIMIT)[1][1])
+                worst = max(worst, other.round_trip)
+        while len(a.pongs) < count // 500:
+            a.next(PONG)
+        assert max(a.pongs) < 1.0
+        assert worst < 1.0
+        a.tell(BYE)
+
+
+@pytest.mark.slow
+def test_a_session_that_names_too_many_throttles_is_told_and_goes_on(proxy):
+    with Session(proxy.native, SECRET, "hoarder", tls=False) as session:
+        limits = [[Limits(f"rule-{path}-{number}", [(1000, 1)]) for number in range(8)] for path in range(25_001)]
+        *throttles, last = [session.throttle(SOURCE, *each) for each in limits[:-1]]
+        assert last.wait_until_registered(120)
+        one_more = session.throttle(SOURCE, *limits[-1])
+        with pytest.raises(ThrottleRejected, match=r"more than 200000 throttles, .*: register fewer"):
+            one_more.wait_until_registered(10)
+        with pytest.raises(ThrottleRejected):
+            one_more.acquire(10)
+        for throttle in (throttles[0], last):
+            assert throttle.acquire(10).usable
+        session.change_limits(last, *(dataclasses.replace(each, rates=[(500, 1)]) for each in limits[-2]))
+        wait_for(lambda: last.effective[7] == ([(500, 1)], 0), what="the new limits")
+
+
+def test_coming_and_going_wins_nothing(proxy):
+    """An MTA that reconnects all the time, with ever new runs or the same, gets no more than the limit."""
+    uses = []
+    paths = {"p": [("flapping", 50, 1, 1)]}
+
+    def visit(run_id):
+        with instance(proxy, f"flap-{run_id}", run_id=bytes([run_id]) * 16) as a:
+            a.ping()
+            a.register((1, "flapping", (50, 1, 1)))
+            slack = a.limit()[2]
+            a.want(1, 1000)
+            _, (_, ping_t, hold, records), at = a.next(GRANT)
+            for _, n, offset, step in records:
+                for number in range(n):
+                    use_by = (ping_t + hold + offset + number * step + slack) * 1000
+                    latest = at + (offset + number * step) * 1000
+                    uses.append(Use("p", latest, use_by - slack * 1000, latest, use_by))
+
+    for number in range(40):
+        visit(number % 3)
+    assert len(uses) >= 40
+    check_uses([use for use in uses if use.at <= use.use_by], paths)
+
+
+def test_a_return_goes_to_who_waits_and_only_once(proxy):
+    """Two instances, 4 a second: what one returns the other gets before its time is over."""
+    with instance(proxy, "a") as a, instance(proxy, "b") as b:
+        for each in (a, b):
+            each.ping()
+            each.register((1, "returned", (4, 1, 1)))
+            each.limit()
+        a.want(1, 1)
+        _, (_, _, _, ((_, _, offset, _),)), at = a.next(GRANT)
+        slot = at + offset * 1000
+        b.want(1, 5)
+        a.tell(RETURN, [[1, 0, 1]])
+        a.tell(RETURN, [[1, 0, 1]])  # nobody holds it
+        _, (_, _, _, ((_, _, offset, _),)), at = b.next(GRANT)
+        assert abs(at + offset * 1000 - slot) < SECOND // 8, "the same slot, not the next, which is 250 ms later"
+        _, (_, _, _, ((_, n, offset, _),)), at = b.next(GRANT)
+        assert n == 1
+        assert at + offset * 1000 - slot > SECOND // 5
+
+
+def test_frames_of_another_incarnation_are_dropped(proxy):
+    with instance(proxy) as a:
+        a.say(REG, a.incarnation ^ 1, [[1, SOURCE, [["ghost", []]]]])
+        a.say(BYE, a.incarnation ^ 1)
+        a.register((2, "real", (10, 1, 1)))
+        assert a.limit()[0] == 2
+
+
+def test_what_is_no_frame_of_a_session_ends_it(proxy):
+    for kind, payload in ((0x10, b"\x90"), (DEMAND, b"\x91\x01"), (GRANT, pack([1, 0, 0, []])), (0x7F, b"")):
+        with instance(proxy) as a:
+            a.sock.sendall(frame(kind, payload))
+            assert error_of(a) == "bad_protocol"
+
+
+def test_goaway_ends_the_permits_at_a_stop():
+    with Proxy(PLAIN + "drain_timeout 3s\n") as proxy, instance(proxy) as a:
+        a.ping()
+        a.register((1, "t", (20, 1, 1)))
+        a.want(1, 1000)
+        a.next(GRANT)
+        with socket.create_connection(proxy.socks5):  # something to wait for
+            proxy.term()
+            a.next(GOAWAY)
+            a.heard.clear()
+            with contextlib.suppress(Closed):
+                while True:
+                    a.next(ERROR)
+        assert GRANT not in [kind for kind, _ in a.heard[1:]]
+
+
+def test_a_name_that_two_machines_fight_for(proxy):
+    """Two clones that do not give up: one of them has the name all the time."""
+    runs = [os.urandom(16), os.urandom(16)]
+    won = [0, 0]
+    stop = time.monotonic() + 1.5
+
+    def fight(number):
+        while time.monotonic() < stop:
+            with (
+                contextlib.suppress(Exception),
+                session(proxy.native, instance="clone", run_id=runs[number], tls=False) as peer,
+            ):
+                won[number] += 1
+                while time.monotonic() < stop:
+                    kind, fields = peer.hear()
+                    if kind == PING:
+                        peer.say(PONG, fields[0], fields[1], 0)
+
+    threads = [threading.Thread(target=fight, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(won) == [1, 1], "the first has it once and never again"
+
+
+def test_list_and_certificates_are_answered(proxy):
+    with Proxy() as tls, session(tls.native) as peer:
+        assert peer.expect(CERT)[1] == [peer.certificate]
+    with instance(proxy) as a:
+        a.tell(LIST, None)
+        assert a.next(CACHED)[1][1:] == [[], False]
+
+
+def test_bye_is_answered_by_closing(proxy):
+    with instance(proxy, "leaves") as a:
+        a.tell(BYE)
+        assert a.closed()
+    proxy.wait_line(r"session is over.*instance=leaves.*reason=bye")
+    wait_for(lambda: not any("session(leaves)" in line for line in proxy.status()))

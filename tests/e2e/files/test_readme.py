@@ -1,0 +1,57 @@
+"""The README's promises that can be run: its configuration, its Python example, its links."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.program import SECRET, Proxy
+from tests.sinks import Sink
+
+ROOT = Path(__file__).resolve().parents[3]
+README = (ROOT / "README.md").read_text()
+
+
+def block(language: str, containing: str) -> str:
+    """The one code block of this language with this text in it."""
+    blocks = re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    (found,) = [text for text in blocks if containing in text]
+    return found
+
+
+def test_the_configuration_is_good(tmp_path: Path) -> None:
+    file = tmp_path / "greenarrow_proxy.conf"
+    # Addresses that this machine has.
+    text = block("", "listen_socks5").replace("10.0.0.1:", "127.0.0.1:").replace("192.0.2.", "127.0.0.")
+    file.write_text(text)
+    file.chmod(0o600)
+    command = [sys.executable, "greenarrow_proxy.py", "--check-config", f"--config-filename={file}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_python_example_sends_mail() -> None:
+    with Sink() as mx, Proxy() as proxy:
+        example = block("python", "Session")
+        for old, new in (
+            ('("10.0.0.1", 807)', repr(proxy.native)),
+            ("0" * 32, SECRET),
+            ('("198.51.100.7", 25)', repr(mx.endpoint)),
+            ("192.0.2.1", "127.0.0.21"),
+        ):
+            assert old in example
+            example = example.replace(old, new)
+        subprocess.run([sys.executable, "-W", "error", "-c", example], cwd=ROOT, check=True, timeout=60)
+        (message,) = mx.messages
+        assert message.peer[0] == "127.0.0.21"
+        assert message.content == b"Subject: hello\r\n\r\nHello.\r\n"
+        assert proxy.wait_line(r"^connection .* outcome=(\w+)")[1] == "kept"
+
+
+def test_links_lead_somewhere() -> None:
+    """Pictures aside: the benchmark draws them."""
+    for document in (ROOT / "README.md", ROOT / "CHANGES.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"(?<!!)\[[^\]]*\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"

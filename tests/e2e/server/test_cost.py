@@ -1,0 +1,153 @@
+"""What a connection costs, counted: system calls a session and a step; what an idle relay holds.
+
+No time is measured here (`bench/` does that): these figures are the same on every machine, and they grow only when the
+data path does more than it did. Who adds a system call on purpose raises the bound, and says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.clients import DOORS, exactly, v2
+from tests.load import Load, Receiver, Session, descriptors
+from tests.peers import missing, program
+from tests.program import Proxy
+from tests.sinks import GREETING
+
+try:
+    from proxy.net import _fastrelay  # noqa: F401
+except ImportError:
+    ENGINES = ["python"]
+else:
+    ENGINES = ["python", "compiled"]
+
+SESSIONS = 40
+EXCHANGES = 20
+RELAYS = 2000
+
+#: Calls of the loop's turns, of signals and of the log: how many sessions share one depends on the load.
+SHARED = {
+    *("epoll_wait", "getpid", "read", "write", "rt_sigreturn", "rt_sigaction"),
+    *("futex", "restart_syscall", "mmap", "munmap", "brk"),
+}
+
+#: System calls of a session that has no mail: 2 accept4 (the second finds nobody), getsockname and ioctl to make a
+#: Python socket of it, epoll_ctl, recvfrom the request; socket, 2 setsockopt, bind, connect, epoll_ctl; the greeting
+#: read and sent; the end read, shutdown, the other end read; 2 close: 19.
+#: SOCKS5 has three requests more, a reply to each of the four, and asks for the port that it tells.
+BOUND = {"proxy_v2": 20, "socks5": 20 + 3 + 4 + 1}
+#: One step one way is a read and a write.
+BOUND_STEP = 2.1
+
+#: Bytes that the process grows by for an idle relay, all that is kept of it included.
+BOUND_MEMORY = {"python": 1800, "compiled": 1300}
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def running(engine: str) -> Proxy:
+    return Proxy("auth_timeout 60s\n", environ={"GREENARROW_PROXY_RELAY": engine})
+
+
+@contextlib.contextmanager
+def traced(proxy: Proxy, tmp_path: Path) -> Iterator[dict[str, int]]:
+    """The system calls of the program within the block, by name; filled in when it ends."""
+    strace = program("strace")
+    report = tmp_path / "calls"
+    command = [strace, "-f", "-c", "-o", str(report), "-p", str(proxy.pid)]
+    tracer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert tracer.stderr is not None
+    try:
+        first = tracer.stderr.readline()
+        if "attached" not in first:
+            missing(f"strace may not look: {first.strip()}")
+        calls: dict[str, int] = {}
+        yield calls
+    finally:
+        tracer.terminate()
+        tracer.wait(10)
+        tracer.stderr.close()
+    for line in report.read_text().splitlines():
+        match = re.fullmatch(r"\s*[\d.]+\s+[\d.]+\s+\d+\s+(\d+)(?:\s+\d+)?\s+(\w+)", line)
+        if match and match[2] != "total" and match[2] not in SHARED:
+            calls[match[2]] = int(match[1])
+
+
+def calls_of_sessions(proxy: Proxy, tmp_path: Path, door: str, exchanges: int) -> dict[str, int]:
+    """What `SESSIONS` sessions one after the other take, each with so many questions and answers."""
+    with Receiver() as receiver, traced(proxy, tmp_path) as calls:
+        for _ in range(SESSIONS):
+            with DOORS[door](proxy, receiver.endpoint, "127.0.0.5") as sock:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                assert exactly(sock, len(GREETING)) == GREETING
+                for _ in range(exchanges):
+                    sock.sendall(b"NOOP\r\n")
+                    assert exactly(sock, 6) == b"NOOP\r\n"
+        proxy.wait_idle()
+    return calls
+
+
+@pytest.mark.parametrize("door", BOUND)
+def test_system_calls_of_a_session_and_of_a_step(engine: str, door: str, tmp_path: Path) -> None:
+    with running(engine) as proxy:
+        bare = calls_of_sessions(proxy, tmp_path, door, 0)
+        talk = calls_of_sessions(proxy, tmp_path, door, EXCHANGES)
+    session = sum(bare.values()) / SESSIONS
+    step = (sum(talk.values()) - sum(bare.values())) / SESSIONS / EXCHANGES / 2
+    print(f"\n{engine}, {door}: {session:.1f} system calls a session, {step:.2f} a step, {bare}")
+    assert session <= BOUND[door], bare
+    assert step <= BOUND_STEP, talk
+
+
+def watches(proxy: Proxy) -> list[int]:
+    """How many descriptors each of the program's epoll descriptors watches, the smallest first."""
+    found = []
+    for entry in Path(f"/proc/{proxy.pid}/fdinfo").iterdir():
+        with contextlib.suppress(OSError):
+            text = entry.read_text()
+            if "anon_inode:[eventpoll]" in os.readlink(f"/proc/{proxy.pid}/fd/{entry.name}"):
+                found.append(text.count("tfd:"))
+    return sorted(found)
+
+
+def test_an_idle_relay_is_two_descriptors_two_watches_and_little_memory(engine: str) -> None:
+    if not descriptors(2 * RELAYS + 1000):
+        missing(f"{RELAYS} relays need a limit of {2 * RELAYS + 1000} descriptors")
+    with Receiver() as receiver, running(engine) as proxy:
+
+        def hold(count: int) -> list[socket.socket]:
+            request = [v2(f"127.0.4.{number % 50 + 1}", receiver.endpoint) for number in range(count)]
+            load = Load((Session(proxy.proxy_protocol, each, len(GREETING), "stay") for each in request), at_once=100)
+            load.run()
+            return load.stayed
+
+        for sock in hold(300):  # the first ones make what all need
+            sock.close()
+        proxy.wait_idle()
+        descriptors_before, watches_before, memory_before = proxy.fds(), watches(proxy), proxy.rss()
+        stayed = hold(RELAYS)
+        descriptors_now, watches_now, memory_now = proxy.fds(), watches(proxy), proxy.rss()
+        for sock in stayed:
+            sock.close()
+        proxy.wait_idle()
+        assert proxy.fds() == descriptors_before
+        assert watches(proxy) == watches_before
+    assert descriptors_now == descriptors_before + 2 * RELAYS
+    # The engine's epoll has two more for each; the loop's own has none, whatever is open.
+    assert sorted(watches_now)[-1] >= 2 * RELAYS
+    assert sum(watches_now) == sum(watches_before) + 2 * RELAYS
+    memory = (memory_now - memory_before) / RELAYS
+    print(f"\n{engine}: {memory:.0f} bytes an idle relay")
+    assert memory <= BOUND_MEMORY[engine]

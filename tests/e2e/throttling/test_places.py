@@ -1,0 +1,282 @@
+"""Connections of instances under limits, and messages without a permit: what the library gets from the program."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import signal
+import threading
+import time
+import urllib.request
+
+import pytest
+
+from greenarrow_proxy_client import Limits, ProxyRefused, Session
+from tests.mx import Mx
+from tests.program import ROOT, SECRET, Proxy
+from tests.waiting import wait_for
+
+SOURCE = "127.0.0.5"
+PLAIN = "listen_tls no\nlisten_status 127.0.0.1:0\n"
+NAME = "mta.example.com"
+
+
+@pytest.fixture(scope="module")
+def mx():
+    with Mx() as it:
+        yield it
+
+
+@pytest.fixture
+def proxy():
+    with Proxy(PLAIN) as it:
+        yield it
+
+
+@contextlib.contextmanager
+def sessions(proxy, *names):
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(Session(proxy.native, SECRET, name, tls=False)) for name in names]
+
+
+def few(session, *names, places=1, **more):
+    """A path of throttles with so many places each."""
+    throttle = session.throttle(SOURCE, *(Limits(name, max_connections=places, **more) for name in names))
+    assert throttle.wait_until_registered(10)
+    return throttle
+
+
+def opens(session, mx, *throttles, deadline=10.0):
+    return session.smtp([mx.endpoint], NAME, throttles=throttles, reuse=False, tls="none", deadline=deadline)
+
+
+class Opening:
+    """An OPEN in a thread; `smtp` when it is through."""
+
+    def __init__(self, *args, **options):
+        self.smtp = None
+        self._thread = threading.Thread(target=self._run, args=args, kwargs=options)
+        self._thread.start()
+
+    def _run(self, *args, **options):
+        self.smtp = opens(*args, **options)
+
+    def result(self):
+        self._thread.join(20)
+        assert self.smtp is not None
+        return self.smtp
+
+
+def waiting(proxy, count):
+    """Until so many connections wait for a place."""
+
+    def look():
+        with urllib.request.urlopen("http://{}:{}/status.json".format(*proxy.door("status")), timeout=10) as answer:
+            return sum(row["waiting"] for row in json.load(answer)["throttles"]) == count
+
+    wait_for(look, what=f"{count} wait")
+
+
+def test_the_refusal_names_the_throttle_and_when_to_come_back(proxy, mx):
+    with sessions(proxy, "a", "b") as (a, b):
+        held = opens(a, mx, few(a, "yahoo"))
+        with pytest.raises(ProxyRefused) as caught:
+            opens(b, mx, few(b, "yahoo"), deadline=0.2)
+        error = caught.value
+        assert (error.code, error.step, error.throttle, error.retry) == ("throttled", "throttle", "yahoo", True)
+        assert error.retry_after == 10
+        held.quit()
+        opens(b, mx, few(b, "yahoo")).quit()
+
+
+def test_all_places_or_none(proxy, mx):
+    """Who waits for `one` does not hold `two` meanwhile."""
+    with sessions(proxy, "a", "b", "c") as (a, b, c):
+        held = opens(a, mx, few(a, "one"))
+        both = Opening(b, mx, few(b, "one", "two"))
+        waiting(proxy, 1)
+        other = opens(c, mx, few(c, "two"))
+        held.quit()
+        assert both.smtp is None
+        other.quit()
+        both.result().quit()
+
+
+def test_the_line_is_fair_among_instances(proxy, mx):
+    """b asks twice before a does: b's first, then a's."""
+    with sessions(proxy, "a", "b", "c") as (a, b, c):
+        mine, yours = few(a, "yahoo"), few(b, "yahoo")
+        held = opens(c, mx, few(c, "yahoo"))
+        openings = []
+        for session, path in ((b, yours), (b, yours), (a, mine)):
+            openings.append(Opening(session, mx, path))
+            waiting(proxy, len(openings))
+        held.quit()
+        for number in (0, 2, 1):
+            openings[number].result().quit()
+
+
+def test_advice_comes_when_places_are_scarce_and_goes_again(proxy, mx):
+    with sessions(proxy, "a", "b") as (a, b):
+        mine, yours = few(a, "yahoo", places=4), few(b, "yahoo", places=4)
+        held = [opens(a, mx, mine) for _ in range(4)]
+        other = Opening(b, mx, yours)
+        wait_for(lambda: mine.cap == 3 and mine.over_cap, what="four places of which b wants one")
+        held.pop().quit()
+        other.result().quit()
+        wait_for(lambda: mine.cap is None, 20, what="nobody waits")
+        for smtp in held:
+            smtp.quit()
+
+
+def test_the_death_of_an_mta_frees_its_places(proxy, mx):
+    with sessions(proxy, "a", "b") as (a, b):
+        held = opens(a, mx, few(a, "yahoo"))
+        other = Opening(b, mx, few(b, "yahoo"))
+        waiting(proxy, 1)
+        held.sock.close()
+        other.result().quit()
+
+
+def test_a_paused_instance_opens_nothing_until_it_says_so(proxy, mx):
+    with sessions(proxy, "a") as (a,):
+        path = few(a, "yahoo", paused=True)
+        with pytest.raises(ProxyRefused) as caught:
+            opens(a, mx, path, deadline=0.2)
+        assert "paused" in str(caught.value)
+        waits = Opening(a, mx, path)
+        waiting(proxy, 1)
+        a.change_limits(path, Limits("yahoo", max_connections=1))
+        waits.result().quit()
+
+
+def test_parts_add_up_and_an_orderly_end_takes_its_part_along(proxy):
+    with sessions(proxy, "a", "b") as (a, b):
+        mine = few(a, "yahoo", places=3, mode="sum")
+        few(b, "yahoo", places=4, mode="sum")
+        wait_for(lambda: mine.effective[0][1] == 7)
+        b.close()
+        wait_for(lambda: mine.effective[0][1] == 3)
+
+
+@pytest.mark.slow
+def test_the_part_of_a_lost_session_stays_for_ten_seconds(proxy):
+    from tests.mta import Mta
+
+    with sessions(proxy, "a") as (a,):
+        mine = a.throttle(SOURCE, Limits("t", ((100, 1),), mode="sum"))
+        with Mta(proxy, "b", {"p": [("t", 50, 1, 1)]}, mode="sum") as other:
+            wait_for(lambda: mine.effective and mine.effective[0][0] == [(150, 1)])
+            other.kill()
+            killed = time.monotonic()
+        wait_for(lambda: mine.effective[0][0] == [(100, 1)], 20)
+        assert time.monotonic() - killed > 8
+
+
+def test_mixed_modes_are_told(proxy):
+    with sessions(proxy, "a", "b") as (a, b):
+        mine = few(a, "yahoo", mode="sum")
+        few(b, "yahoo", mode="average")
+        wait_for(lambda: "disagree" in mine.warning)
+        proxy.wait_line(r"notice=mixed_modes")
+
+
+# -- messages without a permit --
+
+
+def mail(smtp, count=1):
+    for _ in range(count):
+        smtp.sendmail("a@example.com", ["b@example.net"], b"Subject: x\r\n\r\nx\r\n")
+
+
+def rated(session, amount=20, seconds=1):
+    throttle = session.throttle(SOURCE, Limits(f"{amount}/{seconds}s", ((amount, seconds),)))
+    assert throttle.wait_until_registered(10)
+    return throttle
+
+
+def test_messages_with_permits_are_not_held_against_anybody(proxy, mx):
+    with sessions(proxy, "a") as (a,):
+        path = rated(a)
+        smtp = opens(a, mx, path)
+        for _ in range(5):
+            smtp.permit = path.acquire(10)
+            mail(smtp)
+        smtp.quit()
+        proxy.wait_line(r"^connection .*instance=a")
+    assert not proxy.matching("notice=unpermitted")
+
+
+def test_messages_without_a_permit_are_told_once(proxy, mx):
+    with sessions(proxy, "a") as (a,):
+        path = rated(a)
+        for _ in range(2):
+            smtp = opens(a, mx, path)
+            mail(smtp, 3)
+            smtp.quit()
+        line = proxy.wait_line(r"notice=unpermitted").string
+        assert "3 messages without a permit" in line
+        assert "instance=a" in line
+        opens(a, mx, path).quit()
+    assert len(proxy.matching("notice=unpermitted")) == 1
+
+
+def test_enforced_they_are_paid_for_before_the_next_connection(mx):
+    with Proxy(PLAIN + "throttle_enforce yes\n") as proxy, sessions(proxy, "a", "b") as (a, b):
+        path, slow = rated(a), rated(b, 1, 3600)
+        for session, throttle in ((a, path), (b, slow)):
+            smtp = opens(session, mx, throttle)
+            mail(smtp, 3)
+            smtp.quit()
+        wait_for(lambda: len(proxy.matching("notice=unpermitted")) == 2)
+        opens(a, mx, path).quit()  # 20 in a second: paid in no time
+        with pytest.raises(ProxyRefused) as caught:
+            opens(b, mx, slow, deadline=0.3)
+        assert re.search(r"3 messages were sent without a permit; try again in \d+", str(caught.value))
+        waits = Opening(b, mx, slow)
+        waiting(proxy, 1)
+        proxy.hup(PLAIN + "throttle_enforce no\n")
+        waits.result().quit()
+
+
+def test_a_reconnect_in_between_is_not_held_against_the_instance(mx):
+    """The permit is from the old session, its message goes out in the new one."""
+    with Proxy(PLAIN) as proxy, sessions(proxy, "a") as (a,):
+        path = rated(a, 100)
+        path.backlog(ram=1000)
+        assert path.acquire(10)
+        link = a._control._live.link
+        permits = [path.acquire(10) for _ in range(2)]
+        path.backlog()
+        link.close()
+        wait_for(lambda: a._control._live not in (None,) and a._control._live.link is not link)
+        assert path.wait_until_registered(10)
+        smtp = opens(a, mx, path)
+        mail(smtp, len(permits))
+        smtp.quit()
+        proxy.wait_line(r"^connection .*instance=a")
+    assert not proxy.matching("notice=unpermitted")
+
+
+# -- the clock --
+
+
+def test_nothing_on_the_way_asks_for_the_time_of_day():
+    """Whatever happens to the wall clock, no throttle notices: nobody looks at it."""
+    folders = ("proxy/throttling", "proxy/egress", "proxy/doors/native", "greenarrow_proxy_client")
+    files = [file for folder in folders for file in sorted((ROOT / folder).glob("*.py"))]
+    assert len(files) > 35
+    for file in files:
+        source = file.read_text()
+        found = re.findall(r"\btime\.time\b|\btime_ns\b|\bdatetime\b|CLOCK_REALTIME|\blocaltime\b|\bgmtime\b", source)
+        assert not found, (file, found)
+
+
+def test_a_signal_for_the_status_changes_nothing(proxy):
+    with sessions(proxy, "a") as (a,):
+        few(a, "yahoo")
+        manager, session = (line for line in proxy.status() if line.startswith("throttle: "))
+        assert "sessions=1" in manager
+        assert re.search(r"session\(a\).*forward\(in=0/16 out=0/16 buf=0\) back\(in=0/16 out=0/16 buf=0\)", session)
+        proxy.signal(signal.SIGUSR1)

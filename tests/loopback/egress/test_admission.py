@@ -1,0 +1,193 @@
+"""Waiting for a place in a greenlet: woken in order, given up in time, never woken for something else."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import gevent
+import pytest
+
+from proxy.egress.admission import Admission, Client, clock_ns
+from proxy.errors import Throttled
+from proxy.throttling.limits import Part
+from proxy.throttling.manager import Manager
+from proxy.throttling.places import Places
+from proxy.throttling.throttle import SECOND, Key, Limit
+from tests.waiting import wait_for
+
+SOURCE, DESTINATION = "192.0.2.1", "198.51.100.1"
+
+
+@dataclasses.dataclass
+class Block:
+    name: str = "narrow"
+    source: tuple = ()
+    destination: tuple = ()
+    max_concurrent_connections: int = 1
+    max_delivery_rate: tuple = ()
+    wait: float = 30.0
+
+
+class Office(Admission):
+    """An admission with one block; `ways`: connections that give way when asked."""
+
+    def __init__(self, *blocks):
+        self.ways = []
+        super().__init__(Manager(1, clock_ns() - 10_000 * SECOND, blocks=blocks), self._yield)
+
+    def _yield(self, throttle):
+        if not self.ways:
+            return False
+        self.leave(self.ways.pop())
+        return True
+
+    def ask(self, owner="a", seconds=20.0, key=None):
+        return self.enter(owner, 1.0, SOURCE, DESTINATION, (), seconds, key)
+
+    def waits(self, *args, **options):
+        """A greenlet that stands in the line."""
+        size = len(self._waiting)
+        greenlet = gevent.spawn(self.ask, *args, **options)
+        wait_for(lambda: len(self._waiting) > size, pause=gevent.sleep)
+        return greenlet
+
+
+def test_without_a_throttle_nothing_is_asked():
+    office = Office()
+    assert office.ask() is None
+    office.leave(None)
+    assert not office.wanted(None)
+
+
+def test_one_after_the_other():
+    office = Office(Block())
+    held = office.ask("c")
+    greenlets = {owner: office.waits(owner) for owner in ("b", "a")}
+    assert office.wanted(held)
+    for owner in ("b", "a"):
+        office.leave(held)
+        held = greenlets.pop(owner).get(timeout=10)
+        assert isinstance(held, Places)
+        assert all(not other.ready() for other in greenlets.values())
+    office.leave(held)
+    assert not office._waiting
+    assert not office._awaited
+
+
+def test_time_is_up_by_the_shorter_of_client_and_block():
+    for block, seconds in ((Block(wait=0.05), 20.0), (Block(), 0.05), (Block(wait=0.0), 20.0)):
+        office = Office(block)
+        held = office.ask()
+        with pytest.raises(Throttled) as caught:
+            office.ask("b", seconds)
+        assert (caught.value.throttle, caught.value.retry_after) == ("narrow", 10.0)
+        office.leave(held)
+        assert isinstance(office.ask("b"), Places), "who gave up is not in the way"
+
+
+def test_who_is_killed_gives_up_its_turn():
+    office = Office(Block())
+    held = office.ask()
+    first, second = office.waits("b"), office.waits("c")
+    first.kill()
+    office.leave(held)
+    assert isinstance(second.get(timeout=10), Places)
+
+
+def test_admitted_in_the_last_moment_is_admitted():
+    """The timer of one who waits fires after its place came and before it runs: it has the place."""
+    office = Office(Block())
+    held = office.ask()
+    waiting = office.waits("b", 0.05)
+
+    def late():
+        end = clock_ns() + SECOND // 10
+        while clock_ns() < end:  # the loop is busy until after the deadline, and then lets the place go
+            pass
+        office.leave(held)
+
+    gevent.get_hub().loop.run_callback(late)
+    try:
+        places = waiting.get(timeout=10)
+    except Throttled:
+        places = office.ask("b")  # the timer was first: then the place is free
+    assert isinstance(places, Places)
+    office.leave(places)
+    assert isinstance(office.ask("c"), Places)
+
+
+def test_a_wake_up_that_comes_late_wakes_nobody_else():
+    """The greenlet that was to be woken sleeps elsewhere by then: gevent's own waiting must not be disturbed."""
+    office = Office(Block())
+    held = office.ask()
+
+    def ask_and_sleep():
+        with pytest.raises(ZeroDivisionError):
+            office.ask("b")
+        gevent.sleep(0.05)
+        return "slept"
+
+    greenlet = gevent.spawn(ask_and_sleep)
+    wait_for(lambda: office._waiting, pause=gevent.sleep)
+    gevent.get_hub().loop.run_callback(greenlet.throw, ZeroDivisionError)
+    office.leave(held)  # it is to be woken, but by then it waits for something else
+    assert greenlet.get(timeout=10) == "slept"
+
+
+def test_a_cached_connection_gives_way():
+    office = Office(Block())
+    office.ways.append(office.ask("cached"))
+    assert isinstance(office.ask("b"), Places)
+    assert not office.ways
+
+
+def test_a_place_goes_with_its_connection_to_who_wants_just_that():
+    office = Office(Block())
+    held = office.ask("a", key="here")
+    other = office.waits("b", key="there")
+    assert office.awaited("there")
+    assert not office.awaited("here")
+    assert office.pass_on(held, "here") is False
+    held = other.get(timeout=10)
+    same = office.waits("c", key="there")
+    assert office.pass_on(held, "there") is True
+    assert isinstance(same.get(timeout=10), Places)
+
+
+def test_a_rate_lets_in_when_its_time_has_come():
+    office = Office(Block(max_concurrent_connections=0, max_delivery_rate=(Limit(20, 1),)))
+    begin = clock_ns()
+    for _ in range(4):
+        office.leave(office.ask())
+    assert clock_ns() - begin >= 3 * SECOND // 20
+
+
+class Listener(Client):
+    def __init__(self, office, session):
+        self.outputs = []
+        self.reasons = []
+        self._office, self._session = office, session
+        office.clients[session] = self
+
+    def deliver(self):
+        self.outputs.append(self._office.manager.take(self._session, clock_ns()))
+
+    def ended(self, reason):
+        self.reasons.append(reason)
+
+
+def test_the_timer_rings_for_whoever_is_due():
+    """Slots come at their time, pings each second; a silent session is ended, all by one timer."""
+    office = Office()
+    manager = office.manager
+    session = manager.hello("a", b"run", "host", 1.0, clock_ns())
+    listener = Listener(office, session)
+    manager.ping(session, 1, clock_ns())
+    manager.register(session, 1, [(Key(SOURCE, "t"), Part((Limit(50, 1),)))], clock_ns())
+    manager.demand(session, 1, 10, 0, 0, 0, 0, clock_ns())
+    office.settle()
+    granted = lambda: sum(grant.n for output in listener.outputs for grant in output.grants)  # noqa: E731
+    wait_for(lambda: granted() == 10, pause=gevent.sleep)
+    assert any(output.ping is not None for output in listener.outputs)
+    wait_for(lambda: listener.reasons == ["silent"], 10, pause=gevent.sleep)
+    assert office.clients == {}

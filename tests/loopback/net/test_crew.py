@@ -1,0 +1,83 @@
+"""Pooled greenlets: work starts at once or in the next turn, and nothing wakes an idle one by mistake."""
+
+from __future__ import annotations
+
+import os
+
+import gevent
+from gevent import get_hub, getcurrent
+
+from proxy.net.crew import Crew, let_others_run
+
+
+def test_from_a_greenlet_work_starts_in_the_hubs_next_turn_and_the_caller_goes_on() -> None:
+    crew, order = Crew(), []
+    crew.run(order.append, "work")
+    order.append("caller")
+    gevent.sleep(0)
+    assert order == ["caller", "work"]
+
+
+def test_from_the_hub_work_starts_at_once() -> None:
+    crew, order = Crew(), []
+
+    def callback() -> None:
+        crew.run(order.append, "work")
+        order.append("callback")
+
+    get_hub().loop.run_callback(callback)
+    gevent.sleep(0)
+    assert order == ["work", "callback"]
+
+
+def test_greenlets_are_used_again() -> None:
+    crew, seen = Crew(), []
+    for _ in range(3):
+        crew.run(lambda: seen.append(getcurrent()))
+        gevent.sleep(0)
+    assert len(set(map(id, seen))) == 1
+
+
+def test_a_wake_up_meant_for_a_former_life_is_ignored() -> None:
+    crew, wakers, done = Crew(), [], []
+    crew.run(lambda: wakers.append(getcurrent().switch))
+    gevent.sleep(0)
+    for stale in ((), (0,), (1, 2)):
+        get_hub().loop.run_callback(wakers[0], *stale)
+        gevent.sleep(0)
+    crew.run(done.append, "still works")
+    gevent.sleep(0)
+    assert done == ["still works"]
+    assert crew.busy == 0
+
+
+def test_work_that_raises_is_told_and_costs_nobody_else(monkeypatch) -> None:
+    crew, told, done = Crew(), [], []
+    monkeypatch.setattr(type(get_hub()), "handle_error", lambda self, context, *error: told.append(error[1]))
+    crew.run(lambda: 1 / 0)
+    gevent.sleep(0)
+    crew.run(done.append, "next")
+    gevent.sleep(0)
+    assert [type(error) for error in told] == [ZeroDivisionError]
+    assert done == ["next"]
+
+
+def test_a_turn_for_others_is_one_for_sockets_too() -> None:
+    """Whoever has much to do and lets others run between two steps keeps a socket waiting for two steps at most."""
+    hub = get_hub()
+    seen: list[bool] = []
+    read_end, write_end = os.pipe()
+    watcher = hub.loop.io(read_end, 1)
+    watcher.start(lambda: (seen.append(True), watcher.stop()))
+    try:
+        for _ in range(3):
+            let_others_run()
+        assert not seen
+        os.write(write_end, b"!")
+        for _ in range(3):
+            let_others_run()
+        assert seen
+    finally:
+        watcher.close()
+        os.close(read_end)
+        os.close(write_end)

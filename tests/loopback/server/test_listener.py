@@ -1,0 +1,181 @@
+"""The listening socket: errors name a remedy, accepting survives every error, accepted sockets have their options."""
+
+import errno
+import gc
+import socket
+from unittest import mock
+
+import gevent
+import pytest
+
+from proxy.model import Endpoint
+from proxy.server import listener as listener_module
+from proxy.server.listener import Listener, ListenError, endpoint_of, open_socket
+from proxy.services import Door
+from tests.loopback.net.relays import open_descriptors, until
+
+ANY = Endpoint("127.0.0.1", 0)
+
+
+class Opened:
+    """A running listener that remembers what it accepted and what failed."""
+
+    def __init__(self, endpoint=ANY):
+        sock = open_socket(endpoint)
+        self.endpoint = endpoint_of(sock)
+        self.accepted = []
+        self.errors = []
+        self.listener = Listener(sock, Door("socks5", self.endpoint), self._admit, self._failed)
+        self.listener.set_options(60.0)
+        self.listener.start()
+
+    def _admit(self, listener, sock, address):
+        assert listener is self.listener
+        self.accepted.append((sock, address))
+
+    def _failed(self, listener, error):
+        assert listener is self.listener
+        self.errors.append(error.errno)
+
+    def close(self):
+        self.listener.close()
+        for sock, _ in self.accepted:
+            sock.close()
+
+
+@pytest.fixture
+def opened():
+    opened = Opened()
+    yield opened
+    opened.close()
+
+
+def dial(opened):
+    return socket.create_connection(opened.endpoint, 10)
+
+
+def test_accepted_sockets_are_raw_non_blocking_and_inherit_their_options(opened):
+    with dial(opened) as client:
+        until(lambda: opened.accepted, what="accepted")
+        sock, address = opened.accepted[0]
+        assert type(sock) is listener_module.RawSocket
+        assert address == client.getsockname()
+        with pytest.raises(BlockingIOError):
+            sock.recv(1)
+        options = [
+            (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+            (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+            (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+            (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 60_000),
+        ]
+        assert [sock.getsockopt(level, name) for level, name, _ in options] == [value for _, _, value in options]
+
+
+def test_a_burst_is_accepted_completely(opened):
+    clients = [dial(opened) for _ in range(300)]
+    until(lambda: len(opened.accepted) == 300, what="300 accepted")
+    for client in clients:
+        client.close()
+
+
+def test_ipv6_listeners_do_not_serve_ipv4():
+    six = Opened(Endpoint("::", 0))
+    try:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", six.endpoint.port), 10)
+        with socket.create_connection(("::1", six.endpoint.port), 10):
+            until(lambda: six.accepted, what="accepted")
+    finally:
+        six.close()
+
+
+# -- what cannot be listened on
+
+
+def test_a_taken_address(opened):
+    with pytest.raises(ListenError, match=f"cannot listen on {opened.endpoint}: Address already in use; 'ss -ltnp"):
+        open_socket(opened.endpoint)
+
+
+def test_a_foreign_address():
+    with pytest.raises(ListenError, match=r"192\.0\.2\.1:0: Cannot assign .*no interface of this machine has 192"):
+        open_socket(Endpoint("192.0.2.1", 0))
+
+
+def test_errors_leave_no_descriptor_behind(opened):
+    gc.collect()
+    before = open_descriptors()
+    for endpoint in (opened.endpoint, Endpoint("192.0.2.1", 0), Endpoint("2001:db8::1", 0)):
+        with pytest.raises(ListenError):
+            open_socket(endpoint)
+    assert open_descriptors() == before
+
+
+# -- accept errors
+
+
+class Failing:
+    """In the place of the listening socket: `_accept` raises these errors first."""
+
+    def __init__(self, real, errors):
+        self._real = real
+        self._errors = list(errors)
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+    def _accept(self):
+        if self._errors:
+            raise OSError(self._errors.pop(0), "mocked")
+        return self._real._accept()
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENETDOWN, errno.EIO])
+def test_it_backs_off_and_goes_on(opened, number, capfd):
+    opened.listener.socket = Failing(opened.listener.socket, [number] * 3)
+    with dial(opened):
+        until(lambda: opened.accepted, what="accepted in the end")
+    assert opened.errors == [number] * 3
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EPROTO, errno.EPERM])
+def test_an_error_of_one_connection_costs_nobody_a_moment(opened, number):
+    opened.listener.socket = Failing(opened.listener.socket, [number] * 3)
+    with dial(opened):
+        until(lambda: opened.accepted, what="accepted")
+    assert opened.errors == []
+
+
+def test_each_pause_is_longer_until_an_accept_succeeds(opened):
+    """Constant short pauses would write a hundred error lines a second."""
+    pauses = []
+    real_timer = opened.listener.loop.timer
+
+    def timer(after, *more):
+        pauses.append(round(after, 3))
+        return real_timer(0.0, *more)
+
+    opened.listener.socket = Failing(opened.listener.socket, [errno.EMFILE] * 9)
+    with mock.patch.object(opened.listener, "loop", mock.Mock(wraps=opened.listener.loop, timer=timer)):
+        with dial(opened):
+            until(lambda: opened.accepted, what="accepted")
+        assert pauses == [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1, 1]
+        opened.listener.socket._errors.append(errno.EMFILE)
+        with dial(opened):
+            until(lambda: len(opened.accepted) == 2, what="accepted")
+        assert pauses[9:] == [0.01]
+
+
+def test_closed_while_it_backs_off(opened):
+    """The timer must not open it again."""
+    opened.listener.socket = Failing(opened.listener.socket, [errno.EMFILE] * 1000)
+    with dial(opened):
+        until(lambda: opened.errors, what="an error")
+        opened.listener.close()
+        count = len(opened.errors)
+        gevent.sleep(0.05)
+        assert len(opened.errors) == count
+    assert opened.accepted == []

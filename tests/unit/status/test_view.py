@@ -1,0 +1,373 @@
+"""The operator's view against a manager and a pool whose state is known: every figure, every bound, every step."""
+
+from __future__ import annotations
+
+import ipaddress
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+
+from proxy.egress.pool import Entry, Pool, PoolKey
+from proxy.model import Discard, Endpoint, TlsMode
+from proxy.settings import Rate as BlockRate
+from proxy.settings import ThrottleSettings
+from proxy.stats import Backlog, Counters, Flow, ManagerFigures, SessionFigures, Snapshot
+from proxy.status.rows import Connections, ListenerRow, Overview, Program, Rate, Status, ThrottleRow, next_slot
+from proxy.status.view import MOST_INSTANCES, MOST_KEYS, MOST_SESSIONS, SAMPLE, STEP, Meter, Sources, overview, survey
+from proxy.throttling.limits import BackoffRule, Mode, Part
+from proxy.throttling.manager import Manager
+from proxy.throttling.places import Places, Ticket
+from proxy.throttling.throttle import SECOND, Key, Limit
+
+SOURCE = "192.0.2.1"
+KEY = Key(SOURCE, "yahoo")
+POOL = SimpleNamespace(
+    reuse_connections=True,
+    reuse_connections_max_idle=1000.0,
+    reuse_connections_max_age=1000.0,
+    reuse_connections_max_messages=1000,
+    reuse_connections_max_cached=100_000,
+    reuse_connections_max_cached_per_destination=100_000,
+)
+
+
+def run(steps):
+    """The result, and how many times the work stopped to let others run."""
+    count = 0
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return done.value, count
+        count += 1
+
+
+class House:
+    """A manager long after its start, an empty pool, and a view of them."""
+
+    def __init__(self, blocks=()):
+        self.now = 100_000 * SECOND
+        self.manager = Manager(7, self.now - 50_000 * SECOND, blocks=blocks)
+        self.pool = Pool(POOL)
+        self.counters = Counters()
+        self.meter = Meter()
+        self.figures = ()
+
+    def session(self, name, *parts, id=0):
+        session = self.manager.hello(name, b"1", f"{name}.example", 1.0, self.now)
+        self.manager.ping(session, self.now // 1000, self.now)
+        for number, (key, part) in enumerate(parts, id):
+            self.manager.register(session, number, [(key, part)], self.now)
+        return session
+
+    def open(self, session, id=0, destination="198.51.100.1"):
+        flows = self.manager.flows(session, [id])
+        return self.manager.admit(session.name, 1.0, SOURCE, destination, flows, self.now)
+
+    def sources(self):
+        return Sources(
+            Program("1.2", "0543b19c", 5.0, "python"),
+            [ListenerRow("127.0.0.1:807", "native", 2)],
+            Connections(2, 100, 0, 0, 1, 3, 0),
+            self.counters,
+            Snapshot((), ManagerFigures("0543b19c", 1, tuple(self.figures)), 3, 0),
+            self.manager,
+            self.pool,
+        )
+
+    def view(self, most=500) -> Status:
+        view, _ = run(survey(self.sources(), self.meter, 500.0, self.now, most))
+        # What is shown survives the wire; equality holds field by field.
+        assert msgspec.json.decode(msgspec.json.encode(view), type=Status) == view
+        return view
+
+    def throttle(self, name="yahoo") -> ThrottleRow:
+        (row,) = [row for row in self.view().throttles if row.name == name]
+        return row
+
+
+def block(name, places=0, *rates):
+    return ThrottleSettings(
+        name=name,
+        source=(),
+        destination=(ipaddress.ip_network("198.51.100.0/24"),),
+        max_concurrent_connections=places,
+        max_delivery_rate=tuple(BlockRate(*rate) for rate in rates),
+        wait=20.0,
+    )
+
+
+def hourly(amount, places=0, mode=Mode.AVERAGE, **more):
+    return Part((Limit(amount, 3600),), places, mode, **more)
+
+
+# --- throttles ---
+
+
+@pytest.mark.parametrize(
+    ("parts", "how", "limits", "places"),
+    [
+        ([hourly(100, 5)], "one instance", [Rate(100, 3600)], 5),
+        ([hourly(100, 4), hourly(300, 8)], "average of 2", [Rate(200, 3600)], 6),
+        ([hourly(100, 4, Mode.SUM), hourly(300, 8, Mode.SUM)], "sum of 2", [Rate(400, 3600)], 12),
+        ([hourly(100, 4, Mode.SUM), hourly(300)], "lower of sum (1) and average (1)", [Rate(100, 3600)], 4),
+        ([hourly(100, paused=True), hourly(300)], "one instance, 1 paused", [Rate(300, 3600)], None),
+        ([Part()], "one instance", [], None),
+    ],
+)
+def test_limits_in_force_and_how_they_came_about(parts, how, limits, places):
+    house = House()
+    for number, part in enumerate(parts):
+        house.session(f"mta-{number}", (KEY, part))
+    row = house.throttle()
+    assert (row.source, row.kind, row.reconciled, row.limits, row.places) == (SOURCE, "instances", how, limits, places)
+    for instance, part in zip(row.instances, parts, strict=True):
+        assert instance.limits == [Rate(*limit) for limit in part.limits]
+        assert (instance.places or 0, instance.mode, instance.paused) == (part.places, part.mode, part.paused)
+        assert instance.connected
+
+
+def test_places_lines_shares_and_demand_of_each_instance():
+    house = House()
+    one, two = (house.session(name, (KEY, hourly(3600, 4))) for name in ("a", "b"))
+    held = [house.open(one) for _ in range(4)]
+    waiting = [house.open(two) for _ in range(3)]
+    assert all(isinstance(each, Places) for each in held)
+    assert all(isinstance(each, Ticket) for each in waiting)
+    house.manager.demand(two, 0, 10, 0, 10, 0, 0, house.now)
+    house.now += SECOND // 10
+    house.manager.advance(house.now)
+    row = house.throttle()
+    granted = row.taken
+    assert granted >= 1
+    assert (row.used, row.places, row.place_use, row.waiting, row.demand) == (4, 4, 1.0, 3, 10 - granted)
+    a, b = row.instances
+    assert (a.name, a.used, a.waiting, a.share, a.demand) == ("a", 4, 0, 2, 0)
+    assert (b.name, b.used, b.waiting, b.share, b.demand) == ("b", 0, 3, 2, 10 - granted)
+    assert 0 < row.next_slot <= 1.1
+    house.manager.release(held[0], house.now)
+    row = house.throttle()
+    assert [(each.used, each.waiting) for each in row.instances] == [(3, 0), (1, 2)]
+
+
+def test_a_paused_instance_and_the_requests_that_wait_for_it():
+    house = House()
+    session = house.session("a", (KEY, hourly(100, paused=True)))
+    assert isinstance(house.open(session), Ticket)
+    row = house.throttle()
+    assert (row.state, row.reconciled, row.waiting) == ("paused", "no instance, 1 paused", 1)
+    assert (row.instances[0].paused, row.instances[0].waiting) == (True, 1)
+
+
+def test_an_instance_that_is_gone_is_shown_as_long_as_its_part_counts():
+    house = House()
+    stays = house.session("a", (KEY, hourly(100)))
+    gone = house.session("b", (KEY, hourly(300)))
+    house.manager.lost(gone, house.now)
+    row = house.throttle()
+    assert [(each.name, each.connected) for each in row.instances] == [("a", True), ("b", False)]
+    assert row.reconciled == "average of 2"
+    house.now += 12 * SECOND
+    stays.pong_at = house.now
+    house.manager.advance(house.now)
+    assert [each.name for each in house.throttle().instances] == ["a"]
+
+
+def test_backoff_and_the_way_back():
+    house = House()
+    session = house.session("a", (KEY, hourly(1000, backoff=BackoffRule(50, None, 60 * SECOND))))
+    house.manager.outcome(session, 0, 0, 1, 0, True, house.now)
+    house.now += 10 * SECOND
+    row = house.throttle()
+    assert (row.state, row.backoff, row.limits) == ("backoff", 50.0, [Rate(500, 3600)])
+    house.now += 60 * SECOND
+    assert house.throttle().state == "rising"
+
+
+def test_the_proxys_own_throttles():
+    house = House([block("big", 2, (60, 60))])
+    places = house.manager.admit("10.0.0.1", 1.0, SOURCE, "198.51.100.9", (), house.now)
+    assert isinstance(places, Places)
+    assert isinstance(house.manager.admit("10.0.0.2", 1.0, SOURCE, "198.51.100.9", (), house.now), Ticket)
+    row = house.throttle("big")
+    assert (row.kind, row.reconciled, row.limits, row.places) == ("proxy", "throttle block", [Rate(60, 60)], 2)
+    assert (row.used, row.waiting, row.taken) == (1, 1, 1)
+    assert [(each.name, each.used, each.waiting) for each in row.instances] == [("10.0.0.1", 1, 0), ("10.0.0.2", 0, 1)]
+    assert row.instances[0].mode == ""
+
+
+def test_use_of_a_rate_is_that_of_the_last_minute_or_two():
+    house = House()
+    session = house.session("a", (KEY, hourly(3600)))
+    assert house.throttle().rate_use is None, "nothing to compare with"
+    granted = 0
+    for _ in range(60):
+        house.manager.demand(session, 0, 10, granted, 10, 0, 0, house.now)
+        house.now += SECOND
+        house.manager.advance(house.now)
+        house.manager.ping(session, house.now // 1000, house.now)
+        session.pong_at = house.now
+        granted += sum(grant.n for grant in house.manager.take(session, house.now).grants)
+    assert house.throttle().rate_use == pytest.approx(1.0, abs=0.05)
+    house.manager.demand(session, 0, 0, granted, 0, 0, 0, house.now)
+    house.now += SAMPLE - SECOND
+    assert house.throttle().rate_use == pytest.approx(0.5, abs=0.05)
+    house.now += SECOND
+    assert house.throttle().rate_use == 0.0
+
+
+def test_without_a_rate_there_is_no_next_slot():
+    house = House()
+    house.session("a", (KEY, Part((), 5)), (Key(SOURCE, "free"), Part()), (Key(SOURCE, "slow"), hourly(60)))
+    assert (house.throttle().next_slot, next_slot(house.throttle())) == (None, "")
+    assert (house.throttle("slow").next_slot, next_slot(house.throttle("slow"))) == (0.0, "now")
+    assert house.throttle("free").rate_use is None
+
+
+# --- bounds and order ---
+
+
+def test_who_is_waited_for_comes_first_then_the_busiest_and_the_rest_is_counted():
+    house = House()
+    keys = [Key(SOURCE, f"rule-{number:04}") for number in range(3 * STEP)]
+    session = house.session("a", *[(key, hourly(100, 2)) for key in keys])
+    opened = [house.open(session, 700) for _ in range(5)], [house.open(session, 3), house.open(session, 3)]
+    assert opened
+    house.open(session, 1400)
+    view = house.view(most=4)
+    assert [row.name for row in view.throttles[:3]] == ["rule-0700", "rule-0003", "rule-1400"]
+    assert (len(view.throttles), view.throttles_left_out) == (4, 3 * STEP - 4)
+    assert view.manager.known == 3 * STEP
+    assert house.view(most=10_000).throttles_left_out == 0
+
+
+def test_equals_keep_an_order_so_that_the_page_does_not_jump():
+    house = House()
+    house.session("a", *[(Key(SOURCE, f"rule-{number}"), hourly(100)) for number in range(50)])
+    assert [row.name for row in house.view().throttles] == [f"rule-{number}" for number in range(50)]
+
+
+def test_the_work_stops_often_and_lets_the_world_change():
+    house = House()
+    count = 5 * STEP
+    session = house.session("a", *[(Key(SOURCE, f"rule-{number}"), hourly(100)) for number in range(count)])
+    steps = survey(house.sources(), house.meter, 500.0, house.now)
+    next(steps)
+    house.manager.bye(session, house.now)
+    for _ in range(count // 100 + 1):
+        house.manager.advance(house.now)
+    view, stops = run(steps)
+    assert stops >= count / STEP
+    assert view.throttles_left_out == count - len(view.throttles)
+    assert house.view().throttles == []
+
+
+def test_a_throttle_with_very_many_flows_is_added_up_in_steps():
+    house = House()
+    session = house.session("a")
+    for number in range(3 * STEP):
+        house.manager.register(session, number, [(KEY, hourly(100)), (Key(SOURCE, f"r{number}"), Part())], house.now)
+        house.manager.demand(session, number, 2, 0, 2, 0, 0, house.now)
+    view, stops = run(survey(house.sources(), house.meter, 500.0, house.now, most=1))
+    (row,) = view.throttles
+    assert row.demand == 2 * 3 * STEP - row.taken
+    assert stops >= 3 + 3
+
+
+def test_only_so_many_instances_of_a_throttle_are_listed_but_all_count():
+    house = House([block("big", 0)])
+    for number in range(MOST_INSTANCES + 7):
+        house.manager.admit(f"10.0.0.{number}", 1.0, SOURCE, "198.51.100.9", (), house.now)
+    row = house.throttle("big")
+    assert (row.used, len(row.instances), row.instances_left_out) == (MOST_INSTANCES + 7, MOST_INSTANCES, 7)
+
+
+# --- the rest ---
+
+
+def test_sessions_with_queues_and_what_was_sent_without_a_permit():
+    house = House()
+    session = house.session("a", (KEY, hourly(100)), (Key(SOURCE, "b"), hourly(100)))
+    session.unpermitted = 3
+    house.figures = (
+        SessionFigures("a", 65.0, 0.00025, 1.0, Backlog(5, 1, 2), Flow(1, 2, 3), Flow(4, 5, 6)),
+        SessionFigures("gone", 1.0, 0.0, 0.0),
+    )
+    view = house.view()
+    row, other = view.sessions
+    assert (row.name, row.address, row.connected, row.ping, row.ping_age) == ("a", "a.example", 65.0, 0.00025, 1.0)
+    assert (row.ram, row.bounce, row.disk, row.paths, row.without_permit) == (5, 1, 2, 2, 3)
+    assert (row.forward.entering, row.forward.leaving, row.back.parked) == (1, 2, 6)
+    assert (other.name, other.address, other.paths) == ("gone", "", 0)
+    assert (view.manager.ram, view.manager.bounce, view.manager.disk) == (5, 1, 2)
+    house.figures = [SessionFigures(str(number), 1.0, 0.0, 0.0) for number in range(MOST_SESSIONS + 2)]
+    view = house.view()
+    assert (len(view.sessions), view.sessions_left_out, view.manager.sessions) == (MOST_SESSIONS, 2, MOST_SESSIONS + 2)
+
+
+def cached(number, destination="198.51.100.1", tenant="", opened_at=400.0):
+    key = PoolKey(SOURCE, Endpoint(destination, 25), "mta.example.com", TlsMode.REQUIRED, "mx", "dane", tenant=tenant)
+    return Entry(number, key, opened_at, messages=2)
+
+
+def test_the_pool_by_key_with_ages_reasons_and_ratio():
+    house = House()
+    house.counters.reused, house.counters.fresh = 1, 3
+    house.pool.offer(cached(1, opened_at=400.0), 440.0)
+    house.pool.offer(cached(2, opened_at=450.0), 460.0)
+    house.pool.offer(cached(3, "198.51.100.2", tenant="user@example.com"), 480.0)
+    house.pool.decline(Discard.NOT_OFFERED)
+    assert house.pool.take(cached(3, "198.51.100.2", tenant="user@example.com").key, 490.0).entry
+    assert not house.pool.take(cached(3, "198.51.100.3").key, 490.0).entry
+    house.pool.offer(cached(4, "198.51.100.2", tenant="user@example.com"), 495.0)
+    view = house.view()
+    pool = view.pool
+    assert (pool.held, pool.offered, pool.hits, pool.misses, pool.reuse_ratio) == (3, 5, 1, 1, 0.25)
+    assert pool.discards == {"not_offered": 1}
+    assert (pool.oldest, pool.longest_idle, pool.mean_age) == (100.0, 60.0, pytest.approx(250 / 3))
+    first, second = pool.keys
+    assert (first.source, first.destination, first.tls, first.tls_server_name) == (
+        *(SOURCE, "198.51.100.1:25", "required", "mx"),
+    )
+    assert (first.connections, first.messages, first.oldest, first.idle, first.tenant) == (2, 4, 100.0, 60.0, False)
+    assert (second.connections, second.tenant) == (1, True)
+    assert b"user@example" not in msgspec.json.encode(view), "a tenant may be a user's name"
+
+
+def test_many_cached_connections_are_looked_at_in_steps_and_listed_in_part():
+    house = House()
+    for number in range(3 * STEP):
+        house.pool.offer(cached(number, f"198.51.{number // 250}.{number % 250}"), 450.0)
+    view, stops = run(overview(house.sources(), 500.0))
+    assert (view.pool.held, len(view.pool.keys), view.pool.keys_left_out) == (3 * STEP, MOST_KEYS, 3 * STEP - MOST_KEYS)
+    assert stops >= 3
+
+
+def test_nothing_yet():
+    view, _ = run(overview(House().sources(), 500.0))
+    assert isinstance(view, Overview)
+    assert (view.pool.reuse_ratio, view.pool.oldest, view.pool.keys, view.sessions) == (None, 0.0, [], [])
+
+
+def test_every_counter_is_shown():
+    house = House()
+    house.counters.accepted.count("socks5")
+    house.counters.bytes_up = 7
+    counters = house.view().counters
+    assert counters.keys() == {*Counters.__slots__, "messages_without_permit"}
+    assert (counters["accepted"], counters["bytes_up"]) == ({"socks5": 1}, 7)
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [
+        (Rate(1000, 3600), "1000/hr"),
+        (Rate(50, 60), "50/min"),
+        (Rate(10, 1, 3), "10/s (burst 3)"),
+        (Rate(7, 86400), "7/day"),
+        (Rate(9, 600), "9/600s"),
+    ],
+)
+def test_how_a_rate_is_spelled(rate, text):
+    assert str(rate) == text
