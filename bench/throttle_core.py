@@ -14,9 +14,9 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from proxy.throttling.flows import Places, Ticket
 from proxy.throttling.limits import Part
 from proxy.throttling.manager import Manager
-from proxy.throttling.places import Places, Ticket
 from proxy.throttling.session import Session
 from proxy.throttling.throttle import SECOND, Key, Limit
 

@@ -45,7 +45,7 @@ from proxy.policy.budget import SLOW_ANSWER
 from proxy.protocols.proxy_protocol import ProxyProtocol
 from proxy.protocols.socks5 import Socks5
 from proxy.services import Door, Services, numbers
-from proxy.throttling.places import Places
+from proxy.throttling.flows import Places
 
 #: A KumoMTA gives up 60 s after its request; the answer must be there before, waiting included.
 ANSWER_WITHIN = 50.0

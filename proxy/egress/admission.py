@@ -15,11 +15,9 @@ from typing import Any
 from gevent import Timeout, get_hub, getcurrent
 
 from proxy.log import lines as log
-from proxy.throttling.flows import Flow
+from proxy.throttling.flows import Flow, Places, Throttle, Ticket
 from proxy.throttling.manager import Manager
-from proxy.throttling.places import Places, Ticket
 from proxy.throttling.session import End, Session
-from proxy.throttling.throttle import Throttle
 
 _NANOSECONDS = 1_000_000_000
 

@@ -27,8 +27,7 @@ from proxy.net.crew import Crew
 from proxy.net.relay import Engine
 from proxy.protocols.smtp.dialogue import Quit, Rset
 from proxy.stats import Counters
-from proxy.throttling.places import Places
-from proxy.throttling.throttle import Throttle
+from proxy.throttling.flows import Places, Throttle
 
 #: Seconds for the 250 to RSET, and for the 221 to QUIT.
 _RSET_SECONDS = 10.0

@@ -25,7 +25,7 @@ from proxy.net.conversation import receive, send_all
 from proxy.net.relay import Engine, keep_alive
 from proxy.net.tls import PlainStream, Stream, TlsStream
 from proxy.protocols.smtp.dialogue import ClientDialogue, Then, mailmax
-from proxy.throttling.places import Places
+from proxy.throttling.flows import Places
 
 
 class Wish(NamedTuple):

@@ -28,9 +28,10 @@ from proxy.status.rows import (
     Status,
     ThrottleRow,
 )
-from proxy.throttling.limits import Mode, Part, Stake
+from proxy.throttling.flows import Stake, Throttle
+from proxy.throttling.limits import Mode, Part
 from proxy.throttling.manager import Manager
-from proxy.throttling.throttle import SECOND, Limit, Throttle
+from proxy.throttling.throttle import SECOND, Limit
 
 MOST_THROTTLES = 500
 MOST_INSTANCES = 20

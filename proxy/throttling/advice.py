@@ -6,9 +6,9 @@ gives back at its next message boundary; one that does not comes last in every l
 
 from __future__ import annotations
 
-from proxy.throttling.flows import Flow
+from proxy.throttling.flows import Flow, Throttle
 from proxy.throttling.share import integer_max_min
-from proxy.throttling.throttle import SECOND, TICK, Throttle
+from proxy.throttling.throttle import SECOND, TICK
 from proxy.throttling.wheel import Wheel
 
 #: "As many as you like": the advice is lifted.

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Network, IPv6Network, ip_address
 from typing import Protocol
 
-from proxy.throttling.throttle import Key, Limit, Throttle
+from proxy.throttling.flows import Throttle
+from proxy.throttling.throttle import Key, Limit
 
 #: Verdicts and idle throttles are dropped when there are more: addresses may come from whole prefixes.
 MAX_REMEMBERED = 65_536

@@ -15,8 +15,8 @@ from bisect import bisect_right
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 
-from proxy.throttling.flows import WORD, Flow, Path, Receiver, Run
-from proxy.throttling.throttle import AHEAD, MICROSECOND, TICK, Throttle
+from proxy.throttling.flows import WORD, Flow, Path, Receiver, Run, Slots, Throttle
+from proxy.throttling.throttle import AHEAD, MICROSECOND, TICK
 from proxy.throttling.wheel import Wheel
 
 #: The longest step that fits its field of the wire, in nanoseconds.
@@ -25,21 +25,6 @@ MAX_STEP = (WORD - 1) * MICROSECOND
 LONGEST_SLACK = 2_000_000_000
 #: When a throttle's next slot is, a number to tell equals apart, and the throttle.
 Turn = tuple[int, int, Throttle]
-
-
-class Slots:
-    """Who waits for a throttle's slots: a heap by virtual time, and the virtual time of each name.
-
-    `path`: the one path of all who wait, None when there are several.
-    """
-
-    __slots__ = ("clock", "path", "queue", "times")
-
-    def __init__(self, path: Path) -> None:
-        self.path: Path | None = path
-        self.queue: list[tuple[int, int, Flow]] = []
-        self.times: dict[str, int] = {}
-        self.clock = 0
 
 
 class Dispenser:

@@ -1,22 +1,49 @@
-"""Who gets permits and for what: the records that the dispenser, the place book and the manager share.
+"""Throttles, who uses them and for what: the records that the dispenser, the place book and the manager share.
 
 A *receiver* is a session, a *path* the throttles that one kind of message passes, a *flow* one receiver's demand on a
-path, a *run* some of its slots. Only data and what follows from it at once; who is served is decided elsewhere.
+path, a *run* some of its slots, a *ticket* its request for a connection. They name each other, so they stand in one
+file. Only data and what follows from it at once; who is served is decided elsewhere.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
+from proxy.throttling.limits import Backoff, BackoffRule, Effective, Part, reconcile
+from proxy.throttling.line import Line, Request
 from proxy.throttling.share import clamp_weight
-from proxy.throttling.throttle import Throttle
-
-if TYPE_CHECKING:
-    from proxy.throttling.places import Ticket
+from proxy.throttling.throttle import SECOND, Key, Meter
 
 #: Virtual time of one permit at weight 1.
 UNIT = 1 << 20
 WORD = 1 << 32
+#: Outcomes are judged over this time, and only when there are enough of them.
+OUTCOME_PERIOD = 60 * SECOND
+OUTCOME_MINIMUM = 20
+
+
+class Throttle(Meter):
+    """The meter of one key, and who uses it.
+
+    Attributes:
+        slots, line, terms: who waits for slots, who waits for places, what the instances said; None: nothing.
+    """
+
+    __slots__ = ("line", "slots", "terms")
+
+    def __init__(self, key: Key, counts: bool = False) -> None:
+        super().__init__(key, counts)
+        self.slots: Slots | None = None
+        self.line: Line[Ticket] | None = None
+        self.terms: Terms | None = None
+
+    def in_use(self) -> bool:
+        """Whether someone waits, or a place is taken."""
+        return bool(self.used or self.slots or self.line)
+
+    def busy(self, now: int) -> bool:
+        """What the status counts: in use, or in debt."""
+        return self.in_use() or self.debt_until() > now
 
 
 class Run:
@@ -128,3 +155,143 @@ class Flow:
         self.listed = False
         self.gated: list[Ticket] | None = None
         self.cap: tuple[int, int] | None = None
+
+
+class Slots:
+    """Who waits for a throttle's slots: a heap by virtual time, and the virtual time of each name.
+
+    `path`: the one path of all who wait, None when there are several.
+    """
+
+    __slots__ = ("clock", "path", "queue", "times")
+
+    def __init__(self, path: Path) -> None:
+        self.path: Path | None = path
+        self.queue: list[tuple[int, int, Flow]] = []
+        self.times: dict[str, int] = {}
+        self.clock = 0
+
+
+class Places:
+    """The places of one socket; given back once, however often it is closed."""
+
+    __slots__ = ("flows", "open", "owner", "throttles", "weight")
+
+    def __init__(self, owner: str, weight: float, throttles: tuple[Throttle, ...], flows: tuple[Flow, ...]) -> None:
+        self.owner = owner
+        self.weight = weight
+        self.throttles = throttles
+        self.flows = flows
+        self.open = True
+
+
+class Ticket(Request):
+    """A request that waits. `places` is set when it got in; `blocker` is what it waits for until then."""
+
+    __slots__ = ("blocker", "flows", "places", "throttles", "waiting")
+
+    def __init__(self, owner: str, weight: float, throttles: tuple[Throttle, ...], flows: tuple[Flow, ...]) -> None:
+        super().__init__(owner, weight)
+        self.throttles = throttles
+        self.flows = flows
+        self.places: Places | None = None
+        self.blocker: Throttle | Flow | None = None
+        self.waiting = True
+
+
+class Stake:
+    """One instance's part in a throttle, and its flows that name the throttle; with none it is only remembered.
+
+    `spare`: permits of sessions that broke, which the instance may still use.
+
+    Nearly always there is one flow: it is kept without a container, since there may be 100,000 throttles.
+    """
+
+    __slots__ = ("_flow", "_more", "name", "part", "spare")
+
+    def __init__(self, name: str, part: Part) -> None:
+        self.name = name
+        self.part = part
+        self.spare = 0
+        self._flow: Flow | None = None
+        self._more: dict[Flow, None] | None = None
+
+    def add(self, flow: Flow) -> None:
+        if self._flow is None:
+            self._flow = flow
+        else:
+            if self._more is None:
+                self._more = {}
+            self._more[flow] = None
+
+    def remove(self, flow: Flow) -> None:
+        if self._flow is flow:
+            self._flow = None
+        elif self._more is not None:
+            del self._more[flow]
+
+    def __iter__(self) -> Iterator[Flow]:
+        if self._flow is not None:
+            yield self._flow
+        if self._more is not None:
+            yield from self._more
+
+    def __len__(self) -> int:
+        return (self._flow is not None) + len(self._more or ())
+
+
+class Terms:
+    """All that was said about one throttle, and by whom; iterates over the flows whose path names it.
+
+    Attributes:
+        stakes: one for each instance.
+        users: flows with connections, open or waiting. advice: how many each should have, if they are too few.
+        mixed: the instances' modes contradict each other. bad, total: outcomes of the current period.
+    """
+
+    __slots__ = ("advice", "backoff", "bad", "mixed", "period_end", "stakes", "total", "users")
+
+    def __init__(self) -> None:
+        self.stakes: list[Stake] = []
+        self.users: dict[Flow, None] | None = None
+        self.advice: dict[Flow, int] | None = None
+        self.backoff: Backoff | None = None
+        self.mixed = False
+        self.total = 0
+        self.bad = 0
+        self.period_end = 0
+
+    def stake(self, name: str) -> Stake | None:
+        for stake in self.stakes:
+            if stake.name == name:
+                return stake
+        return None
+
+    def __iter__(self) -> Iterator[Flow]:
+        for stake in self.stakes:
+            yield from stake
+
+    def __len__(self) -> int:
+        return sum(map(len, self.stakes))
+
+    def effective(self, now: int) -> Effective:
+        """What is in force now."""
+        full = reconcile([stake.part for stake in self.stakes])
+        self.mixed = full.mixed
+        if self.backoff is not None and self.backoff.over(now):
+            self.backoff = None
+        return full if self.backoff is None else self.backoff.apply(full, now)
+
+    def enter_backoff(self, rule: BackoffRule, now: int) -> None:
+        """Slow down, or stay slow for longer."""
+        self.backoff = Backoff(rule, now)
+        self.total = self.bad = 0
+
+    def count(self, ok: int, bad: int, threshold: int, now: int) -> bool:
+        """Add outcomes; whether the bad ones of this period reach `threshold` percent (0: never)."""
+        if now >= self.period_end:
+            self.total = self.bad = 0
+            self.period_end = now + OUTCOME_PERIOD
+        self.total += ok + bad
+        self.bad += bad
+        return threshold > 0 and self.total >= OUTCOME_MINIMUM and self.bad * 100 >= self.total * threshold

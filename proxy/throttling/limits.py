@@ -1,28 +1,22 @@
 """What the instances say about one throttle, and what follows for all of them together.
 
 `reconcile` makes one set of limits from those of all live instances; `Backoff` is the slowing down after bad replies
-and the slow return. `Terms` keeps both for one throttle. How a limit is enforced is `throttle`'s job.
+and the slow return. `Terms` (in `flows`) keeps both for one throttle. How a limit is enforced is `throttle`'s job.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from proxy.throttling.throttle import SECOND, Limit
-
-if TYPE_CHECKING:
-    from proxy.throttling.flows import Flow
 
 #: After a backoff the limit rises by a tenth of the full one each minute.
 RISE_EVERY = 60 * SECOND
 RISE_STEPS = 10
 #: No limit is higher: it must fit its field of the wire.
 MOST = 2**32 - 1
-#: Outcomes are judged over this time, and only when there are enough of them.
-OUTCOME_PERIOD = 60 * SECOND
-OUTCOME_MINIMUM = 20
 
 
 class Mode(enum.StrEnum):
@@ -152,101 +146,3 @@ class Backoff:
         else:
             return limit
         return limit._replace(amount=amount, burst=min(limit.burst, max(1, amount - 1)))
-
-
-class Stake:
-    """One instance's part in a throttle, and its flows that name the throttle; with none it is only remembered.
-
-    `spare`: permits of sessions that broke, which the instance may still use.
-
-    Nearly always there is one flow: it is kept without a container, since there may be 100,000 throttles.
-    """
-
-    __slots__ = ("_flow", "_more", "name", "part", "spare")
-
-    def __init__(self, name: str, part: Part) -> None:
-        self.name = name
-        self.part = part
-        self.spare = 0
-        self._flow: Flow | None = None
-        self._more: dict[Flow, None] | None = None
-
-    def add(self, flow: Flow) -> None:
-        if self._flow is None:
-            self._flow = flow
-        else:
-            if self._more is None:
-                self._more = {}
-            self._more[flow] = None
-
-    def remove(self, flow: Flow) -> None:
-        if self._flow is flow:
-            self._flow = None
-        elif self._more is not None:
-            del self._more[flow]
-
-    def __iter__(self) -> Iterator[Flow]:
-        if self._flow is not None:
-            yield self._flow
-        if self._more is not None:
-            yield from self._more
-
-    def __len__(self) -> int:
-        return (self._flow is not None) + len(self._more or ())
-
-
-class Terms:
-    """All that was said about one throttle, and by whom; iterates over the flows whose path names it.
-
-    Attributes:
-        stakes: one for each instance.
-        users: flows with connections, open or waiting. advice: how many each should have, if they are too few.
-        mixed: the instances' modes contradict each other. bad, total: outcomes of the current period.
-    """
-
-    __slots__ = ("advice", "backoff", "bad", "mixed", "period_end", "stakes", "total", "users")
-
-    def __init__(self) -> None:
-        self.stakes: list[Stake] = []
-        self.users: dict[Flow, None] | None = None
-        self.advice: dict[Flow, int] | None = None
-        self.backoff: Backoff | None = None
-        self.mixed = False
-        self.total = 0
-        self.bad = 0
-        self.period_end = 0
-
-    def stake(self, name: str) -> Stake | None:
-        for stake in self.stakes:
-            if stake.name == name:
-                return stake
-        return None
-
-    def __iter__(self) -> Iterator[Flow]:
-        for stake in self.stakes:
-            yield from stake
-
-    def __len__(self) -> int:
-        return sum(map(len, self.stakes))
-
-    def effective(self, now: int) -> Effective:
-        """What is in force now."""
-        full = reconcile([stake.part for stake in self.stakes])
-        self.mixed = full.mixed
-        if self.backoff is not None and self.backoff.over(now):
-            self.backoff = None
-        return full if self.backoff is None else self.backoff.apply(full, now)
-
-    def enter_backoff(self, rule: BackoffRule, now: int) -> None:
-        """Slow down, or stay slow for longer."""
-        self.backoff = Backoff(rule, now)
-        self.total = self.bad = 0
-
-    def count(self, ok: int, bad: int, threshold: int, now: int) -> bool:
-        """Add outcomes; whether the bad ones of this period reach `threshold` percent (0: never)."""
-        if now >= self.period_end:
-            self.total = self.bad = 0
-            self.period_end = now + OUTCOME_PERIOD
-        self.total += ok + bad
-        self.bad += bad
-        return threshold > 0 and self.total >= OUTCOME_MINIMUM and self.bad * 100 >= self.total * threshold

@@ -16,13 +16,13 @@ from proxy.throttling.advice import Adviser
 from proxy.throttling.audit import Audit
 from proxy.throttling.blocks import Block, Blocks
 from proxy.throttling.dispenser import Dispenser
-from proxy.throttling.flows import Flow
+from proxy.throttling.flows import Flow, Places, Throttle, Ticket
 from proxy.throttling.limits import BackoffRule, Part
-from proxy.throttling.places import PlaceBook, Places, Ticket
+from proxy.throttling.places import PlaceBook
 from proxy.throttling.refusals import refusal
 from proxy.throttling.registry import Registry, Remark
 from proxy.throttling.session import DEAD_AFTER, LEASE, PING_EVERY, SMALLEST_SLACK, End, Output, Session
-from proxy.throttling.throttle import MICROSECOND, SECOND, TICK, Key, Throttle, check
+from proxy.throttling.throttle import MICROSECOND, SECOND, TICK, Key, check
 from proxy.throttling.wheel import Wheel
 
 #: Departed flows are cleared away, and throttles that fall due together are served, this many at a time, so that a

@@ -9,113 +9,14 @@ one served longest ago, so that fewer places than owners go round.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
-from heapq import heappop, heappush
 from typing import Protocol
 
-from proxy.throttling.flows import Flow
-from proxy.throttling.throttle import Throttle
+from proxy.throttling.flows import Flow, Places, Throttle, Ticket
+from proxy.throttling.line import Line
 from proxy.throttling.wheel import Wheel
 
 MILLISECOND = 1_000_000
-
-
-class Places:
-    """The places of one socket; given back once, however often it is closed."""
-
-    __slots__ = ("flows", "open", "owner", "throttles", "weight")
-
-    def __init__(self, owner: str, weight: float, throttles: tuple[Throttle, ...], flows: tuple[Flow, ...]) -> None:
-        self.owner = owner
-        self.weight = weight
-        self.throttles = throttles
-        self.flows = flows
-        self.open = True
-
-
-class Ticket:
-    """A request that waits. `places` is set when it got in; `blocker` is what it waits for until then."""
-
-    __slots__ = ("blocker", "flows", "owner", "places", "throttles", "waiting", "weight")
-
-    def __init__(self, owner: str, weight: float, throttles: tuple[Throttle, ...], flows: tuple[Flow, ...]) -> None:
-        self.owner = owner
-        self.weight = weight
-        self.throttles = throttles
-        self.flows = flows
-        self.places: Places | None = None
-        self.blocker: Throttle | Flow | None = None
-        self.waiting = True
-
-
-class Line:
-    """Tickets at one throttle by owner, and whose turn is next."""
-
-    __slots__ = ("_heap", "_owners", "_served", "_turn", "size")
-
-    def __init__(self) -> None:
-        self._owners: dict[str, deque[Ticket]] = {}
-        self._heap: list[tuple[float, int, str]] = []
-        self._served: dict[str, int] = {}
-        self._turn = 0
-        self.size = 0
-
-    def add(self, ticket: Ticket, throttle: Throttle) -> None:
-        owner = self._owners.get(ticket.owner)
-        if owner is None:
-            owner = self._owners[ticket.owner] = deque()
-            if ticket.owner not in self._served:  # a newcomer comes after those who wait
-                self._turn += 1
-                self._served[ticket.owner] = self._turn
-        owner.append(ticket)
-        self.size += 1
-        self.rank(ticket.owner, throttle)
-
-    def rank(self, owner: str, throttle: Throttle) -> None:
-        """Note the owner's order anew: it joined, or its number of places changed."""
-        if owner in self._owners:
-            heappush(self._heap, self._key(owner, throttle))
-            if len(self._heap) > 64 + 4 * len(self._owners):
-                self._compact(throttle)
-
-    def _compact(self, throttle: Throttle) -> None:
-        """Drop the entries that are out of date, and the turns of owners who do not wait."""
-        self._served = {owner: turn for owner, turn in self._served.items() if owner in self._owners}
-        self._heap = sorted(self._key(owner, throttle) for owner in self._owners)
-
-    def _key(self, owner: str, throttle: Throttle) -> tuple[float, int, str]:
-        return throttle.holds(owner) / self._owners[owner][0].weight, self._served.get(owner, 0), owner
-
-    def next(self, throttle: Throttle) -> Ticket | None:
-        """The ticket whose turn it is; it leaves the line."""
-        while self._heap:
-            owner = self._heap[0][2]
-            tickets = self._owners.get(owner)
-            if tickets is None or self._heap[0] != self._key(owner, throttle):
-                heappop(self._heap)  # out of date: a newer entry says it better
-                continue
-            ticket = tickets.popleft()
-            self._left(owner)
-            self._turn += 1
-            self._served[owner] = self._turn
-            self.rank(owner, throttle)
-            return ticket
-        return None
-
-    def remove(self, ticket: Ticket, throttle: Throttle) -> None:
-        self._owners[ticket.owner].remove(ticket)
-        self._left(ticket.owner)
-        self.rank(ticket.owner, throttle)
-
-    def _left(self, owner: str) -> None:
-        self.size -= 1
-        if not self._owners[owner]:
-            del self._owners[owner]
-
-    def waiting(self) -> dict[str, tuple[int, float]]:
-        """Owner → number of its tickets, and its weight."""
-        return {owner: (len(tickets), tickets[0].weight) for owner, tickets in self._owners.items()}
 
 
 class Gate(Protocol):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from proxy.errors import Throttled
-from proxy.throttling.flows import Flow
-from proxy.throttling.places import Ticket
-from proxy.throttling.throttle import SECOND, Throttle
+from proxy.throttling.flows import Flow, Throttle, Ticket
+from proxy.throttling.throttle import SECOND
 
 #: When nobody can know when a place comes free, or a pause ends.
 PLACE_RETRY = 10.0

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from proxy.throttling.dispenser import Dispenser
-from proxy.throttling.flows import Flow, Path, Receiver
-from proxy.throttling.limits import BackoffRule, Part, Stake, Terms
-from proxy.throttling.places import PlaceBook, Places
-from proxy.throttling.throttle import SECOND, TICK, Key, Throttle
+from proxy.throttling.flows import Flow, Path, Places, Receiver, Stake, Terms, Throttle
+from proxy.throttling.limits import BackoffRule, Part
+from proxy.throttling.places import PlaceBook
+from proxy.throttling.throttle import SECOND, TICK, Key
 from proxy.throttling.wheel import Wheel
 
 #: Throttles that the paths of a session may name, each counted once for each path; one costs some 1,300 bytes.

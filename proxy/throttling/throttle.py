@@ -1,8 +1,9 @@
 """One throttle: when its next slots are (GCRA over one or several windows) and how many connection places are taken.
 
 A *slot* is a point in time that one message may use once, within [slot, slot + slack]. `Window` does the arithmetic
-of docs/throttling.md for one "L per W"; `Throttle` joins windows and places. Who gets a slot or a place, and when
-limits change, is decided in `dispenser`, `places` and `manager`.
+of docs/throttling.md for one "L per W"; `Meter` joins windows and places; a `Throttle` (in `flows`) is a
+meter and those who use it. Who gets a slot or a place, and when limits change, is decided in `dispenser`, `places` and
+`manager`.
 
 All times are integers in nanoseconds of one monotonic clock. Slots and intervals are whole microseconds, the unit of
 the wire, so that a run of slots travels without rounding.
@@ -10,12 +11,7 @@ the wire, so that a run of slots travels without rounding.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from proxy.throttling.dispenser import Slots
-    from proxy.throttling.limits import Terms
-    from proxy.throttling.places import Line
+from typing import NamedTuple
 
 SECOND = 1_000_000_000
 MICROSECOND = 1_000
@@ -88,7 +84,7 @@ class Window:
     Args:
         slack: d in nanoseconds.
         floor: the first `tat`. What came before the manager's start is unknown, so a window begins as a predecessor may
-            have left it (see `Throttle.floor`).
+            have left it (see `Meter.floor`).
     """
 
     __slots__ = ("interval", "limit", "slack", "tat", "tau")
@@ -122,18 +118,17 @@ class Window:
         self.tat = max(self.tat, floor)
 
 
-class Throttle:
-    """Rate windows and connection places of one key, and what others attach to it while it is in use.
+class Meter:
+    """Rate windows and connection places of one key: the figures of a throttle.
 
     Attributes:
         windows: the limits in force; empty: no rate limit.
         dormant: windows of limits that are gone while their debt is not: a limit that comes back finds it.
         cap: places there are, 0: unlimited. used: places taken. held: places by owner, None when nobody holds one.
         taken: slots given out so far. counts: a place also takes a slot (the proxy's own throttles count connections).
-        slots, line, terms: who waits for slots, who waits for places, what the instances said; None: nothing.
     """
 
-    __slots__ = ("cap", "counts", "dormant", "held", "key", "line", "slots", "taken", "terms", "used", "windows")
+    __slots__ = ("cap", "counts", "dormant", "held", "key", "taken", "used", "windows")
 
     def __init__(self, key: Key, counts: bool = False) -> None:
         self.key = key
@@ -144,9 +139,6 @@ class Throttle:
         self.taken = 0
         self.used = 0
         self.held: dict[str, int] | None = None
-        self.slots: Slots | None = None
-        self.line: Line | None = None
-        self.terms: Terms | None = None
 
     # --- rate ---
 
@@ -251,13 +243,3 @@ class Throttle:
             del held[owner]
             if not held:
                 self.held = None
-
-    # --- life ---
-
-    def in_use(self) -> bool:
-        """Whether someone waits, or a place is taken."""
-        return bool(self.used or self.slots or self.line)
-
-    def busy(self, now: int) -> bool:
-        """What the status counts: in use, or in debt."""
-        return self.in_use() or self.debt_until() > now

@@ -40,6 +40,7 @@ HOUSE = {
     "limits": Place(1, "throttle"),
     "dispenser": Place(1, "throttle"),
     "places": Place(1, "throttle"),
+    "line": Place(1, "throttle"),
     "wheel": Place(1, "throttle"),
     "flows": Place(1, "throttle"),
     "refusals": Place(1, "throttle"),

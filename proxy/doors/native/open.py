@@ -21,8 +21,7 @@ from proxy.protocols.native import messages as m
 from proxy.protocols.native.auth import Peer
 from proxy.protocols.smtp.dialogue import try_next_destination
 from proxy.services import Services
-from proxy.throttling.flows import Flow
-from proxy.throttling.places import Places
+from proxy.throttling.flows import Flow, Places
 
 #: The longest that one of several destinations may take to connect; the last one may take `connect_timeout`.
 _CONNECT_ONE_OF_MANY = 10.0

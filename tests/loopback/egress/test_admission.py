@@ -9,9 +9,9 @@ import pytest
 
 from proxy.egress.admission import Admission, Client, clock_ns
 from proxy.errors import Throttled
+from proxy.throttling.flows import Places
 from proxy.throttling.limits import Part
 from proxy.throttling.manager import Manager
-from proxy.throttling.places import Places
 from proxy.throttling.throttle import SECOND, Key, Limit
 from tests.waiting import wait_for
 

@@ -15,9 +15,9 @@ from proxy.settings import ThrottleSettings
 from proxy.stats import Backlog, Counters, Flow, ManagerFigures, SessionFigures, Snapshot
 from proxy.status.rows import Connections, ListenerRow, Overview, Program, Rate, Status, ThrottleRow, next_slot
 from proxy.status.view import MOST_INSTANCES, MOST_KEYS, MOST_SESSIONS, SAMPLE, STEP, Meter, Sources, overview, survey
+from proxy.throttling.flows import Places, Ticket
 from proxy.throttling.limits import BackoffRule, Mode, Part
 from proxy.throttling.manager import Manager
-from proxy.throttling.places import Places, Ticket
 from proxy.throttling.throttle import SECOND, Key, Limit
 
 SOURCE = "192.0.2.1"

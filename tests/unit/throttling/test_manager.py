@@ -9,8 +9,8 @@ import pytest
 from proxy.errors import NameInUse
 from proxy.protocols.native.auth import Fences
 from proxy.throttling import registry
+from proxy.throttling.flows import Places, Ticket
 from proxy.throttling.limits import BackoffRule, Effective, Mode, Part, reconcile
-from proxy.throttling.places import Places, Ticket
 from proxy.throttling.session import End, GrantRecord, Session
 from proxy.throttling.throttle import SECOND, TICK, Key, Limit
 from tests.unit.throttling.benches import ALL, KEY, MS, OTHER, SOURCE, Bench, count, part

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from proxy.settings import Rate, ThrottleSettings
 from proxy.throttling.advice import NO_CAP
-from proxy.throttling.places import Places, Ticket
+from proxy.throttling.flows import Places, Ticket
 from proxy.throttling.session import Session
 from proxy.throttling.throttle import SECOND, Key, Limit
 from tests.unit.throttling.benches import ALL, KEY, OTHER, SOURCE, Bench, part

@@ -11,9 +11,8 @@ from collections.abc import Callable
 import pytest
 
 from proxy.throttling.dispenser import Dispenser
-from proxy.throttling.flows import Flow, Run
+from proxy.throttling.flows import Flow, Run, Throttle
 from proxy.throttling.lease import Lease, Permit
-from proxy.throttling.throttle import Throttle
 from tests.unit.throttling.oracle import Oracle, Rule, Violation, check_slots, check_windows
 from tests.unit.throttling.simulation import soak
 

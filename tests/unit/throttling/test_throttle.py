@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from proxy.throttling.flows import Throttle
 from proxy.throttling.throttle import (
     AHEAD,
     FREE_SLACK,
@@ -16,7 +17,6 @@ from proxy.throttling.throttle import (
     TICK,
     Key,
     Limit,
-    Throttle,
     check,
     interval,
     slack_range,
