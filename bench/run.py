@@ -15,7 +15,8 @@ from typing import Any
 from harness import builds, machine, plot, report
 from harness.candidates import CANDIDATES, Candidate, Unavailable
 from harness.measure import Bench, Sample, version_of
-from harness.workloads import QUICK, QUICK_CANDIDATES, WORKLOADS, Workload
+from harness.workload import Workload
+from harness.workloads import QUICK, QUICK_CANDIDATES, WORKLOADS
 
 RESULTS = machine.BENCH / "results"
 DOCUMENT = machine.ROOT / "docs" / "performance.md"

@@ -10,15 +10,13 @@ import csv
 import io
 import subprocess
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness import native_driver, permit_driver, smtp_driver
 from harness.candidates import SECRET
 from harness.machine import pinned
+from harness.measure import Bench, Running
 from harness.usage import process_cpu
-
-if TYPE_CHECKING:
-    from harness.measure import Bench, Running
 
 _PERMITS = 400_000
 _PERMITS_QUICK = 100_000

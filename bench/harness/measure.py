@@ -15,7 +15,7 @@ from typing import Any
 from harness.builds import GENERATOR
 from harness.candidates import SINK, Candidate, Unavailable
 from harness.machine import BUILD, ROOT, Cores, pinned
-from harness.workloads import Workload
+from harness.workload import Workload
 
 Sample = dict[str, Any]
 """One measurement: the generator's JSON object, or {"failed": reason}."""

@@ -11,18 +11,16 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness import candidates, smtp_driver
 from harness.candidates import SECRET
 from harness.machine import BENCH, BUILD, ROOT
+from harness.measure import Bench, Running
 
 sys.path.insert(0, str(ROOT))
 
 from greenarrow_proxy_client import Limits, ProxiedSMTP, Session
-
-if TYPE_CHECKING:
-    from harness.measure import Bench, Running
 
 _TLS_SINK = ("127.0.4.2", 2525)
 _EHLO = "mta1.sender.example.com"

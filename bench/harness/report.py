@@ -10,7 +10,8 @@ from harness import analysis, sizing
 from harness.candidates import CANDIDATES
 from harness.machine import facts
 from harness.targets import TARGETS, Target
-from harness.workloads import WORKLOADS, Metric, Workload
+from harness.workload import Metric, Workload
+from harness.workloads import WORKLOADS
 
 BEGIN = "<!-- bench: begin, written by bench/run.py -->"
 END = "<!-- bench: end -->"

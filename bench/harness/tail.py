@@ -11,13 +11,10 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 from harness import smtp_driver
 from harness.builds import GENERATOR
-
-if TYPE_CHECKING:
-    from harness.measure import Bench, Running
+from harness.measure import Bench, Running
 
 _SLOW_MX = ("127.0.4.3", 2525)
 _MXS, _CLIENTS, _BURST = 50, 200, 5000

@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from harness import driven, native_driver, tail
 from harness.candidates import CANDIDATES
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A figure of a sample. `scale` turns the generator's unit into the one that is shown."""
-
-    key: str
-    title: str
-    scale: float = 1.0
-    digits: int = 0
-    higher_is_better: bool = False
-
+from harness.workload import Metric, Workload
 
 CPU_SESSION = Metric("cpu_us_per_unit", "CPU µs a session", 1, 1)
 CPU_SET_UP = Metric("cpu_us_per_unit", "CPU µs to set one up", 1, 1)
@@ -47,44 +34,8 @@ IDLE_CPU = Metric("idle_cpu_percent", "CPU % while idle", 1, 2)
 MAIN = 5
 """Rounds of the workloads that the goals are about."""
 
-RELAYS = (
-    "greenarrow",
-    "greenarrow-python",
-    "haproxy",
-    "haproxy-splice",
-    "nginx",
-    "tokio",
-    "dante",
-    "classic",
-    "direct",
-)
 LOOPS = ("greenarrow", "greenarrow-python", "haproxy", "haproxy-splice", "tokio")
 SMALL = ("greenarrow", "greenarrow-python", "haproxy", "tokio", "direct")
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One row of the specification. The first metric is the one that is plotted and compared.
-
-    `arguments` and `quick` go to the generator. `measure`, when given, takes the generator's place: it gets the running
-    candidate and whether to be quick, and returns the sample (see `measure.Sample`): that is how workloads come in that
-    C does not speak, such as the native protocol.
-    """
-
-    name: str
-    title: str
-    mode: str
-    arguments: tuple[str, ...]
-    quick: tuple[str, ...]
-    metrics: tuple[Metric, ...]
-    candidates: tuple[str, ...] = RELAYS
-    baseline: str = "haproxy"
-    door: str = "any"
-    fresh: bool = False  # a new process for each sample: memory
-    idle_relays: int = 0  # held open beside the load
-    rounds: int = 3  # at most
-    beside: Callable[..., AbstractContextManager[None]] | None = None  # what goes on beside the load instead
-    measure: Callable[..., dict[str, Any]] | None = None
 
 
 def _words(text: str) -> tuple[str, ...]:

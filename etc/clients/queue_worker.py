@@ -9,9 +9,9 @@ import re
 import smtplib
 import threading
 import time
-from typing import TYPE_CHECKING
 
 from mail_queue import Envelope, Replies, log, says
+from queue_lanes import Lane, Lanes
 
 from greenarrow_proxy_client import (
     MailLimitReached,
@@ -25,9 +25,6 @@ from greenarrow_proxy_client import (
     ThrottleTimeout,
 )
 
-if TYPE_CHECKING:
-    from queue_sender import Lane, Sender
-
 LOOK = 0.25  # seconds between looks whether the process shall end
 OPEN_WITHIN = 20.0  # seconds that the proxy has to open a connection, its waiting for a place included
 
@@ -39,7 +36,7 @@ class Stopping(Exception):
 class Worker(threading.Thread):
     """Lives as long as its lane has mail for it. Holds at most one connection, and uses it for many messages."""
 
-    def __init__(self, sender: Sender, lane: Lane) -> None:
+    def __init__(self, sender: Lanes, lane: Lane) -> None:
         super().__init__(name=lane.route.name)
         self._sender = sender
         self._lane = lane

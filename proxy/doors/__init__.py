@@ -1,0 +1,7 @@
+"""What clients come in through: from an accepted socket to its last log line.
+
+`front` serves the standard doors, SOCKS5 and PROXY protocol: the data path. `native/` serves programs that speak our
+own protocol. Doors know protocols, policy and egress, never each other; listening sockets are `server`'s.
+
+Read `front`: the whole way of one connection, from top to bottom.
+"""

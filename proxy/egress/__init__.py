@@ -1,0 +1,8 @@
+"""Towards receivers: a socket from the right address, an SMTP session on it, kept when idle, within the limits.
+
+Which door a client came through, and what it speaks, is not known here; whoever has a request in the program's
+vocabulary is served the same.
+
+Read `upstream` (a socket), `receiver` (greeting, EHLO, TLS on it), `pool` (pure: which idle connection fits) and
+`keeper` (its doing side), then `admission` (who waits for a place or a slot, and the throttles' clock).
+"""

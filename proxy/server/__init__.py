@@ -1,0 +1,8 @@
+"""The process: signals, reload, drain, wiring, listening sockets, systemd.
+
+Everything is put together here and nothing else is done here: what happens with an accepted connection is `doors`',
+what a directive means is `config`'s.
+
+Read `server` first, `listener` (one listening socket) and `listeners` (all of them), `process` (descriptors, garbage
+collection, the hub), `systemd`; `check_config` asks the machine what a start would, `ping` looks at a running proxy.
+"""

@@ -268,7 +268,8 @@ def test_the_snippets_tell_one_story():
     tested = {
         *("greenarrow.conf", "kumomta.lua", "kumomta_bytes.py", "exim.conf", "exim-sources.conf"),
         *("haproxy.cfg", "haproxy-redirect.cfg", "postfix.nft", "curl.sh", "swaks.sh", "python_socks.py"),
-        *("queue_sender.py", "queue_worker.py", "mail_queue.py", "queue_sender.toml"),  # tests/e2e/test_queue_sender.py
+        # tests/e2e/client/test_queue_sender.py
+        *("queue_sender.py", "queue_lanes.py", "queue_worker.py", "mail_queue.py", "queue_sender.toml"),
     }
     assert {file.name for file in SNIPPETS.iterdir() if file.is_file()} == tested
     for name in tested:

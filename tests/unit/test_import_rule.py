@@ -1,14 +1,15 @@
-"""The plan of the house: which module stands on which floor, and who may import whom (docs/architecture.md).
+"""The plan of the house: a folder is a room, and this table says which rooms it may import (docs/architecture.md).
 
-Imports go strictly downward. Modules of one room import each other freely, without circles. Floors 0 and 1 decide: they
-reach no hub, socket, clock or source of randomness, so nothing there can be switched out in the middle and plain dicts
-need no lock. A new module needs a row here. The source is read, not run, so an import inside a function counts, too.
+Rows stand from the bottom to the top and import downward only. The pure rooms decide: they reach no hub, socket, clock
+or source of randomness, so nothing there can be switched out in the middle and plain dicts need no lock. A new file
+needs no row. No two files and no two folders import each other in a circle, imports for types included; that holds for
+the benchmarks and the examples of etc/clients too. The source is read, not run, so an import inside a function counts.
 """
 
 from __future__ import annotations
 
 import ast
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,204 +17,108 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
+VOCABULARY = "vocabulary"
+CLIENT = "greenarrow_proxy_client"
+#: What everybody who does (and does not only decide) may know.
+_PURE_ROOMS = "vocabulary throttling protocols policy"
 
-class Place(NamedTuple):
-    floor: int
-    room: str
-
-
-#: Module in proxy/ → its floor and its room; a room is a module of the plan and the parts it was split into.
+#: Room → the rooms that it may import, beside itself. The files at the top of proxy/ are the vocabulary, but for those
+#: that have a row of their own.
 HOUSE = {
-    "__init__": Place(0, "package"),
-    "errors": Place(0, "errors"),
-    "model": Place(0, "model"),
-    "settings": Place(0, "settings"),
-    "native": Place(1, "native"),
-    "native_messages": Place(1, "native"),
-    "native_session": Place(1, "native"),
-    "native_auth": Place(1, "native"),
-    "socks5": Place(1, "socks5"),
-    "proxy_protocol": Place(1, "proxy_protocol"),
-    "smtp": Place(1, "smtp"),
-    "smtp_tracker": Place(1, "smtp"),
-    "throttle": Place(1, "throttle"),
-    "limits": Place(1, "throttle"),
-    "dispenser": Place(1, "throttle"),
-    "places": Place(1, "throttle"),
-    "line": Place(1, "throttle"),
-    "wheel": Place(1, "throttle"),
-    "flows": Place(1, "throttle"),
-    "refusals": Place(1, "throttle"),
-    "blocks": Place(1, "throttle"),
-    "share": Place(1, "share"),
-    "manager": Place(1, "manager"),
-    "session": Place(1, "manager"),
-    "registry": Place(1, "manager"),
-    "advice": Place(1, "manager"),
-    "audit": Place(1, "manager"),
-    "lease": Place(1, "lease"),
-    "pool": Place(1, "pool"),
-    "access": Place(1, "access"),
-    "budget": Place(1, "budget"),
-    "config": Place(1, "config"),
-    "config_file": Place(1, "config"),
-    "config_rules": Place(1, "config"),
-    "options": Place(1, "config"),
-    "values": Place(1, "config"),
-    "stats": Place(1, "stats"),
-    "status_rows": Place(1, "status_view"),
-    "status_view": Place(1, "status_view"),
-    "log": Place(2, "log"),
-    "writer": Place(2, "log"),
-    "crew": Place(2, "crew"),
-    "alarm": Place(2, "relay"),
-    "relay": Place(2, "relay"),
-    "_fastrelay": Place(2, "relay"),
-    "conversation": Place(2, "conversation"),
-    "receiver": Place(2, "receiver"),
-    "keeper": Place(2, "keeper"),
-    "admission": Place(2, "admission"),
-    "upstream": Place(2, "upstream"),
-    "tls": Place(2, "tls"),
-    "systemd": Place(2, "systemd"),
-    "services": Place(2, "services"),
-    "client": Place(2, "client"),
-    "front": Place(3, "front"),
-    "native_door": Place(3, "native_door"),
-    "channel": Place(3, "channel"),
-    "channel_link": Place(3, "channel"),
-    "channel_open": Place(3, "channel"),
-    "channel_transfer": Place(3, "channel"),
-    "control": Place(3, "control"),
-    "control_frames": Place(3, "control"),
-    "control_queue": Place(3, "control"),
-    "status": Place(3, "status"),
-    "status_host": Place(3, "status"),
-    "status_page": Place(3, "status"),
-    "status_metrics": Place(3, "status"),
-    "listener": Place(4, "server"),
-    "doors": Place(4, "server"),
-    "process": Place(4, "server"),
-    "server": Place(4, "server"),
-    "check_config": Place(4, "check_config"),
-    "ping": Place(4, "ping"),
-    "status_client": Place(5, "status_client"),
-    "cli": Place(5, "cli"),
+    VOCABULARY: "",
+    "throttling": "vocabulary",
+    "protocols": "vocabulary",
+    "policy": "vocabulary protocols",
+    "config": "vocabulary policy",
+    "log": "vocabulary",
+    "net": "vocabulary protocols policy log",
+    "egress": f"{_PURE_ROOMS} log net",
+    "services": f"{_PURE_ROOMS} log net egress",
+    "doors": f"{_PURE_ROOMS} log net egress services",
+    "status": f"{_PURE_ROOMS} log net egress services",
+    "server": f"{_PURE_ROOMS} config log net egress services doors status",
+    "cli": "vocabulary config log net status server",
+    CLIENT: "vocabulary protocols throttling",
 }
+#: Rooms that only decide, and the files that only decide in a room that does.
+PURE = {VOCABULARY, "throttling", "protocols", "policy", "config"}
+PURE_FILES = {"egress.pool", "status.rows", "status.view"}
+#: What the library shares with the program of `throttling`; it must stay small, since MTAs carry it with them.
+CLIENT_THROTTLING = {"proxy.throttling.lease", "proxy.throttling.wheel"}
 
-#: Rooms of one floor of which the first may import the second.
-NEIGHBOURS = {
-    ("model", "errors"),
-    ("settings", "model"),
-    ("throttle", "share"),
-    ("manager", "throttle"),
-    ("manager", "share"),
-    # The operator's view looks at them all, and nobody looks at it.
-    ("status_view", "manager"),
-    ("status_view", "pool"),
-    ("status_view", "stats"),
-    ("status_view", "throttle"),
-    # The egress side builds up: sockets, TLS on them, reading and writing, a receiver, the keeper of idle ones.
-    ("tls", "relay"),
-    ("upstream", "relay"),
-    ("upstream", "tls"),
-    ("conversation", "relay"),
-    ("conversation", "tls"),
-    ("receiver", "conversation"),
-    ("receiver", "relay"),
-    ("receiver", "tls"),
-    ("receiver", "upstream"),
-    ("keeper", "conversation"),
-    ("keeper", "crew"),
-    ("keeper", "receiver"),
-    ("keeper", "relay"),
-    ("admission", "log"),
-    # Who has come in by the native door is served as a session or as a channel.
-    ("control", "native_door"),
-    ("channel", "native_door"),
-    # The wiring names what it holds.
-    ("services", "admission"),
-    ("services", "crew"),
-    ("services", "keeper"),
-    ("services", "relay"),
-    ("services", "tls"),
-    ("services", "upstream"),
-    ("cli", "status_client"),
-}
-
-#: What the floors 0 and 1 may import from outside: nothing in it waits, asks a clock or touches the system.
-PURE = {
+#: What pure code may import from outside: nothing in it waits, asks a clock or touches the system.
+OUTSIDE = {
     *("__future__", "abc", "base64", "binascii", "bisect", "collections", "contextlib", "dataclasses", "difflib"),
     *("enum", "errno", "fractions", "functools", "graphlib", "hashlib", "heapq", "hmac", "ipaddress", "itertools"),
     *("json", "math", "msgspec", "operator", "re", "shlex", "string", "struct", "textwrap", "types", "typing"),
+    *("idna", "unicodedata"),
 }
 #: configargparse reads files and the environment by itself; config hands it both as arguments.
-PURE_FOR_CONFIG = PURE | {"argparse", "configargparse", "io"}
+OUTSIDE_FOR_CONFIG = OUTSIDE | {"argparse", "configargparse", "io"}
 IMPURE_BUILTINS = {"__import__", "breakpoint", "eval", "exec", "input", "open", "print"}
 
 
 class Import(NamedTuple):
     name: str
     line: int
-    for_types_only: bool
 
 
-def imports_of(source: str) -> list[Import]:
-    """Every import in the source; `from proxy import x` counts as proxy.x."""
-    tree = ast.parse(source)
-    for_types = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
-        for statement in node.body
-        for inner in ast.walk(statement)
-    }
+def imports_of(source: str, modules: frozenset[str] = frozenset()) -> list[Import]:
+    """Every import in the source, whole names; `from a import b` is a.b where that is a module of ours, else a."""
     found = []
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = "." * node.level + (node.module or "")
-            names = [f"proxy.{alias.name}" for alias in node.names] if base == "proxy" else [base]
+            whole = [f"{base}.{alias.name}" for alias in node.names]
+            names = [name if name in modules or base == "proxy" else base for name in whole]
         else:
             continue
-        found += [Import(name, node.lineno, id(node) in for_types) for name in names]
+        found += [Import(name, node.lineno) for name in names]
     return found
 
 
-def module_of(name: str) -> str:
-    """`proxy.policy.access` → `access`, `greenarrow_proxy_client.link` → `client`; `proxy.__version__` is the package's own."""
-    first = name.split(".")[1] if "." in name else ""
-    return "__init__" if not first or first.startswith("__") else first
+def room_of(name: str) -> str:
+    """`proxy.doors.front` → doors, `proxy.errors` → vocabulary, `proxy.services` → services."""
+    first, *rest = name.split(".")
+    if first == CLIENT:
+        return CLIENT
+    top = rest[0] if rest else VOCABULARY
+    known_file = (ROOT / "proxy" / f"{top}.py").exists() or top.startswith("__")
+    return VOCABULARY if known_file and top not in HOUSE else top
 
 
-def wrong_inside(module: str, target: str, for_types_only: bool) -> str:
+def ours(name: str) -> bool:
+    return name.partition(".")[0] in ("proxy", CLIENT)
+
+
+def is_pure(name: str) -> bool:
+    return room_of(name) in PURE or name.removeprefix("proxy.") in PURE_FILES
+
+
+def wrong_inside(module: str, name: str) -> str:
     """What is wrong with an import of one of our modules, or ""."""
-    if target not in HOUSE:
-        return f"proxy.{target} has no row in the plan"
-    here, there = HOUSE[module], HOUSE[target]
-    if here.room == there.room:
+    here, there = room_of(module), room_of(name)
+    if there not in HOUSE:
+        return f"{there} has no row in the plan"
+    if here == CLIENT and there == "throttling" and name not in CLIENT_THROTTLING:
+        return f"the client library takes {' and '.join(sorted(CLIENT_THROTTLING))}, no more"
+    if there == here or there in HOUSE[here].split():
         return ""
-    if there.room == "client":
-        return "the client library is for the MTA's side only"
-    if for_types_only:
-        return "an import for types only is for the same room: it hides a circle"
-    if there.floor < here.floor or (there.floor == here.floor and (here.room, there.room) in NEIGHBOURS):
-        return ""
-    return f"proxy.{target} stands on floor {there.floor}, this module on floor {here.floor}"
+    return f"{here} may not import {there}: it may import {HOUSE[here] or 'nothing'}"
 
 
 def wrong_outside(module: str, name: str) -> str:
     """What is wrong with an import from outside, or ""."""
-    floor, room = HOUSE[module]
-    top = name.partition(".")[0]
+    room, top = room_of(module), name.partition(".")[0]
     if name.startswith("."):
         return "relative import: write proxy.…"
     if name.startswith("gevent.monkey"):
         return "no monkey-patching inside the program"
-    if floor <= 1 and top not in (PURE_FOR_CONFIG if room == "config" else PURE):
-        return f"{top} is not among the pure modules that floors 0 and 1 may use"
-    if room == "client" and top in ("gevent", "greenlet"):
+    if is_pure(module) and top not in (OUTSIDE_FOR_CONFIG if room == "config" else OUTSIDE):
+        return f"{top} is not among the pure modules that deciding code may use"
+    if room == CLIENT and top in ("gevent", "greenlet"):
         return "the client library works in any MTA"
     return ""
 
@@ -221,120 +126,169 @@ def wrong_outside(module: str, name: str) -> str:
 def violations(module: str, source: str) -> list[str]:
     """Everything in one module's source that breaks the rule, as `line: what`."""
     found = []
-    for name, line, for_types_only in imports_of(source):
-        inside = name == "proxy" or name.startswith("proxy.")
-        wrong = wrong_inside(module, module_of(name), for_types_only) if inside else wrong_outside(module, name)
+    for name, line in imports_of(source, MODULES):
+        wrong = wrong_inside(module, name) if ours(name) else wrong_outside(module, name)
         if name == "gevent" and "monkey" in source.splitlines()[line - 1]:
             wrong = "no monkey-patching inside the program"
         if wrong:
             found.append(f"{line}: {wrong}")
-    if HOUSE[module].floor <= 1:
+    if is_pure(module):
         calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
         names = ((node.func.id, node.lineno) for node in calls if isinstance(node.func, ast.Name))
-        found += [f"{line}: {name}() on a floor that only decides" for name, line in names if name in IMPURE_BUILTINS]
+        found += [f"{line}: {name}() in code that only decides" for name, line in names if name in IMPURE_BUILTINS]
     return found
 
 
-def sources() -> dict[str, str]:
-    """Full name → source of every module; `greenarrow_proxy_client` is a folder of its own."""
-    found = {}
-    for path in sorted((ROOT / "proxy").rglob("*.py")):
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        found[name.removesuffix(".__init__")] = path.read_text()
-    return found
+def sources(*folders: str, base: Path = ROOT) -> dict[str, str]:
+    """Whole name → source of every module in these folders."""
+    files = sorted(file for folder in folders for file in (base / folder).rglob("*.py"))
+    names = (".".join(file.relative_to(base).with_suffix("").parts).removesuffix(".__init__") for file in files)
+    return dict(zip(names, (file.read_text() for file in files), strict=True))
 
 
-SOURCES = sources()
+def circle(sources: dict[str, str], *, folders: bool = False) -> list[str]:
+    """Files, or folders, that import each other in a circle; [] if none do."""
+    names = frozenset(sources)
+    graph: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        # A folder's contract file stands for its folder; it imports nothing, but for the client library's.
+        where = _folder(module, names) if folders else module
+        to = {found.name for found in imports_of(source, names) if found.name in names and found.name != "proxy"}
+        graph.setdefault(where, set()).update(_folder(name, names) if folders else name for name in to)
+        graph[where].discard(where)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_module_keeps_the_rule(name: str) -> None:
-    module = module_of(name)
-    assert module in HOUSE, f"{name} needs a row in the plan: which floor, which room?"
-    assert violations(module, SOURCES[name]) == []
+def _folder(module: str, names: frozenset[str]) -> str:
+    is_folder = any(name.startswith(f"{module}.") for name in names)
+    if is_folder:
+        return module
+    parent = module.rpartition(".")[0]
+    return module if parent in ("", "proxy") else parent
 
 
-def test_only_the_client_is_a_folder() -> None:
-    assert {name.split(".")[1] for name in SOURCES if name.count(".") > 1} <= {"client"}
+SOURCES = sources("proxy", CLIENT)
+MODULES = frozenset(SOURCES)
 
 
-def test_no_circles() -> None:
-    graph = {}
-    for name, source in SOURCES.items():
-        ours = {found.name for found in imports_of(source) if not found.for_types_only}
-        graph[name] = {found for found in ours if found in SOURCES and found != "proxy"}
-    TopologicalSorter(graph).prepare()  # raises CycleError
+@pytest.mark.parametrize("module", SOURCES)
+def test_module_keeps_the_rule(module: str) -> None:
+    assert room_of(module) in HOUSE, f"{module} needs a row in the plan: which room, and whom may it import?"
+    assert violations(module, SOURCES[module]) == []
 
 
-def test_neighbours_stand_on_one_floor() -> None:
-    floors: dict[str, set[int]] = {}
-    for place in HOUSE.values():
-        floors.setdefault(place.room, set()).add(place.floor)
-    assert [room for room, found in floors.items() if len(found) != 1] == []
-    assert [pair for pair in NEIGHBOURS if floors[pair[0]] != floors[pair[1]]] == []
-    TopologicalSorter({first: {b for a, b in NEIGHBOURS if a == first} for first, _ in NEIGHBOURS}).prepare()
+def test_the_plan_is_short_and_imports_go_downward() -> None:
+    assert len(HOUSE) <= 15
+    below: set[str] = set()
+    for room, allowed in HOUSE.items():
+        assert set(allowed.split()) <= below, room
+        below.add(room)
+
+
+def test_each_folder_opens_with_its_contract() -> None:
+    """5 to 15 lines that say the folder's one job, what does not belong and where to begin; nothing is exported."""
+    for folder in sorted(file.parent for file in (ROOT / "proxy").rglob("*.py")):
+        tree = ast.parse((folder / "__init__.py").read_text())
+        if folder == ROOT / "proxy":
+            continue
+        contract = (ast.get_docstring(tree) or "").splitlines()
+        assert 5 <= len(contract) <= 15, folder
+        assert len(tree.body) == 1, f"{folder} exports something"
+
+
+@pytest.mark.parametrize("folders", [False, True], ids=["files", "folders"])
+def test_no_circles(folders: bool) -> None:
+    assert circle(SOURCES, folders=folders) == []
+
+
+def test_no_circles_in_what_comes_with_the_program() -> None:
+    assert circle(sources("harness", base=ROOT / "bench")) == []
+    assert circle({file.stem: file.read_text() for file in sorted((ROOT / "etc" / "clients").glob("*.py"))}) == []
+    assert circle({file.stem: file.read_text() for file in sorted((ROOT / "demo").glob("*.py"))}) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"proxy.a": "import proxy.b", "proxy.b": "from proxy import a"})
+    assert circle({"proxy.a": "if TYPE_CHECKING:\n    from proxy.b import T", "proxy.b": "from proxy.a import x"})
+    rooms = {"proxy.a.x": "import proxy.b.x", "proxy.a.y": "", "proxy.b.x": "", "proxy.b.y": "from proxy.a import y"}
+    assert circle(rooms) == []
+    assert circle(rooms | {"proxy.a": "", "proxy.b": ""}, folders=True)
 
 
 def test_the_program_at_the_top_only_calls_cli() -> None:
-    names = {found.name for found in imports_of((ROOT / "greenarrow_proxy.py").read_text())}
-    assert names <= {"__future__", "sys", "proxy.cli"}
+    names = {found.name for found in imports_of((ROOT / "greenarrow_proxy.py").read_text(), MODULES)}
+    assert names <= {"__future__", "sys", "proxy", "proxy.cli"}
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("throttle", "import gevent"),
-        ("throttle", "from gevent import sleep"),
-        ("access", "import socket"),
-        ("access", "from _socket import socket"),
-        ("access", "import os.path"),
-        ("socks5", "from time import monotonic"),
-        ("pool", "from datetime import datetime"),
-        ("manager", "import random"),
-        ("native", "import secrets"),
-        ("native", "import ssl"),
-        ("smtp", "import logging"),
-        ("share", "import threading"),
+        ("throttling.throttle", "import gevent"),
+        ("throttling.throttle", "from gevent import sleep"),
+        ("policy.access", "import socket"),
+        ("policy.access", "from _socket import socket"),
+        ("policy.access", "import os.path"),
+        ("protocols.socks5", "from time import monotonic"),
+        ("egress.pool", "from datetime import datetime"),
+        ("status.view", "import gevent"),
+        ("throttling.manager", "import random"),
+        ("protocols.native.frames", "import secrets"),
+        ("protocols.native.frames", "import ssl"),
+        ("protocols.smtp.dialogue", "import logging"),
+        ("throttling.share", "import threading"),
         ("stats", "def f():\n    import time"),
         ("stats", "if TYPE_CHECKING:\n    import socket"),
-        ("access", "import configargparse"),
-        ("access", "x = open('f')"),
-        ("access", "x = __import__('os')"),
-        ("errors", "from proxy.model import Endpoint"),
-        ("proxy_protocol", "from proxy.socks5 import Socks5"),
-        ("proxy_protocol", "from proxy import socks5"),
-        ("throttle", "import proxy.manager"),
-        ("access", "from proxy.relay import Engine"),
-        ("access", "if TYPE_CHECKING:\n    from proxy.throttle import Throttle"),
-        ("front", "from proxy.control import x"),
-        ("control", "from proxy import front"),
-        ("status", "from proxy.server import Server"),
-        ("relay", "from proxy.upstream import connect"),
-        ("server", "from proxy.cli import main"),
-        ("server", "from proxy.client import Session"),
-        ("client", "import gevent"),
-        ("client", "from proxy.relay import Engine"),
-        ("front", "from .socks5 import Socks5"),
-        ("front", "from . import socks5"),
-        ("server", "from gevent import monkey"),
-        ("server", "import gevent.monkey"),
-        ("server", "from gevent.monkey import patch_all"),
-        ("server", "from proxy.cellar import wine"),
+        ("policy.access", "import configargparse"),
+        ("policy.access", "x = open('f')"),
+        ("policy.access", "x = __import__('os')"),
+        ("errors", "from proxy.policy import access"),
+        ("errors", "from proxy.services import Door"),
+        ("protocols.socks5", "from proxy.throttling import manager"),
+        ("throttling.throttle", "import proxy.net.relay"),
+        ("policy.access", "from proxy.net.relay import Engine"),
+        ("policy.access", "if TYPE_CHECKING:\n    from proxy.throttling.throttle import Throttle"),
+        ("net.relay", "from proxy.egress.upstream import connect"),
+        ("doors.front", "from proxy.status import http"),
+        ("doors.front", "from proxy.config.load import load"),
+        ("status.http", "from proxy.server.server import Server"),
+        ("status.http", "from proxy.doors import front"),
+        ("server.server", "from proxy.cli import main"),
+        ("server.server", "from greenarrow_proxy_client import Session"),
+        ("doors.front", "from .socks5 import Socks5"),
+        ("doors.front", "from . import socks5"),
+        ("server.server", "from gevent import monkey"),
+        ("server.server", "import gevent.monkey"),
+        ("server.server", "from gevent.monkey import patch_all"),
+        ("server.server", "from proxy.cellar import wine"),
     ],
 )
 def test_the_rule_can_fail(module: str, source: str) -> None:
-    assert len(violations(module, source)) == 1
+    assert len(violations(f"proxy.{module}", source)) == 1
+
+
+@pytest.mark.parametrize(
+    "source", ["import gevent", "from proxy.net.relay import Engine", "from proxy.throttling.manager import Manager"]
+)
+def test_the_rule_of_the_client_library_can_fail(source: str) -> None:
+    assert len(violations(f"{CLIENT}.session", source)) == 1
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("manager", "from proxy.throttle import x\nfrom proxy import share"),
-        ("config", "import configargparse\nfrom proxy import __version__\nfrom proxy.options import OPTIONS"),
-        ("front", "import gevent, socket, time\nfrom proxy import log, socks5\nfrom proxy.model import Endpoint"),
-        ("client", "import socket, ssl, threading, time\nfrom proxy import native"),
-        ("throttle", "if TYPE_CHECKING:\n    from proxy.places import Line"),
-        ("access", "def reopen(): pass\nreopen()\nx.open()"),
+        ("proxy.throttling.manager", "from proxy.throttling.throttle import x\nfrom proxy.throttling import share"),
+        ("proxy.config.load", "import configargparse\nfrom proxy import __version__\nfrom proxy.config import options"),
+        (
+            "proxy.doors.front",
+            "import gevent, socket, time\nfrom proxy.log import lines\nfrom proxy.model import Endpoint",
+        ),
+        (f"{CLIENT}.link", "import socket, ssl, threading, time\nfrom proxy.protocols.native import frames"),
+        (f"{CLIENT}.throttle", "from proxy.throttling import lease\nfrom proxy.throttling.wheel import Wheel"),
+        ("proxy.policy.access", "def reopen(): pass\nreopen()\nx.open()"),
     ],
 )
 def test_what_the_rule_allows(module: str, source: str) -> None:
