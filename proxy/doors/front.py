@@ -43,6 +43,7 @@ from proxy.net.relay import GONE, RawSocket
 from proxy.net.tls import PlainStream
 from proxy.policy.budget import SLOW_ANSWER
 from proxy.protocols.proxy_protocol import ProxyProtocol
+from proxy.protocols.recognise import SILENT, wrong_door
 from proxy.protocols.socks5 import Socks5
 from proxy.services import Door, Services, numbers
 from proxy.throttling.flows import Places
@@ -141,16 +142,16 @@ class Visit:
         services.engine.register(self.socket.fileno())
         services.newcomers.enter(self, self.socket)
         alarm = services.engine.alarms.start(services.settings.auth_timeout)
-        silent = True
+        first = b""
         try:
             while True:
                 event = handshake.next_event()
                 if event is None:
                     data = self._read()
                     if data:
-                        silent = False
+                        first = first or data
                         handshake.receive(data)
-                    elif silent:
+                    elif not first:
                         return None
                     else:
                         raise PeerError("the client closed in the middle of its handshake")
@@ -163,7 +164,12 @@ class Visit:
         except Alarm as fired:
             if fired is not alarm:
                 raise
-            raise HandshakeTimeout("the handshake was not finished within auth_timeout") from None
+            raise HandshakeTimeout("the handshake was not finished within auth_timeout" if first else SILENT) from None
+        except PeerError as error:
+            hint = wrong_door(first, handshake.protocol)
+            if not hint:
+                raise
+            raise PeerError(f"{error}{hint}") from None
         finally:
             alarm.cancel()
             services.newcomers.leave(self)
@@ -197,6 +203,7 @@ class Visit:
         try:
             return services.access.authenticate(login, host)
         except BadCredentials:
+            self.instance = login.instance  # what it claims to be: for the log line
             services.budget.failed(host, monotonic())
             if services.budget.exhausted(host, monotonic()):
                 services.newcomers.enter(self, self.socket)

@@ -3,7 +3,7 @@
 Bytes in, events out; verdicts in, bytes out (see `model.Handshake`). In KumoMTA's dialect BIND names the address to
 leave from and gets one reply instead of RFC 1928's two. Every reply is one bytes object of the address type that was
 asked with, since Exim reads a reply with one `read` of its request's length (10 or 22 bytes). No reply ever carries a
-domain name.
+domain name; a name is taken only if it is an IP address in text form.
 
 What does not belong here: who may log in, leave from where or go where (`access`), and sockets.
 """
@@ -24,6 +24,7 @@ from proxy.model import (
     Negotiation,
     Reply,
     Route,
+    canonical_ip,
     ip_from_bytes,
     ip_to_bytes,
 )
@@ -172,12 +173,16 @@ class Socks5:
             raise PeerError("malformed SOCKS5 request")
         length = _REQUEST_LENGTH.get(address_type)
         if length is None:
-            return self._read_unusable_request(command, address_type)
+            return self._read_other_request(command, address_type)
         self._address_type = address_type
         if len(buffer) < length:
             return None
+        return self._request(command, ip_from_bytes(buffer[4 : length - 2]), length)
+
+    def _request(self, command: int, host: str, length: int) -> Event:
+        """A whole request of this length for an address."""
+        buffer = self._buffer
         self._bytes_used = length
-        host = ip_from_bytes(buffer[4 : length - 2])
         if command == _CONNECT:
             return Connect(Route(self._source, Endpoint(host, buffer[length - 2] << 8 | buffer[length - 1])))
         if command != _BIND:
@@ -186,17 +191,28 @@ class Socks5:
             raise PeerError("a second BIND on one connection")
         return BindSource(host)
 
-    def _read_unusable_request(self, command: int, address_type: int) -> Event | None:
-        """A request that names no literal address: wait for all of it, then say what is wrong with it."""
+    def _read_other_request(self, command: int, address_type: int) -> Event | None:
+        """A name, or what is none: wait for all of it. A name that is an IP address in text form is that address.
+
+        Many libraries (msmtp, Nodemailer) send every host as a name. The reply then has the address's own type.
+        """
         self._address_type = _IPV4
+        if address_type != _DOMAIN:
+            if command not in (_CONNECT, _BIND):
+                _refuse_command()
+            raise AddressTypeNotSupported("unknown SOCKS5 address type")
         buffer = self._buffer
-        if address_type == _DOMAIN and (len(buffer) < 5 or len(buffer) < 7 + buffer[4]):
+        if len(buffer) < 5 or len(buffer) < 7 + buffer[4]:
             return None
-        if command not in (_CONNECT, _BIND):
-            _refuse_command()
-        if address_type == _DOMAIN:
-            raise AddressTypeNotSupported("this proxy does not resolve domain names: ask with an IP address")
-        raise AddressTypeNotSupported("unknown SOCKS5 address type")
+        name_end = 5 + buffer[4]
+        try:
+            host = canonical_ip(buffer[5:name_end].decode("ascii"))
+        except ValueError:
+            if command not in (_CONNECT, _BIND):
+                _refuse_command()
+            raise AddressTypeNotSupported("this proxy does not resolve domain names: ask with an IP address") from None
+        self._address_type = _IPV6 if ":" in host else _IPV4
+        return self._request(command, host, name_end + 2)
 
     def _success(self, local: Endpoint | None) -> bytes:
         """REP 00 with the local endpoint, in the address type that was asked with.

@@ -6,6 +6,7 @@ takes no name away from a running MTA. Plain blocking sockets; runs on the MTA's
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import ssl
@@ -122,7 +123,7 @@ def _start_tls(to: Target, sock: socket.socket, say: Callable[[str], None]) -> t
     try:
         stream = context.wrap_socket(sock)
     except (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionError):
-        raise _closed_at_once(own) from None
+        raise _closed_at_once(to, own) from None
     except TimeoutError:
         raise NoAnswer("connected, but no TLS: it does not answer; is this the native listener?") from None
     except ssl.SSLError as error:
@@ -158,7 +159,7 @@ def _authenticate(to: Target, sock: socket.socket, certificate: bytes, say: Call
             if not data:
                 if handshake.version or to.tls:
                     raise NoAnswer("it closed the connection during authentication")
-                raise _closed_at_once(own)
+                raise _closed_at_once(to, own)
             answer = handshake.receive(data)
             if answer:
                 round_trip = time.monotonic() - asked_at
@@ -176,7 +177,7 @@ def _authenticate(to: Target, sock: socket.socket, certificate: bytes, say: Call
         raise NoAnswer("connected, but it does not answer; is this the native listener?") from None
     except OSError as error:
         if isinstance(error, ConnectionError) and not handshake.version and not to.tls:
-            raise _closed_at_once(own) from None  # it closed before it read: that arrives as a reset
+            raise _closed_at_once(to, own) from None  # it closed before it read: that arrives as a reset
         raise NoAnswer(f"the connection broke: {error.strerror or error}") from None
     welcome = handshake.welcome
     say(f"authentication: the proxy knows the secret, and so do we; instance {to.instance}")
@@ -184,11 +185,24 @@ def _authenticate(to: Target, sock: socket.socket, certificate: bytes, say: Call
     say(f"round trip: {round_trip * 1000:.3f}ms")
 
 
-def _closed_at_once(own: str) -> NoAnswer:
+def _closed_at_once(to: Target, own: str) -> NoAnswer:
+    """It closed and said nothing: as it does to a stranger, and as a SOCKS5 listener does to who speaks no SOCKS5."""
+    if _speaks_socks5(to):
+        return NoAnswer("what answers is a SOCKS5 listener, not the native one (directive listen)")
     return NoAnswer(
-        f"it closed the connection without a word: our address, {own} as seen here, is not in its allow_from",
+        f"it closed the connection without a word: our address, {own} as seen here, is not in its allow_from, "
+        "or it is not a native listener",
         EX_NOPERM,
     )
+
+
+def _speaks_socks5(to: Target) -> bool:
+    """Ask again in that language (RFC 1928 section 3); whether it answers in it."""
+    with contextlib.suppress(OSError), socket.create_connection((to.host, to.port), _TIMEOUT) as sock:
+        sock.settimeout(_TIMEOUT)
+        sock.sendall(b"\x05\x02\x00\x02")
+        return sock.recv(2)[:1] == b"\x05"
+    return False
 
 
 def _refused(refusal: RefusedByProxy) -> NoAnswer:

@@ -22,11 +22,12 @@ from gevent.pywsgi import WSGIHandler, WSGIServer
 
 from proxy import __version__
 from proxy.egress.admission import clock_ns
-from proxy.errors import ClientNotAllowed
+from proxy.errors import ClientNotAllowed, PeerError, ProxyError
 from proxy.log import lines as log
 from proxy.model import Endpoint, canonical_ip
 from proxy.net.crew import let_others_run
 from proxy.net.relay import RawSocket, engine_name
+from proxy.protocols.recognise import wrong_door
 from proxy.services import Door, Newcomers, Services, numbers
 from proxy.stats import Snapshot
 from proxy.status import host, metrics
@@ -39,6 +40,8 @@ _SECONDS = 15.0
 _MOST_CONNECTIONS = 64
 #: Bytes of request line, headers and body together.
 _LONGEST_REQUEST = 16_384
+#: Bytes that are looked at to say what a client speaks who is wrong here.
+_ENOUGH_TO_KNOW = 64
 #: A view that is younger is shown again.
 _FRESH = 1.0
 
@@ -126,7 +129,7 @@ class StatusDoor:
         self._refuse(client, ClientNotAllowed(f"{client.host} is not in listen_status_allow_from"))
         return False
 
-    def _refuse(self, client: Endpoint, error: ClientNotAllowed) -> None:
+    def _refuse(self, client: Endpoint, error: ProxyError) -> None:
         """Count and log a no."""
         self._house.services().counters.refused.count(error.code)
         log.refused(next(numbers), "", "status", client, "", None, 0.0, error)
@@ -135,6 +138,12 @@ class StatusDoor:
         file = sock.makefile("rb", -1)
         timer = Timeout.start_new(_SECONDS)
         try:
+            if hint := wrong_door(sock.recv(_ENOUGH_TO_KNOW, socket.MSG_PEEK), "HTTP"):
+                error = PeerError(f"not HTTP{hint}")
+                self._refuse(_client(address), error)
+                sock.sendall(_not_http(error))
+                sock.shutdown(socket.SHUT_WR)
+                return
             _Handler(sock, address, self._wsgi, _Bounded(file, _LONGEST_REQUEST)).handle_one_connection()
         except Timeout as fired:
             if fired is not timer:
@@ -235,6 +244,12 @@ class StatusDoor:
         )
         manager, pool = services.admission.manager, services.keeper.pool
         return Sources(program, listeners, connections, services.counters, snapshot, manager, pool), now
+
+
+def _not_http(error: PeerError) -> bytes:
+    body = f"{error}\n".encode()
+    head = "HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: {}\r\nContent-Length: {}\r\n\r\n"
+    return head.format(_TEXT, len(body)).encode() + body
 
 
 def _client(address: tuple[Any, ...]) -> Endpoint:

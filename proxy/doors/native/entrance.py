@@ -26,10 +26,13 @@ from proxy.policy.access import Access
 from proxy.policy.budget import SLOW_ANSWER
 from proxy.protocols.native import frames
 from proxy.protocols.native.auth import NO_CERTIFICATE, Peer, ServerHandshake
+from proxy.protocols.recognise import SILENT, wrong_door
 from proxy.services import Door, Services, numbers
 
 #: The first byte of a TLS connection: a handshake record (RFC 8446 section 5.1). No frame of ours is that long.
 _TLS_RECORD = b"\x16"
+#: Bytes that are looked at to say what a client speaks who is wrong here.
+_ENOUGH_TO_KNOW = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -107,6 +110,7 @@ class _Entrance:
         self._client = client
         self._stream: Stream = PlainStream(sock)
         self._can_be_told = False
+        self._heard = False
         self._handshake: ServerHandshake | None = None
 
     @property
@@ -127,7 +131,8 @@ class _Entrance:
         services.newcomers.enter(self, self._stream.socket)
         timer = Timeout.start_new(services.settings.auth_timeout)
         try:
-            certificate = self._start(services.identity)
+            first = self._first_bytes(self._stream.socket)
+            certificate = self._start(services.identity, first)
             if refusal is not None:
                 raise refusal
             self._check_budget()
@@ -135,7 +140,7 @@ class _Entrance:
         except Timeout as fired:
             if fired is not timer:
                 raise
-            raise HandshakeTimeout("not authenticated within auth_timeout") from None
+            raise HandshakeTimeout("not authenticated within auth_timeout" if self._heard else SILENT) from None
         finally:
             timer.close()
 
@@ -146,17 +151,21 @@ class _Entrance:
             wait = services.budget.retry_after(host, now)
             raise Overloaded(f"too many wrong secrets from {host}; again in {wait:.0f}s", wait)
 
-    def _start(self, identity: ServerIdentity | None) -> bytes:
+    def _start(self, identity: ServerIdentity | None, first: bytes) -> bytes:
         """Begin with TLS or without, as configured; the hash of the certificate shown."""
         sock = self._stream.socket
-        first = self._first_byte(sock)
-        self._can_be_told = first != _TLS_RECORD or identity is None  # a client of the wrong kind: in clear
+        speaks_tls = first[:1] == _TLS_RECORD
+        self._can_be_told = not speaks_tls or identity is None  # a client of the wrong kind: in clear
         if identity is None:
-            if first == _TLS_RECORD:
+            if speaks_tls:
                 raise PeerError("the client speaks TLS, this listener does not (listen_tls no)")
+            if hint := wrong_door(first, "native"):
+                raise PeerError(f"the client does not speak the native protocol{hint}")
             return NO_CERTIFICATE
-        if first != _TLS_RECORD:
-            raise PeerError("the client does not speak TLS, this listener does (listen_tls yes)")
+        if not speaks_tls:
+            raise PeerError(
+                f"the client does not speak TLS, this listener does (listen_tls yes){wrong_door(first, 'TLS')}"
+            )
         stream = TlsStream(sock, identity.context, server_side=True)
         try:
             while not stream.handshake():
@@ -169,16 +178,17 @@ class _Entrance:
         self._can_be_told = True
         return identity.certificate
 
-    def _first_byte(self, sock: RawSocket) -> bytes:
-        """Look without taking it."""
+    def _first_bytes(self, sock: RawSocket) -> bytes:
+        """Look without taking them."""
         while True:
             try:
-                first = sock.recv(1, MSG_PEEK)
+                first = sock.recv(_ENOUGH_TO_KNOW, MSG_PEEK)
             except BlockingIOError:
                 self._services.engine.wait(sock.fileno())
                 continue
             if not first:
                 raise _Probe
+            self._heard = True
             return first
 
     def _authenticate(self, certificate: bytes) -> ServerHandshake:

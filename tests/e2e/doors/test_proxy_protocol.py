@@ -88,6 +88,9 @@ def greeting_after(proxy, data):
 HERE = ("127.0.0.2", 2525)
 
 
+NO_HEADER = "the connection does not begin with a PROXY protocol header"
+
+
 @pytest.mark.parametrize(
     ("header", "code", "text"),
     [
@@ -108,9 +111,14 @@ HERE = ("127.0.0.2", 2525)
         (v2("127.0.0.5", HERE, command=0x11), "4.5.0", "unknown version or command in a PROXY header, version 2"),
         (V2_SIGNATURE + b"\x21\x12\x00\x0c", "4.5.0", ""),  # DGRAM
         (v2("127.0.0.5", HERE, tlvs=bytes(4090)), "4.5.0", "a PROXY header of more than 4096 bytes"),
-        (b"EHLO me\r\n", "4.5.0", "the connection does not begin with a PROXY protocol header"),
-        (b"\x16\x03\x01\x02\x00", "4.5.0", "the connection does not begin with a PROXY protocol header"),
-        (b"\x05\x01\x00", "4.5.0", "the connection does not begin with a PROXY protocol header"),
+        (b"\0\0\0A", "4.5.0", NO_HEADER),
+        (b"EHLO me\r\n", "4.5.0", f"{NO_HEADER}; it looks like SMTP: this is no mail server"),
+        (
+            b"\x16\x03\x01\x02\x00",
+            "4.5.0",
+            f"{NO_HEADER}; it looks like TLS, with which only the native protocol begins (listen)",
+        ),
+        (b"\x05\x01\x00", "4.5.0", f"{NO_HEADER}; it looks like SOCKS5, which belongs to listen_socks5"),
     ],
 )
 def test_each_failure_is_a_421_greeting(proxy, header, code, text):
@@ -137,8 +145,8 @@ def test_the_421_arrives_although_the_client_has_sent_more(proxy):
 def test_a_silent_or_slow_client():
     with Proxy("auth_timeout 300ms\n") as proxy, dial(proxy.proxy_protocol) as sock, dial(proxy.proxy_protocol) as slow:
         slow.sendall(b"PROXY TCP4 ")
-        for one in (sock, slow):
-            assert re.fullmatch(rf"421 4\.4\.2 {HOST} the handshake was .*\r\n", read_all(one).decode())
+        for one, words in ((sock, "the client said nothing"), (slow, "the handshake was not finished")):
+            assert re.fullmatch(rf"421 4\.4\.2 {HOST} {words} .*\r\n", read_all(one).decode())
 
 
 # -- loops

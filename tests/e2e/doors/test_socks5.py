@@ -130,6 +130,17 @@ def test_a_wrong_secret(proxy, who):
         assert read_all(sock) == b"\x05\x02\x01\x01"
 
 
+def test_a_refused_login_is_logged_with_the_name_that_was_claimed(proxy):
+    """Escaped, for it is a stranger's text; an unknown name and a wrong secret look the same to the client."""
+    mark = len(proxy.lines)
+    for name in ("nobody-we-know", 'x" instance="mta-1'):
+        with dial(proxy.socks5) as sock:
+            sock.sendall(clients.WITH_PASSWORD + login(name, SECRET[:-1]))
+            assert read_all(sock) == b"\x05\x02\x01\x01"
+    proxy.wait_line(r"^WARNING refused id=\d+ instance=nobody-we-know .*reason=bad_credentials", since=mark)
+    proxy.wait_line(r'^WARNING refused id=\d+ instance="x\\" instance=\\"mta-1" .*reason=bad_creden', since=mark)
+
+
 def test_a_login_with_control_characters(proxy):
     with dial(proxy.socks5) as sock:
         sock.sendall(clients.WITH_PASSWORD + login("a\nb"))
@@ -256,6 +267,24 @@ def test_a_domain_name(proxy):
     """curl --socks5-hostname: the reply carries ATYP 01."""
     request = b"\x05\x01\x00\x03\x0bmx.test.net\x00\x19"
     assert refused_at_connect(proxy, request) == b"\x05\x08\x00\x01" + NOTHING_V4
+
+
+def test_a_domain_name_that_is_an_address(proxy, mx):
+    """msmtp and Nodemailer send every host as a name, an address in text form, too."""
+    host, port = mx.endpoint
+    for source, text in (("127.0.0.5", host.encode()), (None, b"::ffff:" + host.encode())):
+        with start(proxy) as sock:
+            if source:
+                named = source.encode()
+                assert ask(sock, b"\x05\x02\x00\x03" + bytes((len(named),)) + named + b"\0\0")[:4] == b"\x05\0\0\x01"
+            request = b"\x05\x01\x00\x03" + bytes((len(text),)) + text + port.to_bytes(2, "big")
+            assert ask(sock, request)[:4] == b"\x05\0\0\x01"
+            assert exactly(sock, 8) == b"220 mx\r\n"
+
+
+def test_a_denied_address_as_a_name(proxy):
+    request = b"\x05\x01\x00\x03\x08" + b"10.1.2.3" + b"\x00\x19"
+    assert refused_at_connect(proxy, request)[:4] == b"\x05\x02\x00\x01"
 
 
 def test_udp_associate(proxy):

@@ -128,7 +128,8 @@ def test_an_address_that_is_not_allowed() -> None:
     with Proxy("allow_from 192.0.2.0/24\n") as proxy:
         assert complaint(proxy.native) == (
             77,
-            "it closed the connection without a word: our address, 127.0.0.1 as seen here, is not in its allow_from",
+            "it closed the connection without a word: our address, 127.0.0.1 as seen here, is not in its allow_from, "
+            "or it is not a native listener",
         )
         proxy.wait_line(r"^WARNING refused .*reason=client_not_allowed .*127\.0\.0\.1 is not in allow_from")
     with Proxy("allow_from 192.0.2.0/24\nlisten_tls no\n") as proxy:
@@ -155,6 +156,11 @@ def test_the_wrong_door() -> None:
         code, line = complaint(proxy.proxy_protocol)
         assert code == 69
         assert "not its native listener" in line or "without a word" in line
+        for flags in ((), ("--listen-tls=no",)):
+            assert complaint(proxy.socks5, *flags) == (
+                69,
+                "what answers is a SOCKS5 listener, not the native one (directive listen)",
+            )
     with Raw(greet) as smtp:
         code, line = complaint(smtp.endpoint)
         assert (code, "not its native listener" in line) == (69, True)

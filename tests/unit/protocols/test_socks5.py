@@ -235,6 +235,65 @@ def test_request_that_cannot_be_served(request_: bytes, error: type, reply: str)
     assert hexes(outcome) == ["0500", reply]
 
 
+def named(command: int, name: bytes, port: int) -> bytes:
+    """A request with ATYP 03 (section 5): a length byte and the name."""
+    return bytes((5, command, 0, 3, len(name))) + name + port.to_bytes(2, "big")
+
+
+@pytest.mark.parametrize(
+    ("bind", "connect", "source", "to", "replies"),
+    [
+        # As msmtp, Nodemailer and others send every host. The reply has the address's own type, never ATYP 03.
+        (b"192.0.2.9", b"198.51.100.7", "192.0.2.9", TO4, ["05000001c00002090000", "05000001c00002099c40"]),
+        (
+            b"2001:DB8:0::9",
+            b"2001:db8:1:0:0:0:0:25",
+            "2001:db8::9",
+            TO6,
+            ["0500000420010db80000000000000000000000090000", "0500000420010db80000000000000000000000099c40"],
+        ),
+        (
+            b"::ffff:192.0.2.9",
+            b"::ffff:198.51.100.7",
+            "192.0.2.9",
+            TO4,
+            ["05000001c00002090000", "05000001c00002099c40"],
+        ),
+    ],
+)
+def test_a_name_that_is_an_address(bind: bytes, connect: bytes, source: str, to: Endpoint, replies: list[str]) -> None:
+    outcome = feed(open_to_all, NO_LOGIN + named(2, bind, 0) + named(1, connect, 25), grant)
+    assert outcome.events == [Negotiation(), BindSource(source), Connect(Route(source, to))]
+    assert hexes(outcome) == ["0500", *replies]
+
+
+@pytest.mark.parametrize(
+    "name",
+    # No guessing: forms that only inet_aton knows, zones, brackets, names of digits, and bytes that are no ASCII.
+    [
+        b"127.1",
+        b"0x7f000001",
+        b"2130706433",
+        b"192.0.2.09",
+        b"fe80::1%eth0",
+        b"[::1]",
+        b"192.0.2.1.",
+        b" 192.0.2.1",
+        b"\xb9",
+    ],
+)
+def test_a_name_that_is_only_like_an_address(name: bytes) -> None:
+    outcome = feed(open_to_all, NO_LOGIN + named(1, name, 25), grant)
+    assert type(outcome.error) is AddressTypeNotSupported
+    assert hexes(outcome) == ["0500", "05080001000000000000"]
+
+
+def test_udp_for_an_address_as_a_name() -> None:
+    outcome = feed(open_to_all, NO_LOGIN + named(3, b"2001:db8::9", 0), grant)
+    assert type(outcome.error) is CommandNotSupported
+    assert outcome.sent[-1].hex() == "05070004" + "00" * 18
+
+
 @pytest.mark.parametrize(
     ("first", "second", "reply"), [(BIND4, BIND4, "05010001" + "00" * 6), (BIND4, BIND6, "05010004" + "00" * 18)]
 )
