@@ -15,6 +15,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 CONFIG ?= etc/greenarrow_proxy.conf
 PYTEST_ARGS ?=
+# The tests wait for kernels, peers and processes most of the time: several run beside each other on one core.
+WORKERS ?= $(shell echo $$(( 3 * $$(nproc) )))
 
 .PHONY: help demo test check bench bench-quick soak run clean
 .DEFAULT_GOAL := help
@@ -33,7 +35,7 @@ demo: $(READY)
 
 test: $(READY)
 	@tests/fetch_smtp_sink.sh
-	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadscope $(PYTEST_ARGS)
 
 check: $(READY)
 	@$(BIN)/ruff format --check .
@@ -56,5 +58,6 @@ run: $(READY)
 
 clean:
 	rm -rf $(VENV) build bench/build .cache .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf client/build client/greenarrow_proxy_client client/*.egg-info client/LICENSE
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f proxy/net/*.so proxy/net/*.c

@@ -1,9 +1,39 @@
 #!/usr/bin/env python3
-"""GreenArrow Proxy: starts the program; everything is in `proxy.cli`."""
+"""GreenArrow Proxy: starts the program; everything is in `proxy.cli`.
 
+The package is named `proxy`, as the product is laid out. PyPI's proxy.py has a package of that name too, and whichever
+is installed last wins: that is said in one sentence, before anything of the other one is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
 import sys
+from pathlib import Path
 
-from proxy.cli import main
+MARK = "GreenArrow Proxy"
+
+
+def shadowed() -> str:
+    """What is wrong with the package that `import proxy` would find here, or ""."""
+    spec = importlib.util.find_spec("proxy")
+    origin = spec.origin if spec is not None else None
+    if origin is not None and MARK in Path(origin).read_text(encoding="utf-8", errors="replace"):
+        return ""
+    return (
+        f"the package 'proxy' that Python finds here ({origin or 'none'}) is not {MARK}'s: another distribution, such "
+        "as PyPI's proxy.py, brings one of the same name; install greenarrow-proxy in a virtual environment of its own"
+    )
+
+
+def main() -> int:
+    if wrong := shadowed():
+        print(f"greenarrow_proxy: {wrong}", file=sys.stderr)
+        return 1
+    from proxy.cli import main
+
+    return main()
+
 
 if __name__ == "__main__":
     sys.exit(main())

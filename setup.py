@@ -1,21 +1,47 @@
-"""Packaging. The relay's compiled twin is built where Cython and a compiler are there, and left out otherwise."""
+"""Packaging of the program; the client library is packaged by client/setup.py.
+
+The relay's compiled twin is built where a compiler is there, and left out otherwise, with a word on stderr;
+`greenarrow_proxy --version` says which one runs.
+"""
 
 import re
+import shutil
+import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "proxy" / "__init__.py").read_text(encoding="utf-8"))[1]
 FAST_RELAY = "proxy/net/_fastrelay.pyx"
 
 
+class FreshBuild(build_py):
+    """An earlier build leaves its modules in build/lib; those that were deleted since must not come back."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "proxy", ignore_errors=True)
+        super().run()
+
+
+class OptionalRelay(build_ext):
+    """The program runs without its compiled relay, too; a build that goes without says so."""
+
+    def run(self) -> None:
+        super().run()
+        for extension in self.extensions:
+            if not Path(self.get_ext_fullpath(extension.name)).exists():
+                print(f"warning: {extension.name} was not compiled: the relay will run as Python code", file=sys.stderr)
+
+
 def extensions() -> list[Extension]:
-    if not (HERE / FAST_RELAY).exists():
-        return []
     try:
         from Cython.Build import cythonize
     except ImportError:
+        print("warning: no Cython here: the relay will run as Python code", file=sys.stderr)
         return []
     built = cythonize([Extension("proxy.net._fastrelay", [FAST_RELAY])], language_level=3)
     for extension in built:
@@ -39,6 +65,7 @@ setup(
     py_modules=["greenarrow_proxy"],
     package_data={"proxy": ["py.typed"]},
     ext_modules=extensions(),
+    cmdclass={"build_ext": OptionalRelay, "build_py": FreshBuild},
     install_requires=[
         "gevent>=23.9",
         "configargparse>=1.7",
@@ -50,6 +77,7 @@ setup(
     extras_require={
         "test": [
             "aiosmtpd",
+            "build",
             "hypothesis",
             "mypy==2.4.1",
             "psutil",
@@ -62,7 +90,7 @@ setup(
             "trustme",
         ],
     },
-    entry_points={"console_scripts": ["greenarrow_proxy = proxy.cli:main"]},
+    entry_points={"console_scripts": ["greenarrow_proxy = greenarrow_proxy:main"]},
     data_files=[
         ("share/man/man1", existing("man/greenarrow_proxy.1")),
         ("share/man/man5", existing("man/greenarrow_proxy.conf.5")),

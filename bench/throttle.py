@@ -3,7 +3,7 @@
 
 Real sessions over loopback, in clear and in TLS; the proxy has one core, the sessions and redis-benchmark the other.
 Prints the table of goals with what was measured; `--docs` puts it into docs/throttling.md. The core alone is measured
-by `throttle_core.py`, and what needs a network with delays by tests/unit/test_throttle_world.py.
+by `throttle_core.py`, and what needs a network with delays by tests/unit/throttling/test_world.py.
 """
 
 from __future__ import annotations

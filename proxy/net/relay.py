@@ -4,7 +4,7 @@ Two kinds of customers share it. A greenlet that sets a connection up waits here
 that is set up is handed over (`join`) as a `Pair` of two `Half`s, and from then on has no greenlet, no timer and no
 buffer: an event on either socket moves its bytes, and when both directions are done the pair's owner is told.
 
-Rules that keep it right (each was broken once, each has a test in tests/loopback/test_relay.py or tests/fuzz):
+Rules that keep it right (each was broken once, each has a test in tests/loopback/net/test_relay.py or tests/fuzz):
 
 - Each socket is registered once, for everything, edge-triggered. An edge is only a hint: whoever is woken tries the
   system call and waits again on EAGAIN, so a spurious wake-up is harmless everywhere, and a missed edge is the one

@@ -135,6 +135,19 @@ def test_an_install_has_every_package() -> None:
     assert [folder for folder in folders if not (ROOT / folder / "__init__.py").exists()] == []
 
 
+def test_every_path_in_a_document_or_a_docstring_exists() -> None:
+    """What was moved or renamed is found by whoever reads of it."""
+    texts = [
+        file for folder in ("docs", "proxy", "greenarrow_proxy_client", "bench") for file in (ROOT / folder).rglob("*")
+    ]
+    texts = [file for file in texts if file.suffix in (".md", ".py", ".pyx") and "build" not in file.parts]
+    for text in [ROOT / "README.md", ROOT / "CHANGES.md", ROOT / "tests" / "README.md", *texts]:
+        for path in re.findall(
+            r"\b(?:proxy|tests|docs|bench|etc|demo)/[\w./-]*\w\.(?:py|pyx|md|sh|conf|json)\b", text.read_text()
+        ):
+            assert (ROOT / path).exists() or "NAME" in path, f"{text.relative_to(ROOT)} names {path}"
+
+
 def test_what_make_starts_exists() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for path in re.findall(r"(?:demo|bench|tests|etc)/[\w./]+\.(?:py|sh|conf)", makefile):

@@ -1,6 +1,6 @@
 """The throttle core in a simulated network, with time, faults and a naughty client, judged by the slot-level oracle.
 
-Short here; `THROTTLE_SOAK_PERMITS=1000000 pytest -m slow tests/unit/test_throttle_world.py` is the long run.
+Short here; `THROTTLE_SOAK_PERMITS=1000000 pytest -m slow tests/unit/throttling/test_world.py` is the long run.
 """
 
 from __future__ import annotations

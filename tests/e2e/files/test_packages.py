@@ -1,0 +1,179 @@
+"""Both packages as others get them: built from a clean copy, sdist first and the wheel from it, and installed in fresh
+environments, the client library beside PyPI's proxy.py too, whose package is named `proxy` like the program's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from tests.program import SECRET, Proxy
+from tests.sinks import Sink
+
+ROOT = Path(__file__).resolve().parents[3]
+#: One message through a real proxy, in an MTA's environment; it looks whose `proxy` and whether gevent is there.
+SMOKE = """
+import importlib.util, sys
+if "gevent" in sys.argv:
+    from gevent import monkey
+    monkey.patch_all()
+from greenarrow_proxy_client import Limits, Session
+port, secret, mx = int(sys.argv[1]), sys.argv[2], (sys.argv[3], int(sys.argv[4]))
+with Session(("127.0.1.1", port), secret, "server-a") as session:
+    throttle = session.throttle("127.0.0.14", Limits("all", rates=[(1000, 60)], max_connections=2))
+    with session.smtp([mx], "mail.example", source_ip="127.0.0.14", tls="none", throttles=[throttle]) as smtp:
+        smtp.permit = throttle.acquire(timeout=20)
+        assert smtp.sendmail("me@example.com", ["you@example.net"], b"Subject: hello\\r\\n\\r\\nHello.\\r\\n") == {}
+if "proxy.py" in sys.argv:
+    import proxy
+    assert hasattr(proxy, "Proxy"), proxy
+assert (importlib.util.find_spec("gevent") is not None) == ("gevent" in sys.argv)
+assert not [name for name in sys.modules if name.split(".")[0] == "proxy" and "proxy.py" not in sys.argv]
+print("sent")
+"""
+
+
+def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, **options)  # type: ignore[call-overload]
+
+
+def done(*command: str | Path, **options: object) -> str:
+    result = run(*command, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What git has, and nothing that lies about here."""
+    target = tmp_path_factory.mktemp("checkout") / "greenarrow_proxy"
+    tracked = done("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0")
+    for name in filter(None, tracked):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
+    return target
+
+
+def built(project: Path, out: Path) -> tuple[Path, Path, str]:
+    """sdist, the wheel made from it, and what was said."""
+    said = done(sys.executable, "-m", "build", "--outdir", out, project)
+    (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
+    return sdist, wheel, said
+
+
+@pytest.fixture(scope="module")
+def program(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    return built(checkout, tmp_path_factory.mktemp("program"))
+
+
+@pytest.fixture(scope="module")
+def library(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    return built(checkout / "client", tmp_path_factory.mktemp("library"))
+
+
+def environment(directory: Path, *installs: str | Path) -> Path:
+    """A fresh virtual environment's interpreter; the packages go in one by one, in this order."""
+    done(sys.executable, "-m", "venv", "--without-pip", directory)
+    python = directory / "bin" / "python"
+    for each in installs:
+        done(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", each)
+    return python
+
+
+def names(archive: Path) -> set[str]:
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            return set(wheel.namelist())
+    with tarfile.open(archive) as sdist:
+        return {name.partition("/")[2] for name in sdist.getnames()}
+
+
+# ---------------------------------------------------------------- the program
+
+
+def test_the_source_distribution_holds_what_one_needs(program: tuple[Path, Path, str]) -> None:
+    found = names(program[0])
+    tracked = set(filter(None, done("git", "ls-files", "-z", cwd=ROOT).split("\0")))
+    tracked = {name for name in tracked if (ROOT / name).is_file()}
+    assert tracked - found == set()
+    assert [name for name in found if name.endswith((".so", ".pyc", "_fastrelay.c"))] == []
+
+
+def test_the_wheel_of_the_source_distribution_has_the_compiled_relay(
+    program: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    wheel = program[1]
+    assert [name for name in names(wheel) if name.startswith("proxy/net/_fastrelay.") and name.endswith(".so")]
+    assert {name.split("/")[0] for name in names(wheel) if not name.startswith("greenarrow_proxy-")} == {
+        "proxy",
+        "greenarrow_proxy.py",
+    }
+    python = environment(tmp_path / "env", wheel)
+    command = python.with_name("greenarrow_proxy")
+    assert "(relay: compiled)" in done(command, "--version", cwd=tmp_path)
+    assert "throttle" in done(command, "--help", cwd=tmp_path)
+
+    # The MTA's package of the same name comes into the same environment: one sentence, no traceback.
+    done(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "proxy.py")
+    result = run(command, "--version", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "is not GreenArrow Proxy's" in result.stderr
+    assert "virtual environment of its own" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_wheel_without_a_compiler_says_so(checkout: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(checkout, copy)
+    no_compiler = os.environ | {"CC": "/nonexistent/cc"}
+    said = done(sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", tmp_path, copy, env=no_compiler)
+    assert "the relay will run as Python code" in said
+    (wheel,) = tmp_path.glob("*.whl")
+    assert not [name for name in names(wheel) if name.endswith(".so")]
+
+
+def test_what_an_earlier_build_left_does_not_come_back(checkout: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(checkout, copy)
+    (copy / "proxy" / "soon_deleted.py").write_text("")
+    wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", tmp_path, copy]
+    done(*wheel)
+    (first,) = tmp_path.glob("*.whl")
+    assert "proxy/soon_deleted.py" in names(first)
+    (copy / "proxy" / "soon_deleted.py").unlink()
+    done(*wheel)
+    assert "proxy/soon_deleted.py" not in names(first)
+
+
+# ---------------------------------------------------------------- the client library
+
+
+def test_the_librarys_source_distribution_is_whole(library: tuple[Path, Path, str]) -> None:
+    sdist, wheel, _ = library
+    assert {"README.md", "LICENSE", "greenarrow_proxy_client/_shared/protocols/native/frames.py"} <= names(sdist)
+    tops = {name.split("/")[0] for name in names(wheel) if ".dist-info/" not in name}
+    assert tops == {"greenarrow_proxy_client"}
+    assert "greenarrow_proxy_client/py.typed" in names(wheel)
+
+
+@pytest.mark.parametrize("order", ["alone", "before proxy.py", "after proxy.py", "under gevent"])
+def test_the_library_in_an_mtas_environment(library: tuple[Path, Path, str], tmp_path: Path, order: str) -> None:
+    packages: dict[str, list[str | Path]] = {
+        "alone": [library[1]],
+        "before proxy.py": [library[1], "proxy.py"],
+        "after proxy.py": ["proxy.py", library[1]],
+        "under gevent": [library[1], "gevent"],
+    }
+    python = environment(tmp_path / "env", *packages[order])
+    more = [word for word in ("gevent", "proxy.py") if word in order]
+    with Proxy() as proxy, Sink() as sink:
+        target = (str(proxy.native[1]), SECRET, *map(str, sink.endpoint))
+        assert done(python, "-I", "-c", SMOKE, *target, *more, cwd=tmp_path) == "sent\n"
+        assert len(sink.messages) == 1
