@@ -1,8 +1,8 @@
 """Packaging of the client library, which must not need a package named `proxy` where it is installed.
 
 The library shares the protocol's codec and the bookkeeping of permits with the program: one source for both. In a
-checkout this file puts the whole library together beside itself, the shared modules as its `_shared`; a source distribution
-holds it put together already. docs/architecture.md says why.
+checkout this file puts the whole library together beside itself, the shared modules as its `_shared`; a source
+distribution holds it put together already. docs/architecture.md says why.
 """
 
 import re
