@@ -23,19 +23,25 @@ from proxy.net.relay import Engine, RawSocket
 from proxy.net.tls import ServerIdentity
 from proxy.policy.access import Access
 from proxy.policy.budget import FailureBudget
+from proxy.policy.modes import Modes
 from proxy.protocols.native.auth import ChannelKey, Fences
 from proxy.settings import Settings
 from proxy.stats import Counters, SessionFigures
 
 
 class Door:
-    """One listener as its connections see it."""
+    """One listener as its connections see it.
 
-    __slots__ = ("endpoint", "open_connections", "protocol")
+    Args:
+        endpoint: where it listens. configured: the same as it was configured, perhaps with port 0.
+    """
 
-    def __init__(self, protocol: str, endpoint: Endpoint) -> None:
+    __slots__ = ("configured", "endpoint", "open_connections", "protocol")
+
+    def __init__(self, protocol: str, endpoint: Endpoint, configured: Endpoint | None = None) -> None:
         self.protocol = protocol
         self.endpoint = endpoint
+        self.configured = configured or endpoint
         self.open_connections = 0
 
 
@@ -146,6 +152,7 @@ class Services:
 
     settings: Settings
     access: Access
+    modes: Modes
     engine: Engine
     counters: Counters
     gauges: Gauges

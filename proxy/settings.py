@@ -13,6 +13,8 @@ from typing import Literal, NamedTuple
 from proxy.model import Endpoint
 
 Network = IPv4Network | IPv6Network
+Mode = Literal["tcp", "smtp"]
+SmtpTls = Literal["none", "opportunistic", "required"]
 
 
 class Rate(NamedTuple):
@@ -31,6 +33,26 @@ class InstanceSettings:
     source_ip: tuple[Network, ...]
     auth_shared_secret: tuple[bytes, ...] = field(repr=False)
     weight: float
+    mode: Mode | None = None  # None of these three: the block does not say
+    smtp_tls: SmtpTls | None = None
+    share_with: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListenerSettings:
+    """One `listener IP:PORT { … }` block; `name` is the listener's address as `Endpoint` spells it."""
+
+    name: str
+    mode: Mode | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceSettings:
+    """One `source NAME { … }` block: addresses, and what is said in EHLO there; None: the client's own name."""
+
+    name: str
+    ip: tuple[Network, ...]
+    ehlo: str | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,12 +101,19 @@ class Settings:
     reuse_connections_max_messages: int
     reuse_connections_max_cached: int
     reuse_connections_max_cached_per_destination: int
+    mode: Mode
+    mode_smtp_starttls: bool
+    mode_smtp_auth: bool
+    smtp_tls: SmtpTls
     throttle_enforce: bool
     throttle_store: str = field(repr=False)  # a redis:// address may hold a password
     workers: int | Literal["auto"]
     log_verbose: bool
     log_format: Literal["text", "json"]
     log_connections: Literal["all", "errors", "none"]
+    log_messages: bool
     stats_interval: float
     instance: tuple[InstanceSettings, ...]
+    listener: tuple[ListenerSettings, ...]
+    source: tuple[SourceSettings, ...]
     throttle: tuple[ThrottleSettings, ...]

@@ -18,9 +18,17 @@ import configargparse
 from proxy.config import file as config_file
 from proxy.config import rules
 from proxy.config.options import BLOCKS, OPTIONS, Option
-from proxy.config.values import parse_text
+from proxy.config.values import parse_endpoint, parse_text
 from proxy.errors import ConfigError, UsageError
-from proxy.settings import InstanceSettings, Network, Rate, Settings, ThrottleSettings
+from proxy.settings import (
+    InstanceSettings,
+    ListenerSettings,
+    Network,
+    Rate,
+    Settings,
+    SourceSettings,
+    ThrottleSettings,
+)
 
 __all__ = [
     "OPTIONS",
@@ -36,7 +44,12 @@ __all__ = [
 
 _BY_NAME = {option.name: option for option in OPTIONS}
 _BLOCK_OPTIONS = {kind: {option.name: option for option in options} for kind, options in BLOCKS.items()}
-_BLOCK_TYPES: dict[str, Callable[..., Any]] = {"instance": InstanceSettings, "throttle": ThrottleSettings}
+BLOCK_TYPES: dict[str, Callable[..., Any]] = {
+    "instance": InstanceSettings,
+    "listener": ListenerSettings,
+    "source": SourceSettings,
+    "throttle": ThrottleSettings,
+}
 LONGEST_NAME = 64  # as in the native protocol
 MOST_MISTAKES = 200  # that are told; the wrong file, given to a reload, would fill the log
 _SHOWN = 60  # characters of a value in a message
@@ -359,6 +372,8 @@ class _Loader:
         first_line: dict[tuple[str, str], int] = {}
         for kind, name, directives, line in file.blocks:
             problem = self._block_problem(kind, name)
+            if kind == "listener" and not problem:
+                name = str(parse_endpoint(name))
             if not problem and (kind, name) in first_line:
                 problem = f"{kind} {_shown(name)}: given twice, in line {first_line[kind, name]} and in line {line}"
             if problem:
@@ -369,7 +384,7 @@ class _Loader:
             prefix = f"{kind} {_shown(name)}: "
             given = _collect(directives, _BLOCK_OPTIONS[kind], prefix, file.name, self._mistakes)
             values = {option.name: self._value(option, given.get(option.name), prefix) for option in BLOCKS[kind]}
-            built[kind].append(_BLOCK_TYPES[kind](name=name, **values))
+            built[kind].append(BLOCK_TYPES[kind](name=name, **values))
         return {kind: tuple(items) for kind, items in built.items()}
 
     def _block_problem(self, kind: str, name: str) -> str:
@@ -379,4 +394,9 @@ class _Loader:
             parse_text(name)
         except ValueError as error:
             return f"{kind}: {_shown(name)} is not a name ({error})"
+        if kind == "listener":
+            try:
+                parse_endpoint(name)
+            except ValueError:
+                return f"{kind}: {_shown(name)} is not the IP:port of a listener"
         return f"{kind}: a name has at most {LONGEST_NAME} characters" if len(name) > LONGEST_NAME else ""

@@ -11,7 +11,9 @@ from typing import Any
 
 from proxy.config.values import (
     BOOLEAN,
+    EHLO,
     ENDPOINT,
+    NAME,
     NETWORK,
     PATH,
     PORTS,
@@ -37,6 +39,8 @@ DENIED = (
 )
 
 POSITIVE = duration(minimum=0.001)
+MODE = choice("tcp", "smtp")
+SMTP_TLS = choice("none", "opportunistic", "required")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,12 +133,17 @@ OPTIONS: tuple[Option, ...] = (
     _one("reuse_connections_max_messages", count(1), "100", "NUMBER", "messages that one connection may carry"),
     _one("reuse_connections_max_cached", count(0), "1000", "NUMBER", "kept connections altogether"),
     _one("reuse_connections_max_cached_per_destination", count(0), "10", "NUMBER", "kept connections a destination"),
+    _one("mode", MODE, "tcp", "WORD", "tcp: bytes pass untouched; smtp: the proxy takes part in the dialogue"),
+    _one("mode_smtp_starttls", BOOLEAN, "no", "YES|NO", "mode smtp: offer STARTTLS to clients"),
+    _one("mode_smtp_auth", BOOLEAN, "no", "YES|NO", "mode smtp: show a receiver's AUTH to clients"),
+    _one("smtp_tls", SMTP_TLS, "opportunistic", "WORD", "mode smtp: TLS to receivers"),
     _one("throttle_enforce", BOOLEAN, "no", "YES|NO", "an instance that sent without a permit waits"),
     _one("throttle_store", STORE, "memory", "STORE", "where the throttles live; only memory in this version", True),
     _one("workers", WORKERS, "1", "NUMBER", "processes; only 1 in this version"),
     _one("log_verbose", BOOLEAN, "no", "YES|NO", "log details for debugging"),
     _one("log_format", choice("text", "json"), "text", "WORD", "text, or one JSON object a line"),
     _one("log_connections", choice("all", "errors", "none"), "all", "WORD", "whose closing lines are logged"),
+    _one("log_messages", BOOLEAN, "no", "YES|NO", "one line a message where the proxy sees the dialogue"),
     _one("stats_interval", POSITIVE, "10s", "DURATION", "time between two sets of status lines"),
 )
 
@@ -147,6 +156,14 @@ BLOCKS: dict[str, tuple[Option, ...]] = {
             "auth_shared_secret", SECRET, None, "SECRET", "this instance's own secret instead of the global one", True
         ),
         _one("weight", WEIGHT, "1", "WEIGHT", "share of throttles relative to other instances"),
+        _one("mode", MODE, None, "WORD", "tcp or smtp for this instance (its listener's)"),
+        _one("smtp_tls", SMTP_TLS, None, "WORD", "mode smtp: TLS to receivers (the global one)"),
+        _one("share_with", NAME, None, "GROUP", "instances of one group share connections (with itself)"),
+    ),
+    "listener": (_one("mode", MODE, None, "WORD", "tcp or smtp for clients of this listener (the global one)"),),
+    "source": (
+        _many("ip", NETWORK, None, "IP", "the addresses of this name"),
+        _one("ehlo", EHLO, None, "NAME", "the name that is said in EHLO when leaving from them (the client's)"),
     ),
     "throttle": (
         _many("source", NETWORK, None, "NETWORK", "local addresses that it applies to, each by itself (any)"),

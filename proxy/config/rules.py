@@ -31,6 +31,8 @@ def broken(settings: Settings, given: Collection[str]) -> Iterator[Finding]:
     yield from _listeners(settings)
     yield from _sources(settings)
     yield from _instances(settings)
+    yield from _listener_blocks(settings)
+    yield from _source_blocks(settings)
     yield from _not_in_this_version(settings)
 
 
@@ -100,6 +102,26 @@ def _instances(settings: Settings) -> Iterator[Finding]:
         for network in block.allow_from:
             if owner.setdefault(network, block.name) != block.name:
                 yield "instance", f"allow_from {network} is in two blocks, {owner[network]} and {block.name}"
+
+
+def _listener_blocks(settings: Settings) -> Iterator[Finding]:
+    """A mode is for the doors without a protocol of their own."""
+    doors = {str(endpoint) for endpoint in (*settings.listen_socks5, *settings.listen_proxy_protocol)}
+    for block in settings.listener:
+        if block.name not in doors:
+            yield "listener", f"{block.name} is neither in listen_socks5 nor in listen_proxy_protocol"
+
+
+def _source_blocks(settings: Settings) -> Iterator[Finding]:
+    owner: dict[object, str] = {}
+    for block in settings.source:
+        if not block.ip:
+            yield "source", f"{block.name}: `ip` is missing"
+        for network in block.ip:
+            if network.prefixlen != network.max_prefixlen:
+                yield "source", f"{block.name}: {network} is a network: a name is for single addresses"
+            elif owner.setdefault(network, block.name) != block.name:
+                yield "source", f"{network.network_address} is in two blocks, {owner[network]} and {block.name}"
 
 
 def _not_in_this_version(settings: Settings) -> Iterator[Finding]:

@@ -155,6 +155,20 @@ def parse_text(text: str) -> str:
     return text
 
 
+def parse_name(text: str) -> str:
+    """A name that the operator gives to something: a word of up to 64 characters."""
+    if not re.fullmatch(r"[!-~]{1,64}", text):
+        raise ValueError
+    return text
+
+
+def parse_ehlo(text: str) -> str:
+    """A domain or an address literal (RFC 5321 section 4.1.1.1), in ASCII."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,255}|\[[A-Za-z0-9.:_-]{1,253}\]", text):
+        raise ValueError
+    return text
+
+
 def parse_secret(text: str) -> bytes:
     """A shared secret: 32 characters or more, as UTF-8."""
     parse_text(text)
@@ -231,6 +245,8 @@ PORTS = Kind("ports", parse_ports, "a port such as 25 or a range such as 2500-25
 SIZE = Kind("size", parse_size, "a size such as 64K or 1M")
 RATE = Kind("rate", parse_rate, "a rate such as 1000/hr, 50/min or 10/s")
 PATH = Kind("path", parse_text, "a file name", verbatim=True)
+NAME = Kind("name", parse_name, "a word of at most 64 characters")
+EHLO = Kind("name", parse_ehlo, "an EHLO name such as mail1.example.com or [192.0.2.1]")
 SECRET = Kind("secret", parse_secret, f"a secret of at least {SHORTEST_SECRET} characters", verbatim=True)
 WORKERS = Kind("number", parse_workers, "a number of processes or the word auto")
 STORE = Kind("store", parse_store, "memory or a redis:// address", verbatim=True)

@@ -32,6 +32,7 @@ class PoolKey(NamedTuple):
     smtputf8: bool = False
     requiretls: bool = False
     tenant: str = ""  # a word of the client's, for whatever else must not be mixed
+    group: str = ""  # the operator's word on who shares with whom; see `Modes.group`
 
 
 @dataclass(slots=True, eq=False)

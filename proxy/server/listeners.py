@@ -77,12 +77,12 @@ class Doors:
             listener = self._listeners[endpoint]
             if listener.door.protocol != protocol:
                 self._closed.append(listener.door)
-                listener.door = Door(protocol, listener.door.endpoint)
+                listener.door = Door(protocol, listener.door.endpoint, endpoint)
             listener.spare = self._spare if protocol == STATUS else None
             listener.set_options(settings.idle_timeout)
 
     def _listen(self, endpoint: Endpoint, sock: socket.socket, protocol: str) -> None:
-        door = Door(protocol, endpoint_of(sock))
+        door = Door(protocol, endpoint_of(sock), endpoint)
         listener = self._listeners[endpoint] = Listener(sock, door, self._admit, self._accept_failed)
         listener.start()
         log.note(log.Event.LISTEN, log.INFO, f"listening on {door.endpoint}", protocol=protocol)

@@ -32,6 +32,7 @@ from proxy.net.crew import Crew, let_others_run
 from proxy.net.relay import RawSocket, make_engine
 from proxy.policy.access import Access
 from proxy.policy.budget import FailureBudget
+from proxy.policy.modes import Modes
 from proxy.protocols.native.messages import Kind
 from proxy.server import process, systemd
 from proxy.server.listener import Listener, ListenError
@@ -147,6 +148,7 @@ class Server:
         return Services(
             settings=settings,
             access=Access(settings, upstream.LocalAddresses(), own),
+            modes=Modes(settings),
             engine=self._engine,
             counters=self._counters,
             gauges=self._gauges,

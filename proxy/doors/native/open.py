@@ -104,7 +104,7 @@ class Opener:
         source = upstream.source_for(services.access, instance, client, request.source_ip, destination)
         if request.source_ip is None:
             services.access.check_route(instance, source, destination)
-        key = _key(request, source, destination)
+        key = _key(request, source, destination, services.modes.group(instance))
         who = (
             instance or self._guest.client.host,
             services.access.weight_of(instance),
@@ -181,7 +181,7 @@ class Opener:
         return (self._ends_at - monotonic()) / left
 
 
-def _key(request: m.Open, source: str, destination: Endpoint) -> PoolKey:
+def _key(request: m.Open, source: str, destination: Endpoint, group: str) -> PoolKey:
     return PoolKey(
         source,
         destination,
@@ -192,4 +192,5 @@ def _key(request: m.Open, source: str, destination: Endpoint) -> PoolKey:
         request.smtputf8,
         request.requiretls,
         request.tenant or "",
+        group,
     )

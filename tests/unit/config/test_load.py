@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.config import load as config
+from proxy.config.load import BLOCK_TYPES
 from proxy.config.options import BLOCKS, OPTIONS
 from proxy.errors import ConfigError, UsageError
 from proxy.model import Endpoint
-from proxy.settings import InstanceSettings, Rate, ThrottleSettings
+from proxy.settings import InstanceSettings, Rate
 
 DOCUMENTED = """\
 listen "0.0.0.0:807"
@@ -79,7 +80,7 @@ def test_denied_destinations_add_to_the_default():
 def test_every_directive_is_a_setting_and_every_setting_a_directive():
     fields = {field.name for field in dataclasses.fields(config.Settings)}
     assert fields == {option.name for option in OPTIONS} | set(BLOCKS) | {"config_filename"}
-    for kind, block in (("instance", InstanceSettings), ("throttle", ThrottleSettings)):
+    for kind, block in BLOCK_TYPES.items():
         assert {field.name for field in dataclasses.fields(block)} == {o.name for o in BLOCKS[kind]} | {"name"}
 
 
@@ -127,6 +128,54 @@ throttle yahoo {{
     assert throttle.destination == networks("67.195.204.0/24", "98.136.96.0/24")
     assert throttle.max_delivery_rate == (Rate(1000, 3600), Rate(50, 60))
     assert (throttle.max_concurrent_connections, throttle.wait) == (20, 5.0)
+
+
+def test_blocks_of_mode_smtp():
+    settings = load(
+        BASE
+        + """
+listen_socks5 10.0.0.1:1080, [2001:DB8::1]:1080
+mode smtp
+instance kumo {
+    mode tcp
+    smtp_tls required
+    share_with pool
+}
+listener [2001:db8:0::1]:1080 {
+    mode tcp
+}
+source vmta1 {
+    ip 192.0.2.1, 2001:db8::7
+    ehlo mail1.example.com
+}
+source vmta2 {
+    ip 192.0.2.2
+}
+"""
+    )
+    (kumo,) = settings.instance
+    assert (settings.mode, settings.smtp_tls) == ("smtp", "opportunistic")
+    assert (kumo.mode, kumo.smtp_tls, kumo.share_with) == ("tcp", "required", "pool")
+    assert [(block.name, block.mode) for block in settings.listener] == [("[2001:db8::1]:1080", "tcp")]
+    assert [block.ehlo for block in settings.source] == ["mail1.example.com", None]
+    assert settings.source[0].ip == networks("192.0.2.1", "2001:db8::7")
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ("listener 10.0.0.9:1080 {\n}", "neither in listen_socks5 nor in listen_proxy_protocol"),
+        ("listener kumo {\n}", "is not the IP:port of a listener"),
+        ("source a {\n}", "a: `ip` is missing"),
+        ("source a {\n    ip 192.0.2.0/24\n}", "192.0.2.0/24 is a network"),
+        ("source a {\n    ip 192.0.2.1\n}\nsource b {\n    ip 192.0.2.1\n}", "192.0.2.1 is in two blocks, a and b"),
+        ("source a {\n    ip 192.0.2.1\n    ehlo a_b c\n}", "a comma is missing"),
+        ('source a {\n    ip 192.0.2.1\n    ehlo "x y"\n}', "is not an EHLO name such as"),
+        ("instance a {\n    mode http\n}", "is not tcp or smtp"),
+    ],
+)
+def test_blocks_of_mode_smtp_that_are_wrong(block, words):
+    assert any(words in mistake for mistake in mistakes(BASE + block + "\n"))
 
 
 def test_secrets_of_files_are_added():

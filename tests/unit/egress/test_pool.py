@@ -113,6 +113,7 @@ def test_an_offered_connection_is_handed_out_once():
         {"smtputf8": True},
         {"requiretls": True},
         {"tenant": "customer-7"},
+        {"group": ":pool"},
     ],
 )
 def test_whatever_differs_in_the_key_is_not_shared(change):
@@ -123,7 +124,7 @@ def test_whatever_differs_in_the_key_is_not_shared(change):
 
 
 def test_the_key_has_no_field_that_the_test_above_forgets():
-    assert len(PoolKey._fields) == 9
+    assert len(PoolKey._fields) == 10
 
 
 def test_the_one_used_last_is_handed_out_first():

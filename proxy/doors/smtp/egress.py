@@ -1,0 +1,130 @@
+"""Where a mediated dialogue gets its receiver from: the interface between the dialogue and what is behind it.
+
+Two things implement it: `direct` opens and shares connections of this proxy, an agent asks another proxy for them in
+the native protocol. All calls belong to the greenlet of one client and may wait in it, unless they say otherwise; while
+one waits, the client's going away is thrown in as an exception, and then nothing may be left held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from proxy.model import Discard, Endpoint
+from proxy.net.relay import RawSocket
+
+
+class LineStream(Protocol):
+    """Bytes to and from a receiver, never waiting; the contract is `net.tls.PlainStream`'s.
+
+    `socket` is registered with the engine, and has an event whenever `recv` or `send` may succeed again.
+    """
+
+    socket: RawSocket
+
+    @property
+    def unsent(self) -> bool: ...
+    @property
+    def drained(self) -> bool: ...
+    def recv(self, size: int) -> bytes: ...
+    def send(self, data: bytes) -> int: ...
+    def flush(self) -> None: ...
+    def finish(self) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Line:
+    """A connection to a receiver that one dialogue has for itself now.
+
+    Args:
+        local: the real local address of its socket.
+        reused: somebody else had it before: `greeting` and `hello` are what was said then.
+        greeting: code and text of the receiver's greeting, lines joined by LF; None: not read yet.
+        hello: the texts of the lines of its last reply to EHLO or HELO; empty: nothing said yet.
+        ehlo_name: what it was greeted with.
+        shared: it may go to others afterwards, if the dialogue leaves it clean.
+        left: MAIL commands that it may still carry; None: any number.
+        tls: the version of TLS with the receiver, or "".
+        messages: MAIL commands of this dialogue on it; `give` and the others count them.
+        handle: the egress's own.
+    """
+
+    stream: LineStream
+    local: Endpoint
+    reused: bool = False
+    greeting: str | None = None
+    hello: tuple[str, ...] = ()
+    ehlo_name: str = ""
+    shared: bool = False
+    left: int | None = None
+    tls: str = ""
+    messages: int = 0
+    handle: object = None
+
+
+class Egress(Protocol):
+    """Connections and slots for one client, on the terms (`policy.modes.Terms`) that it was made with."""
+
+    def connect(self) -> Line:
+        """At the client's CONNECT: an idle connection that can be shared, else TCP to the receiver and no more.
+
+        Raises:
+            ProxyError: what is told to the client in its own protocol, as in mode tcp.
+        """
+
+    def greet(self, line: Line) -> None:
+        """Read the greeting, however long it takes (`line.greeting`); one that is no 220, too.
+
+        Raises:
+            UpstreamError: there was none. `line` is of no more use.
+        """
+
+    def hello(self, line: Line, name: str) -> Line:
+        """Bring the session up under the client's name: EHLO, STARTTLS, EHLO as the terms say.
+
+        Returns:
+            `line`, or another instead: when `line` was somebody else's under another name (it goes back unharmed), or
+            when TLS failed and may be done without.
+
+        Raises:
+            ProxyError: the receiver's refusal is in `smtp_reply`. There is no line then.
+        """
+
+    def renew(self, name: str, fresh: bool) -> Line:
+        """A whole session under the client's name, for a client that has none: an idle one, or a new one.
+
+        Args:
+            fresh: a new one, whatever is idle: the last one was found dead.
+
+        Raises:
+            ProxyError: as `hello`; Throttled: no place in time.
+        """
+
+    def slot(self) -> None:
+        """Wait for the slot of one message under every limit that applies.
+
+        Raises:
+            Throttled: not in time.
+        """
+
+    def lend(self, line: Line, taken: Callable[[], None]) -> None:
+        """The client has nothing in progress: whoever waits for a connection may have this one.
+
+        Args:
+            taken: called from elsewhere, must not wait: the dialogue is to `give` the line when it runs next.
+
+        Does not wait.
+        """
+
+    def keep(self, line: Line) -> None:
+        """The client goes on; `lend` is over. Does not wait."""
+
+    def give(self, line: Line) -> None:
+        """Nothing is in progress, and the tracker has found the line clean: it is for the next one. Does not wait."""
+
+    def part(self, line: Line, reason: Discard) -> None:
+        """Nothing is in progress, but nobody else may have it: QUIT behind the client's back. Does not wait."""
+
+    def drop(self, line: Line, reset: bool) -> None:
+        """Close at once; with `reset` the receiver sees RST, so that nothing unfinished is taken for a message."""

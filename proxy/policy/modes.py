@@ -1,0 +1,86 @@
+"""Whether the proxy takes part in a client's SMTP dialogue, and on which terms: `mode` and all that belongs to it.
+
+The most particular word wins: the instance's block, then its listener's, then the global one. Pure; a reload makes a
+new `Modes`, and a connection keeps what it began with.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from proxy.model import Endpoint, TlsMode
+from proxy.settings import Settings
+
+#: Port of implicit TLS (RFC 8314): there is no dialogue to be seen.
+_SUBMISSIONS = 465
+
+
+class Terms(NamedTuple):
+    """On which terms one connection is served in mode smtp.
+
+    Args:
+        instance: the client's name, or "".
+        source: the local address it leaves from. destination: the receiver.
+        ehlo_name: what is said in EHLO there; None: whatever the client says, and the connection is not shared.
+        tls: towards the receiver.
+        group: who shares connections with whom; see `Modes.group`.
+        offer_starttls, show_auth: what the client is offered of `mode_smtp_starttls` and `mode_smtp_auth`.
+    """
+
+    instance: str
+    source: str
+    destination: Endpoint
+    ehlo_name: str | None
+    tls: TlsMode
+    group: str
+    offer_starttls: bool
+    show_auth: bool
+
+
+class Modes:
+    """The modes of one configuration.
+
+    Attributes:
+        any_smtp: whether mode smtp occurs at all; where not, nobody need ask further.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._instances = {block.name: block for block in settings.instance}
+        self._listeners = {block.name: block.mode for block in settings.listener}
+        self._ehlo_names = {
+            str(network.network_address): block.ehlo for block in settings.source for network in block.ip if block.ehlo
+        }
+        said = [settings.mode, *self._listeners.values(), *(block.mode for block in settings.instance)]
+        self.any_smtp = "smtp" in said
+
+    def is_smtp(self, instance: str, listener: Endpoint, destination: Endpoint) -> bool:
+        """Whether the proxy takes part in the dialogue of this client.
+
+        Args:
+            listener: as it was configured.
+        """
+        if destination.port == _SUBMISSIONS:
+            return False
+        block = self._instances.get(instance)
+        mode = (block.mode if block else None) or self._listeners.get(str(listener)) or self._settings.mode
+        return mode == "smtp"
+
+    def terms(self, instance: str, client: str, source: str, destination: Endpoint) -> Terms:
+        """What holds for a connection of this instance (or, without a name, of this client's address)."""
+        block, settings = self._instances.get(instance), self._settings
+        return Terms(
+            instance=instance,
+            source=source,
+            destination=destination,
+            ehlo_name=self._ehlo_names.get(source),
+            tls=TlsMode((block.smtp_tls if block else None) or settings.smtp_tls),
+            group=self.group(instance) or f"={instance or client}",
+            offer_starttls=settings.mode_smtp_starttls,
+            show_auth=settings.mode_smtp_auth,
+        )
+
+    def group(self, instance: str) -> str:
+        """The instance's `share_with`, or "". A word never begins with "=" here: that is who shares with nobody."""
+        block = self._instances.get(instance)
+        return f":{block.share_with}" if block and block.share_with else ""
