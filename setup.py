@@ -68,6 +68,7 @@ setup(
     cmdclass={"build_ext": OptionalRelay, "build_py": FreshBuild},
     install_requires=[
         "gevent>=23.9",
+        "idna>=3.4",  # Python's own codec is IDNA 2003, for which straße.example and strasse.example are one name
         "configargparse>=1.7",
         "colorlog>=6",
         "msgspec>=0.18",

@@ -114,6 +114,12 @@ class DestinationNotAllowed(Refused):
     code = "destination_not_allowed"
 
 
+class BadServerName(Refused):
+    """An OPEN's `tls_server_name` is neither a host name nor an IP address: no certificate could prove it."""
+
+    code = "bad_server_name"
+
+
 class UnknownPath(Refused):
     """An OPEN names a throttle path that the run has not registered, or the run has no session now."""
 

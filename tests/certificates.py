@@ -8,6 +8,10 @@ import ssl
 from collections.abc import Callable
 
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 NAME = "mx.example.net"  # the name in the valid certificate
 
@@ -19,7 +23,7 @@ def authority() -> trustme.CA:
 
 
 def server_context(certificate: str) -> ssl.SSLContext:
-    """A context for `valid`, `expired`, `wrong_name`, `unknown_ca` or `self_signed`."""
+    """A context for `valid`, `expired`, `wrong_name`, `unknown_ca`, `common_name_only` or `self_signed`."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     if certificate == "self_signed":
         root = trustme.CA()
@@ -39,7 +43,8 @@ def pem(certificate: str) -> bytes:
 def _leaf(certificate: str) -> trustme.LeafCert:
     long_ago = datetime.datetime(2001, 1, 1)
     kinds: dict[str, Callable[[], trustme.LeafCert]] = {
-        "valid": lambda: authority().issue_cert(NAME, "127.0.0.1"),
+        "valid": lambda: authority().issue_cert(NAME, "127.0.0.1", "xn--bcher-kva.example.net"),
+        "common_name_only": _without_alternative_names,
         "wrong_name": lambda: authority().issue_cert("elsewhere.example.net"),
         "expired": lambda: authority().issue_cert(
             NAME, "127.0.0.1", not_before=long_ago, not_after=long_ago + datetime.timedelta(days=1)
@@ -47,3 +52,26 @@ def _leaf(certificate: str) -> trustme.LeafCert:
         "unknown_ca": lambda: trustme.CA().issue_cert(NAME, "127.0.0.1"),
     }
     return kinds[certificate]()
+
+
+def _without_alternative_names() -> trustme.LeafCert:
+    """Signed by the authority; the name stands in the subject alone, as it did twenty years ago."""
+    signer = authority()
+    key = ec.generate_private_key(ec.SECP256R1())
+    issuer = x509.load_pem_x509_certificate(signer.cert_pem.bytes())
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, NAME)]))
+        .issuer_name(issuer.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer.public_key()), critical=False)
+        .sign(serialization.load_pem_private_key(signer.private_key_pem.bytes(), None), hashes.SHA256())
+    )
+    key_pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.TraditionalOpenSSL, serialization.NoEncryption()
+    )
+    return trustme.LeafCert(key_pem, certificate.public_bytes(serialization.Encoding.PEM), [])

@@ -29,11 +29,14 @@ from proxy.throttling.flows import Places
 
 
 class Wish(NamedTuple):
-    """What a client wants the session to be. `ehlo_name` None: none at all, the proxy stays out of the dialogue."""
+    """What a client wants the session to be.
+
+    `ehlo_name` None: none at all, the proxy stays out of the dialogue. `tls_server_name`: as `server_name` has it.
+    """
 
     ehlo_name: str | None
     tls: TlsMode
-    tls_server_name: str | None
+    tls_server_name: str
     tls_verify: bool
 
 

@@ -88,7 +88,7 @@ class House:
             places = self.admission.enter(*self.who(key, owner), seconds, key)
             receiver = self.keeper.take(key, move_in) if places is not None else None
         if receiver is None:
-            wish = Wish(key.ehlo_name, key.tls, key.tls_server_name or None, False)
+            wish = Wish(key.ehlo_name, key.tls, key.tls_server_name, False)
             receiver = open_receiver(self.engine, wish, key.source, key.destination, (5.0, 5.0), 900.0)
             receiver.place = places
         if receiver.place is not None:

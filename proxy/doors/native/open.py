@@ -15,10 +15,11 @@ from proxy.doors.native.entrance import Guest
 from proxy.egress import upstream
 from proxy.egress.pool import PoolKey
 from proxy.egress.receiver import Receiver, Wish, open_receiver
-from proxy.errors import Overloaded, Step, UnknownPath, UpstreamError
+from proxy.errors import BadServerName, Overloaded, Step, UnknownPath, UpstreamError
 from proxy.model import Endpoint
 from proxy.protocols.native import messages as m
 from proxy.protocols.native.auth import Peer
+from proxy.protocols.server_name import server_name
 from proxy.protocols.smtp.dialogue import try_next_destination
 from proxy.services import Services
 from proxy.throttling.flows import Flow, Places
@@ -49,6 +50,7 @@ class Opener:
         self._request = request
         self._ends_at = monotonic() + request.deadline_ms / 1000
         self._flows: tuple[Flow, ...] = ()
+        self._server_name = ""
 
     def run(self, attempts: Attempts) -> Taken:
         """A connection to the first destination that works.
@@ -60,6 +62,7 @@ class Opener:
             ProxyError: refused, or all have failed: then it is what the last one tried failed with.
         """
         request, access, instance = self._request, self._services.access, self._peer.instance
+        self._server_name = _server_name(request)
         for address in request.destinations:
             access.check_route(instance, request.source_ip, address.endpoint)
         self._flows = self._paths()
@@ -104,7 +107,7 @@ class Opener:
         source = upstream.source_for(services.access, instance, client, request.source_ip, destination)
         if request.source_ip is None:
             services.access.check_route(instance, source, destination)
-        key = _key(request, source, destination, services.modes.group(instance))
+        key = self._key(source, destination)
         who = (
             instance or self._guest.client.host,
             services.access.weight_of(instance),
@@ -157,7 +160,7 @@ class Opener:
         if seconds <= 0:
             raise UpstreamError(f"connect {source} -> {destination}: no time left", Step.CONNECT, errno.ETIMEDOUT)
         longest = services.settings.connect_timeout if left == 1 else _CONNECT_ONE_OF_MANY
-        wish = Wish(request.ehlo_name, request.tls, request.tls_server_name, request.tls_verify)
+        wish = Wish(request.ehlo_name, request.tls, self._server_name, request.tls_verify)
         services.gauges.outgoing += 1
         try:
             receiver = open_receiver(
@@ -180,17 +183,31 @@ class Opener:
         """Seconds for the next of the destinations that are left."""
         return (self._ends_at - monotonic()) / left
 
+    def _key(self, source: str, destination: Endpoint) -> PoolKey:
+        request = self._request
+        return PoolKey(
+            source,
+            destination,
+            request.ehlo_name or "",
+            request.tls,
+            self._server_name,
+            "verify" if request.tls_verify else "",
+            request.smtputf8,
+            request.requiretls,
+            request.tenant or "",
+            self._services.modes.group(self._peer.instance),
+        )
 
-def _key(request: m.Open, source: str, destination: Endpoint, group: str) -> PoolKey:
-    return PoolKey(
-        source,
-        destination,
-        request.ehlo_name or "",
-        request.tls,
-        request.tls_server_name or "",
-        "verify" if request.tls_verify else "",
-        request.smtputf8,
-        request.requiretls,
-        request.tenant or "",
-        group,
-    )
+
+def _server_name(request: m.Open) -> str:
+    """The canonical form of the name that the OPEN gives, or empty.
+
+    Raises:
+        BadServerName: it cannot be one.
+    """
+    if request.tls_server_name is None:
+        return ""
+    try:
+        return server_name(request.tls_server_name)
+    except ValueError as error:
+        raise BadServerName(f"tls_server_name {request.tls_server_name}: {error}") from None

@@ -162,7 +162,7 @@ class Open(Message, frozen=True):
     destinations: Annotated[list[Address], Meta(min_length=1, max_length=32)]
     ehlo_name: HostName | None = None
     tls: TlsMode = TlsMode.NONE
-    tls_server_name: HostName | None = None
+    tls_server_name: LongName | None = None
     tls_verify: bool = False
     reuse: bool = False
     throttles: Annotated[list[PathId], Meta(max_length=8)] = []

@@ -162,11 +162,49 @@ def test_bytes_in_front_of_tls_are_an_injection(peer: Peer, mode: str) -> None:
         assert "sent plaintext in front of TLS" in failed[2]
 
 
-def test_a_name_that_cannot_be_one(peer: Peer) -> None:
+@pytest.mark.parametrize("mode", ["none", "opportunistic", "required"])
+@pytest.mark.parametrize(
+    "name", [".example.net", "mx..test", "mx example", "*.example.net", "192.0.2.256", "\u202e.test"]
+)
+def test_a_name_that_cannot_be_one(peer: Peer, mode: str, name: str) -> None:
+    """Refused before anything is tried: opportunistic TLS with it would end in clear every time."""
     with Mx(starttls=True) as mx:
-        failed = peer.failed(mx.endpoint, ehlo_name=EHLO, tls="required", tls_server_name=".example.net")
+        failed = peer.failed(mx.endpoint, ehlo_name=EHLO, tls=mode, tls_server_name=name)
+        assert (failed[:2], failed[5]) == ([None, "bad_server_name"], False)
+        assert failed[2].startswith(f"tls_server_name {name}: ")
+        assert mx.connects == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "sni"),
+    [
+        (f"{NAME}.", NAME),
+        (NAME.upper(), NAME),
+        ("bücher.example.net", "xn--bcher-kva.example.net"),
+        ("xn--bcher-kva.example.net", "xn--bcher-kva.example.net"),
+        ("127.0.0.1", None),
+        ("[127.0.0.1]", None),
+        ("::ffff:127.0.0.1", None),
+    ],
+)
+def test_names_verify_in_every_spelling(peer: Peer, name: str, sni: str | None) -> None:
+    """A dot at the end, capitals, U-labels; an address is verified and is no SNI (RFC 6066 section 3)."""
+    with Mx(starttls=True) as mx:
+        opened = peer.opened(mx.endpoint, ehlo_name=EHLO, tls="required", tls_server_name=name, tls_verify=True)
+        assert opened[7][2] is True
+        assert mx.sessions[0].server_name == sni
+        peer.finish()
+
+
+def test_a_common_name_alone_does_not_verify(peer: Peer) -> None:
+    """RFC 8461 section 4.1: only the subjectAltName counts."""
+    with Mx(starttls=True, certificate="common_name_only") as mx:
+        wanted = {"ehlo_name": EHLO, "tls": "required", "tls_server_name": NAME}
+        failed = peer.failed(mx.endpoint, **wanted, tls_verify=True)
         assert failed[0] == "tls"
-        assert "cannot be a TLS server name" in failed[2]
+        assert "certificate not accepted: " in failed[2]
+        peer.opened(mx.endpoint, **wanted)
+        peer.finish()
 
 
 # -- the dialogue ------------------------------------------------------------------------------------------------------
