@@ -1,8 +1,10 @@
-"""The throttle manager's doing: its clock, its one timer, and the greenlets that wait for a place.
+"""The throttle manager's doing: its clock, its one timer, and those who wait for a place or for a message's slot.
 
-`manager` decides and never waits. Here a request for a connection waits until its ticket is admitted or its time is up,
-and after each call what follows from it is carried out: tickets are woken, sessions are given what they are to send,
-notices are logged, and the timer is set. With no throttle configured or named, a connection costs one look.
+`manager` decides and never waits. Here a request for a connection waits in its greenlet until its ticket is admitted or
+its time is up; one for a message in its greenlet (`message`) or without any (`ask_message`). After each call what
+follows from it is carried out: tickets are woken, sessions are given what they are to send, notices are logged, and the
+timer is set. Many whose time is up together are told in turns. With no throttle configured or named, a connection costs
+one look.
 """
 
 from __future__ import annotations
@@ -12,14 +14,23 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from gevent import Timeout, get_hub, getcurrent
+from gevent import get_hub, getcurrent
 
+from proxy.errors import Throttled
 from proxy.log import lines as log
+from proxy.throttling.desk import MessageTicket
 from proxy.throttling.flows import Flow, Places, Throttle, Ticket
 from proxy.throttling.manager import Manager
 from proxy.throttling.session import End, Session
+from proxy.throttling.throttle import MILLISECOND
+from proxy.throttling.wheel import Wheel
 
 _NANOSECONDS = 1_000_000_000
+#: Requests whose time is up that are told so before the loop looks at its sockets again.
+_TIMED_OUT_A_TURN = 20
+
+#: Told once, in the hub: None: the slot is there, to be used at once; or why there is none. Must not wait.
+Answer = Callable[[Throttled | None], None]
 
 
 def clock_ns() -> int:
@@ -53,6 +64,9 @@ class Admission:
         self._make_way = make_way
         self._hub: Any = get_hub()
         self._waiting: dict[Ticket, Any] = {}  # the greenlets
+        self._refused: dict[Ticket, Throttled] = {}  # of those, whose time is up
+        self._answers: dict[MessageTicket, Answer] = {}
+        self._deadlines: Wheel[Ticket | MessageTicket] = Wheel(10 * MILLISECOND)
         self._keys: dict[Ticket, Hashable] = {}  # what those who wait would share
         self._awaited: Counter[Hashable] = Counter()  # the same, how often
         self._timer: Any = self._hub.loop.timer(0)
@@ -70,6 +84,7 @@ class Admission:
         flows: tuple[Flow, ...],
         seconds: float,
         key: Hashable = None,
+        rated: bool = True,
     ) -> Places | None:
         """Wait in fair order for a place under every throttle that applies; None: none does.
 
@@ -77,6 +92,8 @@ class Admission:
             owner: instance name, else the client's address.
             seconds: the longest to wait; the proxy's own throttles may say less.
             key: of the cached connection that would do; see `pass_on`.
+            rated: whether the connection counts against the rates of the proxy's own throttles; not if its messages do,
+                each by `message` or `ask_message`.
 
         Raises:
             Throttled: not in time; says which throttle, and when to come back.
@@ -84,12 +101,11 @@ class Admission:
         manager = self.manager
         if not flows and not manager.blocks:
             return None
-        answer = manager.admit(owner, weight, source, destination, flows, clock_ns())
+        answer = manager.admit(owner, weight, source, destination, flows, clock_ns(), rated)
         self.settle()
         if isinstance(answer, Places):
             return answer
-        own = manager.wait_of(answer)
-        self._wait_for(answer, seconds if own is None else min(seconds, own), key)
+        self._wait_for(answer, self._longest(answer, seconds), key)
         return answer.places
 
     def swap(
@@ -100,6 +116,7 @@ class Admission:
         source: str,
         destination: str,
         flows: tuple[Flow, ...],
+        rated: bool = True,
     ) -> tuple[bool, Places | None]:
         """A cached connection changes its user: its places for those of the new one, in one call, without waiting.
 
@@ -110,14 +127,14 @@ class Admission:
         if old is None:
             if not flows and not manager.blocks:
                 return True, None
-            answer = manager.admit(owner, weight, source, destination, flows, clock_ns())
+            answer = manager.admit(owner, weight, source, destination, flows, clock_ns(), rated)
             if isinstance(answer, Ticket):
                 manager.cancel(answer, clock_ns())
                 self.settle()
                 return False, None
             self.settle()
             return True, answer
-        new = manager.swap(old, owner, weight, source, destination, flows, clock_ns())
+        new = manager.swap(old, owner, weight, source, destination, flows, clock_ns(), rated)
         self.settle()
         return new is not None, new
 
@@ -152,23 +169,22 @@ class Admission:
         Raises:
             Throttled: time is up.
         """
-        timer = Timeout.start_new(max(seconds, 0.001))
         self._waiting[ticket] = getcurrent()
         self._keys[ticket] = key
         self._awaited[key] += 1
+        self._let_wait(ticket, seconds)
         try:
             while ticket.places is None:
+                refusal = self._refused.pop(ticket, None)
+                if refusal is not None:
+                    raise refusal
                 self._hub.switch()
-        except BaseException as reason:
-            if reason is timer and ticket.places is not None:
-                return  # admitted in time, but not woken yet
-            refusal = self.manager.refusal(ticket, clock_ns())
+        except BaseException:
             self._wake(self.manager.cancel(ticket, clock_ns()))
-            if reason is timer:
-                raise refusal from None
             raise
         finally:
-            timer.close()
+            self._deadlines.disarm(ticket)
+            self._refused.pop(ticket, None)
             del self._waiting[ticket]
             del self._keys[ticket]
             self._awaited[key] -= 1
@@ -186,6 +202,104 @@ class Admission:
         if greenlet is not None:
             greenlet.switch()
 
+    # ---------------------------------------------------------------- messages
+
+    def message(
+        self, owner: str, weight: float, source: str, destination: str, flows: tuple[Flow, ...], seconds: float
+    ) -> None:
+        """Wait for `ask_message` in the running greenlet.
+
+        Raises:
+            Throttled: not in time.
+        """
+        greenlet, answers = getcurrent(), []
+
+        def answer(refusal: Throttled | None) -> None:
+            answers.append(refusal)
+            greenlet.switch()
+
+        ticket = self.ask_message(owner, weight, source, destination, flows, seconds, answer)
+        if ticket is None:
+            return
+        try:
+            while not answers:
+                self._hub.switch()
+        except BaseException:
+            self.cancel_message(ticket)
+            raise
+        if answers[0] is not None:
+            raise answers[0]
+
+    def ask_message(
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+        seconds: float,
+        answer: Answer,
+    ) -> MessageTicket | None:
+        """Ask for the slot of one message that the proxy is to pass on, in fair order with all instances' demand.
+
+        Args:
+            owner: instance name, else the client's address; one that has a session shares its turns with it.
+            weight: as the operator has set it.
+            source, destination: canonical addresses; without `flows`, the proxy's own throttles that match them apply.
+            flows: a session's paths: then it is their throttles that apply, and not the proxy's own.
+            seconds: the longest to wait; the proxy's own throttles may say less.
+            answer: see `Answer`. Not called if None is returned here, nor after `cancel_message`.
+
+        Returns:
+            None: the slot is there, or nothing limits it: pass the message on now. Else a ticket for `cancel_message`.
+            The refusal names the throttle (`throttle`) and says when to come back (`retry_after`, seconds).
+        """
+        manager = self.manager
+        if not flows and not manager.blocks:
+            return None
+        ticket = manager.ask_message(owner, weight, source, destination, flows, clock_ns())
+        if ticket is not None and not ticket.granted:
+            self._answers[ticket] = answer
+            self._let_wait(ticket, self._longest(ticket, seconds))
+        self.settle()
+        return ticket if ticket in self._answers else None
+
+    def cancel_message(self, ticket: MessageTicket) -> None:
+        """Nobody waits for it any more. A slot that has come and was not told of goes to the next; after the answer
+        this changes nothing."""
+        if self._answers.pop(ticket, None) is not None:
+            self._deadlines.disarm(ticket)
+            self.manager.cancel_message(ticket, clock_ns())
+            self.settle()
+
+    def _answer(self, ticket: MessageTicket, refusal: Throttled | None = None) -> None:
+        answer = self._answers.pop(ticket, None)
+        if answer is not None:
+            self._deadlines.disarm(ticket)
+            answer(refusal)
+
+    # ---------------------------------------------------------------- deadlines
+
+    def _longest(self, ticket: Ticket | MessageTicket, seconds: float) -> float:
+        own = self.manager.wait_of(ticket)
+        return seconds if own is None else min(seconds, own)
+
+    def _let_wait(self, ticket: Ticket | MessageTicket, seconds: float) -> None:
+        self._deadlines.arm(ticket, clock_ns() + int(seconds * _NANOSECONDS))
+        self._arm()
+
+    def _time_out(self, now: int) -> None:
+        """Tell some of those whose time is up; who has got it meanwhile is about to be told so."""
+        for ticket in self._deadlines.expire(now, _TIMED_OUT_A_TURN):
+            refusal = self.manager.refusal(ticket, now)
+            if isinstance(ticket, MessageTicket):
+                if not ticket.granted:
+                    self.manager.cancel_message(ticket, now)
+                    self._hub.loop.run_callback(self._answer, ticket, refusal)
+            elif ticket.places is None:
+                self._refused[ticket] = refusal
+                self._wake([*self.manager.cancel(ticket, now), ticket])
+
     # ---------------------------------------------------------------- what follows from a call
 
     def settle(self) -> None:
@@ -198,6 +312,9 @@ class Admission:
             while True:
                 admitted, ready, ended = manager.take_admitted(), manager.take_ready(), manager.take_ended()
                 self._wake(admitted)
+                granted = manager.take_granted()
+                for ticket in granted:
+                    self._hub.loop.run_callback(self._answer, ticket)
                 blocked = manager.take_blocked()
                 for throttle in blocked:
                     while throttle.line is not None and throttle.full() and self._make_way(throttle):
@@ -210,7 +327,7 @@ class Admission:
                     client = self.clients.pop(session, None)
                     if client is not None and session.end is not None:
                         client.ended(session.end)
-                if not (admitted or ready or ended or blocked):
+                if not (admitted or granted or ready or ended or blocked):
                     break
             for remark in manager.take_notices():
                 log.note(log.Event.THROTTLE, log.WARNING, remark.detail, notice=remark.notice, instance=remark.instance)
@@ -220,6 +337,9 @@ class Admission:
 
     def _arm(self) -> None:
         due = self.manager.next_wakeup()
+        first = self._deadlines.next_wakeup()
+        if first is not None and (due is None or first < due):
+            due = first
         if due is None or (self._armed_for is not None and self._armed_for <= due):
             return  # it rings early at worst
         self._armed_for = due
@@ -229,5 +349,7 @@ class Admission:
 
     def _ring(self) -> None:
         self._armed_for = None
-        self.manager.advance(clock_ns())
+        now = clock_ns()
+        self.manager.advance(now)
+        self._time_out(now)
         self.settle()

@@ -16,7 +16,7 @@ from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 
 from proxy.throttling.flows import WORD, Flow, Path, Receiver, Run, Slots, Throttle
-from proxy.throttling.throttle import AHEAD, MICROSECOND, TICK
+from proxy.throttling.throttle import MICROSECOND, MILLISECOND, TICK
 from proxy.throttling.wheel import Wheel
 
 #: The longest step that fits its field of the wire, in nanoseconds.
@@ -32,10 +32,12 @@ class Dispenser:
 
     Attributes:
         touched: receivers that got something. paid: flows without a fine. idle: throttles that nobody waits under now.
+        wheel, fine: throttles by their next turn; the fine one has those that give out nothing ahead.
     """
 
     def __init__(self) -> None:
         self.wheel: Wheel[Throttle] = Wheel(TICK)
+        self.fine: Wheel[Throttle] = Wheel(MILLISECOND)
         self.touched: dict[Receiver, None] = {}
         self.paid: list[Flow] = []
         self.idle: dict[Throttle, None] = {}
@@ -63,10 +65,13 @@ class Dispenser:
         slot, decider = path.earliest(now)
         throttle = decider or path.throttles[0]
         self._enqueue(flow, throttle)
-        if slot <= now + AHEAD:
+        if slot <= now + path.horizon:
             self.serve(throttle, now)
         else:
-            self.wheel.arm_earlier(throttle, slot - AHEAD)
+            self._wheel(throttle).arm_earlier(throttle, slot - throttle.lead)
+
+    def _wheel(self, throttle: Throttle) -> Wheel[Throttle]:
+        return self.fine if throttle.counts else self.wheel
 
     def withdraw(self, flow: Flow) -> None:
         """The session of `flow` is gone or means another path: it wants nothing, and what it held is not reused."""
@@ -118,11 +123,11 @@ class Dispenser:
             if slots is not None and self._take_turn(throttle, slots, agenda, now):
                 throttle.slots = None
                 self.idle[throttle] = None
-                self.wheel.disarm(throttle)
+                self._wheel(throttle).disarm(throttle)
 
     def _take_turn(self, throttle: Throttle, slots: Slots, agenda: list[Turn], now: int) -> bool:
         """Serve the queue of `throttle` while its slots are the next ones and near. Whether nobody is left in it."""
-        queue, times, horizon = slots.queue, slots.times, now + AHEAD
+        queue, times, wheel = slots.queue, slots.times, self._wheel(throttle)
         while queue:
             time, order, flow = queue[0]
             receiver, path = flow.receiver, flow.path
@@ -140,15 +145,15 @@ class Dispenser:
                 flow.queued = None
                 self._give_freely(flow, now)
                 continue
-            if slot > horizon:
+            if slot > now + path.horizon:
                 if decider is throttle:
-                    self.wheel.arm(throttle, slot - AHEAD)
+                    wheel.arm(throttle, slot - throttle.lead)
                     return False
                 heappop(queue)
                 self._enqueue(flow, decider)
-                self.wheel.arm_earlier(decider, slot - AHEAD)
+                self._wheel(decider).arm_earlier(decider, slot - decider.lead)
                 if queue and slots.path is not None:
-                    self.wheel.arm(throttle, slot)
+                    wheel.arm(throttle, slot)
                     return False
                 continue
             if len(path.throttles) > 1:
@@ -159,7 +164,7 @@ class Dispenser:
                     heappush(agenda, (slot, next(self._order), elsewhere))
                     if queue and slots.path is not None:
                         # The others would follow it for nothing: one is enough to ask there.
-                        self.wheel.arm(throttle, slot)
+                        wheel.arm(throttle, slot)
                         return False
                     continue
                 if agenda and agenda[0][0] < slot:
@@ -268,16 +273,19 @@ class Dispenser:
         start = flow.granted - (flow.granted - first) % WORD
         taken = self._take_back(flow, start, start + n)
         flow.balance -= len(taken)
-        oldest = now + TICK - flow.path.slack
+        self.reuse(flow.path, taken, now)
+        return len(taken)
+
+    def reuse(self, path: Path, taken: list[int], now: int) -> None:
+        """Slots of `path` that nobody will use: to those who wait on it, as far as there is life in them."""
+        oldest = now + TICK - path.slack
         usable = [slot for slot in taken if slot >= oldest]
         if usable:
-            path = flow.path
             if path.returned is None:
                 path.returned = []
             for slot in usable:
                 heappush(path.returned, slot)
             self.recycle(path, now)
-        return len(taken)
 
     def _take_back(self, flow: Flow, start: int, end: int) -> list[int]:
         """Cut permits [start, end) out of what the flow holds; their slots."""

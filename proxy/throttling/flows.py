@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from proxy.throttling.limits import Backoff, BackoffRule, Effective, Part, reconcile
 from proxy.throttling.line import Line, Request
 from proxy.throttling.share import clamp_weight
-from proxy.throttling.throttle import SECOND, Key, Meter
+from proxy.throttling.throttle import MICROSECOND, SECOND, Key, Meter
 
 #: Virtual time of one permit at weight 1.
 UNIT = 1 << 20
@@ -87,19 +87,27 @@ class Receiver:
 
 
 class Path:
-    """Throttles that a message passes together. `returned` holds slots that came back and may be used again."""
+    """Throttles that a message passes together.
 
-    __slots__ = ("refs", "returned", "throttles")
+    Attributes:
+        horizon: how far ahead its slots are given out; at least the rest of a microsecond, since slots are whole ones.
+        returned: slots that came back and may be used again.
+        desk: flows of the proxy itself (see `desk`), which no instance has registered.
+    """
+
+    __slots__ = ("desk", "horizon", "refs", "returned", "throttles")
 
     def __init__(self, throttles: tuple[Throttle, ...]) -> None:
         self.throttles = throttles
+        self.horizon = max(min([throttle.lead for throttle in throttles]), MICROSECOND - 1)
         self.returned: list[int] | None = None
+        self.desk: dict[Flow, None] | None = None
         self.refs = 0
 
     def flows(self) -> list[Flow]:
         """The flows on this path."""
-        fewest = min((each.terms for each in self.throttles if each.terms is not None), key=len)
-        return [flow for flow in fewest if flow.path is self]
+        fewest = min([each.terms for each in self.throttles if each.terms is not None], key=len, default=())
+        return [flow for flow in fewest if flow.path is self] + list(self.desk or ())
 
     def earliest(self, now: int) -> tuple[int, Throttle | None]:
         """The next slot that all throttles have, and the throttle that decides it (None: nothing limits the rate)."""
@@ -186,14 +194,25 @@ class Places:
 
 
 class Ticket(Request):
-    """A request that waits. `places` is set when it got in; `blocker` is what it waits for until then."""
+    """A request that waits. `places` is set when it got in; `blocker` is what it waits for until then.
 
-    __slots__ = ("blocker", "flows", "places", "throttles", "waiting")
+    `rated`: it also takes a slot of the throttles that count connections.
+    """
 
-    def __init__(self, owner: str, weight: float, throttles: tuple[Throttle, ...], flows: tuple[Flow, ...]) -> None:
+    __slots__ = ("blocker", "flows", "places", "rated", "throttles", "waiting")
+
+    def __init__(
+        self,
+        owner: str,
+        weight: float,
+        throttles: tuple[Throttle, ...],
+        flows: tuple[Flow, ...],
+        rated: bool = True,
+    ) -> None:
         super().__init__(owner, weight)
         self.throttles = throttles
         self.flows = flows
+        self.rated = rated
         self.places: Places | None = None
         self.blocker: Throttle | Flow | None = None
         self.waiting = True

@@ -15,6 +15,7 @@ from proxy.errors import Throttled
 from proxy.throttling.advice import Adviser
 from proxy.throttling.audit import Audit
 from proxy.throttling.blocks import Block, Blocks
+from proxy.throttling.desk import Desk, MessageTicket
 from proxy.throttling.dispenser import Dispenser
 from proxy.throttling.flows import Flow, Places, Throttle, Ticket
 from proxy.throttling.limits import BackoffRule, Part
@@ -52,6 +53,7 @@ class Manager:
         self._dispenser = Dispenser()
         self._book = PlaceBook(self._shut)
         self._registry = Registry(start, self._dispenser, self._book)
+        self._desk = Desk(self._dispenser, self._registry)
         self._adviser = Adviser()
         self._pings: Wheel[Session] = Wheel(TICK)
         self._departed: list[tuple[Iterator[Flow], int | None]] = []
@@ -200,7 +202,14 @@ class Manager:
         return tuple([session.flows[id] for id in ids])
 
     def admit(
-        self, owner: str, weight: float, source: str, destination: str, flows: tuple[Flow, ...], now: int
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+        now: int,
+        rated: bool = True,
     ) -> Places | Ticket:
         """Places for one connection under every throttle that applies, all or none.
 
@@ -208,11 +217,12 @@ class Manager:
             owner: instance name, else the client's address: fairness is among owners.
             source: address to leave from. destination: address to go to; canonical text, for the proxy's own throttles.
             flows: what the OPEN names; empty for clients without a session.
+            rated: the connection takes a slot of the proxy's own throttles; not if its messages do, see `ask_message`.
 
         Returns:
             the places, or a ticket to wait with; it comes back in `take_admitted`, or `cancel` it and see `refusal`.
         """
-        answer = self._book.admit(owner, weight, self._under(source, destination, flows, now), flows, now)
+        answer = self._book.admit(owner, weight, self._under(source, destination, flows, now), flows, now, rated)
         if isinstance(answer, Places):
             for throttle in answer.throttles:
                 self._active[throttle] = None
@@ -220,10 +230,18 @@ class Manager:
         return answer
 
     def swap(
-        self, old: Places, owner: str, weight: float, source: str, destination: str, flows: tuple[Flow, ...], now: int
+        self,
+        old: Places,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+        now: int,
+        rated: bool = True,
     ) -> Places | None:
         """A cached connection goes to another user: its places for those of the new path. None: not possible now."""
-        new = self._book.swap(old, owner, weight, self._under(source, destination, flows, now), flows, now)
+        new = self._book.swap(old, owner, weight, self._under(source, destination, flows, now), flows, now, rated)
         if new is not None:
             for throttle in new.throttles:
                 self._active[throttle] = None
@@ -254,13 +272,50 @@ class Manager:
         """Whether somebody waits for a place that these hold: a cached connection then gives way."""
         return any(throttle.line is not None for throttle in places.throttles)
 
-    def wait_of(self, ticket: Ticket) -> float | None:
+    def wait_of(self, ticket: Ticket | MessageTicket) -> float | None:
         """Seconds that the proxy's own throttles let a request wait; None: none of them applies."""
         return self.blocks.wait(ticket.throttles)
 
-    def refusal(self, ticket: Ticket, now: int) -> Throttled:
+    def refusal(self, ticket: Ticket | MessageTicket, now: int) -> Throttled:
         """Why `ticket` did not get in, and when to come back."""
-        return refusal(ticket, now)
+        return self._desk.refusal(ticket, now) if isinstance(ticket, MessageTicket) else refusal(ticket, now)
+
+    # --- messages ---
+
+    def ask_message(
+        self, owner: str, weight: float, source: str, destination: str, flows: tuple[Flow, ...], now: int
+    ) -> MessageTicket | None:
+        """A slot for one message that the proxy passes on for `owner`, in fair order with everybody's demand.
+
+        Args:
+            owner, weight, source, destination: as for `admit`; who has a session shares its turns with it.
+            flows: paths of a session whose throttles it shall pass; empty: the proxy's own throttles that match.
+
+        Returns:
+            None: nothing limits it. A ticket: `granted` already, or later (`take_granted`); it may be called off at any
+            time (`cancel_message`), and `refusal` says why it was not.
+        """
+        if len(flows) == 1:
+            throttles = flows[0].path.throttles
+        elif flows:
+            throttles = tuple(dict.fromkeys(throttle for flow in flows for throttle in flow.path.throttles))
+        else:
+            throttles = self.blocks.match(source, destination, now) if self.blocks else ()
+        ticket = self._desk.ask(owner, weight, throttles, now)
+        if ticket is not None:
+            for throttle in throttles:
+                self._active[throttle] = None
+        self._settle(now)
+        return ticket
+
+    def cancel_message(self, ticket: MessageTicket, now: int) -> None:
+        """Nobody waits for `ticket` any more; a slot that it got and that was not used goes to the next."""
+        self._desk.cancel(ticket, now)
+        self._settle(now)
+
+    def take_granted(self) -> list[MessageTicket]:
+        granted, self._desk.granted = self._desk.granted, []
+        return granted
 
     def mail_sent(self, places: Places, messages: int, now: int) -> None:
         """The proxy saw `messages` MAIL commands on a connection: each should have had a permit on every path."""
@@ -278,6 +333,7 @@ class Manager:
         self.enforce = enforce
         for throttle in self.blocks.reload(blocks, now):
             self._book.pump(throttle, now)
+            self._dispenser.serve(throttle, now)
         self._settle(now)
 
     def advance(self, now: int) -> None:
@@ -289,8 +345,9 @@ class Manager:
         for throttle, name in self._registry.leases.expire(now, SWEEP):
             self._registry.end_lease(throttle, name, now)
         self._sweep(now)
-        self._book.expire(now)
+        self._serve_counted(now)
         self._dispenser.expire(now, SWEEP)
+        self._desk.expire(now, SWEEP)
         self._settle(now)
         self._adviser.expire(now)
         for throttle in self._registry.forgetting.expire(now, SWEEP):
@@ -304,6 +361,8 @@ class Manager:
             return 0
         wheels = (
             self._dispenser.wheel,
+            self._dispenser.fine,
+            self._desk.wheel,
             self._book.wheel,
             self._adviser.wheel,
             self._pings,
@@ -358,6 +417,15 @@ class Manager:
         return len(self._active)
 
     # --- steps ---
+
+    def _serve_counted(self, now: int) -> None:
+        """The proxy's own throttles whose slots have come: for a connection and for a message by turns."""
+        due = self._book.wheel.expire(now, SWEEP) + self._dispenser.fine.expire(now, SWEEP)
+        for throttle in dict.fromkeys(due):
+            if throttle.taken % 2:
+                self._dispenser.serve(throttle, now)
+            self._book.pump(throttle, now)
+            self._dispenser.serve(throttle, now)
 
     def _drop_idle(self, now: int, most: int | None = None) -> None:
         """Look at throttles that nobody waits under or uses any more, or whose debt should be paid."""
@@ -436,6 +504,7 @@ class Manager:
 
     def _settle(self, now: int) -> None:
         """Pass on what one part's work means for another."""
+        self._desk.settle(now)
         paid = self._dispenser.paid
         while paid:
             self._book.retry(paid.pop(), now)

@@ -14,9 +14,8 @@ from typing import Protocol
 
 from proxy.throttling.flows import Flow, Places, Throttle, Ticket
 from proxy.throttling.line import Line
+from proxy.throttling.throttle import MILLISECOND
 from proxy.throttling.wheel import Wheel
-
-MILLISECOND = 1_000_000
 
 
 class Gate(Protocol):
@@ -45,15 +44,33 @@ class PlaceBook:
         self._shut = shut
 
     def admit(
-        self, owner: str, weight: float, throttles: Iterable[Throttle], flows: tuple[Flow, ...], now: int
+        self,
+        owner: str,
+        weight: float,
+        throttles: Iterable[Throttle],
+        flows: tuple[Flow, ...],
+        now: int,
+        rated: bool = True,
     ) -> Places | Ticket:
-        """Places under every one of `throttles`, or a ticket; nothing in between."""
-        ticket = Ticket(owner, weight, tuple(dict.fromkeys(throttles)), flows)
+        """Places under every one of `throttles`, or a ticket; nothing in between.
+
+        Args:
+            rated: it takes a slot of those that count connections, too. One that does not is not held up by those who
+                wait for slots only; but once it waits for a place, it stands in the same line.
+        """
+        ticket = Ticket(owner, weight, tuple(dict.fromkeys(throttles)), flows, rated)
         self._try(ticket, now)
         return ticket.places or ticket
 
     def swap(
-        self, old: Places, owner: str, weight: float, throttles: Sequence[Throttle], flows: tuple[Flow, ...], now: int
+        self,
+        old: Places,
+        owner: str,
+        weight: float,
+        throttles: Sequence[Throttle],
+        flows: tuple[Flow, ...],
+        now: int,
+        rated: bool = True,
     ) -> Places | None:
         """A cached connection changes hands: the places of its old path for those of the new one, in one step.
 
@@ -62,11 +79,13 @@ class PlaceBook:
         """
         wanted = tuple(dict.fromkeys(throttles))
         fresh = [throttle for throttle in wanted if throttle not in old.throttles]
-        if not old.open or any(self._shut(flow) for flow in flows) or any(self._busy(each, now) for each in fresh):
+        if not old.open or any(self._shut(flow) for flow in flows):
+            return None
+        if any(self._busy(each, now, rated) for each in fresh):
             return None
         old.open = False
         self._leave(old)
-        new = self._enter(Ticket(owner, weight, wanted, flows), frozenset(fresh), now)
+        new = self._enter(Ticket(owner, weight, wanted, flows, rated), frozenset(fresh), now)
         for throttle in old.throttles:
             if throttle not in wanted:
                 self.pump(throttle, now)
@@ -110,10 +129,6 @@ class PlaceBook:
             if self._try(ticket, now):
                 self.admitted.append(ticket)
 
-    def expire(self, now: int) -> None:
-        for throttle in self.wheel.expire(now):
-            self.pump(throttle, now)
-
     # --- steps ---
 
     def _try(self, ticket: Ticket, now: int, passed: Throttle | None = None) -> bool:
@@ -127,7 +142,8 @@ class PlaceBook:
                 self._moved(ticket, +1)
                 return False
         for throttle in ticket.throttles:
-            if self._full(throttle, now) if throttle is passed else self._busy(throttle, now):
+            passes = throttle is passed
+            if self._full(throttle, now, ticket.rated) if passes else self._busy(throttle, now, ticket.rated):
                 ticket.blocker = throttle
                 if throttle.line is None:
                     throttle.line = Line()
@@ -141,24 +157,25 @@ class PlaceBook:
         ticket.waiting, ticket.blocker = False, None
         return True
 
-    def _full(self, throttle: Throttle, now: int) -> bool:
+    def _full(self, throttle: Throttle, now: int, rated: bool = True) -> bool:
         if throttle.full():
             return True
-        if throttle.counts and (slot := throttle.earliest(now)) > now + 999:
+        if rated and throttle.counts and (slot := throttle.earliest(now)) > now + 999:
             self.wheel.arm(throttle, slot)
             return True
         return False
 
-    def _busy(self, throttle: Throttle, now: int) -> bool:
+    def _busy(self, throttle: Throttle, now: int, rated: bool = True) -> bool:
         """Full, or others came first."""
-        return throttle.line is not None or self._full(throttle, now)
+        others_first = throttle.line is not None and (rated or not throttle.counts)
+        return others_first or self._full(throttle, now, rated)
 
     def _enter(self, ticket: Ticket, fresh: Iterable[Throttle], now: int) -> Places:
         for throttle in ticket.throttles:
             throttle.take_place(ticket.owner)
             self._ranked(throttle, ticket.owner)
         for throttle in fresh:
-            if throttle.counts:
+            if ticket.rated and throttle.counts:
                 throttle.take_slot(throttle.earliest(now))
         for flow in ticket.flows:
             flow.places += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from proxy.errors import Throttled
-from proxy.throttling.flows import Flow, Throttle, Ticket
+from proxy.throttling.flows import Flow, Path, Throttle, Ticket
 from proxy.throttling.throttle import SECOND
 
 #: When nobody can know when a place comes free, or a pause ends.
@@ -23,6 +23,17 @@ def refusal(ticket: Ticket, now: int) -> Throttled:
         return Throttled(f"throttle {name} for {source}: {used}; try again in {PLACE_RETRY:.0f} s", name, PLACE_RETRY)
     seconds = _seconds_to_slot(throttle, now)
     return Throttled(f"throttle {name} for {source}: next connection in {seconds:.1f} s", name, seconds)
+
+
+def message_refusal(path: Path, now: int) -> Throttled:
+    """The error for a message that got no slot in time: come back when those who wait have had one each."""
+    slot, throttle = path.earliest(now)
+    throttle = throttle or path.throttles[0]
+    waiting = len(throttle.slots.queue) if throttle.slots is not None else 0
+    longest = max([window.interval for window in throttle.windows], default=0)
+    seconds = max(0, slot - now + longest * max(0, waiting - 1)) / SECOND
+    name, source = throttle.key.name, throttle.key.source
+    return Throttled(f"throttle {name} for {source}: next message in {seconds:.1f} s", name, seconds)
 
 
 def _held_back(flow: Flow, now: int) -> Throttled:

@@ -92,11 +92,7 @@ class Registry:
         self, receiver: Receiver, id: int, throttles: tuple[Throttle, ...], parts: Iterable[Part], now: int
     ) -> Flow:
         """A new flow of `receiver` on the path of these throttles, with its instance's part in each."""
-        path = self._paths.get(throttles)
-        if path is None:
-            path = self._paths[throttles] = Path(throttles)
-        path.refs += 1
-        flow = Flow(receiver, id, path)
+        flow = Flow(receiver, id, self.hold(throttles))
         for throttle, part in zip(throttles, parts, strict=True):
             terms = _terms(throttle)
             stake = terms.stake(receiver.name)
@@ -110,6 +106,20 @@ class Registry:
         fine = self._fines.pop((receiver.name, throttles), 0)
         flow.fine, flow.want, flow.balance = fine, fine, -fine
         return flow
+
+    def hold(self, throttles: tuple[Throttle, ...]) -> Path:
+        """The path of these throttles; `let_go` of it when it is not needed any more."""
+        path = self._paths.get(throttles)
+        if path is None:
+            path = self._paths[throttles] = Path(throttles)
+        path.refs += 1
+        return path
+
+    def let_go(self, path: Path, now: int) -> None:
+        path.refs -= 1
+        if path.refs == 0:
+            del self._paths[path.throttles]
+            self._forget_unnamed(path.throttles, now)
 
     def restake(self, flow: Flow, parts: Iterable[Part], now: int) -> None:
         """The instance's part in each throttle of the flow's path, changed or said again."""
@@ -133,9 +143,6 @@ class Registry:
             self._fines[name, path.throttles] = flow.fine  # a reconnect does not pay it
         flow.paused, flow.fine = False, 0
         self._book.retry(flow, now)
-        path.refs -= 1
-        if path.refs == 0:
-            del self._paths[path.throttles]
         for throttle in path.throttles:
             stake = _terms(throttle).stake(name)
             assert stake is not None, "a stake outlives its flows"
@@ -147,6 +154,7 @@ class Registry:
                     self.leases.arm((throttle, name), lease_until)
                 else:
                     self.end_lease(throttle, name, now)
+        self.let_go(path, now)
 
     def end_lease(self, throttle: Throttle, name: str, now: int) -> None:
         """Drop the instance's part, if no flow of it is left."""
@@ -163,7 +171,7 @@ class Registry:
         One that has not given out a slot may go at once: made anew, it would have the debt of a start again.
         """
         terms = _terms(throttle)
-        if terms.stakes or throttle.used or throttle.line is not None:
+        if terms.stakes or throttle.in_use():
             return
         debt = throttle.debt_until() if throttle.taken else 0
         if debt > now:
@@ -175,7 +183,10 @@ class Registry:
 
     def released(self, places: Places, now: int) -> None:
         """Places were given back: throttles that were remembered only for them may go."""
-        for throttle in places.throttles:
+        self._forget_unnamed(places.throttles, now)
+
+    def _forget_unnamed(self, throttles: Iterable[Throttle], now: int) -> None:
+        for throttle in throttles:
             if throttle.terms is not None and not throttle.terms.stakes:
                 self.forget(throttle, now)
 

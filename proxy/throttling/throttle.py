@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 SECOND = 1_000_000_000
 MICROSECOND = 1_000
+MILLISECOND = 1_000_000
 #: The wheel's tick.
 TICK = 25_000_000
 #: H of the design: slots are given out this far ahead, a tick and what the wheel may be late. With a tick alone, each

@@ -162,6 +162,129 @@ def test_a_rate_lets_in_when_its_time_has_come():
     assert clock_ns() - begin >= 3 * SECOND // 20
 
 
+# --- messages ---
+
+
+def slow(amount=20, seconds=1, wait=30.0):
+    return Block("slow", max_concurrent_connections=0, max_delivery_rate=(Limit(amount, seconds),), wait=wait)
+
+
+class Messages(Office):
+    """`answers`: (who, refusal) in the order in which they were told."""
+
+    def __init__(self, *blocks):
+        super().__init__(*blocks)
+        self.answers = []
+
+    def order(self, owner, seconds=20.0):
+        answer = lambda refusal: self.answers.append((owner, refusal))  # noqa: E731
+        return self.ask_message(owner, 1.0, SOURCE, DESTINATION, (), seconds, answer)
+
+    def send(self, owner, seconds=20.0):
+        self.message(owner, 1.0, SOURCE, DESTINATION, (), seconds)
+        return "sent"
+
+    def is_empty(self):
+        return not self._answers and not len(self._deadlines) and not self._waiting and not self._refused
+
+
+def test_messages_wait_for_their_slots_in_greenlets_and_without():
+    office = Messages(slow())
+    assert office.send("a") == "sent", "the first one at once"
+    begin = clock_ns()
+    greenlets = [gevent.spawn(office.send, "a") for _ in range(2)]
+    gevent.sleep(0)
+    ticket = office.order("b")
+    assert ticket is not None
+    assert office.answers == []
+    assert [each.get(timeout=10) for each in greenlets] == ["sent", "sent"]
+    wait_for(lambda: office.answers == [("b", None)], pause=gevent.sleep)
+    assert clock_ns() - begin >= 3 * SECOND // 20
+    assert office.is_empty()
+    office.cancel_message(ticket)  # after the answer this is nothing
+
+
+def test_without_a_throttle_a_message_is_not_asked_for():
+    office = Messages()
+    assert office.order("a") is None
+    assert Messages(Block()).order("a") is None, "this block has places only"
+    assert office.answers == []
+
+
+def test_a_message_that_waited_too_long_is_told_which_throttle_and_when():
+    for seconds, wait in ((0.02, 30.0), (30.0, 0.02), (0.0, 30.0)):
+        office = Messages(slow(1, 3600, wait))
+        assert office.order("a") is None
+        office.order("a", seconds)
+        with pytest.raises(Throttled) as caught:
+            office.send("b", seconds)
+        assert caught.value.throttle == "slow"
+        assert 3500 < caught.value.retry_after <= 2 * 3600
+        wait_for(lambda office=office: office.answers, pause=gevent.sleep)
+        assert isinstance(office.answers[0][1], Throttled)
+        assert office.is_empty()
+
+
+def test_who_gives_up_at_any_point_leaves_the_slot_to_the_next():
+    office = Messages(slow())
+    office.send("a")
+    killed = gevent.spawn(office.send, "a")
+    gevent.sleep(0)
+    gone = office.order("b")
+    greenlet = gevent.spawn(office.send, "c")
+    gevent.sleep(0)
+    killed.kill()
+    office.cancel_message(gone)
+    assert greenlet.get(timeout=10) == "sent"
+    assert office.answers == []
+    assert office.is_empty()
+
+
+def test_called_off_between_the_slot_and_its_being_told():
+    """The slot has come in this turn of the loop; its asker goes in the same one and hears nothing more."""
+    office = Messages(slow())
+    office.send("a")
+    ticket = office.order("a")
+    advance, office.manager.advance = office.manager.advance, None
+
+    def advance_and_cancel(now):
+        advance(now)
+        if ticket.granted:
+            gevent.get_hub().loop.run_callback(office.cancel_message, ticket)
+
+    # The timer's own settling comes behind: the answer stands in line behind the cancelling.
+    office.manager.advance = advance_and_cancel
+    wait_for(lambda: not office._answers, pause=gevent.sleep)
+    gevent.sleep(0.01)
+    assert office.answers == []
+    assert office.is_empty()
+
+
+def test_many_whose_time_is_up_together_are_told_in_turns(monkeypatch):
+    office = Messages(Block(wait=0.0), slow(1, 3600, 0.0))
+    held = office.ask("a")  # the place, and the slot of this hour
+    turns = []
+    time_out = office._time_out
+
+    def counted(now):
+        before = len(office._deadlines)
+        time_out(now)
+        turns.append(before - len(office._deadlines))
+
+    monkeypatch.setattr(office, "_time_out", counted)
+    greenlets = [gevent.spawn(office.ask, f"owner{index % 7}") for index in range(100)]
+    for index in range(100):
+        office.order(f"owner{index % 7}")
+    for greenlet in greenlets:
+        with pytest.raises(Throttled):
+            greenlet.get(timeout=10)
+    wait_for(lambda: len(office.answers) == 100, pause=gevent.sleep)
+    assert max(turns) <= 20
+    assert sum(turns) == 200
+    assert office.is_empty()
+    office.leave(held)
+
+
 class Listener(Client):
     def __init__(self, office, session):
         self.outputs = []

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from proxy.throttling.dispenser import Dispenser
-from proxy.throttling.flows import Flow, Run, Throttle
+from proxy.throttling.flows import Flow, Path, Run, Throttle
 from proxy.throttling.lease import Lease, Permit
 from tests.unit.throttling.oracle import Oracle, Rule, Violation, check_slots, check_windows
 from tests.unit.throttling.simulation import soak
@@ -99,7 +99,13 @@ def only_the_first_window_counts(patch: Patch) -> None:
 
 
 def given_out_too_early(patch: Patch) -> None:
-    patch.setattr("proxy.throttling.dispenser.AHEAD", 200_000_000)
+    made = Path.__init__
+
+    def __init__(self: Path, throttles: tuple[Throttle, ...]) -> None:
+        made(self, throttles)
+        self.horizon = 200_000_000
+
+    patch.setattr(Path, "__init__", __init__)
 
 
 MUTANTS = [
