@@ -46,12 +46,19 @@ class Door:
 
 
 class Gauges:
-    """What goes up and down. `outgoing`: sockets towards receivers that serve a client, or are set up for one."""
+    """What goes up and down.
 
-    __slots__ = ("outgoing",)
+    Attributes:
+        outgoing: sockets towards receivers that serve a client, or are set up for one.
+        ends: local ends of the standard doors' outgoing connections, while there is a redirect door: a rule of the
+            kernel that redirects these, too, would have us connect to ourselves for ever. None without one.
+    """
+
+    __slots__ = ("ends", "outgoing")
 
     def __init__(self) -> None:
         self.outgoing = 0
+        self.ends: set[Endpoint] | None = None
 
 
 #: Numbers connections and SMTP sessions in the log.

@@ -75,6 +75,7 @@ class Settings:
     listen: tuple[Endpoint, ...]
     listen_socks5: tuple[Endpoint, ...]
     listen_proxy_protocol: tuple[Endpoint, ...]
+    listen_redirect: tuple[Endpoint, ...]
     listen_status: Endpoint | None
     allow_from: tuple[Network, ...]
     listen_proxy_protocol_allow_from: tuple[Network, ...]

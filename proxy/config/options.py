@@ -97,6 +97,7 @@ OPTIONS: tuple[Option, ...] = (
     _many("listen", ENDPOINT, None, "IP:PORT", "listen for the native protocol"),
     _many("listen_socks5", ENDPOINT, None, "IP:PORT", "listen for SOCKS5"),
     _many("listen_proxy_protocol", ENDPOINT, None, "IP:PORT", "listen for the PROXY protocol, outbound sense"),
+    _many("listen_redirect", ENDPOINT, None, "IP:PORT", "listen for connections that nftables redirected to us"),
     _one("listen_status", ENDPOINT, None, "IP:PORT", "listen for HTTP: status page, metrics, health"),
     _many("allow_from", NETWORK, None, "NETWORK", "who may connect, on every listener; required"),
     _many(

@@ -11,7 +11,7 @@ from ipaddress import ip_address
 from proxy.model import Endpoint
 from proxy.settings import Settings
 
-DOORS = ("listen", "listen_socks5", "listen_proxy_protocol")
+DOORS = ("listen", "listen_socks5", "listen_proxy_protocol", "listen_redirect")
 
 #: RFC 1929: the length of a password is one byte.
 LONGEST_SOCKS_PASSWORD = 255
@@ -106,10 +106,11 @@ def _instances(settings: Settings) -> Iterator[Finding]:
 
 def _listener_blocks(settings: Settings) -> Iterator[Finding]:
     """A mode is for the doors without a protocol of their own."""
-    doors = {str(endpoint) for endpoint in (*settings.listen_socks5, *settings.listen_proxy_protocol)}
+    standard = (*settings.listen_socks5, *settings.listen_proxy_protocol, *settings.listen_redirect)
+    doors = {str(endpoint) for endpoint in standard}
     for block in settings.listener:
         if block.name not in doors:
-            yield "listener", f"{block.name} is neither in listen_socks5 nor in listen_proxy_protocol"
+            yield "listener", f"{block.name} is not in listen_socks5, listen_proxy_protocol or listen_redirect"
 
 
 def _source_blocks(settings: Settings) -> Iterator[Finding]:

@@ -37,6 +37,7 @@ from proxy.model import (
     Login,
     Route,
 )
+from proxy.net import redirect
 from proxy.net.alarm import Alarm
 from proxy.net.conversation import farewell, has_gone
 from proxy.net.relay import GONE, RawSocket
@@ -44,6 +45,7 @@ from proxy.net.tls import PlainStream
 from proxy.policy.budget import SLOW_ANSWER
 from proxy.protocols.proxy_protocol import ProxyProtocol
 from proxy.protocols.recognise import SILENT, wrong_door
+from proxy.protocols.redirect import Redirected
 from proxy.protocols.socks5 import Socks5
 from proxy.services import Door, Services, numbers
 from proxy.throttling.flows import Places
@@ -54,15 +56,26 @@ _READ_SIZE = 4096
 _YES = Accepted()
 
 
-def _socks5(services: Services) -> Handshake:
-    return Socks5(services.settings.socks5_auth == "required")
+def _socks5(visit: Visit) -> Handshake:
+    return Socks5(visit.services.settings.socks5_auth == "required")
 
 
-def _proxy_protocol(services: Services) -> Handshake:
-    return ProxyProtocol(services.host_name)
+def _proxy_protocol(visit: Visit) -> Handshake:
+    return ProxyProtocol(visit.services.host_name)
 
 
-_HANDSHAKES: dict[str, Callable[[Services], Handshake]] = {"socks5": _socks5, "proxy_protocol": _proxy_protocol}
+def _redirected(visit: Visit) -> Handshake:
+    """The client leaves from the address that it is bound to itself, where that is one to leave from."""
+    services, host = visit.services, visit.client.host
+    bound = host if services.access.lists_source(services.access.instance_of_address(host), host) else None
+    return Redirected(services.host_name, redirect.meant_for(visit.socket), bound)
+
+
+_HANDSHAKES: dict[str, Callable[[Visit], Handshake]] = {
+    "socks5": _socks5,
+    "proxy_protocol": _proxy_protocol,
+    "redirect": _redirected,
+}
 
 
 def serve(
@@ -95,7 +108,7 @@ class Visit:
 
     __slots__ = (
         *("services", "door", "socket", "client", "handshake"),
-        *("number", "started", "instance", "source", "destination", "upstream", "relayed", "missed", "place"),
+        *("number", "started", "instance", "source", "destination", "upstream", "relayed", "missed", "place", "end"),
     )
 
     def __init__(self, services: Services, door: Door, sock: RawSocket, address: tuple[Any, ...]) -> None:
@@ -113,6 +126,7 @@ class Visit:
         self.relayed = False
         self.missed = False  # whether an event of the client may have gone by that nobody acted upon
         self.place: Places | None = None
+        self.end: Endpoint | None = None  # of the outgoing connection, where `Gauges.ends` wants to know
         door.open_connections += 1
         services.counters.accepted.count(door.protocol)
 
@@ -125,7 +139,7 @@ class Visit:
             ProxyError: to be told to the client.
             OSError: the client is gone.
         """
-        handshake = self.handshake = _HANDSHAKES[self.door.protocol](self.services)
+        handshake = self.handshake = _HANDSHAKES[self.door.protocol](self)
         request = self._greet(handshake)
         if request is None:
             self.services.counters.probes += 1
@@ -230,12 +244,29 @@ class Visit:
             raise
         self.source = source
         services.access.check_route(instance, source, destination)
+        ends = services.gauges.ends
+        if ends is not None and self.client in ends:
+            raise PeerError(
+                "a connection of the proxy itself was redirected to it: the rule must match the MTA's user only"
+            )
         asked_at = monotonic()
         if services.admission.manager.blocks:
             self._take_place(instance, source, destination)
         sock = self.upstream or self._bind(source)
         timeout = min(settings.connect_timeout, asked_at + ANSWER_WITHIN - monotonic())
-        return upstream.connect(services.engine, sock, source, destination, timeout)
+        begun = None if ends is None else self._note_end
+        return upstream.connect(services.engine, sock, source, destination, timeout, begun)
+
+    def _note_end(self, sock: RawSocket) -> None:
+        ends = self.services.gauges.ends
+        if ends is not None:
+            self.end = upstream.local_endpoint(sock)
+            ends.add(self.end)
+
+    def _forget_end(self) -> None:
+        ends = self.services.gauges.ends
+        if ends is not None and self.end is not None:
+            ends.discard(self.end)
 
     def _take_place(self, instance: str, source: str, destination: Endpoint) -> None:
         """Wait for a place under the proxy's own throttles; a client that goes away meanwhile gives up its turn.
@@ -297,6 +328,7 @@ class Visit:
         counters.bytes_down += down
         counters.ended.count(ending)
         services.gauges.outgoing -= 1
+        self._forget_end()
         if self.place is not None:
             services.admission.leave(self.place)
         self.door.open_connections -= 1
@@ -324,6 +356,7 @@ class Visit:
         if self.upstream is not None:
             engine.close(self.upstream)
             self.services.gauges.outgoing -= 1
+            self._forget_end()
         if self.place is not None:
             self.services.admission.leave(self.place)
         self.door.open_connections -= 1

@@ -18,6 +18,7 @@ from _socket import (
     SOCK_NONBLOCK,
     SOCK_STREAM,
 )
+from collections.abc import Callable
 from functools import lru_cache
 from select import EPOLLERR, EPOLLHUP, EPOLLOUT
 from time import monotonic
@@ -62,12 +63,20 @@ def bind(source: str) -> RawSocket:
     return sock
 
 
-def connect(engine: Engine, sock: RawSocket, source: str, destination: Endpoint, timeout: float) -> int:
+def connect(
+    engine: Engine,
+    sock: RawSocket,
+    source: str,
+    destination: Endpoint,
+    timeout: float,
+    begun: Callable[[RawSocket], None] | None = None,
+) -> int:
     """Connect a bound socket; it is registered with the engine from now on. Closes nothing, whatever happens.
 
     Args:
         source: the address that the socket is bound to, for the error's text.
         timeout: seconds.
+        begun: is called when the local port is known, before anybody can have accepted the connection.
 
     Returns:
         The epoll events that came with the connection: the peer's first bytes, or its end; 0: none of these.
@@ -76,6 +85,8 @@ def connect(engine: Engine, sock: RawSocket, source: str, destination: Endpoint,
         UpstreamError: step `connect`, with the errno; a timeout is ETIMEDOUT, no free port is EADDRNOTAVAIL.
     """
     number = sock.connect_ex(destination)
+    if begun is not None:
+        begun(sock)
     engine.register(sock.fileno())
     events = 0
     if number == errno.EINPROGRESS:

@@ -22,7 +22,7 @@ from proxy.errors import BadCredentials, DestinationNotAllowed, FamilyMismatch, 
 from proxy.model import Endpoint, Login, canonical_ip
 from proxy.settings import InstanceSettings, Network, Settings
 
-Door = Literal["native", "socks5", "proxy_protocol", "status"]
+Door = Literal["native", "socks5", "proxy_protocol", "redirect", "status"]
 _Address = IPv4Address | IPv6Address
 
 #: Verdicts remembered of each kind; one costs some 300 bytes.
@@ -118,6 +118,11 @@ class Access:
         if reason:
             raise SourceNotAllowed(reason)
 
+    def lists_source(self, instance: str, ip: str) -> bool:
+        """Whether the address stands in `source_ip`, the global one or the instance's, and may be left from."""
+        block = self._instance(instance)
+        return bool(self._settings.source_ip or (block and block.sources)) and not self._source_verdict(instance, ip)
+
     def default_source(self, instance: str, destination: Endpoint, dialled: str) -> str | None:
         """The address to leave from for a client that names none; the caller has it checked like any other.
 
@@ -178,6 +183,7 @@ class _Rules:
         self._doors: dict[Door, _Networks] = {
             "native": everyone,
             "socks5": everyone,
+            "redirect": everyone,
             "proxy_protocol": _Networks(settings.listen_proxy_protocol_allow_from),
             "status": _Networks(settings.listen_status_allow_from),
         }
@@ -315,7 +321,8 @@ def _parse(ip: str) -> _Address:
 
 def _listeners(settings: Settings) -> tuple[Endpoint, ...]:
     status = (settings.listen_status,) if settings.listen_status else ()
-    return (*settings.listen, *settings.listen_socks5, *settings.listen_proxy_protocol, *status)
+    doors = (settings.listen, settings.listen_socks5, settings.listen_proxy_protocol, settings.listen_redirect, status)
+    return tuple(endpoint for door in doors for endpoint in door)
 
 
 def _hosts_by_port(listeners: Iterable[Endpoint]) -> dict[int, set[str]]:

@@ -15,8 +15,9 @@ from ipaddress import AddressValueError, IPv6Address
 from struct import Struct
 from typing import NoReturn
 
-from proxy.errors import Draining, HandshakeTimeout, Overloaded, PeerError, Refused, Throttled, UpstreamError
+from proxy.errors import PeerError
 from proxy.model import Accepted, Connect, Endpoint, Event, HealthCheck, Reply, Route, ip_from_bytes
+from proxy.protocols.smtp.refusal import refusal
 
 _V1_START = b"PROXY "
 #: Section 2.1: the longest line, CRLF included.
@@ -31,8 +32,6 @@ _V2_TCP4 = Struct("!16x4s4s2xH")
 _V2_TCP6 = Struct("!16x16s16s2xH")
 _TCP4 = 0x11
 _TCP6 = 0x21
-#: RFC 5321 section 4.5.3.1.5: a reply line, CRLF included.
-_REPLY_MAX = 512
 
 _OCTET = rb"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _IPV4 = rb"(" + _OCTET + rb"(?:\." + _OCTET + rb"){3})"
@@ -40,16 +39,6 @@ _PORT = rb"(0|[1-9][0-9]{0,4})"
 _V1_TCP4 = re.compile(rb"PROXY TCP4 " + _IPV4 + b" " + _IPV4 + b" " + _PORT + b" " + _PORT + rb"\r\n")
 _V1_TCP6 = re.compile(rb"PROXY TCP6 ([0-9A-Fa-f:.]+) ([0-9A-Fa-f:.]+) " + _PORT + b" " + _PORT + rb"\r\n")
 _V1_UNKNOWN = re.compile(rb"PROXY UNKNOWN(?: [^\r\n]*)?\r\n")
-
-#: RFC 3463 code of a refusal: the first class that fits. 4.4.1 is "no answer from host", 4.7.1 "not authorised".
-_ENHANCED_CODES = (
-    (UpstreamError, b"4.4.1"),
-    (Throttled, b"4.4.5"),
-    ((Overloaded, Draining), b"4.3.2"),
-    (Refused, b"4.7.1"),
-    (HandshakeTimeout, b"4.4.2"),
-)
-_OTHER_ERROR = b"4.5.0"
 
 
 class ProxyProtocol:
@@ -94,7 +83,7 @@ class ProxyProtocol:
         """Nothing for `Accepted`; for an error a 421 greeting of at most 512 bytes. Either ends the handshake."""
         self._event = None
         self._done = True
-        return b"" if isinstance(reply, Accepted) else _greeting(self._host_name, reply)
+        return b"" if isinstance(reply, Accepted) else refusal(self._host_name, reply)
 
     def _read_header(self) -> Event | None:
         buffer = self._buffer
@@ -187,10 +176,3 @@ def _refuse_family(family: int) -> NoReturn:
 
 def _refuse_unknown() -> NoReturn:
     raise PeerError("a PROXY header without addresses (UNKNOWN or UNSPEC)")
-
-
-def _greeting(host_name: str, error: Exception) -> bytes:
-    """One SMTP reply line, printable ASCII; what is not becomes a backslash escape, what is too long is cut."""
-    code = next((code for kind, code in _ENHANCED_CODES if isinstance(error, kind)), _OTHER_ERROR)
-    line = b"421 %b %b" % (code, f"{host_name} {error}".encode("unicode_escape"))
-    return line[: _REPLY_MAX - 2] + b"\r\n"

@@ -165,6 +165,8 @@ def _advice(settings: Settings) -> Iterator[Finding]:
         yield Finding(False, "socks5_auth", None, "none: whoever is in allow_from may send from here")
     if settings.listen_proxy_protocol and any(n.prefixlen == 0 for n in settings.listen_proxy_protocol_allow_from):
         yield Finding(False, "listen_proxy_protocol", None, "everybody may send from here: this door has no password")
+    if settings.listen_redirect and any(network.prefixlen == 0 for network in settings.allow_from):
+        yield Finding(False, "listen_redirect", None, "everybody may send from here: this door has no password")
     if any(not ip_address(endpoint.host).is_loopback for endpoint in settings.listen) and not settings.listen_tls:
         yield Finding(False, "listen_tls", None, "no: mail and its addresses are readable on the way to the proxy")
     if any(network.is_loopback for network in settings.allow_destination):

@@ -123,6 +123,7 @@ def _wanted(settings: Settings) -> dict[Endpoint, str]:
     wanted = dict.fromkeys(settings.listen, "native")
     wanted |= dict.fromkeys(settings.listen_socks5, "socks5")
     wanted |= dict.fromkeys(settings.listen_proxy_protocol, "proxy_protocol")
+    wanted |= dict.fromkeys(settings.listen_redirect, "redirect")
     if settings.listen_status is not None:
         wanted[settings.listen_status] = STATUS
     return wanted

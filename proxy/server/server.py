@@ -211,6 +211,10 @@ class Server:
         self.services = self._wire(settings, prepared.identity)
         if settings.listen:
             tls.reload_authorities()
+        if not settings.listen_redirect:
+            self._gauges.ends = None
+        elif self._gauges.ends is None:
+            self._gauges.ends = set()
         self._keeper.apply(settings)
         self._admission.manager.reload(settings.throttle_enforce, settings.throttle, clock_ns())
         self._admission.settle()

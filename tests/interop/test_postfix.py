@@ -74,7 +74,7 @@ def _postfix():
 
 
 @contextmanager
-def running(relayhost=""):
+def running(relayhost="", more=""):
     """Yields a function that hands in one message for a recipient, and the log's path."""
     host = peers.address()
     port = peers.free_port(host)
@@ -86,7 +86,7 @@ def running(relayhost=""):
         for name in ("maildrop", "public"):
             shutil.chown(directory / "queue" / name, group=GROUP)
         values = {"directory": directory, "postfix": peers.POSTFIX, "owner": OWNER, "group": GROUP}
-        (directory / "etc" / "main.cf").write_text(MAIN.format(relayhost=relayhost, **values))
+        (directory / "etc" / "main.cf").write_text(MAIN.format(relayhost=relayhost, **values) + more)
         (directory / "etc" / "master.cf").write_text(MASTER.format(host=host, port=port))
         master = peers.POSTFIX / "lib" / "postfix" / "sbin" / "master"
 
@@ -131,17 +131,39 @@ def test_a_refusal_defers(proxy, tmp_path):
 
 def test_to_every_mx(tmp_path):
     """postfix.nft and haproxy-redirect.cfg: two receivers by their addresses, each reached at its own port 25."""
-    peers.in_network_namespace(lambda: to_every_mx(tmp_path, peers.program("nft")))
+    peers.in_network_namespace(lambda: to_every_mx_through_haproxy(tmp_path))
 
 
-def to_every_mx(tmp_path, nft):
-    ip = peers.program("ip")
+def test_to_every_mx_without_haproxy():
+    """postfix.nft and listen_redirect: the same, on IPv6 too, from the address that Postfix is bound to."""
+    peers.in_network_namespace(to_every_mx_by_redirection)
+
+
+def network():
+    ip, nft = peers.program("ip"), peers.program("nft")
     assert peers.run(ip, "link", "set", "lo", "up").returncode == 0
-    for address in ("198.51.100.7", "198.51.100.8", "192.0.2.1"):
+    for address in ("198.51.100.7", "198.51.100.8", "192.0.2.1", "192.0.2.2"):
         assert peers.run(ip, "address", "add", f"{address}/32", "dev", "lo").returncode == 0
+    for address in ("2001:db8:7::25", "2001:db8:1::1"):
+        assert peers.run(ip, "address", "add", f"{address}/128", "dev", "lo", "nodad").returncode == 0
     rules = peers.snippet("postfix.nft", {"skuid postfix": f"skuid {OWNER}"})
-    done = peers.run(nft, "-f", "-", stdin=rules.encode())
-    assert done.returncode == 0, done.stderr
+    for _ in range(2):
+        done = peers.run(nft, "-f", "-", stdin=rules.encode())
+        assert done.returncode == 0, done.stderr
+
+
+def to_each(hand_in, log, sinks):
+    """One message to each receiver; the addresses that they came from."""
+    for sink in sinks:
+        host = sink.endpoint[0]
+        hand_in(f"to@[{'IPv6:' if ':' in host else ''}{host}]")
+        logged(log, rf"relay={re.escape(host)}\[.*\]:25, .* status=sent")
+        assert [content(message) == MESSAGE for message in sink.messages] == [True]
+    return [sink.messages[0].peer[0] for sink in sinks]
+
+
+def to_every_mx_through_haproxy(tmp_path):
+    network()
     file = tmp_path / "haproxy.cfg"
     with (
         Sink("198.51.100.7", port=25) as first,
@@ -154,8 +176,23 @@ def to_every_mx(tmp_path, nft):
             Daemon(peers.program("haproxy"), "-db", "-f", file, listens=("127.0.0.1", 2525)),
             running() as (hand_in, log),
         ):
-            for sink in (first, other):
-                hand_in(f"to@[{sink.endpoint[0]}]")
-                logged(log, rf"relay={re.escape(sink.endpoint[0])}\[.*\]:25, .* status=sent")
-                assert [content(message) == MESSAGE for message in sink.messages] == [True]
-                assert sink.messages[0].peer[0] == "192.0.2.1"
+            assert to_each(hand_in, log, (first, other)) == ["192.0.2.1"] * 2
+
+
+def to_every_mx_by_redirection():
+    network()
+    text = """\
+listen_redirect 127.0.0.1:2525, "[::1]:2525"
+allow_from 127.0.0.0/8, ::1, 192.0.2.0/24, 2001:db8::/32
+source_ip 192.0.2.1, 192.0.2.2, 2001:db8:1::1
+default_source_ip 192.0.2.2, 2001:db8:1::1
+allow_destination 198.51.100.0/24, 2001:db8:7::/64
+"""
+    with (
+        Sink("198.51.100.7", port=25) as first,
+        Sink("198.51.100.8", port=25) as other,
+        Sink("2001:db8:7::25", port=25) as six,
+        Proxy(text),
+        running(more="inet_protocols = all\nsmtp_bind_address = 192.0.2.1\n") as (hand_in, log),
+    ):
+        assert to_each(hand_in, log, (first, other, six)) == ["192.0.2.1", "192.0.2.1", "2001:db8:1::1"]

@@ -105,6 +105,7 @@ def settings(**changes: object) -> Settings:
         "listen": (),
         "listen_socks5": (),
         "listen_proxy_protocol": (),
+        "listen_redirect": (),
         "listen_status": None,
         "allow_from": everyone,
         "listen_proxy_protocol_allow_from": everyone,

@@ -164,7 +164,7 @@ source vmta2 {
 @pytest.mark.parametrize(
     ("block", "words"),
     [
-        ("listener 10.0.0.9:1080 {\n}", "neither in listen_socks5 nor in listen_proxy_protocol"),
+        ("listener 10.0.0.9:1080 {\n}", "is not in listen_socks5, listen_proxy_protocol or listen_redirect"),
         ("listener kumo {\n}", "is not the IP:port of a listener"),
         ("source a {\n}", "a: `ip` is missing"),
         ("source a {\n    ip 192.0.2.0/24\n}", "192.0.2.0/24 is a network"),
@@ -291,7 +291,7 @@ def test_all_mistakes_are_told_each_with_its_place():
         'f:7: instance "a": wait: belongs in a block: `throttle NAME {`',
         'environment: workers: "x" is not a number of processes or the word auto',
         'command line: log_format: "xml" is not text or json',
-        "f: listen: no listener: give listen, listen_socks5 or listen_proxy_protocol",
+        "f: listen: no listener: give listen, listen_socks5, listen_proxy_protocol or listen_redirect",
     ]
 
 

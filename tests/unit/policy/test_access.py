@@ -425,7 +425,7 @@ def test_ipv6_wildcard_listener() -> None:
     assert reaches(rules, "2001:db8::2")
 
 
-@pytest.mark.parametrize("directive", ["listen", "listen_socks5", "listen_proxy_protocol"])
+@pytest.mark.parametrize("directive", ["listen", "listen_socks5", "listen_proxy_protocol", "listen_redirect"])
 def test_listener_on_one_address(directive: str) -> None:
     rules = access(MACHINE, **{directive: (Endpoint("192.0.2.1", 25),)}, allow_destination=EVERYTHING)
     assert not reaches(rules, "192.0.2.1")
