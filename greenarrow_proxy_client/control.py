@@ -79,6 +79,8 @@ class Control:
         self._live: _Live | None = None
         self._listeners: list[Listener] = []
         self._stopping = threading.Event()
+        self._over = False
+        self._news = threading.Condition()  # up, or over
         self._thread = threading.Thread(target=self._run, name=f"proxy session {account.instance}", daemon=True)
         self._thread.start()
 
@@ -88,6 +90,12 @@ class Control:
         live = self._live
         if live is not None:
             listener.connected(live.welcome)
+
+    def wait_until_up(self, timeout: float | None) -> bool:
+        """Whether a session is up within `timeout` seconds; none will be any more when the thread has ended."""
+        with self._news:
+            self._news.wait_for(lambda: self.up.is_set() or self._over, timeout)
+            return self.up.is_set()
 
     def send(self, message: m.Message) -> bool:
         """Send a session message; False: no session is up."""
@@ -122,6 +130,14 @@ class Control:
         self._thread.join(_LEAVE_TIMEOUT)
 
     def _run(self) -> None:
+        try:
+            self._keep_up()
+        finally:
+            with self._news:
+                self._over = True
+                self._news.notify_all()
+
+    def _keep_up(self) -> None:
         delay = 0.0
         while not self._stopping.wait(delay):
             began, least = time.monotonic(), 0.0
@@ -150,7 +166,9 @@ class Control:
         try:
             live = _Live(link, link.authenticate(m.Kind.SESSION))
             self._live, self.rejected = live, None
-            self.up.set()
+            with self._news:
+                self.up.set()
+                self._news.notify_all()
             for listener in list(self._listeners):
                 listener.connected(live.welcome)
             if not self._stopping.is_set():

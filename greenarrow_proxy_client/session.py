@@ -11,11 +11,12 @@ import msgspec
 
 from greenarrow_proxy_client.channel import Channel, ChannelLost, State
 from greenarrow_proxy_client.control import Control
+from greenarrow_proxy_client.dialogue import Dialogue
 from greenarrow_proxy_client.errors import ProxyFailure, ProxyRefused, ProxyRejected, ProxyUnavailable
 from greenarrow_proxy_client.link import Account, Link, tls_context, unavailable
 from greenarrow_proxy_client.smtp import ProxiedSMTP
 from greenarrow_proxy_client.stream import Stream
-from greenarrow_proxy_client.throttle import Dialogue, Limits, Throttle
+from greenarrow_proxy_client.throttle import Limits, Throttle
 from proxy.errors import PeerError
 from proxy.model import TlsMode
 from proxy.protocols.native import frames
@@ -70,9 +71,11 @@ class Session:
     # --- the session itself ---
 
     def wait_until_up(self, timeout: float | None = None) -> bool:
-        """Whether the session is up within `timeout` seconds. Nothing but throttles needs it: `smtp` and `connect` do
-        without, only each new channel costs more then."""
-        return self._control.up.wait(timeout)
+        """Whether the session is up within `timeout` seconds; no, at once, when it is closed or rejected for good.
+
+        Nothing but throttles needs it: `smtp` and `connect` do without, only each new channel costs more then.
+        """
+        return self._control.wait_until_up(timeout)
 
     @property
     def rejected(self) -> ProxyRejected | None:

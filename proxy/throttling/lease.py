@@ -90,6 +90,15 @@ class Lease:
         self._skip(1)
         return Permit(run.not_before, run.use_by, run.serial)
 
+    def at_hand(self, now: int) -> int:
+        """How many permits are not too old now."""
+        self._expire(now)
+        return self._count
+
+    def lapses_at(self) -> int | None:
+        """The first moment at which the next permit will be too old, None if there is none."""
+        return self._runs[0].use_by + 1 if self._runs else None
+
     def next_at(self, now: int) -> int | None:
         """When the next permit can be used, None if there is none."""
         self._expire(now)
