@@ -1,19 +1,19 @@
 """Watches an SMTP dialogue that passes by, both ways, to say whether its connection may serve somebody else afterwards.
 
-Out come a verdict (None, or a `Discard` reason), the number of MAIL commands and that of accepted messages. Nothing is
-changed, held back or answered: the relay passes every byte on, whatever is thought of it here. When in doubt, the
+Out come a verdict (None, or a `Discard` reason), the number of MAIL commands, and what became of the messages. Nothing
+is changed, held back or answered: the relay passes every byte on, whatever is thought of it here. When in doubt, the
 verdict is against keeping. LMTP is not supported (one reply a recipient after the final dot).
 
-Memory is bounded: a few numbers and at most one unfinished line each way. Replies come in the order of the commands
-(RFC 5321 4.1.1, RFC 2920 3.1), so their number is enough, together with two facts about the ends of the queue:
-only the *first* outstanding reply can be that to a final dot (message data begins after a 354, when nothing is
-outstanding), and only the *last* that to DATA or STARTTLS (RFC 2920 3.1: they end a group; a client that goes on before
-the reply makes the rest unreadable, and the tracker says so and looks away).
+Memory is bounded: a few numbers, a byte or so for each reply that is outstanding, and at most one unfinished line each
+way. Replies come in the order of the commands (RFC 5321 4.1.1, RFC 2920 3.1). Only the *last* outstanding reply can be
+that to DATA or STARTTLS (RFC 2920 3.1: they end a group; a client that goes on before the reply makes the rest
+unreadable, and the tracker says so and looks away).
 """
 
 from __future__ import annotations
 
 import enum
+from collections import deque
 
 from proxy.model import Discard
 from proxy.protocols.smtp.dialogue import MAX_REPLY_LINE, BadReply, parse_reply_line
@@ -21,7 +21,14 @@ from proxy.protocols.smtp.dialogue import MAX_REPLY_LINE, BadReply, parse_reply_
 #: RFC 5321 4.5.3.1.4 says 512 octets, extensions add to it, AUTH up to 12288 (RFC 4954 4).
 MAX_COMMAND_LINE = 12288
 
+#: Commands without a reply; nobody sends more at a time, and it bounds memory.
+MOST_OUTSTANDING = 100_000
+
 _END_OF_DATA = b"\r\n.\r\n"
+
+#: What an outstanding reply will answer, as far as it matters.
+_MAIL, _RCPT, _DOT, _OTHER = "mail", "rcpt", "dot", ""
+_KINDS = {b"MAIL": _MAIL, b"RCPT": _RCPT}
 
 #: Verbs that change nothing which RSET does not undo.
 _HARMLESS = frozenset((b"MAIL", b"RCPT", b"DATA", b"RSET", b"NOOP", b"VRFY", b"EXPN", b"HELP"))
@@ -59,7 +66,6 @@ class Tracker:
         "_chunk_left",
         "_client",
         "_code",
-        "_dot_first",
         "_line",
         "_outstanding",
         "_reason",
@@ -67,7 +73,9 @@ class Tracker:
         "_server_lost",
         "_tail",
         "accepted",
+        "deferred",
         "mails",
+        "rejected",
     )
 
     def __init__(self) -> None:
@@ -75,12 +83,14 @@ class Tracker:
         self.mails = 0
         #: Final dots that the receiver answered with 2xx. BDAT messages are not counted.
         self.accepted = 0
+        #: Replies 4xx, and 5xx, to MAIL, RCPT and final dots.
+        self.deferred = 0
+        self.rejected = 0
         self._client = _Client.COMMAND
         self._line = b""
         self._tail = b""
         self._chunk_left = 0
-        self._outstanding = 0
-        self._dot_first = False
+        self._outstanding: deque[str] = deque()
         self._reply_line = b""
         self._code = 0  # of a reply whose last line has not come; 0: none
         self._server_lost = False
@@ -95,6 +105,15 @@ class Tracker:
         if self._outstanding or self._line or self._reply_line or self._code:
             return Discard.OUTSTANDING
         return None
+
+    @property
+    def in_data(self) -> bool:
+        """Whether the client's next byte is part of a message."""
+        return self._client is _Client.DATA
+
+    def data_bytes(self, data: bytes) -> bytes:
+        """Like `client_bytes` while `in_data`, but stops at the end of the message; what comes behind it."""
+        return self._take_data(data)
 
     def client_bytes(self, data: bytes) -> None:
         """What the client sends to the receiver."""
@@ -157,7 +176,10 @@ class Tracker:
             return
         words = line.split(None, 2)
         verb = words[0].upper() if words else b""
-        self._outstanding += 1
+        if len(self._outstanding) >= MOST_OUTSTANDING:
+            self._lose_client()
+            return
+        self._outstanding.append(_KINDS.get(verb, _OTHER))
         if verb == b"MAIL":
             self.mails += 1
         elif verb == b"DATA":
@@ -202,8 +224,7 @@ class Tracker:
         if line_feed != end + 1 or carriage_return >= 0 or nul:
             self._check_lone_dots(data[: end + 2])
         self._tail = b""
-        self._outstanding += 1
-        self._dot_first = True
+        self._outstanding.append(_DOT)
         self._client = _Client.COMMAND
         return data[end + len(_END_OF_DATA) :]
 
@@ -239,15 +260,22 @@ class Tracker:
             # Two replies for one command, or one for none: every later reply would be read one too early.
             self._blame(Discard.PROTOCOL_ERROR)
             return
-        self._outstanding -= 1
-        if self._dot_first:
-            self._dot_first = False
-            self.accepted += 200 <= code < 300
+        kind = self._outstanding.popleft()
+        if kind:
+            self._count(kind, code)
         if self._client is _Client.SWITCHING and not self._outstanding:
             self._on_switch(code)
         elif 300 <= code < 400:
             # 334 answers AUTH, which has its own reason already.
             self._blame(Discard.PROTOCOL_ERROR)
+
+    def _count(self, kind: str, code: int) -> None:
+        if code >= 500:
+            self.rejected += 1
+        elif code >= 400:
+            self.deferred += 1
+        elif kind is _DOT and code < 300:
+            self.accepted += 1
 
     def _on_switch(self, code: int) -> None:
         """The reply to DATA or STARTTLS: no (4xx, 5xx), 354, or what ends our understanding: TLS, or nonsense."""

@@ -30,6 +30,10 @@ def result(tracker) -> tuple[Discard | None, int, int]:
     return tracker.verdict(), tracker.mails, tracker.accepted
 
 
+def outcomes(tracker) -> tuple[int, int, int]:
+    return tracker.accepted, tracker.deferred, tracker.rejected
+
+
 HARMFUL = {
     b"QUIT": Discard.QUIT,
     b"EHLO": Discard.HELLO,
@@ -45,7 +49,7 @@ class Reference:
     """What `Tracker` claims, said as simply as possible: one byte at a time, the whole queue, the whole message."""
 
     def __init__(self):
-        self.mails = self.accepted = self.chunk = 0
+        self.mails = self.accepted = self.deferred = self.rejected = self.chunk = 0
         self.reasons = []
         self.queue = []  # what each outstanding reply answers
         self.line = self.reply = b""
@@ -142,6 +146,9 @@ class Reference:
             return
         asked = self.queue.pop(0)
         self.accepted += asked == b"end of message" and 200 <= code < 300
+        if asked in (b"MAIL", b"RCPT", b"end of message"):
+            self.deferred += 400 <= code < 500
+            self.rejected += code >= 500
         if asked in (b"DATA", b"STARTTLS") and code == 354:
             self.body = None if self.client_lost else b"\r\n"
         elif asked in (b"DATA", b"STARTTLS") and not self.client_lost and code < 400:
@@ -206,8 +213,30 @@ CLEAN = [
 @pytest.mark.parametrize(("dialogue", "mails", "accepted"), CLEAN)
 @pytest.mark.parametrize("size", [None, 1, 2, 3, 5])
 def test_a_finished_dialogue_is_clean(dialogue, mails, accepted, size):
-    assert result(feed(Tracker(), dialogue, size)) == (None, mails, accepted)
-    assert result(feed(Reference(), dialogue)) == (None, mails, accepted)
+    tracker, reference = feed(Tracker(), dialogue, size), feed(Reference(), dialogue)
+    assert result(tracker) == result(reference) == (None, mails, accepted)
+    assert outcomes(tracker) == outcomes(reference)
+
+
+@pytest.mark.parametrize(
+    ("replies", "expected"),
+    [
+        ((250, 250, 354, 250), (1, 0, 0)),
+        ((451,), (0, 1, 0)),
+        ((550,), (0, 0, 1)),
+        ((250, 450), (0, 1, 0)),
+        ((250, 550), (0, 0, 1)),
+        ((250, 250, 452), (0, 0, 0)),  # DATA itself decides about no message
+        ((250, 250, 354, 421), (0, 1, 0)),
+        ((250, 250, 354, 554), (0, 0, 1)),
+    ],
+)
+def test_what_became_of_a_message(replies, expected):
+    """Replies to MAIL, RCPT and the final dot, by class."""
+    commands = [b"MAIL FROM:<a@b.example>\r\n", b"RCPT TO:<c@d.example>\r\n", b"DATA\r\n", b"x\r\n.\r\n"]
+    dialogue = [(C, command) for command in commands]
+    said = [step for each, code in zip(dialogue, replies, strict=False) for step in (each, (S, b"%d x\r\n" % code))]
+    assert outcomes(feed(Tracker(), said)) == outcomes(feed(Reference(), said)) == expected
 
 
 @pytest.mark.parametrize("size", [None, 1, 3])
@@ -376,9 +405,10 @@ MESSAGE = st.lists(st.sampled_from([b"\r", b"\n", b".", b"\r\n", b"\r\n.", b"a",
 
 
 def assert_same(dialogue, size):
-    expected = result(feed(Reference(), dialogue))
-    assert result(feed(Tracker(), dialogue)) == expected
-    assert result(feed(Tracker(), dialogue, size)) == expected
+    reference = feed(Reference(), dialogue)
+    expected = result(reference), outcomes(reference)
+    for tracker in (feed(Tracker(), dialogue), feed(Tracker(), dialogue, size)):
+        assert (result(tracker), outcomes(tracker)) == expected
 
 
 @settings(max_examples=600)
