@@ -67,6 +67,7 @@ class Tracker:
         "_client",
         "_code",
         "_line",
+        "_mail_refused",
         "_outstanding",
         "_reason",
         "_reply_line",
@@ -83,7 +84,7 @@ class Tracker:
         self.mails = 0
         #: Final dots that the receiver answered with 2xx. BDAT messages are not counted.
         self.accepted = 0
-        #: Replies 4xx, and 5xx, to MAIL, RCPT and final dots.
+        #: Replies 4xx, and 5xx, to MAIL, RCPT and final dots; none to what was pipelined behind a refused MAIL.
         self.deferred = 0
         self.rejected = 0
         self._client = _Client.COMMAND
@@ -91,6 +92,7 @@ class Tracker:
         self._tail = b""
         self._chunk_left = 0
         self._outstanding: deque[str] = deque()
+        self._mail_refused = False
         self._reply_line = b""
         self._code = 0  # of a reply whose last line has not come; 0: none
         self._server_lost = False
@@ -270,6 +272,10 @@ class Tracker:
             self._blame(Discard.PROTOCOL_ERROR)
 
     def _count(self, kind: str, code: int) -> None:
+        if kind is _MAIL:
+            self._mail_refused = code >= 400
+        elif kind is _RCPT and self._mail_refused:
+            return  # the refusal was counted; this is only what was pipelined behind it
         if code >= 500:
             self.rejected += 1
         elif code >= 400:

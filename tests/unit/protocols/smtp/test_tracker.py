@@ -50,6 +50,7 @@ class Reference:
 
     def __init__(self):
         self.mails = self.accepted = self.deferred = self.rejected = self.chunk = 0
+        self.mail_code = 0
         self.reasons = []
         self.queue = []  # what each outstanding reply answers
         self.line = self.reply = b""
@@ -146,7 +147,8 @@ class Reference:
             return
         asked = self.queue.pop(0)
         self.accepted += asked == b"end of message" and 200 <= code < 300
-        if asked in (b"MAIL", b"RCPT", b"end of message"):
+        self.mail_code = code if asked == b"MAIL" else self.mail_code
+        if asked in (b"MAIL", b"end of message") or (asked == b"RCPT" and self.mail_code < 400):
             self.deferred += 400 <= code < 500
             self.rejected += code >= 500
         if asked in (b"DATA", b"STARTTLS") and code == 354:
@@ -224,6 +226,7 @@ def test_a_finished_dialogue_is_clean(dialogue, mails, accepted, size):
         ((250, 250, 354, 250), (1, 0, 0)),
         ((451,), (0, 1, 0)),
         ((550,), (0, 0, 1)),
+        ((450, 503, 503), (0, 1, 0)),  # what was pipelined behind it
         ((250, 450), (0, 1, 0)),
         ((250, 550), (0, 0, 1)),
         ((250, 250, 452), (0, 0, 0)),  # DATA itself decides about no message

@@ -1,0 +1,112 @@
+"""What a mediated dialogue has said to its receiver and not been answered, and the receiver's lines as they come.
+
+The smaller parts of `mediator`, with no opinion of their own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from proxy.protocols.smtp.dialogue import BadReply, parse_reply_line
+
+#: The receiver's line; longer than anybody's, since here it is only passed on.
+MOST_REPLY_LINE = 8192
+#: A group that may have to be said again.
+MOST_REPLAY = 65536
+
+#: In the place of a verb: the end of a message.
+DOT = b"."
+
+
+class Group:
+    """Commands whose replies are outstanding, by their verbs, and their bytes as long as they can be said again."""
+
+    def __init__(self) -> None:
+        self._verbs: deque[bytes] = deque()
+        self._said: list[bytes] | None = None
+        self._size = 0
+
+    def __len__(self) -> int:
+        return len(self._verbs)
+
+    @property
+    def last(self) -> bytes:
+        return self._verbs[-1]
+
+    @property
+    def repeatable(self) -> bool:
+        """Nothing of it was answered, and it is known whole."""
+        return self._said is not None and bool(self._verbs)
+
+    def begin(self, repeatable: bool) -> None:
+        """Nothing is outstanding; what follows is a new group."""
+        self._said, self._size = ([], 0) if repeatable else (None, 0)
+
+    def add(self, verb: bytes, command: bytes) -> None:
+        self._verbs.append(verb)
+        if self._said is not None:
+            self._size += len(command)
+            self._said.append(command)
+            if self._size > MOST_REPLAY:
+                self._said = None
+
+    def answered(self) -> bytes:
+        """One reply has come; what it answers, b"" if nothing is outstanding."""
+        self._said = None
+        return self._verbs.popleft() if self._verbs else b""
+
+    def forget_bytes(self) -> None:
+        """It cannot be said again."""
+        self._said = None
+
+    def again(self) -> list[bytes]:
+        """What is to be said again; that is done once."""
+        said, self._said = self._said or [], None
+        return said
+
+    def clear(self) -> int:
+        """Nothing of it will be answered; how many replies that were."""
+        count = len(self._verbs)
+        self._verbs.clear()
+        self._said = None
+        return count
+
+
+class Line(NamedTuple):
+    """A line of a reply as it came; `code` 0: it is none."""
+
+    data: bytes
+    code: int
+    last: bool
+
+
+class ReplyLines:
+    """Bytes of a receiver → lines, bounded. A bare LF ends a line too: the tracker thinks its part about it."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._code = 0  # of a reply whose last line has not come
+
+    def feed(self, data: bytes) -> Iterator[Line]:
+        """The lines that are complete. If the iteration is left early, `take_rest` has all that was not given."""
+        self._rest += data
+        while (end := self._rest.find(b"\n") + 1) or len(self._rest) > MOST_REPLY_LINE:
+            line, self._rest = (self._rest[:end], self._rest[end:]) if end else (self._rest, b"")
+            yield self._parsed(line)
+
+    def take_rest(self) -> bytes:
+        """What is there and was not given out; from now on as new."""
+        rest, self._rest, self._code = self._rest, b"", 0
+        return rest
+
+    def _parsed(self, line: bytes) -> Line:
+        try:
+            code, last = parse_reply_line(line.removesuffix(b"\n").removesuffix(b"\r"))
+        except BadReply:
+            return Line(line, 0, True)
+        if self._code and code != self._code:
+            return Line(line, 0, True)
+        self._code = 0 if last else code
+        return Line(line, code, last)
