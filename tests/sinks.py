@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from aiosmtpd.controller import Controller
@@ -176,3 +176,18 @@ def closed_port(host: str = "127.0.0.2"):  # type: ignore[no-untyped-def]
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
         sock.bind((host, 0))
         yield sock.getsockname()[:2]
+
+
+@contextlib.contextmanager
+def deaf_port() -> Iterator[Address]:
+    """An address that answers no SYN: the accept queue is full and nobody accepts."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.create_server(("127.0.0.3", 0), backlog=0))
+        for _ in range(10):
+            sock = stack.enter_context(socket.socket())
+            sock.settimeout(0.2)
+            try:
+                sock.connect(listener.getsockname())
+            except TimeoutError:
+                break
+        yield listener.getsockname()

@@ -3,7 +3,7 @@
 
     python_socks.py FROM TO < FILE
 
-The file is the whole message. The proxy needs
+The file is the whole message; line ends may be LF or CRLF. The proxy needs
 
     listen_socks5 "10.0.0.1:1080"
     allow_from 10.0.0.0/24
@@ -14,6 +14,7 @@ The file is the whole message. The proxy needs
 A program that wants to choose its source address, to share limits and held-open connections: see docs/clients.md.
 """
 
+import re
 import smtplib
 import sys
 
@@ -42,7 +43,7 @@ class ProxiedSMTP(smtplib.SMTP):
 
 
 def main(sender, recipient):
-    message = sys.stdin.buffer.read()
+    message = re.sub(rb"\r?\n", b"\r\n", sys.stdin.buffer.read())  # SMTP wants CRLF; smtplib sends bytes as they are
     # The deadline is one for the connect and then one for each answer; the proxy says within 50 s how its connect went.
     with ProxiedSMTP(*RECEIVER, local_hostname="mail1.example.com", timeout=300) as smtp:
         smtp.sendmail(sender, recipient, message)

@@ -16,7 +16,7 @@ from tests.interop.conftest import DEFAULT_SOURCE, SECRETS
 from tests.mx import Mx, say
 from tests.peers import MESSAGE, Daemon
 from tests.program import Proxy
-from tests.sinks import Sink, closed_port
+from tests.sinks import Sink, closed_port, deaf_port
 from tests.waiting import wait_for
 
 MAIN = """\
@@ -206,6 +206,12 @@ def test_a_receiver_that_refuses(proxy, directory):
     with closed_port() as nobody:
         exim = Exim(directory, snippet(proxy.socks5), nobody)
         deferred(exim, exim.send(), "Connection refused")
+
+
+def test_a_receiver_that_does_not_answer(directory):
+    with Proxy("connect_timeout 300ms\ndefault_source_ip 127.0.0.77\n") as proxy, deaf_port() as silent:
+        exim = Exim(directory, snippet(proxy.socks5), silent)
+        deferred(exim, exim.send(), "Operation canceled")
 
 
 def test_a_denied_destination(directory):

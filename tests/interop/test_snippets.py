@@ -68,13 +68,14 @@ def test_swaks(proxy, sink, tmp_path, version):
     arrived(sink, "127.0.0.78")
 
 
-def test_python_socks(proxy, sink, tmp_path):
+@pytest.mark.parametrize("line_end", [b"\r\n", b"\n"], ids=["CRLF", "LF"])
+def test_python_socks(proxy, sink, tmp_path, line_end):
     values = {
         '("10.0.0.1", 1080)': repr(proxy.socks5),
         '("198.51.100.7", 25)': repr(sink.endpoint),
     }
     script = peers.script(tmp_path, "python_socks.py", values | SECRETS)
-    done = peers.run(sys.executable, script, *ENVELOPE, stdin=MESSAGE)
+    done = peers.run(sys.executable, script, *ENVELOPE, stdin=MESSAGE.replace(b"\r\n", line_end))
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     arrived(sink, DEFAULT_SOURCE)
 

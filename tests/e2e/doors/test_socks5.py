@@ -8,7 +8,7 @@ import pytest
 from tests import clients
 from tests.clients import Refused, bind_request, connect_request, dial, exactly, login, read_all, socks5
 from tests.program import SECRET, Proxy
-from tests.sinks import Raw, closed_port, greet
+from tests.sinks import Raw, closed_port, deaf_port, greet
 from tests.waiting import wait_for
 
 OTHER_SECRET = "another-open-secret-of-32-characters-0"
@@ -210,21 +210,6 @@ def test_connection_refused(proxy):
 def test_connection_refused_over_ipv6(proxy):
     with closed_port("::1") as endpoint:
         assert refused_at_connect(proxy, connect_request(endpoint), "::1") == b"\x05\x05\x00\x04" + NOTHING_V6
-
-
-@contextlib.contextmanager
-def deaf_port():
-    """An address that answers no SYN: the accept queue is full and nobody accepts."""
-    with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(socket.create_server(("127.0.0.3", 0), backlog=0))
-        for _ in range(10):
-            sock = stack.enter_context(socket.socket())
-            sock.settimeout(0.2)
-            try:
-                sock.connect(listener.getsockname())
-            except TimeoutError:
-                break
-        yield listener.getsockname()
 
 
 def test_a_receiver_that_does_not_answer(proxy):

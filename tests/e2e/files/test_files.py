@@ -69,6 +69,7 @@ def test_the_unit_says_what_is_documented() -> None:
         "LimitNOFILE=262144",
     ):
         assert lines.count(line) == 1, line
+    assert "ProcSubset=pid" not in lines  # it hides /proc/stat, without which there are no process_* metrics
     (after,) = (line for line in lines if line.startswith("After="))
     assert {"network.target", "iptables.service", "firewalld.service"} <= set(after.removeprefix("After=").split())
     (user,) = (line for line in lines if line.startswith("User="))
@@ -246,6 +247,10 @@ def test_init_refuses_a_bad_configuration(service: Service) -> None:
     assert done.returncode == 6
     assert done.stdout.endswith("the old configuration stays in force\n")
     assert service.do("status").returncode == 0
+    running = service.pid
+    done = service.do("restart")
+    assert (done.returncode, done.stdout) == (6, "greenarrow_proxy: not restarted\n")
+    assert (service.do("status").returncode, service.pid) == (0, running)
     assert " reload" not in service.log.read_text().removeprefix(before)
 
 

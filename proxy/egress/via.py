@@ -1,0 +1,295 @@
+"""Receivers through another proxy: this program as the agent on an MTA's machine (`via`).
+
+What goes out leaves from the other proxy's machine. Between the two the native protocol is spoken, as the MTA's library
+speaks it (docs/protocol.md): a channel for each connection that is open at the same time, and used again afterwards.
+Several proxies may be named; the first that can be reached is taken, and one that could not is left alone for a while.
+"""
+
+from __future__ import annotations
+
+import os
+import ssl
+from collections.abc import Sequence
+from time import monotonic
+
+from gevent import Timeout
+
+from proxy.egress import upstream
+from proxy.errors import (
+    DestinationNotAllowed,
+    FamilyMismatch,
+    Overloaded,
+    PeerError,
+    ProxyError,
+    Refused,
+    SourceNotAllowed,
+    Throttled,
+    UpstreamError,
+    ViaUnavailable,
+)
+from proxy.model import Endpoint
+from proxy.net.conversation import receive, send_all
+from proxy.net.framed import FramedStream
+from proxy.net.relay import Engine, RawSocket, keep_alive
+from proxy.net.tls import PlainStream, Stream, TlsStream
+from proxy.protocols.native import frames
+from proxy.protocols.native import messages as m
+from proxy.protocols.native.auth import NO_CERTIFICATE, ClientHandshake, RefusedByProxy, certificate_hash
+
+#: Seconds to connect to one proxy, TLS and authentication included.
+CONNECT_WITHIN = 10.0
+#: Seconds for the answer to END, and those beyond an OPEN's own deadline.
+_GRACE = 5.0
+#: A proxy that could not be reached is tried last for so long.
+_AVOIDED = 10.0
+_MAX_IDLE_CHANNELS = 100
+_MAX_IDLE = 240.0
+#: FAILED.code → what it is here; all else goes by whether it may succeed later.
+_REFUSALS: dict[str, type[Refused]] = {
+    kind.code: kind for kind in (SourceNotAllowed, DestinationNotAllowed, FamilyMismatch, Refused)
+}
+
+
+class Channel:
+    """One authenticated connection to a proxy.
+
+    Attributes:
+        proxy: where it leads.
+        stream: the bytes of the SMTP session that is open on it.
+    """
+
+    def __init__(self, engine: Engine, proxy: Endpoint, under: Stream, decoder: frames.FrameDecoder) -> None:
+        self.proxy = proxy
+        self.idle_since = 0.0
+        self.stream = FramedStream(under, decoder, frames.CHANNEL_FROM_PROXY)
+        self._engine = engine
+
+    def open(self, request: m.Open) -> m.Opened:
+        """Have an SMTP session opened; waits.
+
+        Raises:
+            ViaUnavailable: the channel is of no more use. ProxyError: the proxy's word; the channel is good.
+        """
+        engine, stream = self._engine, self.stream
+        timer = Timeout.start_new(request.deadline_ms / 1000 + _GRACE)
+        try:
+            stream.say(request)
+            while stream.unsent:
+                engine.wait(stream.socket.fileno())
+                stream.flush()
+            answer = self._answer()
+        except BlockingIOError:
+            raise self._gone("it takes nothing") from None
+        except (OSError, PeerError) as error:
+            raise self._gone(str(error)) from None
+        except Timeout as fired:
+            if fired is not timer:
+                raise
+            raise self._gone("no answer to OPEN in time") from None
+        finally:
+            timer.close()
+        if isinstance(answer, m.Failed):
+            raise _refusal(answer)
+        return answer
+
+    def _answer(self) -> m.Opened | m.Failed:
+        message = self._message()
+        if isinstance(message, m.Opened | m.Failed):
+            return message
+        if isinstance(message, m.Error):
+            raise PeerError(message.message)
+        if isinstance(message, m.Goaway):
+            raise PeerError(f"it goes away: {message.reason}")
+        raise PeerError(f"{type(message).__name__.upper()} instead of OPENED")
+
+    def _message(self) -> m.Message:
+        while True:
+            try:
+                frame = self.stream.next_frame()
+            except BlockingIOError:
+                self._engine.wait(self.stream.socket.fileno())
+                continue
+            if frame[0] != frames.DATA:
+                message: m.Message = frames.decode(frame, frames.CHANNEL_FROM_PROXY)
+                return message
+
+    def end(self) -> bool:
+        """The SMTP session is over; waits for ENDED. Whether the channel is good for another one."""
+        stream, timer = self.stream, Timeout.start_new(_GRACE)
+        try:
+            stream.say(m.End(False))
+            send_all(self._engine, stream, b"")
+            while not isinstance(message := self._message(), m.Ended):
+                if not isinstance(message, m.Eof | m.Aborted):  # GOAWAY, ERROR
+                    return False
+            stream.next_session()
+            return stream.word is None
+        except (OSError, PeerError):
+            return False
+        except Timeout as fired:
+            if fired is not timer:
+                raise
+            return False
+        finally:
+            timer.close()
+
+    def _gone(self, why: str) -> ViaUnavailable:
+        return ViaUnavailable(f"via {self.proxy}: {why}")
+
+
+class Via:
+    """The proxies, and the channels to them that are idle.
+
+    Args:
+        proxies: in the order of preference.
+        secret, instance: how we log in there.
+        context: for TLS; None: without.
+    """
+
+    def __init__(
+        self, engine: Engine, proxies: Sequence[Endpoint], secret: bytes, instance: str, context: ssl.SSLContext | None
+    ) -> None:
+        self._engine = engine
+        self._proxies = tuple(proxies)
+        self._secret = secret
+        self._instance = instance
+        self._context = context
+        self._run_id = os.urandom(16)
+        self._idle: list[Channel] = []  # the last one used last, and taken first
+        self._avoided: dict[Endpoint, float] = {}
+
+    @property
+    def idle(self) -> int:
+        return len(self._idle)
+
+    def open(self, request: m.Open) -> tuple[Channel, m.Opened]:
+        """An SMTP session on an idle channel, or on a new one; waits.
+
+        Raises:
+            ProxyError: as the proxy says; ViaUnavailable: none of the proxies can be reached.
+        """
+        while (channel := self._take_idle()) is not None:
+            try:
+                return channel, self._open_on(channel, request)
+            except ViaUnavailable:
+                continue  # it had died meanwhile; nothing was opened
+        channel = self._dial()
+        return channel, self._open_on(channel, request)
+
+    def _open_on(self, channel: Channel, request: m.Open) -> m.Opened:
+        try:
+            return channel.open(request)
+        except ViaUnavailable:
+            self.close(channel)
+            raise
+        except ProxyError:
+            self.give(channel)
+            raise
+        except BaseException:
+            self.close(channel)
+            raise
+
+    def give(self, channel: Channel) -> None:
+        """Its SMTP session has ended in good order."""
+        if len(self._idle) >= _MAX_IDLE_CHANNELS:
+            self.close(channel)
+            return
+        channel.idle_since = monotonic()
+        self._engine.watch(channel.stream.socket.fileno(), None)
+        self._idle.append(channel)
+
+    def close(self, channel: Channel) -> None:
+        """Close it; an SMTP session that is open on it is broken off there with a reset."""
+        self._engine.close(channel.stream.socket)
+
+    def shed(self) -> None:
+        """Close what has been idle for long; called now and then."""
+        oldest = monotonic() - _MAX_IDLE
+        while self._idle and self._idle[0].idle_since < oldest:
+            self.close(self._idle.pop(0))
+
+    def stop(self) -> None:
+        """Close all idle channels."""
+        while self._idle:
+            self.close(self._idle.pop())
+
+    def _take_idle(self) -> Channel | None:
+        return self._idle.pop() if self._idle else None
+
+    # ---------------------------------------------------------------- new channels
+
+    def _dial(self) -> Channel:
+        now, reasons = monotonic(), []
+        for proxy in sorted(self._proxies, key=lambda proxy: self._avoided.get(proxy, 0.0) > now):
+            try:
+                channel = self._reach(proxy)
+            except ProxyError as error:
+                self._avoided[proxy] = monotonic() + _AVOIDED
+                reasons.append(str(error))
+                continue
+            self._avoided.pop(proxy, None)
+            return channel
+        raise ViaUnavailable("; ".join(reasons))
+
+    def _reach(self, proxy: Endpoint) -> Channel:
+        """A new, authenticated channel.
+
+        Raises:
+            ProxyError: why not.
+        """
+        timer = Timeout.start_new(CONNECT_WITHIN)
+        source = upstream.system_source(proxy)
+        sock = upstream.bind(source)
+        try:
+            upstream.connect(self._engine, sock, source, proxy, CONNECT_WITHIN)
+            keep_alive(sock, 60.0)
+            channel = self._log_in(proxy, sock)
+        except BaseException as error:
+            self._engine.close(sock)
+            if error is timer:
+                raise ViaUnavailable(f"via {proxy}: no answer within {CONNECT_WITHIN:.0f}s") from None
+            if isinstance(error, RefusedByProxy):
+                raise ViaUnavailable(f"via {proxy}: it refuses us as {self._instance}: {error}") from None
+            if isinstance(error, ssl.SSLError):
+                raise ViaUnavailable(f"via {proxy}: TLS: {error.reason or error.strerror}; is via_tls right?") from None
+            if isinstance(error, OSError | PeerError):
+                raise ViaUnavailable(f"via {proxy}: {error}") from None
+            raise
+        finally:
+            timer.close()
+        return channel
+
+    def _log_in(self, proxy: Endpoint, sock: RawSocket) -> Channel:
+        stream: Stream = PlainStream(sock)
+        certificate = NO_CERTIFICATE
+        if self._context is not None:
+            stream = TlsStream(sock, self._context, server_side=False)
+            while not stream.handshake():
+                self._engine.wait(sock.fileno())
+            certificate = certificate_hash(stream.tls.getpeercert(binary_form=True) or b"")
+        handshake = ClientHandshake(
+            m.Kind.CHANNEL,
+            self._instance,
+            self._secret,
+            run_id=self._run_id,
+            nonce=os.urandom(32),
+            certificate=certificate,
+        )
+        send_all(self._engine, stream, handshake.start())
+        while handshake.welcome is None:
+            data = receive(self._engine, stream)
+            if not data:
+                raise PeerError("it closed in the middle of the login")
+            send_all(self._engine, stream, handshake.receive(data))
+        return Channel(self._engine, proxy, stream, handshake.decoder)
+
+
+def _refusal(failed: m.Failed) -> ProxyError:
+    """The other proxy's word, as if it were ours."""
+    if failed.code == Throttled.code:
+        return Throttled(failed.message, failed.throttle or "", failed.retry_after_ms / 1000)
+    if failed.code == UpstreamError.code and failed.step is not None:
+        reply = failed.smtp_reply.decode("utf-8", "replace") if failed.smtp_reply is not None else None
+        return UpstreamError(failed.message, failed.step, failed.errno, reply)
+    kind = _REFUSALS.get(failed.code, Overloaded if failed.retry else Refused)
+    return kind(failed.message)

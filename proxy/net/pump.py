@@ -1,0 +1,165 @@
+"""Bytes both ways between two streams, one of which is more than a raw socket: TLS, or frames.
+
+Two raw sockets are `relay`'s business, without a greenlet. Here a greenlet does it, by the same rules: try, then wait;
+what one side does not take stops reading from the other; a half-close travels on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gevent import get_hub, getcurrent
+
+from proxy.model import Ending
+from proxy.net.crew import let_others_run
+from proxy.net.framed import FramedStream
+from proxy.net.relay import Engine
+from proxy.net.tls import Stream
+
+_READ_SIZE = 65536
+_READS_A_TURN = 4
+_TURNS_IN_A_ROW = 8
+
+AnyStream = Stream | FramedStream
+
+
+class _Broken(Exception):
+    """A side is gone otherwise than by a FIN."""
+
+    def __init__(self, ending: Ending) -> None:
+        super().__init__(ending)
+        self.ending = ending
+
+
+class _Way:
+    """One direction.
+
+    Args:
+        fin: how the whole ends if this direction's FIN came first. unread, unwritten: how, if its ends break.
+    """
+
+    def __init__(self, source: AnyStream, sink: AnyStream, fin: Ending, unread: Ending, unwritten: Ending) -> None:
+        self._source, self._sink = source, sink
+        self._unread, self._unwritten = unread, unwritten
+        self.fin = fin
+        self.moved = 0
+        self.ended = False  # the source's FIN was read
+        self.done = False  # and the sink was told
+        self._held = b""
+
+    def step(self) -> bool:
+        """Move what can be moved; whether anything was."""
+        if self.done or not self._push():
+            return False
+        for count in range(_READS_A_TURN):
+            if self.ended:
+                break
+            try:
+                data = self._source.recv(_READ_SIZE)
+            except BlockingIOError:
+                return count > 0
+            except OSError:
+                raise _Broken(self._unread) from None
+            self.ended = not data
+            self.moved += len(data)
+            self._held = data
+            if not self._push():
+                return True
+        if self.ended:
+            self._write(self._sink.finish)
+            self.done = True
+        return True
+
+    def _push(self) -> bool:
+        """Hand what is held to the sink; whether nothing is left."""
+        while self._held or self._sink.unsent:
+            if not self._write(self._send if self._held else self._sink.flush):
+                return False
+        return True
+
+    def _send(self) -> None:
+        self._held = self._held[self._sink.send(self._held) :]
+
+    def _write(self, act: Callable[[], None]) -> bool:
+        try:
+            act()
+        except BlockingIOError:
+            return False
+        except OSError:
+            raise _Broken(self._unwritten) from None
+        return True
+
+
+class Pump:
+    """Belongs to the greenlet that makes it.
+
+    Args:
+        client, receiver: the two streams, set up, their sockets registered with the engine.
+    """
+
+    def __init__(self, engine: Engine, client: AnyStream, receiver: AnyStream) -> None:
+        self._engine = engine
+        self._fds = client.socket.fileno(), receiver.socket.fileno()
+        reset, gone = Ending.CLIENT_RESET, Ending.UPSTREAM_RESET
+        self._up = _Way(client, receiver, Ending.CLIENT_CLOSED, reset, gone)
+        self._down = _Way(receiver, client, Ending.UPSTREAM_CLOSED, gone, reset)
+        self._greenlet: Any = getcurrent()
+        self._waiting = False
+        self._doom: Ending | None = None
+
+    @property
+    def up(self) -> int:
+        """Bytes towards the receiver."""
+        return self._up.moved
+
+    @property
+    def down(self) -> int:
+        return self._down.moved
+
+    def run(self) -> Ending:
+        """Until both sides have closed, one is broken, or `cut`. Closes nothing."""
+        first: Ending | None = None
+        turns = 0
+        try:
+            while not (self._up.done and self._down.done):
+                moved = self._up.step()
+                moved |= self._down.step()
+                if first is None:
+                    first = next((way.fin for way in (self._up, self._down) if way.ended), None)
+                if self._doom is not None:
+                    return self._doom
+                if not moved:
+                    turns = 0
+                    self._wait()
+                    continue
+                turns += 1
+                if turns % _TURNS_IN_A_ROW == 0:
+                    let_others_run()
+        except _Broken as broken:
+            return broken.ending
+        assert first is not None
+        return first
+
+    def cut(self, ending: Ending) -> None:
+        """End it; must not wait."""
+        self._doom = self._doom or ending
+        get_hub().loop.run_callback(self._resume)
+
+    def _wait(self) -> None:
+        for fd in self._fds:
+            self._engine.watch(fd, self._event)
+        self._waiting = True
+        try:
+            get_hub().switch()
+        finally:
+            self._waiting = False
+            for fd in self._fds:
+                self._engine.watch(fd, None)
+
+    def _event(self, _events: int) -> None:
+        self._resume()
+
+    def _resume(self) -> None:
+        if self._waiting:
+            self._greenlet.switch()
