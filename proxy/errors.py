@@ -209,6 +209,13 @@ class UpstreamError(ProxyError):
         self.socks_reply = 0x01 if step is Step.BIND else _SOCKS_REPLY_OF_ERRNO.get(errno, 0x01)
 
 
+class ViaUnavailable(ProxyError):
+    """An agent's proxy (`via`) cannot be reached, or has trouble of its own: not now, for whatever message it was."""
+
+    code = "via_unavailable"
+    retry = True
+
+
 class ConfigError(ProxyError):
     """A mistake in the configuration, located.
 

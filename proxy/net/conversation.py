@@ -11,6 +11,7 @@ from _socket import SHUT_WR
 
 from gevent import Timeout
 
+from proxy.net.framed import FramedStream
 from proxy.net.relay import Engine, RawSocket
 from proxy.net.tls import Stream
 
@@ -21,7 +22,7 @@ FAREWELL_SECONDS = 2.0
 _FAREWELL_BYTES = 65536
 
 
-def receive(engine: Engine, stream: Stream, size: int = READ_SIZE) -> bytes:
+def receive(engine: Engine, stream: Stream | FramedStream, size: int = READ_SIZE) -> bytes:
     """Wait for bytes; b"" at the end of the file.
 
     Raises:
@@ -34,7 +35,7 @@ def receive(engine: Engine, stream: Stream, size: int = READ_SIZE) -> bytes:
             engine.wait(stream.socket.fileno())
 
 
-def send_all(engine: Engine, stream: Stream, data: bytes) -> None:
+def send_all(engine: Engine, stream: Stream | FramedStream, data: bytes) -> None:
     """Wait until the kernel has taken all of it.
 
     Raises:

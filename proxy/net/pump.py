@@ -7,6 +7,7 @@ what one side does not take stops reading from the other; a half-close travels o
 from __future__ import annotations
 
 from collections.abc import Callable
+from select import EPOLLERR
 from typing import Any
 
 from gevent import get_hub, getcurrent
@@ -147,8 +148,9 @@ class Pump:
         get_hub().loop.run_callback(self._resume)
 
     def _wait(self) -> None:
-        for fd in self._fds:
-            self._engine.watch(fd, self._event)
+        client, receiver = self._fds
+        self._engine.watch(client, self._client_event)
+        self._engine.watch(receiver, self._receiver_event)
         self._waiting = True
         try:
             get_hub().switch()
@@ -157,7 +159,12 @@ class Pump:
             for fd in self._fds:
                 self._engine.watch(fd, None)
 
-    def _event(self, _events: int) -> None:
+    def _client_event(self, events: int) -> None:
+        if events & EPOLLERR:  # a reset: it must not have to wait until the receiver takes bytes again
+            self._doom = self._doom or Ending.CLIENT_RESET
+        self._resume()
+
+    def _receiver_event(self, _events: int) -> None:
         self._resume()
 
     def _resume(self) -> None:

@@ -212,6 +212,7 @@ def test_document_explains_every_code_and_says_whether_to_retry():
         "command_not_supported",  # SOCKS
         "address_type_not_supported",  # SOCKS
         "refused_by_proxy",  # the client's
+        "via_unavailable",  # an agent's, to its own clients
     }
     codes = {
         kind.code: "yes" if kind.retry else "no"
