@@ -195,13 +195,17 @@ class UpstreamError(ProxyError):
         step: which step failed.
         errno: the operating system's number, or 0 where none applies (an SMTP reply, a TLS alert).
         smtp_reply: the receiver's reply as it sent it (code and text), where one was the reason.
+        reason: what failed, without the addresses; the message, where nothing else is known.
     """
 
     code = "upstream_failed"
     retry = True
 
-    def __init__(self, message: str, step: Step, errno: int = 0, smtp_reply: str | None = None) -> None:
+    def __init__(
+        self, message: str, step: Step, errno: int = 0, smtp_reply: str | None = None, reason: str = ""
+    ) -> None:
         super().__init__(message)
+        self.reason = reason or message
         self.step = step
         self.errno = errno
         self.smtp_reply = smtp_reply

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from proxy.egress.admission import Admission
+from proxy.egress.broken_tls import BrokenTls
 from proxy.egress.keeper import Keeper
 from proxy.errors import ProxyError
 from proxy.model import Ending, Endpoint
@@ -168,6 +169,7 @@ class Services:
     budget: FailureBudget
     instances: Instances
     keeper: Keeper
+    broken_tls: BrokenTls
     admission: Admission
     identity: ServerIdentity | None
     incarnation: int

@@ -169,9 +169,10 @@ class Counters:
 
     accepted: client connections, by protocol. refused: by the outcome's `code`. failed: outgoing connections that did
     not come to be, by step. ended: relayed connections, by `model.Ending`. discarded: cached connections, by reason.
-    reused and fresh: how often a request was served from the cache or by a new connection. messages: MAIL commands seen
-    on tracked channels; `audit` counts those without a permit. probes: connections that closed without a byte, and
-    health checks.
+    in_clear: SMTP sessions that are in clear although the receiver offered TLS and the client would have liked it, by
+    cause: `handshake` failed, `starttls` was refused, `remembered`: not tried. reused and fresh: how often a request
+    was served from the cache or by a new connection. messages: MAIL commands seen on tracked channels; `audit` counts
+    those without a permit. probes: connections that closed without a byte, and health checks.
     """
 
     __slots__ = (
@@ -183,6 +184,7 @@ class Counters:
         "ended",
         "failed",
         "fresh",
+        "in_clear",
         "internal_errors",
         "messages",
         "probes",
@@ -198,6 +200,7 @@ class Counters:
         self.failed = Table()
         self.ended = Table()
         self.discarded = Table()
+        self.in_clear = Table()
         self.bytes_up = 0
         self.bytes_down = 0
         self.reused = 0

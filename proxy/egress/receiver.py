@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 from typing import NamedTuple
@@ -40,6 +42,20 @@ class Wish(NamedTuple):
     tls_verify: bool
 
 
+class Limits(NamedTuple):
+    """How long what may take, in seconds.
+
+    Args:
+        connect: the TCP connect.
+        session: from there until the session is up: the receiver's greeting, its answers, TLS.
+        ends_at: on the monotonic clock: nothing of it goes on after that, a second connection in clear included.
+    """
+
+    connect: float
+    session: float
+    ends_at: float
+
+
 class TlsFacts(NamedTuple):
     """What TLS with the receiver came to; `certificate` is the leaf's DER form."""
 
@@ -48,6 +64,22 @@ class TlsFacts(NamedTuple):
     verified: bool
     verdict: str
     certificate: bytes
+
+
+class InClear(NamedTuple):
+    """Why a session is in clear although the receiver offers TLS and the client would have liked it.
+
+    Args:
+        cause: `handshake`: it failed; `starttls`: refused; `remembered`: not tried, for it has failed before.
+        why: for people; what the receiver said, or what failed.
+    """
+
+    cause: str
+    why: str
+
+
+#: The longest that a handshake may take which can be done without; half of the time that is left, if that is less.
+_HANDSHAKE_SECONDS = 10.0
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +92,7 @@ class Receiver:
         greeting: code and text; None without a dialogue.
         hello: the texts of the lines of the last reply to EHLO.
         tls: None: in clear.
+        in_clear: what came of TLS that was tried for this connection.
         mailmax: MAIL commands that the receiver takes, if it said so.
         place: what it holds under the throttles.
         idle_timeout: seconds, for `guard`.
@@ -75,6 +108,7 @@ class Receiver:
     greeting: str | None = None
     hello: tuple[str, ...] = ()
     tls: TlsFacts | None = None
+    in_clear: InClear | None = None
     mailmax: int | None = None
     messages: int = 0
     place: Places | None = None
@@ -89,42 +123,56 @@ class Receiver:
                 keep_alive(self.stream.socket, self.idle_timeout)
 
 
+def may_do_without(wish: Wish) -> bool:
+    """Whether the client would rather have a session in clear than none (RFC 7435)."""
+    return wish.tls is TlsMode.OPPORTUNISTIC and not wish.tls_verify
+
+
 def open_receiver(
-    engine: Engine, wish: Wish, source: str, destination: Endpoint, seconds: tuple[float, float], idle_timeout: float
+    engine: Engine,
+    wish: Wish,
+    source: str,
+    destination: Endpoint,
+    limits: Limits,
+    idle_timeout: float,
+    once_more: Callable[[UpstreamError], None] | None = None,
 ) -> Receiver:
     """Connect and bring the session up.
 
     Args:
-        seconds: for the connect alone, and for all of it.
+        once_more: called when the handshake has failed, its connection is closed, and a new one is made in clear: it
+            may wait for that one's place, and give up by an exception.
 
     Raises:
         UpstreamError: with the step that failed; a deadline is ETIMEDOUT at the step it was in.
         Overloaded: no descriptor.
     """
-    ends_at = monotonic() + seconds[1]
     try:
-        return _attempt(engine, wish, source, destination, seconds, idle_timeout)
+        return _attempt(engine, wish, source, destination, limits, idle_timeout)
     except UpstreamError as error:
-        left = ends_at - monotonic()
-        if error.step is not Step.TLS or wish.tls is not TlsMode.OPPORTUNISTIC or wish.tls_verify or left <= 0:
+        if error.step is not Step.TLS or not may_do_without(wish) or monotonic() >= limits.ends_at:
             raise
-        # Opportunistic means: rather in clear than not at all (RFC 7435). That connection is spoilt, so a fresh one.
-        plain = wish._replace(tls=TlsMode.NONE)
-        return _attempt(engine, plain, source, destination, (min(seconds[0], left), left), idle_timeout)
+        failure = error
+    if once_more is not None:
+        once_more(failure)
+    # Not on the same connection: after half a handshake it is of no use.
+    receiver = _attempt(engine, wish._replace(tls=TlsMode.NONE), source, destination, limits, idle_timeout)
+    receiver.in_clear = InClear("handshake", failure.reason)
+    return receiver
 
 
 def _attempt(
-    engine: Engine, wish: Wish, source: str, destination: Endpoint, seconds: tuple[float, float], idle_timeout: float
+    engine: Engine, wish: Wish, source: str, destination: Endpoint, limits: Limits, idle_timeout: float
 ) -> Receiver:
     opened_at = monotonic()
     sock = upstream.bind(source)
     try:
-        upstream.connect(engine, sock, source, destination, seconds[0])
+        upstream.connect(engine, sock, source, destination, max(min(limits.connect, limits.ends_at - opened_at), 0.001))
         local = upstream.local_endpoint(sock)
         receiver = Receiver(PlainStream(sock), source, destination, local, opened_at, idle_timeout)
         if wish.ehlo_name is not None:
             bring_up = _BringUp(engine, receiver, wish, wish.ehlo_name)
-            bring_up.run(max(seconds[1] - (monotonic() - opened_at), 0.001))
+            bring_up.run(max(min(limits.session, limits.ends_at - monotonic()), 0.001))
         return receiver
     except BaseException:
         engine.close(sock)
@@ -139,6 +187,7 @@ class _BringUp:
         self._receiver = receiver
         self._wish = wish
         self._dialogue = ClientDialogue(ehlo_name, wish.tls, str(receiver.destination))
+        self._ends_at = math.inf
 
     def run(self, seconds: float) -> None:
         """Bring the session up within `seconds`.
@@ -146,6 +195,7 @@ class _BringUp:
         Raises:
             UpstreamError: the step, and the errno or the receiver's reply.
         """
+        self._ends_at = monotonic() + seconds
         timer = Timeout.start_new(seconds)
         try:
             self._converse()
@@ -186,20 +236,41 @@ class _BringUp:
             stream = TlsStream(receiver.stream.socket, context, server_side=False, name=name)
         except ValueError:
             raise self._failed(f"{name} cannot be a TLS server name", 0) from None
-        while not stream.handshake():
-            self._engine.wait(stream.socket.fileno())
+        self._shake_hands(stream)
         receiver.stream = stream
         receiver.tls = _facts(stream, wish.tls_verify)
 
+    def _shake_hands(self, stream: TlsStream) -> None:
+        """The handshake; one that can be done without leaves time for a session in clear.
+
+        Raises:
+            UpstreamError: it hangs. OSError: it failed.
+        """
+        timer = None
+        if may_do_without(self._wish):
+            timer = Timeout.start_new(max(min(_HANDSHAKE_SECONDS, (self._ends_at - monotonic()) / 2), 0.001))
+        try:
+            while not stream.handshake():
+                self._engine.wait(stream.socket.fileno())
+        except Timeout as fired:
+            if fired is not timer:
+                raise
+            raise self._failed("the TLS handshake hangs", errno.ETIMEDOUT) from None
+        finally:
+            if timer is not None:
+                timer.close()
+
     def _note_result(self) -> None:
         receiver, dialogue = self._receiver, self._dialogue
+        if dialogue.starttls_refusal is not None:
+            receiver.in_clear = InClear("starttls", f"STARTTLS refused: {dialogue.starttls_refusal}")
         receiver.greeting = str(dialogue.greeting) if dialogue.greeting else None
         receiver.hello = dialogue.hello.lines if dialogue.hello else ()
         receiver.mailmax = mailmax(dialogue.capabilities)
 
     def _failed(self, why: str, number: int) -> UpstreamError:
         receiver, step = self._receiver, self._dialogue.step
-        return UpstreamError(f"{step} {receiver.source} -> {receiver.destination}: {why}", step, number)
+        return UpstreamError(f"{step} {receiver.source} -> {receiver.destination}: {why}", step, number, reason=why)
 
 
 def _tls_reason(error: ssl.SSLError) -> str:

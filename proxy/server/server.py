@@ -23,6 +23,7 @@ from proxy.doors.native.channel import Channel
 from proxy.doors.native.control import Control
 from proxy.egress import upstream
 from proxy.egress.admission import Admission, clock_ns
+from proxy.egress.broken_tls import BrokenTls
 from proxy.egress.keeper import Keeper
 from proxy.errors import ConfigError, Overloaded
 from proxy.log import lines as log
@@ -95,6 +96,7 @@ class Server:
         manager = Manager(self._incarnation, clock_ns(), settings.throttle_enforce, settings.throttle)
         self._admission = Admission(manager, lambda throttle: self._keeper.make_way(throttle))
         self._keeper = Keeper(self._engine, self._crew, self._counters, settings, self._admission)
+        self._broken_tls = BrokenTls()
         self._generated: tls.ServerIdentity | None = None
         self._refusing = 0
         self._next_accept_line = 0.0
@@ -157,6 +159,7 @@ class Server:
             budget=self._budget,
             instances=self._instances,
             keeper=self._keeper,
+            broken_tls=self._broken_tls,
             admission=self._admission,
             identity=identity,
             incarnation=self._incarnation,

@@ -25,6 +25,7 @@ _COUNTERS = {
     "failed": ("failed", "step", "Outgoing connections that did not come to be, by step"),
     "ended": ("ended_connections", "outcome", "Relayed connections that have ended"),
     "discarded": ("discarded_connections", "reason", "Held-open connections that were closed"),
+    "in_clear": ("sessions_in_clear", "cause", "SMTP sessions in clear although TLS was offered and wanted"),
     "bytes_up": ("bytes_up", "", "Bytes from clients to receivers"),
     "bytes_down": ("bytes_down", "", "Bytes from receivers to clients"),
     "reused": ("reused_connections", "", "Requests served by a held-open connection"),

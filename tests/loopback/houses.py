@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from ipaddress import ip_network
+from time import monotonic
 from types import SimpleNamespace
 
 import gevent
@@ -11,7 +12,7 @@ import gevent
 from proxy.egress.admission import Admission, clock_ns
 from proxy.egress.keeper import Keeper
 from proxy.egress.pool import PoolKey
-from proxy.egress.receiver import Wish, open_receiver
+from proxy.egress.receiver import Limits, Wish, open_receiver
 from proxy.model import Endpoint, TlsMode
 from proxy.net.crew import Crew
 from proxy.net.relay import make_engine
@@ -89,7 +90,8 @@ class House:
             receiver = self.keeper.take(key, move_in) if places is not None else None
         if receiver is None:
             wish = Wish(key.ehlo_name, key.tls, key.tls_server_name, False)
-            receiver = open_receiver(self.engine, wish, key.source, key.destination, (5.0, 5.0), 900.0)
+            limits = Limits(5.0, 5.0, monotonic() + 5.0)
+            receiver = open_receiver(self.engine, wish, key.source, key.destination, limits, 900.0)
             receiver.place = places
         if receiver.place is not None:
             self.throttles |= set(receiver.place.throttles)

@@ -195,6 +195,8 @@ def channel(maker: Maker) -> None:
         greeting=b"220 mx.example.net ESMTP",
         ehlo=[b"mx.example.net", b"SIZE 52428800", b"8BITMIME"],
         tls=["TLSv1.3", "TLS_AES_256_GCM_SHA384", False, "self-signed certificate", DER],
+        attempts=[],
+        tls_failure="",
     )
     maker.message(
         "opened-raw",
@@ -208,6 +210,23 @@ def channel(maker: Maker) -> None:
         greeting=None,
         ehlo=[],
         tls=None,
+        attempts=[],
+        tls_failure="",
+    )
+    maker.message(
+        "opened-in-clear",
+        "OPENED",
+        0x11,
+        reused=False,
+        destination=["198.51.100.8", 25],
+        local=["192.0.2.1", 40114],
+        messages=0,
+        age_ms=310,
+        greeting=b"220 mx2.example.net ESMTP",
+        ehlo=[b"mx2.example.net", b"STARTTLS"],
+        tls=None,
+        attempts=[[["198.51.100.7", 25], "connect", 110, None, "connection timed out"]],
+        tls_failure="TLS handshake failed: NO_SHARED_CIPHER",
     )
     maker.message(
         "failed",

@@ -22,7 +22,7 @@ from proxy.egress.admission import clock_ns
 from proxy.egress.receiver import Receiver
 from proxy.errors import Draining, PeerError, ProxyError, UpstreamError
 from proxy.log import lines as log
-from proxy.model import Discard, Ending
+from proxy.model import Discard, Ending, Endpoint
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
 from proxy.protocols.smtp.tracker import Tracker
@@ -31,8 +31,11 @@ from proxy.services import Door, Services, numbers
 #: Bytes of OPENED's longest parts: all of them together, with what else is in it, fit in one frame.
 _MAX_CERTIFICATE = 32_768
 _MAX_GREETING = 4_096
-_MAX_EHLO = 24_576
+_MAX_EHLO = 16_384
 _MAX_EHLO_LINES = 256
+_MAX_ATTEMPT_MESSAGE = 100
+_MAX_ATTEMPT_REPLY = 128
+_MAX_TLS_FAILURE = 512
 _DEAD = frozenset({Discard.PEER_CLOSED, Discard.SAID_421})
 #: Why a connection that is clean is not kept: its receiver is told QUIT.
 _UNWANTED = frozenset({Discard.DISABLED, Discard.DRAINING, Discard.YIELDED})
@@ -98,8 +101,7 @@ class Channel:
             with contextlib.suppress(OSError):
                 link.stream.finish()
         except ProxyError as error:
-            services.counters.refused.count(error.code)
-            self._log_refused(self._guest.number, error)
+            self._failed(services, self._guest.number, error)
             link.part(error)
         except Exception as error:
             services.counters.internal_errors += 1
@@ -190,10 +192,12 @@ class Channel:
         started, number = monotonic(), next(numbers)
         attempts: Attempts = []
         try:
-            taken = self._open(services, request, attempts)
+            taken = self._open(services, request, attempts, number)
         except ProxyError as error:
-            self._count_refused(services, error)
-            self._log_refused(number, error, request, started)
+            if not isinstance(error, UpstreamError):  # those have been told as they happened
+                self._failed(
+                    services, number, error, started, request.source_ip or "", request.destinations[0].endpoint
+                )
             if isinstance(error, ClientGone):
                 raise
             link.send(frames.encode(frames.failed(error, attempts)))
@@ -204,7 +208,7 @@ class Channel:
         ending, reset = Ending.CLIENT_RESET, True
         self._receiver = taken.receiver
         try:
-            link.send(frames.encode(_opened(taken)))
+            link.send(frames.encode(_opened(taken, attempts)))
             transfer.carry()
             ending, reset = self._finish(session)
         except ClientGone:
@@ -217,13 +221,18 @@ class Channel:
             self._receiver = None
             self._over(session, ending, reset)
 
-    def _open(self, services: Services, request: m.Open, attempts: Attempts) -> Taken:
+    def _open(self, services: Services, request: m.Open, attempts: Attempts, number: int) -> Taken:
         """Serve the OPEN, unless the client goes away meanwhile.
 
         Raises:
             ProxyError: as `Opener.run`. ClientGone: nobody waits for the answer any more.
         """
-        opener = Opener(services, self._guest, self._peer, request)
+        started = monotonic()
+
+        def tell(source: str, destination: Endpoint, error: UpstreamError) -> None:
+            self._failed(services, number, error, started, source, destination)
+
+        opener = Opener(services, self._guest, self._peer, request, tell)
         self._opening = True
         try:
             self._link.watch_client()
@@ -291,7 +300,7 @@ class Channel:
             receiver.source,
             receiver.destination,
             session.taken.reused,
-            receiver.tls.version if receiver.tls else "",
+            receiver.tls.version if receiver.tls else "failed" if session.taken.in_clear else "",
             transfer.up,
             transfer.down,
             monotonic() - session.started,
@@ -315,22 +324,27 @@ class Channel:
 
     # ---------------------------------------------------------------- refusals
 
-    def _count_refused(self, services: Services, error: ProxyError) -> None:
+    def _failed(
+        self,
+        services: Services,
+        number: int,
+        error: ProxyError,
+        started: float | None = None,
+        source: str = "",
+        destination: Endpoint | None = None,
+    ) -> None:
+        """Count and log what did not come to be."""
         if isinstance(error, UpstreamError):
             services.counters.failed.count(error.step)
         else:
             services.counters.refused.count(error.code)
-
-    def _log_refused(
-        self, number: int, error: ProxyError, request: m.Open | None = None, started: float | None = None
-    ) -> None:
         log.refused(
             number,
             self._peer.instance,
             self._door.protocol,
             self._guest.client,
-            (request.source_ip if request else None) or "",
-            request.destinations[0].endpoint if request else None,
+            source,
+            destination,
             monotonic() - started if started else 0.0,
             error,
         )
@@ -344,7 +358,7 @@ def _close(services: Services, receiver: Receiver, reset: bool) -> None:
     services.admission.leave(receiver.place)
 
 
-def _opened(taken: Taken) -> m.Opened:
+def _opened(taken: Taken, attempts: Attempts) -> m.Opened:
     receiver = taken.receiver
     facts = receiver.tls
     tls = None
@@ -360,6 +374,8 @@ def _opened(taken: Taken) -> m.Opened:
         greeting=receiver.greeting.encode()[:_MAX_GREETING] if receiver.greeting is not None else None,
         ehlo=_bounded(receiver.hello),
         tls=tls,
+        attempts=frames.attempts_of(attempts, _MAX_ATTEMPT_MESSAGE, _MAX_ATTEMPT_REPLY),
+        tls_failure=taken.in_clear.why[:_MAX_TLS_FAILURE] if taken.in_clear else "",
     )
 
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 from proxy.doors.native.entrance import Guest
 from proxy.egress import upstream
 from proxy.egress.pool import PoolKey
-from proxy.egress.receiver import Receiver, Wish, open_receiver
+from proxy.egress.receiver import InClear, Limits, Receiver, Wish, may_do_without, open_receiver
 from proxy.errors import BadServerName, Overloaded, Step, UnknownPath, UpstreamError
-from proxy.model import Endpoint
+from proxy.model import Endpoint, TlsMode
 from proxy.protocols.native import messages as m
 from proxy.protocols.native.auth import Peer
 from proxy.protocols.server_name import server_name
@@ -26,31 +26,47 @@ from proxy.throttling.flows import Flow, Places
 
 #: The longest that one of several destinations may take to connect; the last one may take `connect_timeout`.
 _CONNECT_ONE_OF_MANY = 10.0
+#: What a receiver gets for its greeting and answers, however many destinations there are: many delay their greeting on
+#: purpose. But never more than half of the time while others are still to be tried.
+_SESSION_ONE_OF_MANY = 15.0
 
 Attempts = list[tuple[m.Address, UpstreamError]]
+#: Told of each connection that did not come to be: its source, its destination, and why.
+Tell = Callable[[str, Endpoint, UpstreamError], None]
 #: Owner, weight, source, destination and paths, as `Admission` wants them.
 _Who = tuple[str, float, str, str, tuple[Flow, ...]]
 
 
 class Taken(NamedTuple):
-    """A connection that serves the client from now on; `key` is what it may be shared by."""
+    """A connection that serves the client from now on; `key` is what it may be shared by.
+
+    A session in clear that was to be under TLS has the key of those who want none: for the others TLS is tried anew.
+    `in_clear`: why this client is served so, who would have liked TLS.
+    """
 
     receiver: Receiver
     key: PoolKey
     reused: bool
+    in_clear: InClear | None = None
 
 
 class Opener:
-    """One OPEN being served."""
+    """One OPEN being served.
 
-    def __init__(self, services: Services, guest: Guest, peer: Peer, request: m.Open) -> None:
+    Args:
+        tell: told of each connection that did not come to be, as it happens.
+    """
+
+    def __init__(self, services: Services, guest: Guest, peer: Peer, request: m.Open, tell: Tell) -> None:
         self._services = services
         self._guest = guest
         self._peer = peer
         self._request = request
+        self._tell = tell
         self._ends_at = monotonic() + request.deadline_ms / 1000
         self._flows: tuple[Flow, ...] = ()
         self._server_name = ""
+        self._source = ""  # of the attempt in progress
 
     def run(self, attempts: Attempts) -> Taken:
         """A connection to the first destination that works.
@@ -72,6 +88,7 @@ class Opener:
                 return self._one(address.endpoint, left)
             except UpstreamError as error:
                 attempts.append((address, error))
+                self._tell(self._source, address.endpoint, error)
                 left -= 1
                 if not left or not try_next_destination(error):
                     raise
@@ -104,10 +121,23 @@ class Opener:
         """One destination, of which `left` are still to be tried, this one included."""
         services, request, instance = self._services, self._request, self._peer.instance
         client = self._guest.stream.socket
+        self._source = request.source_ip or ""
         source = upstream.source_for(services.access, instance, client, request.source_ip, destination)
+        self._source = source
         if request.source_ip is None:
             services.access.check_route(instance, source, destination)
-        key = self._key(source, destination)
+        wish = Wish(request.ehlo_name, request.tls, self._server_name, request.tls_verify)
+        why = services.broken_tls.why(destination, monotonic()) if may_do_without(wish) else ""
+        if not why:
+            return self._connection(wish, source, destination, left)
+        taken = self._connection(wish._replace(tls=TlsMode.NONE), source, destination, left)
+        services.counters.in_clear.count("remembered")
+        return taken._replace(in_clear=InClear("remembered", f"not tried, for it has failed before: {why}"))
+
+    def _connection(self, wish: Wish, source: str, destination: Endpoint, left: int) -> Taken:
+        """Shared or fresh, with its places."""
+        services, request, instance = self._services, self._request, self._peer.instance
+        key = self._key(source, destination, wish.tls)
         who = (
             instance or self._guest.client.host,
             services.access.weight_of(instance),
@@ -123,13 +153,13 @@ class Opener:
             kept = self._kept(key, lambda kept: self._move_in(kept, places))
             if kept is not None:
                 return kept
-        try:
-            receiver = self._fresh(source, destination, left)
-        except BaseException:
-            services.admission.leave(places)
-            raise
-        receiver.place = places
-        return Taken(receiver, key, False)
+        receiver = self._fresh(wish, source, destination, left, who, places)
+        if receiver.tls is not None:
+            services.broken_tls.worked(destination)
+        if receiver.in_clear is None:
+            return Taken(receiver, key, False)
+        services.counters.in_clear.count(receiver.in_clear.cause)
+        return Taken(receiver, self._key(source, destination, TlsMode.NONE), False, receiver.in_clear)
 
     def _kept(self, key: PoolKey, claim: Callable[[Receiver], bool]) -> Taken | None:
         """A cached connection, if there is one and `claim` gets it its places."""
@@ -154,44 +184,60 @@ class Opener:
         self._services.admission.leave(old)
         return True
 
-    def _fresh(self, source: str, destination: Endpoint, left: int) -> Receiver:
-        services, request = self._services, self._request
-        seconds = self._share(left)
-        if seconds <= 0:
-            raise UpstreamError(f"connect {source} -> {destination}: no time left", Step.CONNECT, errno.ETIMEDOUT)
-        longest = services.settings.connect_timeout if left == 1 else _CONNECT_ONE_OF_MANY
-        wish = Wish(request.ehlo_name, request.tls, self._server_name, request.tls_verify)
+    def _fresh(
+        self, wish: Wish, source: str, destination: Endpoint, left: int, who: _Who, places: Places | None
+    ) -> Receiver:
+        """A new connection, which has these places, or those of the connection in clear that took its turn."""
+        services, limits = self._services, self._limits(left)
+
+        def once_more(error: UpstreamError) -> None:
+            nonlocal places
+            services.broken_tls.failed(destination, error.reason, monotonic())
+            self._tell(source, destination, error)
+            services.admission.leave(places)
+            places = None
+            places = services.admission.enter(*who, limits.ends_at - monotonic())
+
         services.gauges.outgoing += 1
         try:
+            if limits.connect <= 0:
+                raise UpstreamError(f"connect {source} -> {destination}: no time left", Step.CONNECT, errno.ETIMEDOUT)
             receiver = open_receiver(
-                services.engine,
-                wish,
-                source,
-                destination,
-                (min(seconds, longest), seconds),
-                services.settings.idle_timeout,
+                services.engine, wish, source, destination, limits, services.settings.idle_timeout, once_more
             )
         except BaseException as error:
             services.gauges.outgoing -= 1
+            services.admission.leave(places)
             if isinstance(error, Overloaded):
                 services.keeper.shed(1)
             raise
         services.counters.fresh += 1
+        receiver.place = places
         return receiver
 
+    def _limits(self, left: int) -> Limits:
+        """How the time that is left is spent, if `left` destinations are to be tried, the next one included."""
+        now = monotonic()
+        seconds = self._ends_at - now
+        if left == 1:
+            return Limits(min(seconds, self._services.settings.connect_timeout), seconds, self._ends_at)
+        connect = min(seconds / left, _CONNECT_ONE_OF_MANY)
+        session = max(seconds / left, min(_SESSION_ONE_OF_MANY, seconds / 2))
+        return Limits(connect, session, now + connect + session)
+
     def _share(self, left: int) -> float:
-        """Seconds for the next of the destinations that are left."""
+        """Seconds to wait for a place at the next of the destinations that are left."""
         return (self._ends_at - monotonic()) / left
 
-    def _key(self, source: str, destination: Endpoint) -> PoolKey:
+    def _key(self, source: str, destination: Endpoint, mode: TlsMode) -> PoolKey:
         request = self._request
         return PoolKey(
             source,
             destination,
             request.ehlo_name or "",
-            request.tls,
-            self._server_name,
-            "verify" if request.tls_verify else "",
+            mode,
+            self._server_name if mode is not TlsMode.NONE else "",
+            "verify" if request.tls_verify and mode is not TlsMode.NONE else "",
             request.smtputf8,
             request.requiretls,
             request.tenant or "",

@@ -232,8 +232,15 @@ def failed(error: ProxyError, attempts: Iterable[tuple[m.Address, UpstreamError]
         retry_after_ms=_retry_after_ms(error),
         throttle=throttled.throttle if throttled else None,
         # 32 attempts with the longest texts still fit in one frame.
-        attempts=[m.Attempt(a, e.step, e.errno, _reply(e), str(e)[:200]) for a, e in attempts],
+        attempts=attempts_of(attempts, 200, 1024),
     )
+
+
+def attempts_of(
+    attempts: Iterable[tuple[m.Address, UpstreamError]], longest_message: int, longest_reply: int
+) -> list[m.Attempt]:
+    """The destinations that were tried in vain; texts are cut, in characters and in bytes."""
+    return [m.Attempt(a, e.step, e.errno, _reply(e, longest_reply), str(e)[:longest_message]) for a, e in attempts]
 
 
 def _retry_after_ms(error: ProxyError) -> int:
@@ -245,7 +252,7 @@ def _sentence(error: ProxyError) -> str:
     return str(error)[:512]
 
 
-def _reply(error: UpstreamError) -> bytes | None:
+def _reply(error: UpstreamError, longest: int = 1024) -> bytes | None:
     if error.smtp_reply is None:
         return None
-    return error.smtp_reply.encode("utf-8", "surrogateescape")[:1024]
+    return error.smtp_reply.encode("utf-8", "surrogateescape")[:longest]

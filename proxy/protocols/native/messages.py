@@ -189,8 +189,22 @@ class TlsInfo(Part, frozen=True):
     certificate: Annotated[bytes, Meta(max_length=32_768)]
 
 
+class Attempt(Part, frozen=True):
+    """Why one destination did not work."""
+
+    destination: Address
+    step: Step
+    errno: Errno
+    smtp_reply: Reply | None
+    message: Sentence
+
+
 class Opened(Message, frozen=True):
-    """Proxy: the SMTP session is up; from here on DATA flows both ways."""
+    """Proxy: the SMTP session is up; from here on DATA flows both ways.
+
+    `attempts`: the destinations that did not work before. `tls_failure`: why the session is in clear, where TLS was
+    offered and would have been welcome.
+    """
 
     TYPE = 0x11
     reused: bool
@@ -201,16 +215,8 @@ class Opened(Message, frozen=True):
     greeting: Reply | None = None
     ehlo: Annotated[list[Reply], Meta(max_length=256)] = []
     tls: TlsInfo | None = None
-
-
-class Attempt(Part, frozen=True):
-    """Why one destination did not work."""
-
-    destination: Address
-    step: Step
-    errno: Errno
-    smtp_reply: Reply | None
-    message: Sentence
+    attempts: Annotated[list[Attempt], Meta(max_length=32)] = []
+    tls_failure: Sentence = ""
 
 
 class Failed(Message, frozen=True):

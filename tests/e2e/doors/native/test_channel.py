@@ -513,6 +513,6 @@ def test_a_raw_session_knows_no_greeting(proxy: Proxy) -> None:
         assert opened[0] is False
         assert opened[1] == list(server.endpoint)
         assert opened[2] == list(server.peers[0])
-        assert opened[5:] == [None, [], None]
+        assert opened[5:] == [None, [], None, [], ""]
         assert peer.hear_until(b"220 mx\r\n")
         assert peer.finish(keep=True) == [False, "not_offered"]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import socket
 import ssl
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +27,7 @@ EHLO = "mta.example.com"
 def proxy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
     trusted: Path = tmp_path_factory.mktemp("trust") / "ca.pem"
     authority().cert_pem.write_to_path(str(trusted))
-    with Proxy(environ={"SSL_CERT_FILE": str(trusted)}) as proxy:
+    with Proxy("listen_status 127.0.0.1:0\n", environ={"SSL_CERT_FILE": str(trusted)}) as proxy:
         yield proxy
 
 
@@ -129,7 +132,8 @@ def test_mode_none_does_not_ask_for_it(peer: Peer) -> None:
 
 def test_starttls_refused(peer: Peer) -> None:
     with Mx({"starttls": say(b"454 4.7.0 not now\r\n")}, starttls=True) as mx:
-        assert peer.opened(mx.endpoint, ehlo_name=EHLO, tls="opportunistic")[7] is None
+        opened = peer.opened(mx.endpoint, ehlo_name=EHLO, tls="opportunistic")
+        assert (opened[7], opened[9]) == (None, "STARTTLS refused: 454 4.7.0 not now")
         peer.finish()
         failed = peer.failed(mx.endpoint, ehlo_name=EHLO, tls="required")
         assert (failed[0], failed[4]) == ("starttls", b"454 4.7.0 not now")
@@ -142,14 +146,18 @@ def no_tls(session: Session, reply: bytes) -> None:
 
 
 @pytest.mark.parametrize("behaviour", [no_tls, close, reset], ids=lambda behaviour: behaviour.__name__)
-def test_a_handshake_that_breaks(peer: Peer, behaviour) -> None:
+def test_a_handshake_that_breaks(proxy: Proxy, peer: Peer, behaviour) -> None:
     """Opportunistic: once more in clear, on a new connection (RFC 7435)."""
     with Mx({"tls": behaviour}, starttls=True) as mx:
+        mark = len(proxy.lines)
         opened = peer.opened(mx.endpoint, ehlo_name=EHLO, tls="opportunistic")
         assert opened[7] is None
+        assert opened[9]
         deliver(peer, b"in clear\r\n")
         peer.finish()
         assert mx.connects == 2
+        proxy.wait_line(rf"^failed .* destination=127\.0\.0\.1:{mx.port} .* step=tls ", since=mark)
+        proxy.wait_line(rf"^connection .* destination=127\.0\.0\.1:{mx.port} .* tls=failed ", since=mark)
         assert peer.failed(mx.endpoint, ehlo_name=EHLO, tls="required")[0] == "tls"
         assert mx.connects == 3
 
@@ -244,13 +252,22 @@ def test_an_ehlo_reply_that_does_not_fit(peer: Peer) -> None:
     with Mx({"ehlo": say(lines)}) as mx:
         opened = peer.opened(mx.endpoint, ehlo_name=EHLO)
         assert all(len(line) <= 4096 for line in opened[6])
-        assert 0 < sum(map(len, opened[6])) <= 24_576
+        assert 0 < sum(map(len, opened[6])) <= 16_384
 
 
 # -- several destinations ----------------------------------------------------------------------------------------------
 
 
-def test_destinations_are_tried_in_order(peer: Peer) -> None:
+def failures(proxy: Proxy) -> Counter[str]:
+    """Outgoing connections that did not come to be, by step."""
+    with socket.create_connection(proxy.door("status"), timeout=10) as sock:
+        sock.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        answer = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
+    found = re.findall(r'^greenarrow_proxy_failed_total\{step="(\w+)"\} (\d+)', answer, re.M)
+    return Counter({step: int(count) for step, count in found})
+
+
+def test_destinations_are_tried_in_order(proxy: Proxy, peer: Peer) -> None:
     with (
         closed_port() as nobody,
         Mx({"greeting": say(b"421 4.3.2 busy\r\n", close)}) as busy,
@@ -258,8 +275,20 @@ def test_destinations_are_tried_in_order(peer: Peer) -> None:
         Mx() as good,
         Mx() as unused,
     ):
+        mark, before = len(proxy.lines), failures(proxy)
         opened = peer.opened(nobody, busy.endpoint, broken.endpoint, good.endpoint, unused.endpoint, ehlo_name=EHLO)
         assert opened[1] == list(good.endpoint)
+        tried = [(nobody, "connect"), (busy.endpoint, "greeting"), (broken.endpoint, "ehlo")]
+        assert [attempt[:2] for attempt in opened[8]] == [[list(address), step] for address, step in tried]
+        assert opened[8][1][3] == b"421 4.3.2 busy"
+        peer.finish()
+        number = proxy.wait_line(r"^connection id=(\d+) .*outcome=client_closed", since=mark)[1]
+        lines = proxy.matching(rf"^failed id={number} instance=mta-1 .* source=127\.0\.0\.5 ", since=mark)
+        assert len(lines) == 3
+        for line, ((host, port), step) in zip(lines, tried, strict=True):
+            assert f" destination={host}:{port} " in line
+            assert f" step={step} " in line
+        assert failures(proxy) - before == Counter(step for _, step in tried)
         assert (busy.connects, broken.connects, good.connects, unused.connects) == (1, 1, 1, 0)
 
 
