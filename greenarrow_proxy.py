@@ -8,6 +8,7 @@ is installed last wins: that is said in one sentence, before anything of the oth
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 from pathlib import Path
 
@@ -27,6 +28,9 @@ def shadowed() -> str:
 
 
 def main() -> int:
+    # A SIGHUP or SIGUSR1 that comes while the program is being loaded would end it: it waits until somebody can act on
+    # it (`proxy.server.signals`). So this is done before anything else is.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR1))
     if wrong := shadowed():
         print(f"greenarrow_proxy: {wrong}", file=sys.stderr)
         return 1

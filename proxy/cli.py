@@ -9,6 +9,7 @@ import contextlib
 import errno
 import functools
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: list[str]) -> int:
     parser = config.build_parser()
     flags = parser.parse_flags(argv)
+    if flags.help or flags.version or flags.check_config or flags.ping is not None or flags.status is not None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGHUP, signal.SIGUSR1))  # held back for the server
     if flags.help:
         _print(parser.format_help(), sys.stdout)
         return EX_OK

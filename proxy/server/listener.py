@@ -26,7 +26,8 @@ _BACKLOG = 4096
 #: Errors of one connection, not of the listener: the next accept may work at once (accept(2)).
 _THIS_CONNECTION_ONLY = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EINTR, errno.EPERM})
 
-Admit = Callable[["Listener", RawSocket, tuple[Any, ...]], None]
+#: Takes an accepted, non-blocking socket; must not raise or wait. False: there is no memory to serve it now.
+Admit = Callable[["Listener", RawSocket, tuple[Any, ...]], bool]
 
 
 class ListenError(ProxyError):
@@ -72,7 +73,7 @@ class Listener(StreamServer):  # type: ignore[misc]
     Args:
         sock: bound and listening.
         door: its protocol and count of open connections.
-        admit: takes an accepted, non-blocking socket; must not raise or wait.
+        admit: see there.
         accept_failed: is told each accept error that made the listener back off.
 
     Attributes:
@@ -130,7 +131,8 @@ class Listener(StreamServer):  # type: ignore[misc]
         fd, address = args
         sock = RawSocket(self._family, SOCK_STREAM, 0, fd)
         sock.setblocking(False)
-        self._admit(self, sock, address)
+        if not self._admit(self, sock, address):
+            self._back_off(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
 
     def finish(self) -> None:
         """Stop listening; clients that the kernel has already let in are served, where a close would reset them."""

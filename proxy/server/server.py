@@ -1,7 +1,7 @@
-"""The running program: signals, reload, drain, and the wiring of everything else.
+"""The running program: the wiring of everything else, reload and drain.
 
-`run` is the whole life from the first socket to the exit code. Each connection is dispatched here, with the services of
-the moment. A reload builds everything that can fail before it changes anything: it is all or nothing.
+`run` is the whole life from the first socket to the exit code. A reload builds everything that can fail before it
+changes anything: it is all or nothing. Accepted connections are `reception`'s, watching for signals is `signals`'.
 """
 
 from __future__ import annotations
@@ -11,36 +11,33 @@ import signal
 import socket
 from collections.abc import Callable
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gevent
 from gevent.event import Event
 
 from proxy import __version__
-from proxy.doors import front
-from proxy.doors.native import entrance
-from proxy.doors.native.channel import Channel
-from proxy.doors.native.control import Control
 from proxy.egress import upstream
 from proxy.egress.admission import Admission, clock_ns
 from proxy.egress.broken_tls import BrokenTls
 from proxy.egress.keeper import Keeper
-from proxy.errors import ConfigError, Overloaded
+from proxy.errors import ConfigError
 from proxy.log import lines as log
 from proxy.model import Ending
 from proxy.net import tls
 from proxy.net.crew import Crew, let_others_run
-from proxy.net.relay import RawSocket, make_engine
+from proxy.net.relay import make_engine
 from proxy.policy.access import Access
 from proxy.policy.budget import FailureBudget
 from proxy.policy.modes import Modes
-from proxy.protocols.native.messages import Kind
-from proxy.server import process, systemd
-from proxy.server.listener import Listener, ListenError
-from proxy.server.listeners import STATUS, Doors, Opened
-from proxy.services import Door, Gauges, Instances, Newcomers, Services
+from proxy.server import figures, process, systemd
+from proxy.server.listener import ListenError
+from proxy.server.listeners import Doors, Opened
+from proxy.server.reception import Reception
+from proxy.server.signals import Signals
+from proxy.services import Gauges, Instances, Newcomers, Services
 from proxy.settings import Settings
-from proxy.stats import Counters, ManagerFigures, Snapshot, sum_flows
+from proxy.stats import Counters, Snapshot
 from proxy.status.http import House, StatusDoor
 from proxy.throttling.manager import Manager
 
@@ -48,14 +45,8 @@ EXIT_OK, EXIT_FORCED, EXIT_CANNOT_LISTEN = 0, 1, 69
 
 #: Descriptors that are not for connections: listeners, log, epoll, pipes of the relay (64), files read at a reload.
 _OTHER_DESCRIPTORS = 160
-#: Connections over the limit that are told so at a time; the rest are closed without a word.
-_REFUSALS_AT_A_TIME = 32
 #: Connections that have not said who they are.
 _MAX_NEWCOMERS = 1024
-#: Cached connections given up when there is no descriptor for a client.
-_SHED_WHEN_SHORT = 32
-#: Seconds between two lines about accept errors; all are counted.
-_ACCEPT_LINE_EVERY = 1.0
 _SWEEPS_AN_IDLE_TIMEOUT = 8
 _LONGEST_SWEEP_PERIOD = 15.0
 _DRAIN_POLL = 0.05
@@ -98,16 +89,22 @@ class Server:
         self._keeper = Keeper(self._engine, self._crew, self._counters, settings, self._admission)
         self._broken_tls = BrokenTls()
         self._generated: tls.ServerIdentity | None = None
-        self._refusing = 0
-        self._next_accept_line = 0.0
-        self._signals = 0
-        self._reload_wanted = False
-        self._reloading = False
+        self._stops = 0
         self._stop = Event()
+        stop = self._stop_soon
+        self._signals = Signals(
+            at_once={signal.SIGTERM: stop, signal.SIGINT: stop},
+            in_turn={signal.SIGHUP: self._reload, signal.SIGUSR1: self._report},
+        )
         self._reserve = process.Reserve()
         self._notifier = systemd.Notifier(os.environ, os.getpid())
         inherited = systemd.Inherited(os.environ, os.getpid())
-        self._doors = Doors(self._admit, self._accept_failed, self._reserve.lent, inherited)
+        self._reception = Reception(
+            services=lambda: self.services,
+            open_connections=lambda: self._doors.open_connections(),
+            serve_status=lambda *connection: self._status.admit(*connection),
+        )
+        self._doors = Doors(self._reception.admit, self._reception.accept_failed, self._reserve.lent, inherited)
         self._status = self._status_door()
         self._first_settings = settings
         self.services: Services
@@ -124,7 +121,7 @@ class Server:
             log.note(log.Event.LISTEN, log.ERROR, str(error))
             return EXIT_CANNOT_LISTEN
         self._doors.close_unclaimed()
-        self._watch_signals()
+        self._signals.watch()
         process.log_what_the_hub_catches(self._counters)
         gevent.spawn(self._report_forever)
         gevent.spawn(self._sweep_forever)
@@ -184,15 +181,6 @@ class Server:
             why = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
             raise ConfigError(f"tls_certificate_file {certificate}, tls_private_key_file {key}: {why}") from None
 
-    def _watch_signals(self) -> None:
-        for number, act in (
-            (signal.SIGHUP, self._reload_soon),
-            (signal.SIGTERM, self._stop_soon),
-            (signal.SIGINT, self._stop_soon),
-            (signal.SIGUSR1, self._report),
-        ):
-            gevent.signal_handler(number, act)
-
     def _status_door(self) -> StatusDoor:
         return StatusDoor(
             House(
@@ -200,7 +188,7 @@ class Server:
                 snapshot=self.snapshot,
                 doors=lambda: self._doors,
                 listening=self._doors.listening,
-                limit=lambda: self._max_connections,
+                limit=lambda: self._reception.limit,
                 clients=self._doors.open_connections,
                 draining=self._stop.is_set,
                 spare=self._reserve.lent,
@@ -223,95 +211,23 @@ class Server:
         self._admission.settle()
         for session in list(self._instances.sessions):
             session.reloaded()
-        self._places_left = 0
-        self._max_connections = settings.max_connections or max(1, (self._descriptors - _OTHER_DESCRIPTORS) // 2)
-
-    # ---------------------------------------------------------------- accepted connections
-
-    def _admit(self, listener: Listener, sock: RawSocket, address: tuple[Any, ...]) -> None:
-        """Serve one accepted connection, or refuse it when there are too many."""
-        door = listener.door
-        if door.protocol == STATUS:
-            self._status.admit(door, sock, address)
-        elif self._may_enter():
-            if door.protocol == "native":
-                self._crew.run(self._native, door, sock, address)
-            else:
-                self._crew.run(front.serve, self.services, door, sock, address)
-        elif self._refusing < _REFUSALS_AT_A_TIME:
-            self._crew.run(self._refuse, door, sock, address)
-        else:
-            self._counters.refused.count(Overloaded.code)
-            sock.close()
-
-    def _may_enter(self) -> bool:
-        """Take one of the places left. Those that became free meanwhile are counted only when these are used up."""
-        if self._places_left <= 0:
-            self._places_left = self._max_connections - self._doors.open_connections()
-        self._places_left -= 1
-        return self._places_left >= 0
-
-    def _native(self, door: Door, sock: RawSocket, address: tuple[Any, ...]) -> None:
-        """One native connection: who is it, and is it a session or a channel?"""
-        door.open_connections += 1
-        try:
-            guest = entrance.enter(self.services, door, sock, address)
-            if guest is None or guest.handshake.peer is None:
-                return
-            serve = Channel if guest.handshake.peer.kind is Kind.CHANNEL else Control
-            serve(lambda: self.services, door, guest).serve()
-        finally:
-            door.open_connections -= 1
-            self._engine.close(sock)
-
-    def _refuse(self, door: Door, sock: RawSocket, address: tuple[Any, ...]) -> None:
-        self._refusing += 1
-        try:
-            refusal = Overloaded(f"max_connections ({self._max_connections}) are open")
-            if door.protocol == "native":
-                entrance.enter(self.services, door, sock, address, refusal)
-                self._engine.close(sock)
-            else:
-                front.serve(self.services, door, sock, address, refusal)
-        finally:
-            self._refusing -= 1
-
-    def _accept_failed(self, listener: Listener, error: OSError) -> None:
-        self._counters.accept_errors += 1
-        self._keeper.shed(_SHED_WHEN_SHORT)
-        now = monotonic()
-        if now < self._next_accept_line:  # with one descriptor free now and then, every second accept fails
-            return
-        self._next_accept_line = now + _ACCEPT_LINE_EVERY
-        text = os.strerror(error.errno or 0)
-        log.note(log.Event.ACCEPT, log.ERROR, f"accept on {listener.door.endpoint}: {text}; trying again soon")
+        spare = self._descriptors - _OTHER_DESCRIPTORS
+        self._reception.set_limit(settings.max_connections or max(1, spare // 2))
 
     # ---------------------------------------------------------------- reload
 
-    def _reload_soon(self) -> None:
-        """SIGHUP; one that comes during a reload makes another reload follow."""
-        self._reload_wanted = True
-        if self._reloading:
-            return
-        self._reloading = True
-        try:
-            while self._reload_wanted and not self._stop.is_set():
-                self._reload_wanted = False
-                self._reload()
-        finally:
-            self._reloading = False
-
     def _reload(self) -> None:
-        """Read the configuration anew; on any error the old one stays in force, whole."""
+        """SIGHUP: read the configuration anew; on any error the old one stays in force, whole."""
+        if self._stop.is_set():
+            return
         self._notifier.reloading()
         try:
             with self._reserve.lent(), process.no_garbage_collection():
                 prepared = self._prepare(self._load())
         except (ConfigError, ListenError) as error:
-            self._counters.reloads_failed += 1
-            for line in str(error).splitlines():
-                log.note(log.Event.RELOAD_FAILED, log.ERROR, line)
-            log.note(log.Event.RELOAD_FAILED, log.ERROR, "the old configuration is still in force")
+            self._reload_failed(str(error))
+        except MemoryError:
+            self._reload_failed("there is no memory for a new configuration")
         else:
             settings = prepared.settings
             self._take(prepared)
@@ -322,12 +238,18 @@ class Server:
             )
         self._notifier.ready("serving")
 
+    def _reload_failed(self, why: str) -> None:
+        self._counters.reloads_failed += 1
+        for line in why.splitlines():
+            log.note(log.Event.RELOAD_FAILED, log.ERROR, line)
+        log.note(log.Event.RELOAD_FAILED, log.ERROR, "the old configuration is still in force")
+
     # ---------------------------------------------------------------- the end
 
     def _stop_soon(self) -> None:
         """SIGTERM or SIGINT: the first one drains, a second one ends at once."""
-        self._signals += 1
-        if self._signals > 1:
+        self._stops += 1
+        if self._stops > 1:
             log.note(
                 log.Event.STOP,
                 log.WARNING,
@@ -375,19 +297,7 @@ class Server:
 
     def snapshot(self) -> Snapshot:
         """The figures of this moment."""
-        listeners = tuple((door.endpoint, door.open_connections) for door in self._doors)
-        manager = self._manager_figures() if self.services.settings.listen else None
-        return Snapshot(listeners=listeners, manager=manager, active=self._gauges.outgoing, cached=self._keeper.cached)
-
-    def _manager_figures(self) -> ManagerFigures:
-        sessions = tuple(f for session in self._instances.sessions if (f := session.figures()) is not None)
-        return ManagerFigures(
-            incarnation=f"{self._incarnation:08x}",
-            throttles=self._admission.manager.active_throttles(clock_ns()),
-            sessions=sessions,
-            forward=sum_flows(session.forward for session in sessions),
-            back=sum_flows(session.back for session in sessions),
-        )
+        return figures.snapshot(self.services, self._doors)
 
     def _report(self) -> None:
         log.status(self.snapshot().lines())

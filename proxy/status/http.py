@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager
 from time import monotonic
 from typing import Any, NamedTuple, TypeVar
 
-import gevent
 import msgspec
 from gevent import Timeout, socket
 from gevent.lock import RLock
@@ -98,9 +97,9 @@ class StatusDoor:
         self._wsgi = WSGIServer(("127.0.0.1", 0), self._respond, log=None, error_log=None)
         self._wsgi.environ |= {"SERVER_NAME": "greenarrow_proxy", "SERVER_PORT": "0"}
 
-    def admit(self, door: Door, sock: RawSocket, address: tuple[Any, ...]) -> None:
-        """Serve one accepted connection in a greenlet of its own; does not wait."""
-        gevent.spawn(self._serve, door, sock, address)
+    def admit(self, door: Door, sock: RawSocket, address: tuple[Any, ...]) -> bool:
+        """Serve one accepted connection in a greenlet of its own; does not wait. False: as `Crew.run`."""
+        return self._house.services().crew.run(self._serve, door, sock, address)
 
     def _serve(self, door: Door, raw: RawSocket, address: tuple[Any, ...]) -> None:
         sock = socket.socket(raw.family, raw.type, raw.proto, fileno=raw.detach())

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+from unittest import mock
 
 import gevent
+import pytest
 from gevent import get_hub, getcurrent
 
+from proxy.net import crew as crew_module
 from proxy.net.crew import Crew, let_others_run
+from tests.loopback.net.relays import until
 
 
 def test_from_a_greenlet_work_starts_in_the_hubs_next_turn_and_the_caller_goes_on() -> None:
@@ -28,6 +32,38 @@ def test_from_the_hub_work_starts_at_once() -> None:
     get_hub().loop.run_callback(callback)
     gevent.sleep(0)
     assert order == ["work", "callback"]
+
+
+def test_work_waits_for_memory_and_is_done_in_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    crew, done, answers = Crew(), [], []
+    monkeypatch.setattr(crew_module, "greenlet", mock.Mock(side_effect=MemoryError))
+
+    def callback() -> None:
+        answers.extend((crew.run(done.append, "first"), crew.run(done.append, "second")))
+
+    get_hub().loop.run_callback(callback)
+    gevent.sleep(0)
+    crew.run(done.append, "third")
+    gevent.sleep(0)
+    assert (answers, done) == ([False, False], [])
+    monkeypatch.undo()
+    until(lambda: len(done) == 3, what="all of it is done")
+    assert done == ["first", "second", "third"]
+
+
+def test_work_that_runs_out_of_memory_is_not_done_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    crew, begun, told = Crew(), [], []
+    monkeypatch.setattr(get_hub(), "handle_error", lambda *what: told.append(what[1]))
+
+    def work() -> None:
+        begun.append(1)
+        raise MemoryError
+
+    crew.run(work)
+    gevent.sleep(0)
+    crew.run(begun.append, 2)
+    gevent.sleep(0)
+    assert (begun, told) == ([1, 2], [MemoryError])
 
 
 def test_greenlets_are_used_again() -> None:

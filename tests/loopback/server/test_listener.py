@@ -25,6 +25,7 @@ class Opened:
         self.endpoint = endpoint_of(sock)
         self.accepted = []
         self.errors = []
+        self.memory = True
         self.listener = Listener(sock, Door("socks5", self.endpoint), self._admit, self._failed)
         self.listener.set_options(60.0)
         self.listener.start()
@@ -32,6 +33,7 @@ class Opened:
     def _admit(self, listener, sock, address):
         assert listener is self.listener
         self.accepted.append((sock, address))
+        return self.memory
 
     def _failed(self, listener, error):
         assert listener is self.listener
@@ -179,3 +181,13 @@ def test_closed_while_it_backs_off(opened):
         gevent.sleep(0.05)
         assert len(opened.errors) == count
     assert opened.accepted == []
+
+
+def test_without_memory_to_serve_it_backs_off(opened):
+    """What was accepted is kept by whoever took it; the others wait in the kernel's queue."""
+    opened.memory = False
+    with dial(opened), dial(opened):
+        until(lambda: opened.errors, what="it backs off")
+        opened.memory = True
+        until(lambda: len(opened.accepted) == 2, what="both accepted")
+    assert set(opened.errors) == {errno.ENOMEM}

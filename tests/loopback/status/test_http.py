@@ -14,6 +14,7 @@ from gevent import socket
 from proxy.egress.pool import Pool
 from proxy.log import lines as log
 from proxy.model import Endpoint
+from proxy.net.crew import Crew
 from proxy.net.relay import RawSocket
 from proxy.services import Door, Newcomers
 from proxy.stats import Counters, Snapshot
@@ -45,6 +46,7 @@ class Room:
             access=SimpleNamespace(client_allowed=lambda host, door: self.allowed and door == "status"),
             admission=SimpleNamespace(manager=self.manager),
             counters=self.counters,
+            crew=Crew(),
             host_name="mta1",
             incarnation=7,
             instances=SimpleNamespace(channels={}),
