@@ -25,6 +25,7 @@ from proxy.model import Discard
 from proxy.net.conversation import receive, send_all
 from proxy.net.crew import Crew
 from proxy.net.relay import Engine
+from proxy.net.turns import TurnOver
 from proxy.protocols.smtp.dialogue import Quit, Rset
 from proxy.stats import Counters
 from proxy.throttling.flows import Places, Throttle
@@ -293,11 +294,16 @@ def _receiver(entry: Entry) -> Receiver:
 
 
 def _look(receiver: Receiver) -> Discard | None:
-    """What speaks against an idle connection, without waiting: None if there is nothing to read."""
+    """What speaks against an idle connection, without waiting: None if there is nothing to read.
+
+    A few messages of TLS's own are nothing; one that has more of them than fit in a turn is not idle.
+    """
     try:
         data = receiver.stream.recv(_READ_SIZE)
     except BlockingIOError:
         return None
+    except TurnOver:
+        return Discard.PEER_SPOKE
     except OSError:
         return Discard.PEER_CLOSED
     return Discard.PEER_SPOKE if data else Discard.PEER_CLOSED

@@ -23,7 +23,7 @@ from proxy.egress import upstream
 from proxy.errors import Step, UpstreamError
 from proxy.model import Endpoint, TlsMode
 from proxy.net import tls
-from proxy.net.conversation import receive, send_all
+from proxy.net.conversation import receive, send_all, shake_hands
 from proxy.net.relay import Engine, keep_alive
 from proxy.net.tls import PlainStream, Stream, TlsStream
 from proxy.protocols.smtp.dialogue import ClientDialogue, Then, mailmax
@@ -236,6 +236,7 @@ class _BringUp:
             stream = TlsStream(receiver.stream.socket, context, server_side=False, name=name)
         except ValueError:
             raise self._failed(f"{name} cannot be a TLS server name", 0) from None
+        stream.turn.key = receiver.destination.host
         self._shake_hands(stream)
         receiver.stream = stream
         receiver.tls = _facts(stream, wish.tls_verify)
@@ -250,8 +251,7 @@ class _BringUp:
         if may_do_without(self._wish):
             timer = Timeout.start_new(max(min(_HANDSHAKE_SECONDS, (self._ends_at - monotonic()) / 2), 0.001))
         try:
-            while not stream.handshake():
-                self._engine.wait(stream.socket.fileno())
+            shake_hands(self._engine, stream)
         except Timeout as fired:
             if fired is not timer:
                 raise

@@ -28,10 +28,12 @@ from proxy.errors import (
     ViaUnavailable,
 )
 from proxy.model import Endpoint
-from proxy.net.conversation import receive, send_all
+from proxy.net.conversation import receive, rest_for, send_all, shake_hands
 from proxy.net.framed import FramedStream
 from proxy.net.relay import Engine, RawSocket, keep_alive
 from proxy.net.tls import PlainStream, Stream, TlsStream
+from proxy.net.turns import TurnOver
+from proxy.policy.turns import READ
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
 from proxy.protocols.native.auth import NO_CERTIFICATE, ClientHandshake, RefusedByProxy, certificate_hash
@@ -103,11 +105,18 @@ class Channel:
         raise PeerError(f"{type(message).__name__.upper()} instead of OPENED")
 
     def _message(self) -> m.Message:
+        turn = self.stream.turn
         while True:
+            if not turn.spend(READ, monotonic()):
+                rest_for(turn)
             try:
                 frame = self.stream.next_frame()
+            except TurnOver:
+                turn.end()
+                continue
             except BlockingIOError:
                 self._engine.wait(self.stream.socket.fileno())
+                turn.begin(monotonic())
                 continue
             if frame[0] != frames.DATA:
                 message: m.Message = frames.decode(frame, frames.CHANNEL_FROM_PROXY)
@@ -264,8 +273,8 @@ class Via:
         certificate = NO_CERTIFICATE
         if self._context is not None:
             stream = TlsStream(sock, self._context, server_side=False)
-            while not stream.handshake():
-                self._engine.wait(sock.fileno())
+            stream.turn.key = proxy.host
+            shake_hands(self._engine, stream)
             certificate = certificate_hash(stream.tls.getpeercert(binary_form=True) or b"")
         handshake = ClientHandshake(
             m.Kind.CHANNEL,

@@ -1,19 +1,22 @@
 """Waiting reads and writes on a stream, for greenlets that set something up or take it down.
 
-Each tries first and waits then (see `relay`). Deadlines are the caller's: one `gevent.Timeout` around a phase. Relays
-in progress do not use this.
+Each tries first and waits then (see `relay`), and lets others run when its turn is over (see `turns`). Deadlines are
+the caller's: one `gevent.Timeout` around a phase. Relays in progress do not use this.
 """
 
 from __future__ import annotations
 
 import select
 from _socket import SHUT_WR
+from time import monotonic
 
 from gevent import Timeout
 
 from proxy.net.framed import FramedStream
 from proxy.net.relay import Engine, RawSocket
-from proxy.net.tls import Stream
+from proxy.net.tls import Stream, TlsStream
+from proxy.net.turns import TurnOver, rest
+from proxy.policy.turns import READ, Turn
 
 READ_SIZE = 16384
 #: A client that is told why its connection ends gets this long, and may send this much, until it has read it and
@@ -23,16 +26,44 @@ _FAREWELL_BYTES = 65536
 
 
 def receive(engine: Engine, stream: Stream | FramedStream, size: int = READ_SIZE) -> bytes:
-    """Wait for bytes; b"" at the end of the file.
+    """Wait for bytes; b"" at the end of the file. Who calls this for a peer that never lets it wait takes turns.
 
     Raises:
         OSError: the connection is broken.
     """
+    turn = stream.turn
     while True:
+        if not turn.spend(READ, monotonic()):
+            rest_for(turn)
         try:
             return stream.recv(size)
+        except TurnOver:
+            turn.end()
         except BlockingIOError:
             engine.wait(stream.socket.fileno())
+            turn.begin(monotonic())
+
+
+def rest_for(turn: Turn) -> None:
+    """The turn is over: let others run until the next one of its key."""
+    rest(turn.key)
+    turn.begin(monotonic())
+
+
+def shake_hands(engine: Engine, stream: TlsStream) -> None:
+    """Wait until the handshake is done. A step of it may take milliseconds, so each has a turn of its own.
+
+    Raises:
+        ssl.SSLError: it failed. OSError: the connection broke or was closed in the middle.
+    """
+    while True:
+        rest_for(stream.turn)
+        try:
+            if stream.handshake():
+                return
+        except TurnOver:
+            continue
+        engine.wait(stream.socket.fileno())
 
 
 def send_all(engine: Engine, stream: Stream | FramedStream, data: bytes) -> None:

@@ -12,23 +12,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from gevent import get_hub, getcurrent, sleep
+from gevent import get_hub, getcurrent
 from greenlet import greenlet
 
 _MAX_IDLE = 256  # a burst's greenlets are let go again
-#: Seconds; a timer that is due at once.
-_SHORTEST = 1e-9
 #: Seconds until work that there was no memory for is tried again.
 _TRY_AGAIN = 0.1
-
-
-def let_others_run() -> None:
-    """One turn of the loop for everybody else, sockets included.
-
-    `gevent.sleep(0)` is no such thing: the loop runs 50 callbacks, also those that are added meanwhile, before it looks
-    at its watch and at its sockets. A greenlet with much to do kept all others waiting for 50 of its turns.
-    """
-    sleep(_SHORTEST)
 
 
 class _Job(tuple[Callable[..., object], tuple[Any, ...]]):

@@ -13,6 +13,7 @@ import os
 from proxy.errors import PeerError
 from proxy.net.relay import RawSocket
 from proxy.net.tls import Stream
+from proxy.policy.turns import Turn
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
 
@@ -46,6 +47,10 @@ class FramedStream:
     @property
     def drained(self) -> bool:
         return not self._left and not self._decoder.unread and self.under.drained
+
+    @property
+    def turn(self) -> Turn:
+        return self.under.turn
 
     @property
     def unsent(self) -> bool:

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from select import EPOLLERR
+from time import monotonic
 from typing import Any
 
 from gevent import get_hub, getcurrent
 
 from proxy.model import Ending
-from proxy.net.crew import let_others_run
+from proxy.net.conversation import rest_for
 from proxy.net.framed import FramedStream
 from proxy.net.relay import Engine
 from proxy.net.tls import Stream
+from proxy.net.turns import TurnOver
+from proxy.policy.turns import READ, Turn
 
 _READ_SIZE = 65536
-_READS_A_TURN = 4
-_TURNS_IN_A_ROW = 8
+#: Reads of one side before the other has its say.
+_READS_A_SIDE = 4
 
 AnyStream = Stream | FramedStream
 
@@ -40,8 +43,11 @@ class _Way:
         fin: how the whole ends if this direction's FIN came first. unread, unwritten: how, if its ends break.
     """
 
-    def __init__(self, source: AnyStream, sink: AnyStream, fin: Ending, unread: Ending, unwritten: Ending) -> None:
+    def __init__(
+        self, source: AnyStream, sink: AnyStream, turn: Turn, fin: Ending, unread: Ending, unwritten: Ending
+    ) -> None:
         self._source, self._sink = source, sink
+        self._turn = turn
         self._unread, self._unwritten = unread, unwritten
         self.fin = fin
         self.moved = 0
@@ -53,11 +59,16 @@ class _Way:
         """Move what can be moved; whether anything was."""
         if self.done or not self._push():
             return False
-        for count in range(_READS_A_TURN):
+        for count in range(_READS_A_SIDE):
             if self.ended:
                 break
+            if not self._turn.spend(READ, monotonic()):
+                return count > 0
             try:
                 data = self._source.recv(_READ_SIZE)
+            except TurnOver:
+                self._turn.end()
+                return count > 0
             except BlockingIOError:
                 return count > 0
             except OSError:
@@ -103,8 +114,9 @@ class Pump:
         self._engine = engine
         self._fds = client.socket.fileno(), receiver.socket.fileno()
         reset, gone = Ending.CLIENT_RESET, Ending.UPSTREAM_RESET
-        self._up = _Way(client, receiver, Ending.CLIENT_CLOSED, reset, gone)
-        self._down = _Way(receiver, client, Ending.UPSTREAM_CLOSED, gone, reset)
+        self._turn = client.turn
+        self._up = _Way(client, receiver, self._turn, Ending.CLIENT_CLOSED, reset, gone)
+        self._down = _Way(receiver, client, self._turn, Ending.UPSTREAM_CLOSED, gone, reset)
         self._greenlet: Any = getcurrent()
         self._waiting = False
         self._doom: Ending | None = None
@@ -121,7 +133,6 @@ class Pump:
     def run(self) -> Ending:
         """Until both sides have closed, one is broken, or `cut`. Closes nothing."""
         first: Ending | None = None
-        turns = 0
         try:
             while not (self._up.done and self._down.done):
                 moved = self._up.step()
@@ -130,13 +141,10 @@ class Pump:
                     first = next((way.fin for way in (self._up, self._down) if way.ended), None)
                 if self._doom is not None:
                     return self._doom
-                if not moved:
-                    turns = 0
+                if self._turn.over:
+                    rest_for(self._turn)
+                elif not moved:
                     self._wait()
-                    continue
-                turns += 1
-                if turns % _TURNS_IN_A_ROW == 0:
-                    let_others_run()
         except _Broken as broken:
             return broken.ending
         assert first is not None
@@ -158,6 +166,7 @@ class Pump:
             self._waiting = False
             for fd in self._fds:
                 self._engine.watch(fd, None)
+            self._turn.begin(monotonic())
 
     def _client_event(self, events: int) -> None:
         if events & EPOLLERR:  # a reset: it must not have to wait until the receiver takes bytes again

@@ -8,6 +8,7 @@ bytes need not know which it holds. Waiting is the caller's.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import ssl
 from _socket import SHUT_WR
@@ -21,12 +22,23 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from proxy.net.relay import RawSocket
+from proxy.net.turns import TurnOver
+from proxy.policy.turns import Turn
 from proxy.protocols.native.auth import certificate_hash
 
 #: Ciphertext read or written in one call.
 _CHUNK = 65536
 #: Plaintext given to OpenSSL in one call: four whole records.
 _WRITE_CHUNK = 4 * 16384
+#: Records of TLS's own, and bytes of them, that are taken in one call: a key update costs 8 to 15 µs, a ticket 4.
+_RECORDS_A_CALL = 32
+_BYTES_A_CALL = 4096
+#: Bytes of such records since the last byte of plaintext. Who sends more wants to keep us busy: the usual is two
+#: tickets behind the handshake, and a key update every few gigabytes.
+_MOST_SILENT = 65536
+#: The same in a handshake, which may carry a long chain of certificates.
+_MOST_IN_HANDSHAKE = 4 * _MOST_SILENT
+_HEADER = 5  # of a record (RFC 8446 section 5.1)
 #: Answers to key updates that may wait for a peer who reads nothing; then nothing is read from it either.
 _MOST_ANSWERS = 16384
 _LIFETIME = timedelta(days=3650)
@@ -108,10 +120,17 @@ def reload_authorities() -> None:
         client_context(verify)
 
 
-class PlainStream:
-    """A raw socket with the shape of a stream."""
+class NoPlaintext(OSError):
+    """The peer sends TLS's own messages for ever, and nothing in them."""
 
-    __slots__ = ("drained", "socket")
+    def __init__(self) -> None:
+        super().__init__(errno.EPROTO, "too much TLS without a byte of content")
+
+
+class PlainStream:
+    """A raw socket with the shape of a stream. `turn`: that of whoever serves this peer."""
+
+    __slots__ = ("drained", "socket", "turn")
 
     #: Whether bytes wait here that the kernel has not taken yet.
     unsent = False
@@ -120,12 +139,14 @@ class PlainStream:
         self.socket = socket
         #: Whether the last `recv` took all that had come, so that an event will tell of more: nobody need try again.
         self.drained = False
+        self.turn = Turn()
 
     def recv(self, size: int) -> bytes:
         """Up to `size` bytes; b"" at the end of the file.
 
         Raises:
             BlockingIOError: nothing now. OSError: the connection is broken.
+            TurnOver: there is more, and nothing in it so far; no edge will tell of it.
         """
         data = self.socket.recv(size)
         self.drained = len(data) < size
@@ -157,24 +178,36 @@ class TlsStream:
     One `recv` may need no system call, since several records can have come in one read: so read until BlockingIOError
     before waiting for an edge. `send` takes plaintext only when no older ciphertext is held back.
 
+    OpenSSL reads on until it has a byte of plaintext, and a peer need never send one. So it is given one record at a
+    time, and only some that bring nothing in one call.
+
     Args:
         socket: connected; stays the caller's to close.
         tls: an object on two memory BIOs.
     """
 
-    __slots__ = ("_ciphertext", "_incoming", "_outgoing", "_took_all", "socket", "tls")
+    __slots__ = (
+        *("_at", "_ciphertext", "_in_record", "_incoming", "_outgoing", "_record", "_silent", "_took_all", "_unfed"),
+        *("socket", "tls", "turn"),
+    )
 
     def __init__(self, socket: RawSocket, context: ssl.SSLContext, server_side: bool, name: str | None = None) -> None:
         self.socket = socket
+        self.turn = Turn()
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._took_all = False  # the last read of the socket was a short one
+        self._unfed = memoryview(b"")  # read from the socket; from `_at` on OpenSSL has not seen it
+        self._at = 0
+        self._record = 0  # size of the record that it was given last, of which `_in_record` bytes are still to come
+        self._in_record = 0
+        self._silent = 0  # bytes of records that brought no plaintext, since the last that did
         self._ciphertext = memoryview(b"")  # read from the BIO, not yet taken by the kernel
         self.tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side, server_hostname=name)
 
     @property
     def drained(self) -> bool:
-        return self._took_all and not self._incoming.pending and not self.tls.pending()
+        return self._took_all and self._at == len(self._unfed) and not self._incoming.pending and not self.tls.pending()
 
     @property
     def unsent(self) -> bool:
@@ -186,14 +219,17 @@ class TlsStream:
         Raises:
             ssl.SSLError: it failed, perhaps with a certificate that is not accepted.
             OSError: the connection broke or was closed in the middle.
+            TurnOver: as for `recv`.
         """
-        while True:
+        before = self._silent
+        for _ in range(_RECORDS_A_CALL):
             try:
                 self.tls.do_handshake()
             except ssl.SSLWantReadError:
                 self.flush()
+                self._look_for_progress(before, _MOST_IN_HANDSHAKE)
                 try:
-                    self._read_socket()
+                    self._feed()
                 except BlockingIOError:
                     return False
                 continue
@@ -201,22 +237,64 @@ class TlsStream:
                 self._flush_alert()
                 raise
             self.flush()
+            self._silent = self._record = 0
             return True
+        raise TurnOver
 
     def recv(self, size: int) -> bytes:
         self._took_all = False  # an older read of the socket says nothing about what has come since
-        while True:
+        before = self._silent
+        for _ in range(_RECORDS_A_CALL):
             try:
-                return self.tls.read(size)
+                data = self.tls.read(size)
+                self._silent = self._record = 0
+                return data
             except ssl.SSLWantReadError:
                 if self._outgoing.pending:
                     self.flush()  # an answer to a key update
                     if self._outgoing.pending > _MOST_ANSWERS:
                         raise BlockingIOError from None
-                self._read_socket()
+                self._look_for_progress(before, _MOST_SILENT)
+                self._feed()
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
                 # Many a receiver ends with a FIN and no close_notify. SMTP has its own ends: nothing hangs on that one.
                 return b""
+        raise TurnOver
+
+    def _look_for_progress(self, before: int, most: int) -> None:
+        """Count the record that OpenSSL has just had, if it has had the whole of it.
+
+        Raises:
+            TurnOver: enough for one call, which began with `before` bytes. NoPlaintext: and for good.
+        """
+        if self._in_record:
+            return
+        self._silent += self._record
+        self._record = 0
+        if self._silent > most:
+            raise NoPlaintext
+        if self._silent - before > _BYTES_A_CALL:
+            raise TurnOver
+
+    def _feed(self) -> None:
+        """Give OpenSSL the next record, or as much of it as there is.
+
+        Raises:
+            BlockingIOError: nothing now. OSError: the connection is broken.
+        """
+        while True:
+            ready = len(self._unfed) - self._at
+            if not self._in_record and ready >= _HEADER:
+                length = self._unfed[self._at + 3 : self._at + _HEADER]
+                self._record = self._in_record = _HEADER + int.from_bytes(length, "big")
+            if self._in_record and ready:
+                size = min(self._in_record, ready)
+                self._incoming.write(self._unfed[self._at : self._at + size])
+                self._at += size
+                self._in_record -= size
+                return
+            if not self._read_socket():
+                return
 
     def send(self, data: bytes | memoryview) -> int:
         if self.unsent:
@@ -248,13 +326,18 @@ class TlsStream:
             self._incoming.write(unread)
         self.flush()
 
-    def _read_socket(self) -> None:
+    def _read_socket(self) -> bool:
+        """Behind what OpenSSL has not seen yet, which is less than a header; False: the end of the file."""
         data = self.socket.recv(_CHUNK)
         self._took_all = len(data) < _CHUNK
+        self._unfed = memoryview(bytes(self._unfed[self._at :]) + data)
+        self._at = 0
         if data:
-            self._incoming.write(data)
-        else:
-            self._incoming.write_eof()
+            return True
+        self._incoming.write(self._unfed)
+        self._at = len(self._unfed)
+        self._incoming.write_eof()
+        return False
 
     def _flush_alert(self) -> None:
         """Tell the peer why, if it still listens."""

@@ -25,8 +25,9 @@ from proxy.errors import ConfigError
 from proxy.log import lines as log
 from proxy.model import Ending
 from proxy.net import tls
-from proxy.net.crew import Crew, let_others_run
+from proxy.net.crew import Crew
 from proxy.net.relay import make_engine
+from proxy.net.turns import rest
 from proxy.policy.access import Access
 from proxy.policy.budget import FailureBudget
 from proxy.policy.modes import Modes
@@ -285,7 +286,7 @@ class Server:
             channel.cut(Ending.DRAIN_TIMEOUT)
         for session in list(self._instances.sessions):
             session.cut()
-        let_others_run()
+        rest()
         log.note(log.Event.STOP, log.INFO, "stopped", reset_connections=cut)
         return EXIT_OK
 
@@ -318,7 +319,7 @@ class Server:
             period = self.services.settings.idle_timeout / _SWEEPS_AN_IDLE_TIMEOUT
             gevent.sleep(min(period, _LONGEST_SWEEP_PERIOD))
             for _ in self._engine.sweep(monotonic()):
-                let_others_run()
+                rest()
             for channel in list(self._instances.channels):
                 channel.sweep(monotonic())
 

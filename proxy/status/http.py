@@ -2,14 +2,14 @@
 
 A connection carries one request, has one deadline over all of it, and may send a few kilobytes; of too many at a time
 the oldest is cut off. The view is built in steps with others in between, once a second at most, however often it is
-asked for. gevent's WSGI handler parses and answers; what it would print or log is left out. Under which names it may be
-asked is `status_host`'s, listening `server`'s.
+asked for, and so is the page that shows it: one rendering serves all who ask. gevent's WSGI handler parses and answers;
+what it would print or log is left out. Under which names it may be asked is `status.host`'s, listening `server`'s.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from time import monotonic
 from typing import Any, NamedTuple, TypeVar
@@ -24,8 +24,8 @@ from proxy.egress.admission import clock_ns
 from proxy.errors import ClientNotAllowed, PeerError, ProxyError
 from proxy.log import lines as log
 from proxy.model import Endpoint, canonical_ip
-from proxy.net.crew import let_others_run
 from proxy.net.relay import RawSocket, engine_name
+from proxy.net.turns import rest
 from proxy.protocols.recognise import wrong_door
 from proxy.services import Door, Newcomers, Services, numbers
 from proxy.stats import Snapshot
@@ -41,6 +41,8 @@ _MOST_CONNECTIONS = 64
 _LONGEST_REQUEST = 16_384
 #: Bytes that are looked at to say what a client speaks who is wrong here.
 _ENOUGH_TO_KNOW = 64
+#: Throttles, each with its instances, that are written as JSON in one step.
+_THROTTLES_AT_ONCE = 50
 #: A view that is younger is shown again.
 _FRESH = 1.0
 
@@ -51,6 +53,8 @@ _HEADERS = [
     ("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"),
     ("X-Content-Type-Options", "nosniff"),
 ]
+#: All of the status together is one, where others take turns.
+_KEY = "status"
 _Built = TypeVar("_Built")
 
 
@@ -93,6 +97,7 @@ class StatusDoor:
         self._meter = Meter()
         self._building = RLock()
         self._view: tuple[float, Status] | None = None
+        self._shown: dict[str, tuple[Status, Answer]] = {}
         # Never started: it only holds what the handler asks for. The listener is not its own.
         self._wsgi = WSGIServer(("127.0.0.1", 0), self._respond, log=None, error_log=None)
         self._wsgi.environ |= {"SERVER_NAME": "greenarrow_proxy", "SERVER_PORT": "0"}
@@ -157,6 +162,7 @@ class StatusDoor:
         """The WSGI application."""
         method = environ["REQUEST_METHOD"]
         answer = self._misdirected(environ) or self._answer(method, environ["PATH_INFO"])
+        rest(_KEY)  # many may have waited for the same answer
         headers = [("Content-Type", answer.kind), ("Content-Length", str(len(answer.body))), *answer.more, *_HEADERS]
         start_response(answer.status, headers)
         return [b"" if method == "HEAD" else answer.body]
@@ -180,11 +186,24 @@ class StatusDoor:
 
     def _pages(self) -> dict[str, Callable[[], Answer]]:
         return {
-            "/": lambda: Answer("200 OK", _HTML, status_page.render(self.view()).encode()),
-            "/status.json": lambda: Answer("200 OK", _JSON, msgspec.json.encode(self.view()) + b"\n"),
+            "/": lambda: self._show("/", _HTML, status_page.pieces),
+            "/status.json": lambda: self._show("/status.json", _JSON, _json_pieces),
             "/metrics": self._metrics,
             "/healthz": self._health,
         }
+
+    def _show(self, path: str, kind: str, pieces: Callable[[Status], Iterable[str | bytes]]) -> Answer:
+        """The view in one form; made once for each view. May wait."""
+        with self._building:
+            view = self.view()
+            shown = self._shown.get(path)
+            if shown is None or shown[0] is not view:
+                made: list[bytes] = []
+                for piece in pieces(view):
+                    made.append(piece.encode() if isinstance(piece, str) else piece)
+                    rest(_KEY)
+                shown = self._shown[path] = view, Answer("200 OK", kind, b"".join(made))
+            return shown[1]
 
     def _metrics(self) -> Answer:
         view = self._look(overview(*self._sources()))
@@ -214,7 +233,7 @@ class StatusDoor:
             except StopIteration as done:
                 result: _Built = done.value
                 return result
-            let_others_run()
+            rest(_KEY)
 
     def _sources(self) -> tuple[Sources, float]:
         house, now = self._house, monotonic()
@@ -249,6 +268,17 @@ def _not_http(error: PeerError) -> bytes:
     body = f"{error}\n".encode()
     head = "HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: {}\r\nContent-Length: {}\r\n\r\n"
     return head.format(_TEXT, len(body)).encode() + body
+
+
+def _json_pieces(view: Status) -> Iterator[bytes]:
+    """The view as JSON: the throttles some at a time, since there may be thousands of rows in them."""
+    head = msgspec.json.encode(msgspec.structs.replace(view, throttles=[]))
+    before, _, after = head.partition(b'"throttles":[]')
+    yield before + b'"throttles":['
+    for at in range(0, len(view.throttles), _THROTTLES_AT_ONCE):
+        some = msgspec.json.encode(view.throttles[at : at + _THROTTLES_AT_ONCE])
+        yield (b"," if at else b"") + some[1:-1]
+    yield b"]" + after + b"\n"
 
 
 def _client(address: tuple[Any, ...]) -> Endpoint:

@@ -1,12 +1,14 @@
 """The status page: one HTML document without scripts or outside parts, that loads itself anew.
 
+It is made in pieces, each well under a millisecond of work, so that who makes it can let others run in between.
 Everything that is not written here is escaped: names come from instances, addresses from configuration and clients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from html import escape
+from itertools import chain, islice
 
 from proxy.log.lines import printable
 from proxy.stats import duration, whole_seconds
@@ -26,6 +28,8 @@ from proxy.status.rows import (
 )
 
 REFRESH = 5
+#: Rows of a table in one piece.
+_ROWS = 25
 _STYLE = """
 :root{color-scheme:light dark}
 body{font:14px/1.45 system-ui,sans-serif;margin:1.5rem auto;max-width:110rem;padding:0 1rem}
@@ -45,11 +49,11 @@ class _Html(str):
     __slots__ = ()
 
 
-def render(view: Status) -> str:
+def pieces(view: Status) -> Iterator[str]:
     """The document."""
     program = view.program
     draining = ' <span class="b">draining</span>' if program.draining else ""
-    return "".join(
+    yield "".join(
         (
             '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
             f'<meta http-equiv="refresh" content="{REFRESH}">',
@@ -60,13 +64,11 @@ def render(view: Status) -> str:
             'Also: <a href="/status.json">status.json</a>, <a href="/metrics">metrics</a>, ',
             '<a href="/healthz">healthz</a></p>',
             _overview(view),
-            _throttles(view),
-            _sessions(view),
-            _pool(view),
-            _counters(view),
-            "</body></html>\n",
         )
     )
+    for section in (_throttles, _sessions, _pool, _counters):
+        yield from section(view)
+    yield "</body></html>\n"
 
 
 # --- sections ---
@@ -86,22 +88,25 @@ def _overview(view: Status) -> str:
         (row.address, row.protocol.replace("_", " "), row.open_connections, "closing" if row.closing else "")
         for row in view.listeners
     ]
-    return figures + _section("Listeners", _table(("address", "protocol", "#open connections", ""), rows))
+    return figures + "".join(_section("Listeners", _table(("address", "protocol", "#open connections", ""), rows)))
 
 
-def _throttles(view: Status) -> str:
+def _throttles(view: Status) -> Iterator[str]:
     head = (
         *("throttle", "source / instance", "limits", "how / mode", "state", "#places", "#waiting", "#share"),
         *("#demand", "#next slot", "#rate used"),
     )
-    rows: list[_Html] = []
-    for throttle in view.throttles:
-        rows.append(_row(head, _throttle_cells(throttle)))
-        rows += [_row(head, _instance_cells(each), "i") for each in throttle.instances]
-        if throttle.instances_left_out:
-            rows.append(_row(head, ("", f"and {throttle.instances_left_out} more"), "i"))
+
+    def rows() -> Iterator[_Html]:
+        for throttle in view.throttles:
+            yield _row(head, _throttle_cells(throttle))
+            for each in throttle.instances:
+                yield _row(head, _instance_cells(each), "i")
+            if throttle.instances_left_out:
+                yield _row(head, ("", f"and {throttle.instances_left_out} more"), "i")
+
     left_out = f"<p>{view.throttles_left_out} more are not shown.</p>" if view.throttles_left_out else ""
-    return _section("Throttles", _markup_table(head, rows) + left_out)
+    yield from _section("Throttles", _markup_table(head, rows()), left_out)
 
 
 def _throttle_cells(row: ThrottleRow) -> tuple[object, ...]:
@@ -119,13 +124,13 @@ def _instance_cells(row: InstanceRow) -> tuple[object, ...]:
     return ("", row.name, said, row.mode, instance_state(row), row.used, row.waiting, share, row.demand, "", "")
 
 
-def _sessions(view: Status) -> str:
+def _sessions(view: Status) -> Iterator[str]:
     head = (
         *("instance", "address", "#connected", "#ping", "#ago", "#ram", "#bounce", "#disk", "#forward", "#back"),
         *("#paths", "#weight", "#without permit"),
     )
     left_out = f"<p>{view.sessions_left_out} more are not shown.</p>" if view.sessions_left_out else ""
-    return _section("Sessions", _table(head, map(_session_cells, view.sessions)) + left_out)
+    yield from _section("Sessions", _table(head, map(_session_cells, view.sessions)), left_out)
 
 
 def _session_cells(row: SessionRow) -> tuple[object, ...]:
@@ -136,7 +141,7 @@ def _session_cells(row: SessionRow) -> tuple[object, ...]:
     )
 
 
-def _pool(view: Status) -> str:
+def _pool(view: Status) -> Iterator[str]:
     pool = view.pool
     figures = _figures(
         ("held", pool.held),
@@ -150,7 +155,8 @@ def _pool(view: Status) -> str:
     )
     head = ("source", "destination", "EHLO name", "TLS", "tenant", "#connections", "#messages", "#oldest", "#idle")
     left_out = f"<p>{pool.keys_left_out} more are not shown.</p>" if pool.keys_left_out else ""
-    return _section("Cached connections", figures + _table(head, map(_cached_cells, pool.keys)) + left_out)
+    table = _table(head, map(_cached_cells, pool.keys))
+    yield from _section("Cached connections", chain((figures,), table), left_out)
 
 
 def _cached_cells(row: CachedRow) -> tuple[object, ...]:
@@ -160,12 +166,12 @@ def _cached_cells(row: CachedRow) -> tuple[object, ...]:
     )
 
 
-def _counters(view: Status) -> str:
+def _counters(view: Status) -> Iterator[str]:
     rows: list[tuple[object, ...]] = []
     for name, value in view.counters.items():
         parts = sorted(value.items()) if isinstance(value, dict) else [("", value)]
         rows += [(name.replace("_", " "), key, count) for key, count in parts]
-    return _section("Counters since the start", _table(("counter", "", "#count"), rows))
+    yield from _section("Counters since the start", _table(("counter", "", "#count"), rows))
 
 
 # --- markup ---
@@ -175,8 +181,10 @@ def _text(value: object) -> str:
     return value if isinstance(value, _Html) else escape(printable(str(value)))
 
 
-def _section(title: str, content: str) -> str:
-    return f"<h2>{title}</h2>{content}"
+def _section(title: str, content: Iterable[str], after: str = "") -> Iterator[str]:
+    yield f"<h2>{title}</h2>"
+    yield from content
+    yield after
 
 
 def _figures(*figures: tuple[str, object]) -> str:
@@ -184,16 +192,22 @@ def _figures(*figures: tuple[str, object]) -> str:
     return f'<div class="c">{"".join(spans)}</div>'
 
 
-def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
-    return _markup_table(head, [_row(head, cells) for cells in rows])
+def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> Iterator[str]:
+    return _markup_table(head, (_row(head, cells) for cells in rows))
 
 
-def _markup_table(head: tuple[str, ...], rows: list[_Html]) -> str:
+def _markup_table(head: tuple[str, ...], rows: Iterator[_Html]) -> Iterator[str]:
     """A name in `head` that begins with # is that of a column of figures."""
-    if not rows:
-        return "<p>none</p>"
+    some = "".join(islice(rows, _ROWS))
+    if not some:
+        yield "<p>none</p>"
+        return
     names = "".join(f'<th class="n">{n[1:]}</th>' if n.startswith("#") else f"<th>{n}</th>" for n in head)
-    return f'<div class="s"><table><tr>{names}</tr>{"".join(rows)}</table></div>'
+    yield f'<div class="s"><table><tr>{names}</tr>'
+    while some:
+        yield some
+        some = "".join(islice(rows, _ROWS))
+    yield "</table></div>"
 
 
 def _row(head: tuple[str, ...], cells: tuple[object, ...], kind: str = "") -> _Html:

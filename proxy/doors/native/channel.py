@@ -23,6 +23,7 @@ from proxy.egress.receiver import Receiver
 from proxy.errors import Draining, PeerError, ProxyError, UpstreamError
 from proxy.log import lines as log
 from proxy.model import Discard, Ending, Endpoint
+from proxy.policy.turns import Refusals
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
 from proxy.protocols.smtp.tracker import Tracker
@@ -39,6 +40,13 @@ _MAX_TLS_FAILURE = 512
 _DEAD = frozenset({Discard.PEER_CLOSED, Discard.SAID_421})
 #: Why a connection that is clean is not kept: its receiver is told QUIT.
 _UNWANTED = frozenset({Discard.DISABLED, Discard.DRAINING, Discard.YIELDED})
+
+
+class _Impatient(PeerError):
+    """While an OPEN is served its client has nothing to say: what it said could only be acted upon without end."""
+
+    def __init__(self) -> None:
+        super().__init__("a frame before the answer to an OPEN")
 
 
 @dataclass(slots=True, eq=False)
@@ -74,6 +82,7 @@ class Channel:
         self._receiver: Receiver | None = None  # of the session in progress
         self._swept = (-1, 0.0)
         self._goes_at: float | None = None
+        self._refusals = Refusals()
 
     @property
     def instance(self) -> str:
@@ -191,6 +200,8 @@ class Channel:
         services, link = self._current(), self._link
         started, number = monotonic(), next(numbers)
         attempts: Attempts = []
+        if link.decoder.unread:
+            raise _Impatient
         try:
             taken = self._open(services, request, attempts, number)
         except ProxyError as error:
@@ -200,14 +211,17 @@ class Channel:
                 )
             if isinstance(error, ClientGone):
                 raise
-            link.send(frames.encode(frames.failed(error, attempts)))
+            self._answer_failed(frames.encode(frames.failed(error, attempts)), error, started)
             return
+        self._refusals.served()
         tracked = request.ehlo_name is not None and (request.reuse or request.throttles)
         transfer = Transfer(link, taken.receiver, Tracker() if tracked else None, taken.reused)
         session = _Session(number, request, taken, transfer, started, services)
         ending, reset = Ending.CLIENT_RESET, True
         self._receiver = taken.receiver
         try:
+            if link.has_spoken():
+                raise _Impatient
             link.send(frames.encode(_opened(taken, attempts)))
             transfer.carry()
             ending, reset = self._finish(session)
@@ -220,6 +234,20 @@ class Channel:
         finally:
             self._receiver = None
             self._over(session, ending, reset)
+
+    def _answer_failed(self, failed: bytes, error: ProxyError, started: float) -> None:
+        """Answer FAILED. Who asks again and again for what we refuse must rest before it is heard again.
+
+        Raises:
+            ProxyError: the client did not wait for the answer, or is gone.
+        """
+        if self._link.has_spoken():
+            raise _Impatient
+        self._link.send(failed)
+        if not isinstance(error, UpstreamError):
+            pause = self._refusals.refused() - (monotonic() - started)
+            if pause > 0:
+                self._link.pause(pause)
 
     def _open(self, services: Services, request: m.Open, attempts: Attempts, number: int) -> Taken:
         """Serve the OPEN, unless the client goes away meanwhile.

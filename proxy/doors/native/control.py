@@ -1,31 +1,33 @@
-"""One instance's session: frames in, calls to the throttle manager; what the manager has to say, frames out.
+"""One instance's session: its life, its turns and its queues, frames in and frames out.
 
 The greenlet reads; the manager's words are written by whoever made it speak, without waiting. What the kernel does not
 take is queued, at most 16 frames; beyond that the records stay parked in the session, it gets no permits, and nothing
 that it says is acted upon: who does not read is not listened to. Pings go before all else, both ways. A session also
 hands out the key with which its channels authenticate in one flight, and announces the certificates they may show.
+What a message of the instance leads to is `control_acts`'.
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any
 
 from gevent import get_hub, getcurrent
 
 from proxy import __version__
 from proxy.doors.native import control_frames
-from proxy.doors.native.control_frames import MAX_CACHED
+from proxy.doors.native.control_acts import Acts, SessionOver
 from proxy.doors.native.control_queue import Outgoing
 from proxy.doors.native.entrance import Guest, check_still_welcome
 from proxy.egress.admission import Admission, Client, clock_ns
 from proxy.errors import NameInUse, ProxyError, Refused
 from proxy.log import lines as log
-from proxy.net.conversation import farewell
-from proxy.net.crew import let_others_run
+from proxy.net.conversation import farewell, rest_for
+from proxy.net.turns import TurnOver
+from proxy.policy.turns import READ, RECORD
 from proxy.protocols.native import frames as native
 from proxy.protocols.native import messages as m
 from proxy.protocols.native import session_messages as s
@@ -33,23 +35,15 @@ from proxy.protocols.native.auth import ChannelKey
 from proxy.services import Door, Services
 from proxy.stats import Backlog, Flow, SessionFigures
 from proxy.throttling.session import End, Session
-from proxy.throttling.throttle import Key
 
 _READ_SIZE = 65536
 #: Frames in a queue; the figure in the status lines.
 QUEUE = 16
-#: Seconds of work after which others get their turn.
-_TURN = 0.005
-#: Records between two looks at the clock.
-_BREATH = 50
-#: Frames that are taken in ahead of their turn.
+#: Frames that are taken in ahead of their turn, and how many of them before they are answered.
 _URGENT = frozenset((s.Ping.TYPE, s.Pong.TYPE))
-
-Record = TypeVar("Record")
-
-
-class SessionOver(Exception):
-    """The session's connection is to be closed; there is nothing to say to it."""
+_URGENT_AT_ONCE = 16
+#: Records of a kind that are sent at once when somebody else made the manager speak, and in our own turn.
+_A_FEW, _MANY = 50, 200
 
 
 class Control(Client):
@@ -72,7 +66,7 @@ class Control(Client):
         self._session: Session | None = None
         self._incoming: deque[native.Frame] = deque()
         self._outgoing = Outgoing(guest.stream)
-        self._turn_ends = 0.0
+        self._turn = guest.stream.turn
         self._congested = False
         self._leaving = False
         self._doom: ProxyError | SessionOver | None = None
@@ -148,6 +142,7 @@ class Control(Client):
         weight = services.access.weight_of(peer.instance)
         host = self._guest.client.host
         self._session = self._admission.manager.hello(peer.instance, peer.run_id, host, weight, clock_ns())
+        self._acts = Acts(self._current, peer.instance, self._session, self._queue, self._count)
         self._admission.clients[self._session] = self
         self._admission.settle()
         self._log(log.INFO, "session begins", tls="yes" if services.identity else "no")
@@ -164,32 +159,37 @@ class Control(Client):
         Raises:
             ProxyError: the client broke the protocol, or is no longer welcome. SessionOver, OSError.
         """
-        self._turn_ends = monotonic() + _TURN
+        self._turn.begin(monotonic())
         while True:
             self._flush()
-            self.deliver()  # what did not fit before
+            self._speak(_MANY)  # what did not fit before
             self._take_frames()
             if self._incoming and len(self._outgoing) < QUEUE:
-                self._act(native.decode(self._incoming.popleft(), native.SESSION_FROM_CLIENT))
-                self._breathe()
+                self._acts.act(native.decode(self._incoming.popleft(), native.SESSION_FROM_CLIENT))
+                self._admission.settle()
+                self._count(RECORD)
                 continue
             if self._doom is not None:
                 raise self._doom
             if len(self._incoming) < QUEUE and self._receive():
-                self._breathe()
+                self._count(READ)
                 continue
-            if not self._has_more():
+            if self._turn.over or self._has_more():
+                self._count(RECORD)
+            else:
                 self._wait()
-            self._breathe()
 
     def _receive(self) -> bool:
-        """Read once; False: there is nothing now.
+        """Read once; False: there is nothing now, or the turn is over.
 
         Raises:
             SessionOver: the client closed. OSError.
         """
         try:
             data = self._stream.recv(_READ_SIZE)
+        except TurnOver:
+            self._turn.end()
+            return False
         except BlockingIOError:
             return False
         if not data:
@@ -199,27 +199,33 @@ class Control(Client):
 
     def _take_frames(self) -> None:
         """Whole frames into the queue; pings do not stand in it."""
+        urgent = 0
         while len(self._incoming) < QUEUE and (frame := self._decoder.next_frame()) is not None:
             if frame[0] in _URGENT:
-                self._act(native.decode(frame, native.SESSION_FROM_CLIENT))
+                self._acts.act(native.decode(frame, native.SESSION_FROM_CLIENT))
+                urgent += 1
+                if urgent % _URGENT_AT_ONCE == 0:
+                    self._admission.settle()
+                self._count(RECORD)
             else:
                 self._incoming.append((frame[0], bytes(frame[1])))
+        if urgent:
+            self._admission.settle()
 
     def _has_more(self) -> bool:
         """Whether there is something to be sent that the kernel may take at once."""
         session = self._session
         return not self._outgoing and session is not None and session.parked_records > 0
 
-    def _breathe(self) -> None:
-        """Let others have their turn when ours is over.
+    def _count(self, work: int) -> None:
+        """Count work that was done, and let others have their turn when ours is over.
 
         Raises:
             ProxyError, SessionOver: the session has ended meanwhile.
         """
-        if monotonic() >= self._turn_ends:
+        if not self._turn.spend(work, monotonic()):
             self._admission.settle()
-            let_others_run()
-            self._turn_ends = monotonic() + _TURN
+            rest_for(self._turn)
         if self._doom is not None:
             raise self._doom
 
@@ -281,84 +287,18 @@ class Control(Client):
             back=Flow(leaving=min(queued, QUEUE), parked=session.parked_records + max(0, queued - QUEUE)),
         )
 
-    # ---------------------------------------------------------------- frames in
-
-    def _act(self, message: Any) -> None:
-        """One message of the client.
-
-        Raises:
-            SessionOver: it said BYE.
-        """
-        session, manager = self._session, self._admission.manager
-        assert session is not None
-        if message.incarnation != self._current().incarnation:
-            return  # of a proxy that is no more
-        now = clock_ns()
-        if isinstance(message, s.Ping):
-            manager.ping(session, message.t, now)
-        elif isinstance(message, s.Pong):
-            manager.pong(session, message.t, message.hold_us, now)
-        elif isinstance(message, s.Demand):
-            for want in self._slowly(message.records):
-                manager.demand(session, want.id, want.want, want.got_cum, want.ram, want.bounce, want.disk, clock_ns())
-        elif isinstance(message, s.Return):
-            for run in self._slowly(message.records):
-                manager.give_back(session, run.id, run.first, run.n, clock_ns())
-        elif isinstance(message, s.Outcome):
-            for tally in self._slowly(message.records):
-                manager.outcome(session, tally.id, tally.ok, tally.deferred, tally.failed, tally.backoff, clock_ns())
-        elif isinstance(message, s.Reg):
-            self._register(session, message.paths)
-        elif isinstance(message, s.List):
-            self._queue([native.encode(self._cached(message.source_ip))])
-        elif isinstance(message, s.Bye):
-            manager.bye(session, now)
-            raise SessionOver
-        self._admission.settle()
-
-    def _slowly(self, records: Sequence[Record]) -> Iterator[Record]:
-        """The records, with a rest now and then: there may be thousands in a frame."""
-        for at in range(0, len(records), _BREATH):
-            yield from records[at : at + _BREATH]
-            self._breathe()
-
-    def _register(self, session: Session, paths: list[s.Path]) -> None:
-        """Bind the paths, or say why not with LIMITs that have no throttles."""
-        refused: dict[int, str] = {}
-        for path in self._slowly(paths):
-            try:
-                self._current().access.check_source(self.instance, path.source_ip)
-                parts = [(Key(path.source_ip, each.name), control_frames.part_of(each)) for each in path.throttles]
-                self._admission.manager.register(session, path.id, parts, clock_ns())
-            except (ValueError, Refused) as error:
-                refused[path.id] = str(error)
-        if refused:
-            self._queue(control_frames.refusals(refused, self._current().incarnation))
-
-    def _cached(self, source_ip: str | None) -> s.Cached:
-        """Idle connections that the instance could take over now."""
-        services = self._current()
-        entries = []
-        for listed in services.keeper.pool.listing(monotonic()):
-            key = listed.key
-            if key.tenant or (source_ip is not None and key.source != source_ip):
-                continue
-            try:
-                services.access.check_source(self.instance, key.source)
-            except Refused:
-                continue
-            address = m.Address(*key.destination)
-            entries.append(s.CachedEntry(key.source, address, key.ehlo_name, key.tls, listed.cached))
-        return s.Cached(services.incarnation, entries[:MAX_CACHED], len(entries) > MAX_CACHED)
-
     # ---------------------------------------------------------------- frames out
 
     def deliver(self) -> None:
-        """See `admission.Client`. With the queue full the records stay where they are."""
+        """See `admission.Client`: a few words now, the rest in our own turn."""
+        self._speak(_A_FEW)
+
+    def _speak(self, most: int) -> None:
+        """Send what waits, `most` records of a kind. With the queue full the records stay where they are."""
         session = self._session
         if session is None or session.end is not None or len(self._outgoing) >= QUEUE or not session.has_words:
             return
-        output = self._admission.manager.take(session, clock_ns())
+        output = self._admission.manager.take(session, clock_ns(), most)
         incarnation = self._current().incarnation
         self._outgoing.add_first(control_frames.urgent_frames(output, incarnation))
         self._queue(control_frames.frames(output, incarnation))
@@ -414,7 +354,7 @@ class Control(Client):
         finally:
             self._waiting = False
             self._engine.watch(fd, None)
-            self._turn_ends = monotonic() + _TURN
+            self._turn.begin(monotonic())
 
     def _wake(self) -> None:
         get_hub().loop.run_callback(self._resume)

@@ -19,9 +19,9 @@ from gevent import Timeout
 from proxy.errors import BadCredentials, ClientNotAllowed, HandshakeTimeout, Overloaded, PeerError, ProxyError, Refused
 from proxy.log import lines as log
 from proxy.model import Endpoint
-from proxy.net.conversation import farewell, receive, send_all
+from proxy.net.conversation import farewell, receive, send_all, shake_hands
 from proxy.net.relay import RawSocket
-from proxy.net.tls import PlainStream, ServerIdentity, Stream, TlsStream
+from proxy.net.tls import NoPlaintext, PlainStream, ServerIdentity, Stream, TlsStream
 from proxy.policy.access import Access
 from proxy.policy.budget import SLOW_ANSWER
 from proxy.protocols.native import frames
@@ -109,6 +109,7 @@ class _Entrance:
         self._services = services
         self._client = client
         self._stream: Stream = PlainStream(sock)
+        self._stream.turn.key = client.host
         self._can_be_told = False
         self._heard = False
         self._handshake: ServerHandshake | None = None
@@ -167,9 +168,9 @@ class _Entrance:
                 f"the client does not speak TLS, this listener does (listen_tls yes){wrong_door(first, 'TLS')}"
             )
         stream = TlsStream(sock, identity.context, server_side=True)
+        stream.turn.key = self._client.host  # whoever floods us with handshakes waits for its own
         try:
-            while not stream.handshake():
-                self._services.engine.wait(sock.fileno())
+            shake_hands(self._services.engine, stream)
         except ConnectionError:
             raise
         except OSError as error:
@@ -200,7 +201,10 @@ class _Entrance:
             certificate=certificate,
         )
         while handshake.peer is None:
-            data = receive(services.engine, self._stream)
+            try:
+                data = receive(services.engine, self._stream)
+            except NoPlaintext as error:
+                raise PeerError(error.strerror) from None
             if not data:
                 raise PeerError("the client closed before it was authenticated")
             answer = handshake.receive(data)

@@ -1,12 +1,15 @@
 """The client's end of a channel: frames in and out, waiting, and how others interrupt the greenlet that serves it.
 
-What the frames mean is not known here. The rules of the relay hold: try, then wait; an edge is only a hint.
+What the frames mean is not known here. The rules of the relay hold: try, then wait; an edge is only a hint. What the
+channel does for its client, and for the receiver behind it, is counted against one turn; who waits with a turn that is
+over rests instead.
 """
 
 from __future__ import annotations
 
 import select
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 from gevent import get_hub, getcurrent
@@ -14,8 +17,10 @@ from gevent import get_hub, getcurrent
 from proxy.doors.native.entrance import Guest
 from proxy.errors import PeerError, ProxyError
 from proxy.model import Ending
-from proxy.net.conversation import farewell, has_gone
+from proxy.net.conversation import farewell, has_gone, rest_for
 from proxy.net.relay import GONE, Engine
+from proxy.net.turns import TurnOver
+from proxy.policy.turns import READ
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
 
@@ -40,12 +45,14 @@ class Link:
         doom: why all of it ends now; set by `interrupt`.
         goaway: what the client is to be told before the next OPEN at the latest.
         blocked: the client has not taken all that it was sent.
+        turn: what may be done for this channel before others come.
     """
 
     def __init__(self, engine: Engine, guest: Guest) -> None:
         self.engine = engine
         self.stream = guest.stream
         self.fd = guest.stream.socket.fileno()
+        self.turn = guest.stream.turn
         self.decoder = guest.handshake.decoder
         self.moved = 0
         self.doom: Ending | None = None
@@ -64,13 +71,27 @@ class Link:
     # ---------------------------------------------------------------- in
 
     def receive(self) -> bool:
-        """Read once, for the decoder; False: there is nothing now.
+        """Read once, for the decoder; False: there is nothing now, or the turn is over.
 
         Raises:
             ClientGone: closed or broken.
         """
+        return self.turn.spend(READ, monotonic()) and self._read()
+
+    def has_spoken(self) -> bool:
+        """Whether more has come from the client than was acted upon; read once to see.
+
+        Raises:
+            ClientGone: closed or broken.
+        """
+        return self.decoder.unread or (self.readable and self._read())
+
+    def _read(self) -> bool:
         try:
             data = self.stream.recv(_READ_SIZE)
+        except TurnOver:
+            self.turn.end()
+            return False
         except BlockingIOError:
             self.readable = self._missed = False
             return False
@@ -141,7 +162,7 @@ class Link:
         self.readable = self._missed = True
 
     def wait(self, other: int = -1, client_step: Step | None = None, other_step: Step | None = None) -> None:
-        """Until the client's socket or the other descriptor has an event, or somebody wakes us.
+        """Until the client's socket or the other descriptor has an event, or somebody wakes us; or until the next turn.
 
         With steps, events are handled as they come, in the hub, without our greenlet: a step is called with the events,
         must not wait, and says whether the greenlet has to look around, as it has to at an end (`relay.GONE`). What it
@@ -151,15 +172,48 @@ class Link:
             ClientGone: we are told to end, or the client has reset the connection, which must not have to wait until
                 the receiver takes bytes again.
         """
+        if self.turn.over:
+            self.rest()
+        else:
+            self._wait(other, client_step, other_step)
+        raised, self._raised = self._raised, None
+        if raised is not None:
+            raise raised
+        if self.doom is not None or self._reset:
+            raise ClientGone("reset, or to be cut off")
+
+    def rest(self) -> None:
+        """Let others run until it is our turn again. Events that come meanwhile are not seen."""
+        rest_for(self.turn)
+        self.look_again()
+
+    def pause(self, seconds: float) -> None:
+        """Do nothing for so long, whatever the client sends.
+
+        Raises:
+            ClientGone: as `wait`.
+        """
+        ends = monotonic() + seconds
+        timer = get_hub().loop.timer(seconds)
+        timer.start(self._resume)
+        try:
+            while monotonic() < ends:
+                self.wait()
+        finally:
+            timer.close()
+
+    def _wait(self, other: int, client_step: Step | None, other_step: Step | None) -> None:
         engine, fd = self.engine, self.fd
 
         def client_event(events: int) -> None:
+            self.turn.begin(monotonic())
             self.readable = True
             if events & GONE:  # no other event will tell of it
                 self._note_end(events)
             self._handle(client_step, events)
 
         def other_event(events: int) -> None:
+            self.turn.begin(monotonic())
             self._handle(other_step, events)
 
         engine.watch(fd, client_event)
@@ -172,11 +226,6 @@ class Link:
             self._waiting = False
             engine.watch(fd, None)
             engine.watch(other, None)
-        raised, self._raised = self._raised, None
-        if raised is not None:
-            raise raised
-        if self.doom is not None or self._reset:
-            raise ClientGone("reset, or to be cut off")
 
     def _handle(self, step: Step | None, events: int) -> None:
         try:

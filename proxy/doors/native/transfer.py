@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import ssl
+from time import monotonic
 
 from gevent import Timeout
 
@@ -17,16 +18,16 @@ from proxy.egress.receiver import Receiver
 from proxy.errors import PeerError
 from proxy.model import Discard, Ending
 from proxy.net.conversation import has_gone
-from proxy.net.crew import let_others_run
 from proxy.net.relay import GONE
+from proxy.net.turns import TurnOver
+from proxy.policy.turns import FRAME, READ
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
 from proxy.protocols.smtp.tracker import Tracker
 
 _READ_SIZE = 65536
-#: Reads of one side before the other gets its turn, and turns without waiting before other connections get theirs.
-_READS_A_TURN = 4
-_TURNS_IN_A_ROW = 8
+#: Reads of one side before the other has its say. When all others have theirs is `Link.turn`'s.
+_READS_A_SIDE = 4
 #: What the client gave before END is sent on for this long.
 _FLUSH_SECONDS = 5.0
 
@@ -61,6 +62,7 @@ class Transfer:
         self._held = b""  # for the receiver, not yet taken by the stream
         self._blocked = False  # the receiver does not take what it is given; nothing of the client is read meanwhile
         self._finished = False  # the client said EOF
+        self._said: m.End | m.Eof | None = None  # what comes behind bytes that are held back
         self._write_error: OSError | None = None
 
     def carry(self) -> None:
@@ -70,7 +72,6 @@ class Transfer:
             ClientGone, PeerError.
         """
         link, receiver = self._link, self._stream.socket.fileno()
-        turns = 0
         while self.end is None:
             moved = self._from_receiver()
             moved |= self._from_client()
@@ -79,18 +80,14 @@ class Transfer:
             link.tell_goaway()
             if link.doom is not None:
                 raise ClientGone("to be cut off")
-            if not moved:
-                turns = 0
+            if link.turn.over:
+                link.rest()
+                self._readable = self._missed = True
+            elif not moved:
                 if self._blocked and has_gone(link.stream.socket):
                     self._push_on()
                 else:
                     link.wait(receiver, self._client_event, self._receiver_event)
-            else:
-                turns += 1
-                if turns % _TURNS_IN_A_ROW == 0:
-                    let_others_run()
-                    link.look_again()
-                    self._readable = self._missed = True
 
     def _client_event(self, events: int) -> bool:
         """The usual case, in the hub: what the client sends, the receiver takes. See `Link.wait`."""
@@ -151,42 +148,64 @@ class Transfer:
     # ---------------------------------------------------------------- from the client
 
     def _from_client(self) -> bool:
-        """Read frames and send their bytes on, as far as the receiver takes them; whether anything came."""
+        """Read frames and send their bytes on, as far as the receiver takes them and the turn goes; if any came."""
         if self._blocked and not self._push():
             return False
-        link, moved = self._link, False
-        next_frame = link.decoder.next_frame
-        for _ in range(_READS_A_TURN):
-            while (frame := next_frame()) is not None:
-                moved = True
-                if frame[0] != frames.DATA:
-                    self._control(frame)
-                    if self.end is not None:
-                        return True
-                elif not self._give(bytes(frame[1])):
-                    return True
-            if not link.readable or not link.receive():
-                return moved
+        link = self._link
+        moved = self._take_frames()
+        for _ in range(_READS_A_SIDE):
+            if self.end is not None or self._blocked or link.turn.over or not link.readable or not link.receive():
+                break
             moved = True
+            self._take_frames()
         return moved
 
-    def _control(self, frame: frames.Frame) -> None:
+    def _take_frames(self) -> bool:
+        """Act on what has come, as far as the turn goes; whether there was anything. DATA that came in small pieces is
+        sent on in one."""
+        next_frame, spend, now = self._link.decoder.next_frame, self._link.turn.spend, monotonic()
+        pieces: list[memoryview | bytes] = []
+        came = self._said is not None
+        self._act()
+        while self.end is None and spend(FRAME, now) and (frame := next_frame()) is not None:
+            came = True
+            if frame[0] == frames.DATA:
+                pieces.append(frame[1])
+                continue
+            self._said = self._control(frame)
+            if pieces and not self._give(b"".join(pieces)):
+                return True  # and what was said is acted upon behind it
+            pieces.clear()
+            self._act()
+        if pieces:
+            self._give(b"".join(pieces))
+        return came
+
+    def _control(self, frame: frames.Frame) -> m.End | m.Eof:
         """END or EOF."""
         message = frames.decode(frame, frames.CHANNEL_FROM_CLIENT)
+        if not isinstance(message, m.End | m.Eof):
+            raise PeerError(f"{type(message).__name__.upper()} in the middle of an SMTP session")
+        return message
+
+    def _act(self) -> None:
+        """Do what the client said."""
+        message, self._said = self._said, None
         if isinstance(message, m.End):
             self.end = message
-        elif not isinstance(message, m.Eof):
-            raise PeerError(f"{type(message).__name__.upper()} in the middle of an SMTP session")
-        elif self._finished:
+        elif message is not None:
+            self._finish()
+
+    def _finish(self) -> None:
+        if self._finished:
             raise PeerError("EOF twice in an SMTP session")
-        else:
-            self._finished = True
-            if self._write_error is None and self.broken is None:
-                try:
-                    self._stream.finish()
-                    self._blocked = self._stream.unsent
-                except OSError as error:
-                    self._write_failed(error)
+        self._finished = True
+        if self._write_error is None and self.broken is None:
+            try:
+                self._stream.finish()
+                self._blocked = self._stream.unsent
+            except OSError as error:
+                self._write_failed(error)
 
     def _give(self, piece: bytes) -> bool:
         """Send the client's bytes to the receiver; False: some are held back."""
@@ -238,11 +257,16 @@ class Transfer:
         if (link.blocked and not link.flush()) or self.receiver_done:
             return False
         moved = False
-        for _ in range(_READS_A_TURN):
+        for _ in range(_READS_A_SIDE):
             if not self._readable and self._write_error is None:
+                return moved
+            if not link.turn.spend(READ, monotonic()):
                 return moved
             try:
                 data = self._stream.recv(_READ_SIZE)
+            except TurnOver:
+                link.turn.end()
+                return moved
             except BlockingIOError:
                 self._readable = self._missed = False
                 if self._write_error is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from unittest import mock
 
 import gevent
@@ -10,7 +9,7 @@ import pytest
 from gevent import get_hub, getcurrent
 
 from proxy.net import crew as crew_module
-from proxy.net.crew import Crew, let_others_run
+from proxy.net.crew import Crew
 from tests.loopback.net.relays import until
 
 
@@ -96,24 +95,3 @@ def test_work_that_raises_is_told_and_costs_nobody_else(monkeypatch) -> None:
     gevent.sleep(0)
     assert [type(error) for error in told] == [ZeroDivisionError]
     assert done == ["next"]
-
-
-def test_a_turn_for_others_is_one_for_sockets_too() -> None:
-    """Whoever has much to do and lets others run between two steps keeps a socket waiting for two steps at most."""
-    hub = get_hub()
-    seen: list[bool] = []
-    read_end, write_end = os.pipe()
-    watcher = hub.loop.io(read_end, 1)
-    watcher.start(lambda: (seen.append(True), watcher.stop()))
-    try:
-        for _ in range(3):
-            let_others_run()
-        assert not seen
-        os.write(write_end, b"!")
-        for _ in range(3):
-            let_others_run()
-        assert seen
-    finally:
-        watcher.close()
-        os.close(read_end)
-        os.close(write_end)

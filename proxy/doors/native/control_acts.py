@@ -1,0 +1,119 @@
+"""What an instance says in its session, as calls of the throttle manager; one message after another.
+
+A message may hold thousands of records: each is counted against the session's turn, and others run in between. When
+the session ends meanwhile, `count` raises that. Frames, queues and waiting are `control`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from time import monotonic
+from typing import Any, TypeVar
+
+from proxy.doors.native import control_frames
+from proxy.doors.native.control_frames import MAX_CACHED
+from proxy.egress.admission import clock_ns
+from proxy.errors import Refused
+from proxy.policy.turns import RECORD
+from proxy.protocols.native import frames as native
+from proxy.protocols.native import messages as m
+from proxy.protocols.native import session_messages as s
+from proxy.services import Services
+from proxy.throttling.session import Session
+from proxy.throttling.throttle import Key
+
+Record = TypeVar("Record")
+
+
+class SessionOver(Exception):
+    """The session's connection is to be closed; there is nothing to say to it."""
+
+
+class Acts:
+    """Acts upon the messages of one session. What follows from it is carried out by `Admission.settle`, the caller's.
+
+    Args:
+        current: gives the services of the moment.
+        queue: sends frames. count: counts work; see `Control`.
+    """
+
+    def __init__(
+        self,
+        current: Callable[[], Services],
+        instance: str,
+        session: Session,
+        queue: Callable[[Iterable[bytes]], None],
+        count: Callable[[int], None],
+    ) -> None:
+        self._current = current
+        self._instance = instance
+        self._session = session
+        self._manager = current().admission.manager
+        self._queue = queue
+        self._count = count
+
+    def act(self, message: Any) -> None:
+        """One message of the client.
+
+        Raises:
+            SessionOver: it said BYE.
+        """
+        session, manager = self._session, self._manager
+        if message.incarnation != self._current().incarnation:
+            return  # of a proxy that is no more
+        now = clock_ns()
+        if isinstance(message, s.Ping):
+            manager.ping(session, message.t, now)
+        elif isinstance(message, s.Pong):
+            manager.pong(session, message.t, message.hold_us, now)
+        elif isinstance(message, s.Demand):
+            for want in self._slowly(message.records):
+                manager.demand(session, want.id, want.want, want.got_cum, want.ram, want.bounce, want.disk, clock_ns())
+        elif isinstance(message, s.Return):
+            for run in self._slowly(message.records):
+                manager.give_back(session, run.id, run.first, run.n, clock_ns())
+        elif isinstance(message, s.Outcome):
+            for tally in self._slowly(message.records):
+                manager.outcome(session, tally.id, tally.ok, tally.deferred, tally.failed, tally.backoff, clock_ns())
+        elif isinstance(message, s.Reg):
+            self._register(message.paths)
+        elif isinstance(message, s.List):
+            self._queue([native.encode(self._cached(message.source_ip))])
+        elif isinstance(message, s.Bye):
+            manager.bye(session, now)
+            raise SessionOver
+
+    def _slowly(self, records: Sequence[Record]) -> Iterator[Record]:
+        """The records; the turn may end after each."""
+        for record in records:
+            yield record
+            self._count(RECORD)
+
+    def _register(self, paths: list[s.Path]) -> None:
+        """Bind the paths, or say why not with LIMITs that have no throttles."""
+        refused: dict[int, str] = {}
+        for path in self._slowly(paths):
+            try:
+                self._current().access.check_source(self._instance, path.source_ip)
+                parts = [(Key(path.source_ip, each.name), control_frames.part_of(each)) for each in path.throttles]
+                self._manager.register(self._session, path.id, parts, clock_ns())
+            except (ValueError, Refused) as error:
+                refused[path.id] = str(error)
+        if refused:
+            self._queue(control_frames.refusals(refused, self._current().incarnation))
+
+    def _cached(self, source_ip: str | None) -> s.Cached:
+        """Idle connections that the instance could take over now."""
+        services = self._current()
+        entries = []
+        for listed in services.keeper.pool.listing(monotonic()):
+            key = listed.key
+            if key.tenant or (source_ip is not None and key.source != source_ip):
+                continue
+            try:
+                services.access.check_source(self._instance, key.source)
+            except Refused:
+                continue
+            address = m.Address(*key.destination)
+            entries.append(s.CachedEntry(key.source, address, key.ehlo_name, key.tls, listed.cached))
+        return s.Cached(services.incarnation, entries[:MAX_CACHED], len(entries) > MAX_CACHED)
