@@ -13,11 +13,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
 from proxy import __version__
 from proxy.config import load as config
 from proxy.errors import ConfigError, UsageError
+from proxy.settings import Settings
 
 EX_OK = 0
 EX_USAGE = 64
@@ -69,18 +70,35 @@ def _main(argv: list[str]) -> int:
 
         _print(f"greenarrow_proxy {__version__} (relay: {relay.engine_name()})", sys.stdout)
         return EX_OK
+    _refuse_two(flags)
     if flags.ping is not None:
         return _ping(argv, flags.ping, flags.ping_instance)
     load = functools.partial(config.load, argv, os.environ, read_file)
     if flags.status is not None:
-        return _status(flags.status, load)
-    settings = load()
+        return _status(flags.status, lambda: load().settings)
     if flags.check_config:
-        return _check_config(argv, settings)
+        return _check_config(load, flags.user)
+    loaded = load()
     from proxy.server import server  # late: --help and a wrong configuration need no gevent
 
-    run: Callable[[Callable[[], config.Settings], config.Settings], int] = server.run
-    return run(load, settings)
+    return server.run(lambda breathe: load(breathe=breathe), loaded)
+
+
+def _refuse_two(flags: Any) -> None:
+    """
+    Raises:
+        UsageError: two things to do instead of serving, or a flag without that which it is for.
+    """
+    wanted = {"--check-config": flags.check_config, "--ping": flags.ping, "--status": flags.status}
+    names = [name for name, value in wanted.items() if value not in (None, False)]
+    if len(names) > 1:
+        raise UsageError(f"{' and '.join(names)}: one at a time", "command line")
+    for name, value, needs in (
+        ("--user", flags.user, "--check-config"),
+        ("--ping-instance", flags.ping_instance, "--ping"),
+    ):
+        if value is not None and needs not in names:
+            raise UsageError(f"{name}: only with {needs}", "command line")
 
 
 def _ping(argv: list[str], address: str, instance: str | None) -> int:
@@ -88,28 +106,34 @@ def _ping(argv: list[str], address: str, instance: str | None) -> int:
 
     # Only the secret is needed. An MTA's machine has no listener and allows nobody.
     nobody = ["--listen=127.0.0.1:807", "--allow-from=127.0.0.1"]
-    settings = config.load([*argv, *nobody], os.environ, read_file)
+    settings = config.load([*argv, *nobody], os.environ, read_file).settings
     to = ping.target(address, instance, settings)
     return ping.run(to, lambda line: _print(line, sys.stdout), lambda line: _print(line, sys.stderr))
 
 
-def _status(address: str, load: Callable[[], config.Settings]) -> int:
+def _status(address: str, load: Callable[[], Settings]) -> int:
     from proxy.status import terminal
 
     to = terminal.target(address, load)
     return terminal.run(to, lambda text: _print(text, sys.stdout), lambda line: _print(line, sys.stderr))
 
 
-def _check_config(argv: Sequence[str], settings: config.Settings) -> int:
-    from proxy.server import check_config
+def _check_config(load: Callable[[], config.Loaded], user: str | None) -> int:
+    from proxy.server import account, check_config
 
-    origins = config.origins(argv, os.environ, read_file)
-    findings = check_config.check(settings, origins)
-    for finding in findings:
-        _print(check_config.sentence(finding, origins), sys.stderr)
+    user = account.check_as(user)
+    who = f" (checked as user {user})" if user else ""
+    try:
+        loaded = load()
+    except ConfigError as error:
+        _print(f"{error}{who}", sys.stderr)
+        return EX_CONFIG
+    findings = check_config.check(loaded)
+    for line in check_config.sentences(findings, loaded.origins):
+        _print(line, sys.stderr)
     if any(finding.error for finding in findings):
         return EX_CONFIG
-    _print(f"{settings.config_filename or 'command line'}: the configuration is good", sys.stdout)
+    _print(f"{loaded.settings.config_filename or 'command line'}: the configuration is good{who}", sys.stdout)
     return EX_OK
 
 

@@ -7,11 +7,19 @@ object (see `Handshake`) that turns bytes into the events below and replies into
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address
 from typing import NamedTuple, Protocol
 
 from proxy.errors import ProxyError
+
+#: Called now and then in the middle of long work that must not keep others waiting: it may let them run.
+Breathe = Callable[[], object]
+
+
+def hold_breath() -> None:
+    """The `Breathe` of work that nobody waits for."""
 
 
 class Endpoint(NamedTuple):

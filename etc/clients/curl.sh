@@ -4,7 +4,7 @@
 #
 #     listen_socks5 "10.0.0.1:1080"
 #     allow_from 10.0.0.0/24
-#     auth_shared_secret "00000000000000000000000000000000"
+#     auth_shared_secret "PUT-THE-SECRET-OF-THE-PROXY-HERE"   # made by `openssl rand -hex 32`
 #     source_ip 192.0.2.1
 #     default_source_ip 192.0.2.1
 #
@@ -13,7 +13,7 @@ set -eu
 
 proxy=10.0.0.1:1080
 instance=server-a
-secret=00000000000000000000000000000000
+secret=PUT-THE-SECRET-OF-THE-PROXY-HERE
 receiver=198.51.100.7:25
 
 # curl hides --proxy-user from ps.

@@ -2,7 +2,7 @@
 --
 --     listen_socks5 "10.0.0.1:1080"
 --     allow_from 10.0.0.0/24
---     auth_shared_secret "00000000000000000000000000000000"
+--     auth_shared_secret "PUT-THE-SECRET-OF-THE-PROXY-HERE"   # made by `openssl rand -hex 32`
 --     source_ip 192.0.2.1, 192.0.2.2
 --
 -- and for the second source below: listen_proxy_protocol "10.0.0.1:808". What goes over the wire: kumomta_bytes.py.
@@ -17,7 +17,7 @@ local SOURCES = {
     -- Any name (it is the instance in the proxy's log), and the proxy's shared secret. A plain string in place of the
     -- table would be the name of a file that holds the secret.
     socks5_proxy_username = 'server-a',
-    socks5_proxy_password = { key_data = '00000000000000000000000000000000' },
+    socks5_proxy_password = { key_data = 'PUT-THE-SECRET-OF-THE-PROXY-HERE' },
   },
   ['mail2'] = {
     name = 'mail2',

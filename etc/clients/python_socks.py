@@ -7,7 +7,7 @@ The file is the whole message; line ends may be LF or CRLF. The proxy needs
 
     listen_socks5 "10.0.0.1:1080"
     allow_from 10.0.0.0/24
-    auth_shared_secret "00000000000000000000000000000000"
+    auth_shared_secret "PUT-THE-SECRET-OF-THE-PROXY-HERE"   # made by `openssl rand -hex 32`
     source_ip 192.0.2.1
     default_source_ip 192.0.2.1
 
@@ -22,7 +22,7 @@ import socks
 
 PROXY = ("10.0.0.1", 1080)
 INSTANCE = "server-a"
-SECRET = "00000000000000000000000000000000"
+SECRET = "PUT-THE-SECRET-OF-THE-PROXY-HERE"
 RECEIVER = ("198.51.100.7", 25)  # an IP address: the proxy resolves no names
 
 

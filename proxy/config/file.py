@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from proxy.errors import ConfigError
+from proxy.model import Breathe, hold_breath
 
 LONGEST_FILE = 4 * 1024 * 1024  # characters; 100,000 networks are half of it
 
@@ -26,9 +27,13 @@ _TOKEN = re.compile(
 )
 #: A name and one ASCII value with nothing special in it, as in nearly all lines of a long file; at a fifth of the cost.
 _PLAIN = re.compile(
-    r"""[ \t]*([A-Za-z_][A-Za-z0-9_-]*)[ \t]+(?:(?![#=])([!#-+\--_a-z|~]+)|"([ !#-\[\]-~]*)")[ \t]*\r?"""
+    r"""[ \t]*([A-Za-z_][A-Za-z0-9_-]*)[ \t]+(?:(?![#='])([!#-+\--_a-z|~]+)(?<!;)|"([ !#-\[\]-~]*)")[ \t]*\r?"""
 )
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+#: What other files, and word processors, quote with.
+_FOREIGN_QUOTES = frozenset("'\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2032\u2033\u00ab\u00bb\u00b4")
+_NUMBER = re.compile(r"[0-9.]+[a-zA-Z]*")
+_UNIT = re.compile(r"[a-zA-Z]{1,7}")
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
 
 
@@ -73,24 +78,26 @@ class _BehindName(_Mistake):
     """The same, where the line may well begin with the name of a directive."""
 
 
-def parse(text: str, file: str) -> Document:
+def parse(text: str, file: str, breathe: Breathe = hold_breath) -> Document:
     """Reads a whole file; never raises.
 
     Args:
         text: its text; a byte order mark is skipped, lines end in LF or CRLF.
         file: its name, for the messages.
+        breathe: called for each line, and in the middle of long ones.
     """
     reader = _Reader(file)
     if len(text) > LONGEST_FILE:
         reader.mistake(0, f"the file is longer than {LONGEST_FILE} characters")
         return reader.document
     for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
+        breathe()
         plain = _PLAIN.fullmatch(line)
         if plain is not None:
             reader.directive(Directive(plain[1], [plain[2] or plain[3]], number))
             continue
         try:
-            reader.line(number, _tokens(line.removesuffix("\r")))
+            reader.line(number, _tokens(line.removesuffix("\r"), breathe), breathe)
         except _BehindName as mistake:
             reader.broken(number, line, str(mistake))
         except _Mistake as mistake:
@@ -99,13 +106,14 @@ def parse(text: str, file: str) -> Document:
     return reader.document
 
 
-def _tokens(line: str) -> list[_Token]:
+def _tokens(line: str, breathe: Breathe) -> list[_Token]:
     control = _CONTROL.search(line)
     if control:
         raise _BehindName(f"column {control.start() + 1}: character U+{ord(control[0]):04X}: is this file UTF-8 text?")
     tokens: list[_Token] = []
     position = value_end = 0
     while position < len(line):
+        breathe()
         match = _TOKEN.match(line, position)
         if match is None:
             raise _BehindName(f"column {position + 1}: {_stray(line[position])}")
@@ -113,10 +121,22 @@ def _tokens(line: str) -> list[_Token]:
             if tokens and tokens[-1].type != "mark" and value_end == position:
                 raise _BehindName(f"column {position + 1}: a quote in the middle of a value: quote the whole value")
             value_end = match.end()
+        if match.lastgroup == "word":
+            _refuse_foreign(match)
         if match.lastgroup != "blank":
             tokens.append(_token(match))
         position = match.end()
     return tokens
+
+
+def _refuse_foreign(word: re.Match[str]) -> None:
+    """What is written so in other files, and would be taken as a part of the value."""
+    text, column = word[0], word.start() + 1
+    if text[0] in _FOREIGN_QUOTES:
+        name = "'" if text[0] == "'" else f"character U+{ord(text[0]):04X}"
+        raise _BehindName(f'column {column}: {name} is no quote here: use "..." or `...`')
+    if text.endswith(";"):
+        raise _BehindName(f"column {column + len(text) - 1}: no `;` behind a value (one that ends with it is quoted)")
 
 
 def _stray(character: str) -> str:
@@ -149,7 +169,7 @@ class _Reader:
     def mistake(self, line: int, message: str) -> None:
         self.document.mistakes.append(ConfigError(message, self._file, line))
 
-    def line(self, number: int, tokens: list[_Token]) -> None:
+    def line(self, number: int, tokens: list[_Token], breathe: Breathe) -> None:
         if not tokens:
             return
         marks = [token.text for token in tokens if token.type == "mark"]
@@ -164,7 +184,7 @@ class _Reader:
         elif tokens[0].type != "word" or not _NAME.fullmatch(tokens[0].text):
             raise _BehindName("a line begins with the name of a directive and a blank; there is no `=`")
         else:
-            self.directive(Directive(tokens[0].text, _values(tokens[1:]), number))
+            self.directive(Directive(tokens[0].text, _values(tokens[1:], breathe), number))
 
     def broken(self, number: int, line: str, problem: str) -> None:
         """A line that `line` could not take. With its name it is kept: what is there shall not be called missing."""
@@ -207,15 +227,24 @@ class _Reader:
             raise _Mistake("nothing may follow `}`")
 
 
-def _values(tokens: list[_Token]) -> list[str]:
+def _values(tokens: list[_Token], breathe: Breathe) -> list[str]:
     if not tokens:
         raise _BehindName("a value is missing")
     if tokens[0].type == "word" and tokens[0].text.startswith("="):
         raise _BehindName("there is no `=` between a directive and its value")
     for index, token in enumerate(tokens):
+        breathe()
         if (token.type == "mark") != (index % 2 == 1):
-            missing = "a value" if token.type == "mark" else "a comma"
-            raise _BehindName(f"column {token.column}: {missing} is missing (a value with blanks in it is quoted)")
+            raise _BehindName(f"column {token.column}: {_missing(tokens[index - 1], token)}")
     if len(tokens) % 2 == 0:
         raise _BehindName(f"column {tokens[-1].column}: a value is missing after the comma")
     return [token.text for token in tokens[::2]]
+
+
+def _missing(before: _Token, token: _Token) -> str:
+    """What is missing before a token that may not stand there."""
+    if token.type == "mark":
+        return "a value is missing (a value with blanks in it is quoted)"
+    if _NUMBER.fullmatch(before.text) and (_UNIT.fullmatch(token.text) or _NUMBER.fullmatch(token.text)):
+        return f"no blank between a number and its unit: {before.text}{token.text}"
+    return "a comma is missing (a value with blanks in it is quoted)"

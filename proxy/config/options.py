@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from proxy.config.values import (
+    ADDRESSES,
     BOOLEAN,
     EHLO,
     ENDPOINT,
@@ -82,7 +83,8 @@ class Option:
 
     def default_items(self) -> tuple[Any, ...]:
         """The parsed default of a list."""
-        return tuple(map(self.kind.parse, self.default.split(", "))) if self.default else ()
+        texts = self.default.split(", ") if self.default else ()
+        return tuple(value for text in texts for value in self.kind.values(text))
 
 
 def _one(name: str, kind: Kind, default: str | None, metavar: str, text: str, secret: bool = False) -> Option:
@@ -163,7 +165,7 @@ BLOCKS: dict[str, tuple[Option, ...]] = {
     ),
     "listener": (_one("mode", MODE, None, "WORD", "tcp or smtp for clients of this listener (the global one)"),),
     "source": (
-        _many("ip", NETWORK, None, "IP", "the addresses of this name"),
+        _many("ip", ADDRESSES, None, "IP", "the addresses of this name"),
         _one("ehlo", EHLO, None, "NAME", "the name that is said in EHLO when leaving from them (the client's)"),
     ),
     "throttle": (

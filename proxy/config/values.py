@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_address, ip_network, summarize_address_range
+from typing import Any
 
 from proxy.model import Endpoint, canonical_ip, ip_from_bytes, packed_ip
 from proxy.settings import Network, Rate
@@ -17,6 +18,8 @@ from proxy.settings import Network, Rate
 #: Timers and TCP_USER_TIMEOUT (milliseconds in a C int) hold 24.8 days.
 LONGEST_DURATION = 24 * 86400.0
 SHORTEST_SECRET = 32
+#: In one range of single addresses.
+MOST_ADDRESSES = 4096
 
 _DURATION_UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 _DURATION = re.compile("".join(rf"(?:([0-9]{{1,9}}(?:\.[0-9]{{1,9}})?){unit})?" for unit in _DURATION_UNITS))
@@ -38,12 +41,26 @@ class Kind:
         parse: text → value; raises ValueError.
         valid: completes the sentence "this value is not …".
         verbatim: on the command line and in the environment, a comma belongs to the value instead of separating two.
+        several: `parse` gives a tuple of values, since one text may stand for more than one.
     """
 
     name: str
     parse: Callable[[str], object]
     valid: str
     verbatim: bool = False
+    several: bool = False
+
+    def values(self, text: str) -> tuple[Any, ...]:
+        """All that the text stands for; a value that says nothing (a rate of 0) is left out.
+
+        Raises:
+            ValueError: see `parse`.
+        """
+        value = self.parse(text)
+        if self.several:
+            assert isinstance(value, tuple)
+            return value
+        return () if value is None else (value,)
 
 
 def _number(text: str) -> int:
@@ -84,14 +101,36 @@ def parse_endpoint(text: str) -> Endpoint:
 def parse_network(text: str) -> Network:
     """An IP address or a CIDR; `10.0.0.1/8` is an error, since one of its two parts was meant otherwise."""
     address, slash, length = text.partition("/")
-    packed = packed_ip(address)
     if not slash:
-        return ip_network(packed)
+        return ip_network(packed_ip(address))
+    packed = packed_ip(address)
     ip = ip_from_bytes(packed)
     network = ip_network(f"{ip}/{_number(length)}", strict=False)
     if str(network.network_address) != ip:
         raise ValueError(f"the network is {network}, the address alone {ip}")
     return network
+
+
+def parse_networks(text: str) -> tuple[Network, ...]:
+    """As `parse_network`, or a range `192.0.2.1-192.0.2.6`: the networks that make it up, in order."""
+    first, dash, last = text.partition("-")
+    if not dash:
+        return (parse_network(text),)
+    low, high = ip_address(canonical_ip(first)), ip_address(canonical_ip(last))
+    if low.version != high.version:
+        raise ValueError("one end of the range is IPv4, the other IPv6")
+    if int(low) > int(high):
+        raise ValueError("the lower address of a range comes first")
+    return tuple(summarize_address_range(low, high))
+
+
+def parse_addresses(text: str) -> tuple[Network, ...]:
+    """An IP address or a range of them, each by itself."""
+    first, dash, last = text.partition("-")
+    low, high = ip_address(canonical_ip(first)), ip_address(canonical_ip(last if dash else first))
+    if low.version != high.version or not 0 <= int(high) - int(low) < MOST_ADDRESSES:
+        raise ValueError(f"a range has the lower address first, and at most {MOST_ADDRESSES} of them")
+    return tuple(ip_network(low + number) for number in range(int(high) - int(low) + 1))
 
 
 def parse_source(text: str) -> str:
@@ -121,7 +160,9 @@ def parse_duration(text: str) -> float:
         return 0.0
     match = _DURATION.fullmatch(text)
     if not text or match is None:
-        raise ValueError("a unit is missing: d, h, m, s or ms" if re.fullmatch(r"[0-9.]+", text) else "")
+        if re.fullmatch(r"[0-9.]+", text):
+            raise ValueError("a unit is missing: d, h, m, s or ms")
+        raise ValueError("write it without a blank" if _DURATION.fullmatch(text.replace(" ", "")) else "")
     return sum(float(part) * unit for part, unit in zip(match.groups(), _DURATION_UNITS.values(), strict=True) if part)
 
 
@@ -239,7 +280,15 @@ def duration(minimum: float = 0.0) -> Kind:
 
 BOOLEAN = Kind("boolean", parse_boolean, "yes or no")
 ENDPOINT = Kind("endpoint", parse_endpoint, "an IP:port such as 192.0.2.1:807 or [::]:807")
-NETWORK = Kind("network", parse_network, "an IP address or a CIDR such as 192.0.2.7, 10.0.0.0/8 or fd00::/8")
+NETWORK = Kind(
+    "network",
+    parse_networks,
+    "an IP address, a range or a CIDR such as 192.0.2.7, 192.0.2.1-192.0.2.6, 10.0.0.0/8 or fd00::/8",
+    several=True,
+)
+ADDRESSES = Kind(
+    "addresses", parse_addresses, "an IP address or a range such as 192.0.2.7 or 192.0.2.1-192.0.2.6", several=True
+)
 SOURCE = Kind("address", parse_source, "an IP address of this machine, or the word same")
 PORTS = Kind("ports", parse_ports, "a port such as 25 or a range such as 2500-2599")
 SIZE = Kind("size", parse_size, "a size such as 64K or 1M")

@@ -41,6 +41,8 @@ _MOST_IN_HANDSHAKE = 4 * _MOST_SILENT
 _HEADER = 5  # of a record (RFC 8446 section 5.1)
 #: Answers to key updates that may wait for a peer who reads nothing; then nothing is read from it either.
 _MOST_ANSWERS = 16384
+#: Bytes of a certificate or key file; a chain has some thousands.
+_LONGEST_PEM = 1 << 20
 _LIFETIME = timedelta(days=3650)
 
 
@@ -73,15 +75,59 @@ def generated_identity(host_name: str, now: datetime | None = None) -> ServerIde
     return _identity(pem)
 
 
+class UnfitIdentity(Exception):
+    """The operator's certificate or key is of no use; says which file, and why.
+
+    Attributes:
+        directive: the one that names the file.
+    """
+
+    def __init__(self, directive: str, message: str) -> None:
+        super().__init__(message)
+        self.directive = directive
+
+
 def load_identity(certificate_file: str, key_file: str) -> ServerIdentity:
-    """The operator's certificate chain and key.
+    """The operator's certificate chain and key; a start, a reload and a check all come here, so they say the same.
 
     Raises:
-        OSError: a file cannot be read; ssl.SSLError: not PEM, or the key does not fit the certificate.
-        ValueError: the certificate file holds no certificate.
+        UnfitIdentity: a file cannot be read, holds something else, or the key does not fit the certificate.
     """
-    with open(certificate_file, "rb") as certificates, open(key_file, "rb") as key:
-        return _identity(certificates.read() + b"\n" + key.read())
+    certificates = _pem("tls_certificate_file", certificate_file, b"CERTIFICATE-----", "certificate")
+    key = _pem("tls_private_key_file", key_file, b"PRIVATE KEY-----", "private key")
+    if b"BEGIN ENCRYPTED PRIVATE KEY" in key or b"Proc-Type: 4,ENCRYPTED" in key:
+        why = "the key has a password, and nobody is asked for it; `openssl pkey -in FILE -out NEW` takes it off"
+        raise UnfitIdentity("tls_private_key_file", f"{key_file}: {why}")
+    try:
+        return _identity(certificates + b"\n" + key)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            message = f"{key_file}: this key does not belong to the certificate in {certificate_file}"
+            raise UnfitIdentity("tls_private_key_file", message) from None
+        why = (error.reason or "not readable as PEM").replace("_", " ").lower()
+    except ValueError:
+        why = "not readable as PEM"
+    raise UnfitIdentity("tls_certificate_file", f"{certificate_file} and {key_file}: {why}")
+
+
+def _pem(directive: str, path: str, wanted: bytes, name: str) -> bytes:
+    """A file's content, if it has in it what is wanted.
+
+    Raises:
+        UnfitIdentity: it has not, or cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_LONGEST_PEM)
+    except OSError as error:
+        raise UnfitIdentity(directive, f"{path}: {error.strerror}") from None
+    if wanted in content:
+        return content
+    swapped = b"-----BEGIN " in content and name == "certificate" and b"PRIVATE KEY-----" in content
+    swapped |= name == "private key" and b"CERTIFICATE-----" in content
+    other = "private key" if name == "certificate" else "certificate"
+    hint = f"; it has a {other}: are the two files swapped?" if swapped else ""
+    raise UnfitIdentity(directive, f"{path}: there is no {name} (PEM) in it{hint}")
 
 
 def _identity(pem: bytes) -> ServerIdentity:

@@ -1,28 +1,30 @@
 """`--check-config`: what the machine says of settings that are well-formed.
 
 It looks, and changes nothing: a busy port is left alone, no file is written. What a start would fail on is an error,
-what an operator may want to know a warning. Rules that need no machine stand in `config_rules`, all but advice.
+what an operator may want to know a warning. Rules that need no machine stand in `config.rules`, all but advice.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import socket
-import ssl
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator
 from datetime import UTC, datetime
 from ipaddress import ip_address
 from typing import NamedTuple
 
 from cryptography import x509
 
-from proxy.config.load import OPTIONS, Given, Settings
-from proxy.config.rules import DOORS
-from proxy.model import Endpoint
-from proxy.settings import Network
+from proxy.config.load import Loaded
+from proxy.config.origins import Origins
+from proxy.config.rules import listeners
+from proxy.model import Breathe, Endpoint, hold_breath
+from proxy.net import tls
+from proxy.settings import Network, Settings
 
 #: RFC 5321, section 4.5.3.2.6: a client waits ten minutes for the reply to the final dot.
 SHORTEST_IDLE_TIMEOUT = 600.0
@@ -30,46 +32,81 @@ SHORTEST_IDLE_TIMEOUT = 600.0
 FEWEST_CHARACTERS = 8
 #: Descriptors that are neither a client's nor a destination's socket.
 OTHER_DESCRIPTORS = 64
+_NOT_HERE = "is not an address of this machine"
+_ENVIRONMENT = "environment"
+
+
+#: Of each kind that are told: a list of 8,000 addresses may be wrong altogether.
+MOST_TOLD = 200
+#: In a secret these are a mistake of quoting more often than meant.
+_QUOTING = re.compile("[\\s\"'`\u2018-\u201f]|auth_shared_secret")
 
 
 class Finding(NamedTuple):
-    """`value` is the parsed value that it is about, None for the directive as a whole."""
+    """`value` is the parsed value that it is about (a block: its name), None for the directive as a whole."""
 
     error: bool
     directive: str
-    value: object
+    value: Hashable
     message: str
 
 
-def check(settings: Settings, origins: Mapping[str, Sequence[Given]], now: datetime | None = None) -> list[Finding]:
+def check(loaded: Loaded, now: datetime | None = None) -> list[Finding]:
     """Everything there is to say; `now` is the wall clock."""
-    findings = [*_listeners(settings), *_certificate(settings, now or datetime.now(UTC)), *_sources(settings)]
-    findings += [*_descriptors(settings), *_permissions(settings, origins), *_secrets(settings)]
-    return [*findings, *_advice(settings)]
+    return [*_listeners(loaded.settings), *_identity(loaded.settings), *doubts(loaded, now)]
 
 
-def sentence(finding: Finding, origins: Mapping[str, Sequence[Given]]) -> str:
-    """`file:line: directive: …`, with the line where the value stands."""
-    kinds = {option.name: option.kind for option in OPTIONS}
-    given = origins.get(finding.directive, ())
-    about = [one for one in given if finding.value is None or kinds[finding.directive].parse(one.text) == finding.value]
-    where = ""
-    if about:
-        where = f"{about[-1].file}:{about[-1].line}: " if about[-1].line else f"{about[-1].file}: "
-    return f"{where}{'' if finding.error else 'warning: '}{finding.directive}: {finding.message}"
+def doubts(loaded: Loaded, now: datetime | None = None, breathe: Breathe = hold_breath) -> list[Finding]:
+    """What a start or a reload takes, and an operator may want to know. All of it are warnings.
+
+    Args:
+        breathe: called after each small piece of the work.
+    """
+    settings, origins = loaded.settings, loaded.origins
+    findings: list[Finding] = []
+    for found in (
+        (Finding(False, _ENVIRONMENT, None, doubt) for doubt in loaded.doubts),
+        _expiry(settings, now or datetime.now(UTC)),
+        _sources(settings, breathe),
+        _descriptors(settings),
+        _permissions(settings, origins),
+        _secrets(settings, breathe),
+        _advice(settings),
+        _blocks(settings, breathe),
+    ):
+        findings += found
+    return findings
+
+
+def sentences(findings: Iterable[Finding], origins: Origins) -> list[str]:
+    """`file:line: directive: …`, with the line where the value stands; errors first, and of each kind not too many."""
+    lines: list[str] = []
+    for error, kind in ((True, "errors"), (False, "warnings")):
+        these = [finding for finding in findings if finding.error == error]
+        lines += [_sentence(finding, origins) for finding in these[:MOST_TOLD]]
+        if len(these) > MOST_TOLD:
+            lines.append(f"and {len(these) - MOST_TOLD} more {kind}")
+    return lines
+
+
+def _sentence(finding: Finding, origins: Origins) -> str:
+    warning = "" if finding.error else "warning: "
+    if finding.directive == _ENVIRONMENT:
+        return f"{warning}{finding.directive}: {finding.message}"
+    where = origins.place(finding.directive, finding.value)
+    return str(where.mistake(f"{warning}{finding.directive}: {finding.message}"))
 
 
 def _listeners(settings: Settings) -> Iterator[Finding]:
-    wanted = [(door, endpoint) for door in DOORS for endpoint in getattr(settings, door)]
-    if settings.listen_status:
-        wanted.append(("listen_status", settings.listen_status))
-    for door, endpoint in wanted:
+    for door, endpoint in listeners(settings):
         number = _bind_errno(endpoint, socket.SOCK_STREAM)
-        if number == errno.EACCES:
-            message = f"{endpoint}: ports below 1024 need root or CAP_NET_BIND_SERVICE (check as the user that runs it)"
-            yield Finding(True, door, endpoint, message)
+        if number == errno.EACCES:  # the unit, or another user, may have the right that we have not
+            message = f"{endpoint}: ports below 1024 need root or CAP_NET_BIND_SERVICE, which this check does not have"
+            yield Finding(False, door, endpoint, message)
         elif number == errno.EADDRINUSE:  # perhaps by the very proxy whose new configuration is looked at
             yield Finding(False, door, endpoint, f"{endpoint} is in use now")
+        elif number == errno.EADDRNOTAVAIL:
+            yield Finding(False, door, endpoint, f"{endpoint} {_NOT_HERE}: nobody can connect to it before it is")
         elif number:
             yield Finding(True, door, endpoint, f"{endpoint}: {os.strerror(number)}")
 
@@ -86,40 +123,37 @@ def _bind_errno(endpoint: Endpoint, kind: socket.SocketKind) -> int:
     return 0
 
 
-def _certificate(settings: Settings, now: datetime) -> Iterator[Finding]:
+def _identity(settings: Settings) -> Iterator[Finding]:
     certificate, key = settings.tls_certificate_file, settings.tls_private_key_file
-    if certificate is None or key is None:
-        return
-    for directive, path in (("tls_certificate_file", certificate), ("tls_private_key_file", key)):
+    if certificate is not None and key is not None:
         try:
-            with open(path, "rb") as file:
-                file.read(1)
-        except OSError as error:
-            yield Finding(True, directive, None, f"{path}: {error.strerror}")
-            return
+            tls.load_identity(certificate, key)
+        except tls.UnfitIdentity as error:
+            yield Finding(True, error.directive, None, str(error))
+
+
+def _expiry(settings: Settings, now: datetime) -> Iterator[Finding]:
+    path = settings.tls_certificate_file
+    if path is None:
+        return
     try:
-        # The password: a key that needs one must fail here, not ask on the terminal.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
-        with open(certificate, "rb") as file:
+        with open(path, "rb") as file:
             end = x509.load_pem_x509_certificate(file.read()).not_valid_after_utc
-    except ssl.SSLError as error:
-        reason = (error.reason or "not readable as PEM").replace("_", " ").lower()
-        yield Finding(True, "tls_certificate_file", None, f"{certificate} and {key}: {reason}")
     except (OSError, ValueError):
-        yield Finding(True, "tls_certificate_file", None, f"{certificate} and {key}: not readable as PEM")
-    else:
-        if end < now:
-            yield Finding(False, "tls_certificate_file", None, f"{certificate}: expired on {end:%Y-%m-%d}")
+        return  # an error of its own
+    if end < now:
+        yield Finding(False, "tls_certificate_file", None, f"{path}: expired on {end:%Y-%m-%d}")
 
 
-def _sources(settings: Settings) -> Iterator[Finding]:
+def _sources(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
     """Single addresses only: a network may well be wider than what the machine has of it."""
-    single = [(n, str(n.network_address)) for n in settings.source_ip if n.prefixlen == n.max_prefixlen]
-    chosen = [(ip, ip) for ip in settings.default_source_ip if ip != "same"]
+    single = ((n, str(n.network_address)) for n in settings.source_ip if n.prefixlen == n.max_prefixlen)
+    chosen = ((ip, ip) for ip in settings.default_source_ip if ip != "same")
     for directive, pairs in (("source_ip", single), ("default_source_ip", chosen)):
         for value, ip in pairs:
+            breathe()
             if _bind_errno(Endpoint(ip, 0), socket.SOCK_DGRAM):
-                yield Finding(False, directive, value, f"{ip} is not an address of this machine")
+                yield Finding(False, directive, value, f"{ip} {_NOT_HERE}")
 
 
 def _descriptors(settings: Settings) -> Iterator[Finding]:
@@ -130,11 +164,13 @@ def _descriptors(settings: Settings) -> Iterator[Finding]:
         yield Finding(False, "max_connections", None, message)
 
 
-def _permissions(settings: Settings, origins: Mapping[str, Sequence[Given]]) -> Iterator[Finding]:
+def _permissions(settings: Settings, origins: Origins) -> Iterator[Finding]:
     """Secrets in files that every user of the machine can read."""
-    paths: list[tuple[str, object, str]] = []
+    paths: list[tuple[str, Hashable, str]] = []
     paths += [("auth_shared_secret_file", path, path) for path in settings.auth_shared_secret_file]
-    if any(given.line for given in origins.get("auth_shared_secret", ())) and settings.config_filename:
+    if settings.config_filename and any(
+        given.file == settings.config_filename for given in origins.of("auth_shared_secret")
+    ):
         paths.append(("auth_shared_secret", None, settings.config_filename))
     if settings.tls_private_key_file:
         paths.append(("tls_private_key_file", None, settings.tls_private_key_file))
@@ -147,15 +183,24 @@ def _permissions(settings: Settings, origins: Mapping[str, Sequence[Given]]) -> 
             yield Finding(False, directive, value, f"{path} is readable by every user of this machine")
 
 
-def _secrets(settings: Settings) -> Iterator[Finding]:
-    """Secrets that were not drawn at random, such as those in the examples. They are not shown."""
-    owners = [("auth_shared_secret", "", settings.auth_shared_secret)]
-    owners += [("instance", f"{block.name}: ", block.auth_shared_secret) for block in settings.instance]
-    for directive, owner, secrets in owners:
-        if any(len(set(secret)) < FEWEST_CHARACTERS for secret in secrets):
-            yield Finding(
-                False, directive, None, f"{owner}a secret that can be guessed; `openssl rand -hex 32` makes one"
+def _secrets(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
+    """Secrets that were not drawn at random, or not quoted as they were meant. They are not shown."""
+    owned: list[tuple[str, str, bytes]] = [("auth_shared_secret", "", secret) for secret in settings.auth_shared_secret]
+    for block in settings.instance:
+        owned += [("instance", block.name, secret) for secret in block.auth_shared_secret]
+        breathe()
+    for directive, owner, secret in owned:
+        breathe()
+        prefix, value = (f"{owner}: ", owner) if owner else ("", secret)
+        if len(set(secret)) < FEWEST_CHARACTERS:
+            message = "a secret that can be guessed; `openssl rand -hex 32` makes one"
+            yield Finding(False, directive, value, prefix + message)
+        if _QUOTING.search(secret.decode()):
+            message = (
+                "a secret with a quote, a blank or the directive's name in it: is that meant? "
+                "In flags, variables and secret files nothing is quoted"
             )
+            yield Finding(False, directive, value, prefix + message)
 
 
 def _advice(settings: Settings) -> Iterator[Finding]:
@@ -171,18 +216,35 @@ def _advice(settings: Settings) -> Iterator[Finding]:
         yield Finding(False, "listen_tls", None, "no: mail and its addresses are readable on the way to the proxy")
     if any(network.is_loopback for network in settings.allow_destination):
         yield Finding(False, "allow_destination", None, "loopback is in it: services of this machine can be reached")
+    if settings.source_ip and not settings.default_source_ip and (settings.listen or settings.listen_socks5):
+        message = "given without default_source_ip: who names no source is refused unless the system's choice is in it"
+        yield Finding(False, "source_ip", None, message)
+
+
+def _blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
+    outer = {name: _Within(getattr(settings, name)) for name in ("allow_from", "source_ip")}
     for block in settings.instance:
-        for directive, inner, outer in (
-            ("allow_from", block.allow_from, settings.allow_from),
-            ("source_ip", block.source_ip, settings.source_ip),
-        ):
-            if outer and any(not _within(network, outer) for network in inner):
+        for directive, within in outer.items():
+            breathe()
+            if within and not all(map(within.holds, getattr(block, directive))):
                 message = f"{block.name}: its {directive} goes beyond the global {directive}, which holds as well"
-                yield Finding(False, "instance", None, message)
+                yield Finding(False, "instance", block.name, message)
     for throttle in settings.throttle:
+        breathe()
         if not throttle.max_delivery_rate and not throttle.max_concurrent_connections:
-            yield Finding(False, "throttle", None, f"{throttle.name}: no limit is set in it")
+            yield Finding(False, "throttle", throttle.name, f"{throttle.name}: no limit is set in it")
 
 
-def _within(network: Network, others: Sequence[Network]) -> bool:
-    return any(network.version == other.version and network.subnet_of(other) for other in others)  # type: ignore[arg-type]
+class _Within:
+    """Networks, to ask whether another one is a part of one of them, at a look-up for each prefix length."""
+
+    def __init__(self, networks: Iterable[Network]) -> None:
+        self._known = set(networks)
+        self._lengths = {(n.version, n.prefixlen) for n in self._known}
+
+    def __bool__(self) -> bool:
+        return bool(self._known)
+
+    def holds(self, network: Network) -> bool:
+        lengths = (length for version, length in self._lengths if version == network.version)
+        return any(network.supernet(new_prefix=n) in self._known for n in lengths if n <= network.prefixlen)

@@ -17,13 +17,14 @@ import gevent
 from gevent.event import Event
 
 from proxy import __version__
+from proxy.config.load import Loaded
 from proxy.egress import upstream
 from proxy.egress.admission import Admission, clock_ns
 from proxy.egress.broken_tls import BrokenTls
 from proxy.egress.keeper import Keeper
 from proxy.errors import ConfigError
 from proxy.log import lines as log
-from proxy.model import Ending
+from proxy.model import Breathe, Ending, hold_breath
 from proxy.net import tls
 from proxy.net.crew import Crew
 from proxy.net.relay import make_engine
@@ -54,19 +55,19 @@ _DRAIN_POLL = 0.05
 _EXTEND_EVERY = 5.0
 
 
-def run(load: Callable[[], Settings], settings: Settings) -> int:
+def run(load: Callable[[Breathe], Loaded], loaded: Loaded) -> int:
     """Serve until a signal ends it.
 
     Args:
         load: reads the configuration anew, for SIGHUP; raises ConfigError.
-        settings: what to start with.
+        loaded: what to start with.
 
     Returns:
         The exit code: 0 clean stop, 1 a second signal ended the drain, 69 cannot listen.
     """
-    log.setup(settings)
+    log.setup(loaded.settings)
     try:
-        return Server(load, settings).run()
+        return Server(load, loaded).run()
     finally:
         log.flush(1.0)
 
@@ -74,7 +75,8 @@ def run(load: Callable[[], Settings], settings: Settings) -> int:
 class Server:
     """The program's one instance; lives in the hub's thread."""
 
-    def __init__(self, load: Callable[[], Settings], settings: Settings) -> None:
+    def __init__(self, load: Callable[[Breathe], Loaded], loaded: Loaded) -> None:
+        settings = loaded.settings
         self._load = load
         self._descriptors = process.raise_descriptor_limit()
         self._engine = make_engine()
@@ -107,7 +109,7 @@ class Server:
         )
         self._doors = Doors(self._reception.admit, self._reception.accept_failed, self._reserve.lent, inherited)
         self._status = self._status_door()
-        self._first_settings = settings
+        self._first = loaded
         self.services: Services
 
     # ---------------------------------------------------------------- life
@@ -117,7 +119,7 @@ class Server:
         process.forbid_core_dumps()
         log.note(log.Event.START, log.INFO, f"greenarrow_proxy {__version__} starts", pid=os.getpid())
         try:
-            self._take(self._prepare(self._first_settings))
+            self._take(self._prepare(self._first))
         except ListenError as error:
             log.note(log.Event.LISTEN, log.ERROR, str(error))
             return EXIT_CANNOT_LISTEN
@@ -134,13 +136,18 @@ class Server:
         self._stop.wait()
         return self._drain()
 
-    def _prepare(self, settings: Settings) -> _Prepared:
+    def _prepare(self, loaded: Loaded) -> _Prepared:
         """Everything about new settings that can fail.
 
         Raises:
             ConfigError: the certificate is of no use. ListenError: an address cannot be had. Nothing has changed then.
         """
-        identity = self._identity(settings)
+        settings = loaded.settings
+        try:
+            identity = self._identity(settings)
+        except tls.UnfitIdentity as error:
+            where = loaded.origins.place(error.directive)
+            raise where.mistake(f"{error.directive}: {error}") from None
         return _Prepared(settings, identity, self._doors.open_missing(settings))
 
     def _wire(self, settings: Settings, identity: tls.ServerIdentity | None) -> Services:
@@ -168,7 +175,7 @@ class Server:
         """What the native listener shows; a certificate made in memory stays the same over reloads.
 
         Raises:
-            ConfigError: the operator's files are of no use.
+            UnfitIdentity: the operator's files are of no use.
         """
         if not settings.listen or not settings.listen_tls:
             return None
@@ -176,11 +183,7 @@ class Server:
         if certificate is None or key is None:
             self._generated = self._generated or tls.generated_identity(socket.gethostname())
             return self._generated
-        try:
-            return tls.load_identity(certificate, key)
-        except (OSError, ValueError) as error:
-            why = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
-            raise ConfigError(f"tls_certificate_file {certificate}, tls_private_key_file {key}: {why}") from None
+        return tls.load_identity(certificate, key)
 
     def _status_door(self) -> StatusDoor:
         return StatusDoor(
@@ -224,7 +227,7 @@ class Server:
         self._notifier.reloading()
         try:
             with self._reserve.lent(), process.no_garbage_collection():
-                prepared = self._prepare(self._load())
+                prepared = self._prepare(self._load(hold_breath))
         except (ConfigError, ListenError) as error:
             self._reload_failed(str(error))
         except MemoryError:

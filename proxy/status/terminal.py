@@ -46,20 +46,23 @@ def target(address: str, load: Callable[[], Settings]) -> Endpoint:
     """Whom to ask.
 
     Args:
-        address: IP:PORT as in the configuration; empty: what the configuration says.
+        address: IP:PORT as in the configuration, localhost:PORT, or a port of this machine; empty: what the
+            configuration says.
         load: reads the configuration.
 
     Raises:
         UsageError: not an address. ConfigError: the configuration is wrong, or has no status listener.
     """
     if address:
-        host, colon, port = address.rpartition(":")
+        host, _, port = address.rpartition(":")
+        if host in ("", "localhost"):
+            host = _NEAREST["0.0.0.0"]
         try:
             host = canonical_ip(host.removeprefix("[").removesuffix("]"))
         except ValueError:
-            colon = ""
-        if not colon or not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
-            raise UsageError("--status: not IP:PORT or [IPv6]:PORT", "command line")
+            port = ""
+        if not (port.isascii() and port.isdigit()) or not 0 < int(port) < 65536:
+            raise UsageError("--status: not IP:PORT, [IPv6]:PORT, localhost:PORT or PORT", "command line")
         return Endpoint(host, int(port))
     endpoint = load().listen_status
     if endpoint is None:

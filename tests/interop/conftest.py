@@ -7,7 +7,7 @@ from tests.sinks import Sink
 
 DEFAULT_SOURCE = "127.0.0.77"
 #: The documented secret of etc/clients, and the one of the tests.
-DOCUMENTED_SECRET = "0" * 32
+DOCUMENTED_SECRET = "PUT-THE-SECRET-OF-THE-PROXY-HERE"
 SECRETS = {DOCUMENTED_SECRET: SECRET}
 
 

@@ -184,7 +184,7 @@ class Service:
 
     def configure(self, listen: str) -> None:
         self.config.write_text(
-            f'listen_socks5 {listen}\nallow_from 127.0.0.1\nauth_shared_secret "{"0" * 32}"\ndrain_timeout 1s\n'
+            f'listen_socks5 {listen}\nallow_from 127.0.0.1\nauth_shared_secret "{SECRET}"\ndrain_timeout 1s\n'
         )
 
     def do(self, action: str) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -22,14 +23,15 @@ def block(language: str, containing: str) -> str:
 
 
 def test_the_configuration_is_good(tmp_path: Path) -> None:
-    file = tmp_path / "greenarrow_proxy.conf"
-    # Addresses that this machine has.
+    """Made as the README makes it, with addresses that this machine has."""
     text = block("", "listen_socks5").replace("10.0.0.1:", "127.0.0.1:").replace("192.0.2.", "127.0.0.")
-    file.write_text(text)
-    file.chmod(0o600)
+    script = text.replace("/opt/greenarrow/", f"{tmp_path}/")
+    subprocess.run(["sh", "-euc", script], check=True, timeout=60)
+    file = tmp_path / "greenarrow_proxy.conf"
     command = [sys.executable, "greenarrow_proxy.py", "--check-config", f"--config-filename={file}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert not [line for line in done.stderr.splitlines() if "in use now" not in line]
 
 
 def test_the_python_example_sends_mail() -> None:
@@ -37,13 +39,13 @@ def test_the_python_example_sends_mail() -> None:
         example = block("python", "Session")
         for old, new in (
             ('("10.0.0.1", 807)', repr(proxy.native)),
-            ("0" * 32, SECRET),
             ('("198.51.100.7", 25)', repr(mx.endpoint)),
             ("192.0.2.1", "127.0.0.21"),
         ):
             assert old in example
             example = example.replace(old, new)
-        subprocess.run([sys.executable, "-W", "error", "-c", example], cwd=ROOT, check=True, timeout=60)
+        environ = os.environ | {"SECRET": SECRET}
+        subprocess.run([sys.executable, "-W", "error", "-c", example], cwd=ROOT, check=True, timeout=60, env=environ)
         (message,) = mx.messages
         assert message.peer[0] == "127.0.0.21"
         assert message.content == b"Subject: hello\r\n\r\nHello.\r\n"

@@ -86,12 +86,14 @@ def test_check_config_of_a_good_file(conf):
 
 
 def test_check_config_of_the_documented_sample():
-    code, out, err = run(
-        "--check-config", f"--config-filename={ROOT / 'etc/greenarrow_proxy.conf'}", "--listen=[::1]:0"
-    )
+    """Good as soon as it has a secret of its own."""
+    sample = f"--config-filename={ROOT / 'etc/greenarrow_proxy.conf'}"
+    code, out, err = run("--check-config", sample, "--listen=[::1]:0")
+    assert (code, out) == (78, "")
+    assert "auth_shared_secret: it stands in documents, so everybody knows it; `openssl rand -hex 32` makes" in err
+    code, out, _ = run("--check-config", sample, "--listen=[::1]:0", f"--auth-shared-secret={SECRET}")
     assert code == 0
     assert "the configuration is good" in out
-    assert "warning: auth_shared_secret: " in err
 
 
 def test_check_config_tells_every_mistake_with_its_line(conf):
@@ -103,9 +105,56 @@ def test_check_config_tells_every_mistake_with_its_line(conf):
 
 
 def test_check_config_looks_at_the_machine(conf):
-    code, out, err = run("--check-config", conf(BASE + "listen 192.0.2.1:807\n"))
+    code, _, err = run("--check-config", conf(BASE + "listen 198.51.100.1:807\n"))
+    assert code == 0
+    assert ":4: warning: listen: 198.51.100.1:807 is not an address of this machine" in err
+
+
+def test_check_config_as_the_services_user(conf, tmp_path):
+    """Root can read everything, the service cannot."""
+    if os.geteuid():
+        pytest.skip("only root can check as another user")
+    secret = tmp_path / "secret"
+    secret.write_text("drawn-at-random-by-the-operator-1")
+    secret.chmod(0o600)
+    path = Path(conf(BASE + f"auth_shared_secret_file {secret}\n").partition("=")[2])
+    path.chmod(0o644)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.owner() == "root" and not folder.stat().st_mode & 0o001:
+            folder.chmod(folder.stat().st_mode | 0o011)
+    assert run("--check-config", f"--config-filename={path}")[0] == 0
+    code, out, err = run("--check-config", "--user=nobody", f"--config-filename={path}")
     assert (code, out) == (78, "")
-    assert ":4: listen: 192.0.2.1:807: Cannot assign requested address" in err
+    assert f"{path}:4: auth_shared_secret_file: {secret}: Permission denied (checked as user nobody)" in err
+    secret.chmod(0o644)
+    code, out, err = run("--check-config", "--user=nobody", f"--config-filename={path}", "--listen=127.0.0.1:807")
+    assert code == 0
+    assert "the configuration is good (checked as user nobody)" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--check-config", "--user=no-such-user"), "there is no user no-such-user on this machine"),
+        (("--user=root",), "--user: only with --check-config"),
+        (("--ping-instance=a",), "--ping-instance: only with --ping"),
+        (("--ping=127.0.0.1:1", "--status"), "--ping and --status: one at a time"),
+        (("--check-config", "--status=127.0.0.1:1"), "--check-config and --status: one at a time"),
+    ],
+)
+def test_flags_that_do_not_go_together(conf, flags, words):
+    code, out, err = run(conf(BASE), *flags)
+    assert (code, out) == (64, "")
+    assert words in err
+
+
+@pytest.mark.parametrize("address", ["localhost:{}", ":{}", "{}", "127.0.0.1:{}"])
+def test_the_ways_to_say_a_port_of_this_machine(address):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    code, _, err = run("--status=" + address.format(port))
+    assert code == 69
+    assert err.startswith(f"greenarrow_proxy: 127.0.0.1:{port}: ")
 
 
 def test_check_config_leaves_a_busy_port_alone(conf):
@@ -147,6 +196,7 @@ def test_a_key_with_a_password_is_a_mistake_and_no_question(conf, tmp_path):
     form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, protection)
     (tmp_path / "key").write_bytes(key.private_bytes(*form))
     text = BASE + f"tls_certificate_file {tmp_path}/crt\ntls_private_key_file {tmp_path}/key\n"
+    text += "listen 127.0.0.2:0\n"
     master, terminal = pty.openpty()
     try:
         code, _, err = run(
@@ -162,7 +212,10 @@ def test_a_key_with_a_password_is_a_mistake_and_no_question(conf, tmp_path):
         os.close(master)
         os.close(terminal)
     assert code == 78
-    assert ":4: tls_certificate_file: " in err
+    assert ":5: tls_private_key_file: " in err
+    start = run(conf(text))
+    assert start[0] == 78
+    assert start[2].splitlines()[0] == err.splitlines()[0]  # the same words
 
 
 def test_a_crlf_file_with_a_byte_order_mark(conf):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import threading
@@ -10,7 +11,7 @@ import pytest
 import trustme
 
 from tests.clients import DOORS, Refused, dial, exactly, read_all, socks5, v1
-from tests.program import BASE, SECRET, Proxy
+from tests.program import BASE, SECRET, Proxy, config
 from tests.sinks import GREETING, Raw, echo
 from tests.waiting import wait_for
 
@@ -118,9 +119,11 @@ def test_certificates(proxy, tmp_path):
     files = f"tls_certificate_file {tmp_path}/crt\ntls_private_key_file {tmp_path}/key\n"
     one.cert_chain_pems[0].write_to_path(tmp_path / "crt")
     other.private_key_pem.write_to_path(tmp_path / "key")
-    assert "tls_certificate_file" in proxy.bad_hup(files)[0]
+    line = len(config(files).splitlines())
+    told = rf"reload_failed: {proxy.path}:{line}: tls_private_key_file: {tmp_path}/key: "
+    assert re.search(told + "this key does not belong to the certificate in ", proxy.bad_hup(files)[0])
     (tmp_path / "key").write_text("nonsense")
-    assert "tls_certificate_file" in proxy.bad_hup(files)[0]
+    assert re.search(told + "there is no private key", proxy.bad_hup(files)[0])
     one.private_key_pem.write_to_path(tmp_path / "key")
     proxy.hup(files)
     (tmp_path / "crt").unlink()

@@ -13,7 +13,7 @@ import pytest
 from tests import clients
 from tests.clients import DOORS, dial, exactly, read_all, socks5, was_reset
 from tests.peers import missing
-from tests.program import ROOT, Proxy
+from tests.program import ROOT, SECRET, Proxy
 from tests.sinks import Raw, echo
 from tests.waiting import wait_for
 
@@ -195,7 +195,7 @@ def test_a_bad_file_is_exit_78(bad):
     assert not proxy.stdout_lines
 
 
-def test_the_documented_four_lines_run(tmp_path):
+def test_the_documented_four_lines_run_with_a_secret_of_ones_own(tmp_path):
     """From the product's documentation, but for the port, which is another's on this machine perhaps."""
     base = """\
 listen "0.0.0.0:0"
@@ -203,7 +203,10 @@ allow_from 127.0.0.0/24, 10.0.0.0/8
 auth_shared_secret "00000000000000000000000000000000"
 log_verbose no
 """
-    with Proxy("", base) as proxy:
+    with Proxy("", base, ready=False, exit_code=78) as proxy:
+        proxy.wait_exit()
+    assert "auth_shared_secret: it stands in documents, so everybody knows it" in proxy.stderr_lines[0]
+    with Proxy("", base.replace("0" * 32, SECRET)) as proxy:
         assert proxy.native[0] == "0.0.0.0"
         with dial(("127.0.0.1", proxy.native[1])):
             pass

@@ -33,9 +33,9 @@ class House:
 
     def __init__(self, more: str = "") -> None:
         text = program.config(more)
-        settings = load.load(["--config-filename=f"], {}, lambda path: text)
-        self.server = Server(lambda: settings, settings)
-        self.services = self.server._wire(settings, None)
+        loaded = load.load(["--config-filename=f"], {}, lambda path: text)
+        self.server = Server(lambda breathe: loaded, loaded)
+        self.services = self.server._wire(loaded.settings, None)
         self.doors = {name: Door(name, Endpoint("127.0.1.2", 1)) for name in ("socks5", "proxy_protocol")}
 
     def dial(self, protocol: str, refusal: ProxyError | None = None):

@@ -12,12 +12,12 @@ from proxy.config.load import BLOCK_TYPES
 from proxy.config.options import BLOCKS, OPTIONS
 from proxy.errors import ConfigError, UsageError
 from proxy.model import Endpoint
-from proxy.settings import InstanceSettings, Rate
+from proxy.settings import InstanceSettings, Rate, Settings
 
 DOCUMENTED = """\
 listen "0.0.0.0:807"
 allow_from 127.0.0.0/24, 10.0.0.0/8
-auth_shared_secret "00000000000000000000000000000000"
+auth_shared_secret "83c2c5f2c0b37b2c0a59d8b4d5c3d1c1"
 log_verbose no
 """
 SECRET = "Tr0ub4dor-Tr0ub4dor-Tr0ub4dor-Tr0ub4dor"
@@ -28,7 +28,7 @@ def networks(*texts):
     return tuple(map(ip_network, texts))
 
 
-def load(text=None, *flags, environ=(), files=()):
+def loaded(text=None, *flags, environ=(), files=()):
     contents = dict(files) | ({} if text is None else {"f": text})
 
     def read_file(path):
@@ -38,6 +38,10 @@ def load(text=None, *flags, environ=(), files=()):
 
     argv = list(flags) if text is None else ["--config-filename=f", *flags]
     return config.load(argv, dict(environ), read_file)
+
+
+def load(*args, **more):
+    return loaded(*args, **more).settings
 
 
 def mistakes(*args, **more):
@@ -53,7 +57,7 @@ def test_the_documented_file_runs_unchanged():
     settings = load(DOCUMENTED)
     assert settings.listen == (Endpoint("0.0.0.0", 807),)
     assert settings.allow_from == networks("127.0.0.0/24", "10.0.0.0/8")
-    assert settings.auth_shared_secret == (b"0" * 32,)
+    assert settings.auth_shared_secret == (b"83c2c5f2c0b37b2c0a59d8b4d5c3d1c1",)
     assert settings.log_verbose is False
     assert settings.config_filename == "f"
 
@@ -78,7 +82,7 @@ def test_denied_destinations_add_to_the_default():
 
 
 def test_every_directive_is_a_setting_and_every_setting_a_directive():
-    fields = {field.name for field in dataclasses.fields(config.Settings)}
+    fields = {field.name for field in dataclasses.fields(Settings)}
     assert fields == {option.name for option in OPTIONS} | set(BLOCKS) | {"config_filename"}
     for kind, block in BLOCK_TYPES.items():
         assert {field.name for field in dataclasses.fields(block)} == {o.name for o in BLOCKS[kind]} | {"name"}
@@ -167,7 +171,7 @@ source vmta2 {
         ("listener 10.0.0.9:1080 {\n}", "is not in listen_socks5, listen_proxy_protocol or listen_redirect"),
         ("listener kumo {\n}", "is not the IP:port of a listener"),
         ("source a {\n}", "a: `ip` is missing"),
-        ("source a {\n    ip 192.0.2.0/24\n}", "192.0.2.0/24 is a network"),
+        ("source a {\n    ip 192.0.2.0/24\n}", "is not an IP address or a range such as"),
         ("source a {\n    ip 192.0.2.1\n}\nsource b {\n    ip 192.0.2.1\n}", "192.0.2.1 is in two blocks, a and b"),
         ("source a {\n    ip 192.0.2.1\n    ehlo a_b c\n}", "a comma is missing"),
         ('source a {\n    ip 192.0.2.1\n    ehlo "x y"\n}', "is not an EHLO name such as"),
@@ -192,9 +196,9 @@ def test_secrets_of_files_are_added():
 def test_a_reload_sees_the_file_as_it_is_now():
     contents = {"f": DOCUMENTED}
     argv = ["--config-filename=f"]
-    assert not config.load(argv, {}, contents.__getitem__).log_verbose
+    assert not config.load(argv, {}, contents.__getitem__).settings.log_verbose
     contents["f"] = DOCUMENTED.replace("log_verbose no", "log_verbose yes")
-    assert config.load(argv, {}, contents.__getitem__).log_verbose
+    assert config.load(argv, {}, contents.__getitem__).settings.log_verbose
 
 
 # ------------------------------------------------------------------ layers
@@ -224,7 +228,7 @@ def test_everything_can_come_without_a_file():
 def test_the_file_can_be_named_in_the_environment():
     contents = {"f": DOCUMENTED}
     environ = {"GREENARROW_PROXY_CONFIG_FILENAME": "f"}
-    assert config.load([], environ, contents.__getitem__).config_filename == "f"
+    assert config.load([], environ, contents.__getitem__).settings.config_filename == "f"
 
 
 @pytest.mark.parametrize(
@@ -252,6 +256,42 @@ def test_an_empty_variable_is_not_set_and_an_unknown_one_is_ignored():
     assert settings.allow_from == networks("127.0.0.1")
 
 
+@pytest.mark.parametrize(
+    ("name", "doubt"),
+    [
+        ("LISTN", "GREENARROW_PROXY_LISTN is not a variable of ours; did you mean GREENARROW_PROXY_LISTEN?"),
+        ("CONFIG_FILE", "GREENARROW_PROXY_CONFIG_FILE is not a variable of ours; did you mean GREENARROW_PROXY_CONFIG"),
+        ("XYZZY", "GREENARROW_PROXY_XYZZY is not a variable of ours"),
+        ("RELAY", ""),
+        ("LISTEN", ""),
+        ("PORT_807_TCP_ADDR", ""),
+        ("SERVICE_PORT_SOCKS5", ""),
+    ],
+)
+def test_a_variable_that_does_nothing_is_told(name, doubt):
+    found = loaded(BASE, environ={f"GREENARROW_PROXY_{name}": "127.0.0.1:99", "HOME": "/"}).doubts
+    assert len(found) == bool(doubt)
+    assert "".join(found).startswith(doubt)
+
+
+def test_every_piece_of_a_long_configuration_takes_a_breath():
+    """A reload lets others run there: no piece may be a long one, wherever the values stand."""
+
+    def breaths(text):
+        taken = []
+        config.load(["--config-filename=f"], {}, lambda path: BASE + text, lambda: taken.append(1))
+        return len(taken)
+
+    bare = breaths("")
+    listed = ", ".join(f"10.{n >> 8}.{n & 255}.0/24" for n in range(1000))
+    assert breaths(f"allow_from {listed}\n") - bare >= 5 * 1000  # token, list, text, value
+    assert breaths(f"deny_destination {listed}\n") - bare >= 6 * 1000  # and doubles
+    blocks = "".join(f"instance i{n} {{\n allow_from 10.{n >> 8}.{n & 255}.1\n}}\n" for n in range(1000))
+    assert breaths(blocks) - bare >= 6 * 1000  # three lines, value, secrets, owner
+    doors = "".join(f"listen_proxy_protocol 127.0.0.2:{1 + n}\n" for n in range(1000))
+    assert breaths(doors) - bare >= 4 * 1000
+
+
 def test_an_empty_value_in_the_file_is_not_overlooked():
     """ConfigArgParse by itself skips an empty value of an option like --log-verbose."""
     assert mistakes(BASE + 'log_verbose ""\n') == ['f:4: log_verbose: "" is not yes or no']
@@ -266,11 +306,12 @@ def test_a_long_list_is_no_trouble():
 def test_origins_tell_where_values_stand():
     environ = {"GREENARROW_PROXY_LOG_FORMAT": "json"}
     argv = ["--config-filename=f", "--stats-interval=1s"]
-    origins = config.origins(argv, environ, lambda path: BASE)
-    assert origins["allow_from"] == [("127.0.0.1", "f", 2)]
-    assert origins["log_format"] == [("json", "environment", 0)]
-    assert origins["stats_interval"] == [("1s", "command line", 0)]
-    assert "log_verbose" not in origins
+    origins = config.load(argv, environ, lambda path: BASE).origins
+    assert origins.of("allow_from") == [("127.0.0.1", "f", 2)]
+    assert origins.of("log_format") == [("json", "environment GREENARROW_PROXY_LOG_FORMAT", 0)]
+    assert origins.of("stats_interval") == [("1s", "command line", 0)]
+    assert origins.of("log_verbose") == ()
+    assert origins.place("log_verbose") == ("", "f", 0)
 
 
 # ------------------------------------------------------------------ mistakes
@@ -283,13 +324,13 @@ def test_all_mistakes_are_told_each_with_its_place():
     )
     assert mistakes(text, "--log-format=xml", environ={"GREENARROW_PROXY_WORKERS": "x"}) == [
         'f:1: unknown directive "listn"; did you mean listen?',
-        'f:2: allow_from: "10.0.0.1/8" is not an IP address or a CIDR such as 192.0.2.7, 10.0.0.0/8 or fd00::/8 '
-        "(the network is 10.0.0.0/8, the address alone 10.0.0.1)",
+        'f:2: allow_from: "10.0.0.1/8" is not an IP address, a range or a CIDR such as 192.0.2.7, 192.0.2.1-192.0.2.6, '
+        "10.0.0.0/8 or fd00::/8 (the network is 10.0.0.0/8, the address alone 10.0.0.1)",
         "f:3: auth_shared_secret: the value is not a secret of at least 32 characters (it is shorter)",
         'f:4: idle_timeout: "30" is not a duration such as 30s, 15m or 4h15m (a unit is missing: d, h, m, s or ms)',
         'f:6: instance "a": weight: "99" is not a number from 0.0625 to 16',
         'f:7: instance "a": wait: belongs in a block: `throttle NAME {`',
-        'environment: workers: "x" is not a number of processes or the word auto',
+        'environment GREENARROW_PROXY_WORKERS: workers: "x" is not a number of processes or the word auto',
         'command line: log_format: "xml" is not text or json',
         "f: listen: no listener: give listen, listen_socks5, listen_proxy_protocol or listen_redirect",
     ]
@@ -307,6 +348,16 @@ def test_a_single_mistake_has_its_place_in_the_error():
         ("log_verbose yes, no", "f:4", "takes one value"),
         ("listen-socks5 127.0.0.1:1", "f:4", "did you mean listen_socks5?"),
         ("Log_Verbose yes", "f:4", "did you mean log_verbose?"),
+        ("idle_timeout 15 m", "f:4", "no blank between a number and its unit: 15m"),
+        ('idle_timeout "15 m"', "f:4", "(write it without a blank)"),
+        ("max_connections 10 000", "f:4", "no blank between a number and its unit: 10000"),
+        ("log_format \u201cjson\u201d", "f:4", "log_format: column 12: character U+201C is no quote here"),
+        ("log_format 'json'", "f:4", "log_format: column 12: ' is no quote here"),
+        ("log_format 'js on'", "f:4", "log_format: column 12: ' is no quote here"),
+        ("allow_from ::1, 'x'", "f:4", "allow_from: column 17: ' is no quote here"),
+        ("log_format json;", "f:4", "log_format: column 16: no `;` behind a value"),
+        ("allow_from ::1, ::2 ;", "f:4", "allow_from: column 21: no `;` behind a value"),
+        ("allow_from 192.0.2.6-192.0.2.1", "f:4", "the lower address of a range comes first"),
         ("weight 1", "f:4", "belongs in a block"),
         ("instance a", "f:4", "this is a block"),
         ("instance a b", "f:4", "a comma is missing"),
@@ -333,7 +384,7 @@ def test_a_single_mistake_has_its_place_in_the_error():
         ("default_source_ip same, 192.0.2.2", "f:4", "stands alone"),
         ("default_source_ip 127.0.0.1", "f:4", "is not in source_ip"),
         ("source_ip 192.0.2.0/24\ndefault_source_ip 198.51.100.1", "f:5", "is not in source_ip"),
-        ("instance a {\n allow_from ::1\n}\ninstance b {\n allow_from ::1\n}", "f", "is in two blocks, a and b"),
+        ("instance a {\n allow_from ::1\n}\ninstance b {\n allow_from ::1\n}", "f:7", "is in two blocks, a and b"),
         ("auth_shared_secret " + "x" * 256, "f:4", "at most 255 bytes"),
         ("auth_shared_secret_file nowhere", "f:4", "nowhere: No such file or directory"),
         ("auth_shared_secret_file empty", "f:4", "there is no secret in the file"),
@@ -351,7 +402,9 @@ def test_one_mistake(text, place, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", ["listen: no listener", "allow_from: required"]),
+        ("", ["f: nothing is configured: a listener and allow_from are required"]),
+        ("# allow_from ::1", ["f: nothing is configured"]),
+        ("log_verbose no", ["listen: no listener", "allow_from: required"]),
         ("listen_status 127.0.0.1:1\nallow_from ::1", ["listen: no listener"]),
         ("listen 127.0.0.1:1\nallow_from ::1", ["auth_shared_secret: required with listen;"]),
         ("listen_socks5 127.0.0.1:1\nallow_from ::1", ["auth_shared_secret: required with listen_socks5;"]),
@@ -386,10 +439,42 @@ def test_a_file_that_cannot_be_read_is_the_only_mistake():
     assert mistakes(None, "--config-filename=nowhere") == ["nowhere: No such file or directory"]
 
     def broken(path):
-        return b"listen \xff".decode()
+        return "log_verbose nö\r\nlisten ÿ".encode("latin-1").decode()
 
-    with pytest.raises(ConfigError, match=r"^f: byte 8 is not UTF-8$"):
+    with pytest.raises(ConfigError, match=r"^f:1: column 14: byte 0xF6 is not UTF-8; if the file is Latin-1, save"):
         config.load(["--config-filename=f"], {}, broken)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("listen ::1\n".encode("utf-16"), "f:1: the file is UTF-16; save it as UTF-8"),
+        ("listen ::1\n".encode("utf-16-le"), "f:1: the file is UTF-16; save it as UTF-8"),
+        ("listen ::1\n".encode("utf-16-be"), "f:1: the file is UTF-16; save it as UTF-8"),
+        (
+            b"listen ::1\n\xc3\xa4\xe9\n",
+            "f:2: column 2: byte 0xE9 is not UTF-8; if the file is Latin-1, save it as UTF-8",
+        ),
+        (b"x" * 10_000_000, "f: the file is longer than 4194304 characters"),
+        (b"", "f: nothing is configured: a listener and allow_from are required"),
+    ],
+    ids=["utf16", "utf16le", "utf16be", "latin1", "10MB", "empty"],
+)
+def test_a_file_of_another_kind_is_one_message(content, message):
+    def read_file(path):
+        return content.decode()
+
+    with pytest.raises(ConfigError) as caught:
+        config.load(["--config-filename=f"], {}, read_file)
+    assert str(caught.value) == message
+
+
+def test_a_secret_file_of_another_kind_is_told_with_its_own_name():
+    def read_file(path):
+        return BASE + "auth_shared_secret_file s\n" if path == "f" else b"# comment\n\xe9".decode()
+
+    with pytest.raises(ConfigError, match=r"^s:2: auth_shared_secret_file: column 1: byte 0xE9 is not UTF-8;"):
+        config.load(["--config-filename=f"], {}, read_file)
 
 
 def test_without_any_file_the_flag_for_it_is_named():
@@ -399,6 +484,9 @@ def test_without_any_file_the_flag_for_it_is_named():
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
+        ("ok.conf", "an argument that belongs to no flag; did you mean --config-filename=FILE?"),
+        ("--config=x", 'unknown flag "--config"; did you mean --config-filename?'),
+        ("--conf=x", 'unknown flag "--conf"; did you mean --config-filename?'),
         ("--listn=1", 'unknown flag "--listn"; did you mean --listen?'),
         ("--list", "unknown flag"),
         ("--listen", "expected one argument"),

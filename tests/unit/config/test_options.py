@@ -7,6 +7,7 @@ import pytest
 
 from proxy.config import file, load
 from proxy.config.options import BLOCKS, OPTIONS
+from proxy.config.rules import PUBLISHED_SECRETS
 
 ROOT = Path(__file__).parents[3]
 SAMPLE = (ROOT / "etc/greenarrow_proxy.conf").read_text(encoding="utf-8")
@@ -59,14 +60,24 @@ def test_the_sample_is_valid_with_every_line_taken_in():
     """But for what this version refuses, nothing in it is only decoration."""
 
     def read_file(path):
-        return sample_uncommented() if path == "f" else "x" * 32
+        return (
+            re.sub("[01]{32}", "drawn-at-random-by-the-operator-1", sample_uncommented()) if path == "f" else "x" * 32
+        )
 
-    settings = load.load(["--config-filename=f"], {}, read_file)
+    settings = load.load(["--config-filename=f"], {}, read_file).settings
     for option in OPTIONS:
         if option.default is not None:
             assert getattr(settings, option.name) == option.default_value(), option.name
     assert settings.instance[0].weight == 1.0
     assert (settings.throttle[0].max_concurrent_connections, settings.throttle[0].wait) == (0, 20.0)
+
+
+def test_a_start_refuses_every_secret_that_is_published():
+    """Whoever took it over as it stands would let everybody in allow_from send mail."""
+    shown = [sample_uncommented(), SAMPLE, PAGE_5, DOCS]
+    shown += [path.read_text(encoding="utf-8") for path in sorted((ROOT / "etc/clients").iterdir())]
+    secrets = [secret for text in shown for secret in re.findall(r'auth_shared_secret "(.*?)"', text)]
+    assert {secret.encode() for secret in secrets} == PUBLISHED_SECRETS
 
 
 @pytest.mark.parametrize(("section", "option"), EVERYTHING, ids=IDS)
