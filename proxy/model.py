@@ -223,6 +223,7 @@ class Discard(enum.StrEnum):
     MAX_IDLE = "max_idle"
     MAX_MESSAGES = "max_messages"
     PEER_LIMIT = "peer_limit"
+    MAX_ERRORS = "max_errors"
     MAX_CACHED = "max_cached"
     MAX_CACHED_PER_DESTINATION = "max_cached_per_destination"
     YIELDED = "yielded"

@@ -100,6 +100,7 @@ class Settings:
     reuse_connections_max_idle: float
     reuse_connections_max_age: float
     reuse_connections_max_messages: int
+    reuse_connections_max_errors: int
     reuse_connections_max_cached: int
     reuse_connections_max_cached_per_destination: int
     mode: Mode

@@ -134,6 +134,7 @@ OPTIONS: tuple[Option, ...] = (
     _one("reuse_connections_max_idle", POSITIVE, "30s", "DURATION", "a kept connection is closed after so long unused"),
     _one("reuse_connections_max_age", POSITIVE, "5m", "DURATION", "no connection is kept for longer, from its connect"),
     _one("reuse_connections_max_messages", count(1), "100", "NUMBER", "messages that one connection may carry"),
+    _one("reuse_connections_max_errors", count(1), "5", "NUMBER", "a connection with so many replies 5xx is not kept"),
     _one("reuse_connections_max_cached", count(0), "1000", "NUMBER", "kept connections altogether"),
     _one("reuse_connections_max_cached_per_destination", count(0), "10", "NUMBER", "kept connections a destination"),
     _one("mode", MODE, "tcp", "WORD", "tcp: bytes pass untouched; smtp: the proxy takes part in the dialogue"),

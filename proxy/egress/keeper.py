@@ -35,14 +35,23 @@ _RSET_SECONDS = 10.0
 _QUIT_SECONDS = 5.0
 _READ_SIZE = 4096
 
-#: Reasons after which the receiver is alive, in a known state, and nobody is in a hurry: QUIT is said and answered.
+#: Reasons for which the receiver may be alive and waiting for a command, and nobody is in a hurry: QUIT is said and
+#: answered.
 _POLITE = frozenset(
     {
+        Discard.NOT_OFFERED,
+        Discard.LONE_DOT,
+        Discard.HELLO,
+        Discard.AUTH,
+        Discard.BDAT,
+        Discard.XCLIENT,
+        Discard.UNKNOWN_VERB,
         Discard.DISABLED,
         Discard.MAX_AGE,
         Discard.MAX_IDLE,
         Discard.MAX_MESSAGES,
         Discard.PEER_LIMIT,
+        Discard.MAX_ERRORS,
         Discard.MAX_CACHED,
         Discard.MAX_CACHED_PER_DESTINATION,
         Discard.DRAINING,
@@ -120,7 +129,9 @@ class Keeper:
     def give(self, receiver: Receiver, key: PoolKey) -> None:
         """Take a connection back; whether it is fit to be kept turns out behind the caller's back."""
         limits = receiver.place.throttles if receiver.place is not None else ()
-        entry = Entry(receiver, key, receiver.opened_at, receiver.messages, receiver.mailmax, limits)
+        entry = Entry(
+            receiver, key, receiver.opened_at, receiver.messages, receiver.mailmax, receiver.errors, limits=limits
+        )
         self._cleaning += 1
         self._crew.run(self._clean, entry)
 
@@ -129,9 +140,8 @@ class Keeper:
         self._pool.decline(reason)
         self._counters.discarded.count(reason)
 
-    def dismiss(self, receiver: Receiver, reason: Discard) -> None:
-        """Count and close a clean connection that was offered and is not wanted."""
-        self.decline(reason)
+    def part(self, receiver: Receiver, reason: Discard) -> None:
+        """Close a connection whose receiver waits for a command, with QUIT; counts nothing, see `decline`."""
         self._say_quit(receiver, reason)
 
     # ---------------------------------------------------------------- housekeeping

@@ -44,6 +44,7 @@ class Entry:
     opened_at: float  # when it was connected; seconds of the clock that every `now` is of
     messages: int = 0  # MAIL commands over all its users, failed ones included, as RFC 9422 counts
     mailmax: int | None = None  # the receiver's LIMITS MAILMAX (RFC 9422), if it announced one
+    errors: int = 0  # replies 5xx over all its users
     limits: tuple[Hashable, ...] = ()  # names of the throttles under which it holds a place
     place: object = None  # those places themselves, opaque
     idle_since: float = 0.0  # set by `Pool.offer`
@@ -83,6 +84,8 @@ class PoolSettings(Protocol):
     def reuse_connections_max_age(self) -> float: ...
     @property
     def reuse_connections_max_messages(self) -> int: ...
+    @property
+    def reuse_connections_max_errors(self) -> int: ...
     @property
     def reuse_connections_max_cached(self) -> int: ...
     @property
@@ -282,6 +285,8 @@ class Pool:
             return Discard.MAX_MESSAGES
         if entry.mailmax is not None and entry.messages >= entry.mailmax:
             return Discard.PEER_LIMIT
+        if entry.errors >= settings.reuse_connections_max_errors:
+            return Discard.MAX_ERRORS
         return None
 
     def _oldest(self) -> Entry | None:

@@ -93,6 +93,7 @@ class Receiver:
         hello: the texts of the lines of the last reply to EHLO.
         tls: None: in clear.
         in_clear: what came of TLS that was tried for this connection.
+        errors: replies 5xx over all its users.
         mailmax: MAIL commands that the receiver takes, if it said so.
         place: what it holds under the throttles.
         idle_timeout: seconds, for `guard`.
@@ -111,6 +112,7 @@ class Receiver:
     in_clear: InClear | None = None
     mailmax: int | None = None
     messages: int = 0
+    errors: int = 0
     place: Places | None = None
     guarded: bool = False
 

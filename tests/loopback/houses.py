@@ -28,6 +28,7 @@ SETTINGS = {
     "connections_max_idle": 30.0,
     "connections_max_age": 300.0,
     "connections_max_messages": 100,
+    "connections_max_errors": 5,
     "connections_max_cached": 1000,
     "connections_max_cached_per_destination": 1000,
 }

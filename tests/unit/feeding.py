@@ -145,6 +145,7 @@ def settings(**changes: object) -> Settings:
         "reuse_connections_max_idle": 30.0,
         "reuse_connections_max_age": 300.0,
         "reuse_connections_max_messages": 100,
+        "reuse_connections_max_errors": 5,
         "reuse_connections_max_cached": 1000,
         "reuse_connections_max_cached_per_destination": 10,
         "mode": "tcp",

@@ -38,8 +38,6 @@ _MAX_ATTEMPT_MESSAGE = 100
 _MAX_ATTEMPT_REPLY = 128
 _MAX_TLS_FAILURE = 512
 _DEAD = frozenset({Discard.PEER_CLOSED, Discard.SAID_421})
-#: Why a connection that is clean is not kept: its receiver is told QUIT.
-_UNWANTED = frozenset({Discard.DISABLED, Discard.DRAINING, Discard.YIELDED})
 
 
 class _Impatient(PeerError):
@@ -59,7 +57,7 @@ class _Session:
     transfer: Transfer
     started: float
     services: Services
-    unwanted: Discard | None = None  # clean and offered, but nobody may have it
+    parting: Discard | None = None  # nobody may have it, and its receiver waits for a command: it hears QUIT
 
 
 class Channel:
@@ -277,10 +275,10 @@ class Channel:
         if reason is None:
             link.send(frames.encode(m.Ended(True, "kept")))
             return Ending.KEPT, False
-        if reason in _UNWANTED:
-            session.unwanted = reason
-        elif transfer.end.keep:
+        if transfer.end.keep:
             session.services.keeper.decline(reason)
+        if transfer.at_rest:
+            session.parting = reason
         delivered = transfer.flush()
         link.send(frames.encode(m.Ended(False, reason)))
         if transfer.broken is not None:
@@ -312,8 +310,8 @@ class Channel:
         self._count_messages(session)
         if ending is Ending.KEPT:
             services.keeper.give(receiver, session.taken.key)
-        elif session.unwanted is not None and not reset:
-            services.keeper.dismiss(receiver, session.unwanted)
+        elif session.parting is not None and not reset:
+            services.keeper.part(receiver, session.parting)
         else:
             _close(services, receiver, reset)
         counters = services.counters
@@ -343,6 +341,7 @@ class Channel:
             return
         mails = transfer.tracker.mails
         receiver.messages += mails
+        receiver.errors += transfer.tracker.errors
         services.counters.messages += mails
         # What a shared connection that turned out to be dead was told is said again elsewhere, with the same permit.
         in_vain = session.taken.reused and not transfer.tracker.accepted and transfer.unclean() in _DEAD

@@ -117,6 +117,13 @@ class Transfer:
             return Discard.OUTSTANDING
         return self.tracker.verdict() if self.tracker is not None else Discard.NOT_OFFERED
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether the receiver is known to wait for a command; not without a tracker."""
+        if self.receiver_done or self.broken is not None or self._blocked or self._finished:
+            return False
+        return self.tracker is not None and self.tracker.at_rest
+
     def _push_on(self) -> None:
         """The client has closed while the receiver takes nothing, and there may be an END among what is unread.
 

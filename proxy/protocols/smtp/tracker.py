@@ -66,6 +66,7 @@ class Tracker:
         "_chunk_left",
         "_client",
         "_code",
+        "_ending",
         "_line",
         "_mail_refused",
         "_outstanding",
@@ -75,6 +76,7 @@ class Tracker:
         "_tail",
         "accepted",
         "deferred",
+        "errors",
         "mails",
         "rejected",
     )
@@ -87,6 +89,8 @@ class Tracker:
         #: Replies 4xx, and 5xx, to MAIL, RCPT and final dots; none to what was pipelined behind a refused MAIL.
         self.deferred = 0
         self.rejected = 0
+        #: Replies 5xx, to whatever: many receivers count them, and slow down or end a connection that has too many.
+        self.errors = 0
         self._client = _Client.COMMAND
         self._line = b""
         self._tail = b""
@@ -96,6 +100,7 @@ class Tracker:
         self._reply_line = b""
         self._code = 0  # of a reply whose last line has not come; 0: none
         self._server_lost = False
+        self._ending = False  # QUIT was said, or 421
         self._reason: Discard | None = None
 
     def verdict(self) -> Discard | None:
@@ -107,6 +112,13 @@ class Tracker:
         if self._outstanding or self._line or self._reply_line or self._code:
             return Discard.OUTSTANDING
         return None
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether the receiver waits for a command, so that QUIT can be said to it, fit for others or not."""
+        if self._client is not _Client.COMMAND or self._server_lost or self._ending:
+            return False
+        return not (self._outstanding or self._line or self._reply_line or self._code)
 
     @property
     def in_data(self) -> bool:
@@ -191,6 +203,7 @@ class Tracker:
 
     def _on_harmful(self, verb: bytes, argument: bytes) -> None:
         self._blame(_HARMFUL.get(verb, Discard.UNKNOWN_VERB))
+        self._ending = self._ending or verb == b"QUIT"
         if verb == b"STARTTLS":
             self._client = _Client.SWITCHING
         elif verb == b"BDAT" and argument.isdigit() and len(argument) < 20:
@@ -258,6 +271,8 @@ class Tracker:
     def _on_reply(self, code: int) -> None:
         if code == 421:
             self._blame(Discard.SAID_421)
+            self._ending = True
+        self.errors += code >= 500
         if not self._outstanding:
             # Two replies for one command, or one for none: every later reply would be read one too early.
             self._blame(Discard.PROTOCOL_ERROR)

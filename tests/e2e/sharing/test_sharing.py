@@ -13,7 +13,7 @@ import threading
 import pytest
 
 from greenarrow_proxy_client import MailLimitReached, ProxyRefused
-from tests.mx import Mx, mute
+from tests.mx import Mx, mute, say
 from tests.program import Proxy
 from tests.sharing import NAME, PLAIN, accepted, arrived, body, cached, instances, send
 from tests.waiting import wait_for
@@ -136,8 +136,36 @@ def test_a_dialogue_that_is_not_clean_is_not_kept(proxy, pair, what):
         # A receiver that closes after QUIT may have done so by then.
         assert smtp.release(wait=True) in ((what, "peer_closed") if what == "quit_seen" else (what,))
         wait_for(lambda: mx.sessions[0].ended)
+        # Whose receiver waits for a command hears QUIT, whatever was said before.
+        assert mx.sessions[0].ended == ("eof" if what in ("replies_outstanding", "in_data") else "quit")
+        assert mx.sessions[0].commands.count(b"QUIT") + mx.sessions[0].commands.count(b"quit") <= 1
         assert not send(pair[1], mx, 1).opened.reused
         assert b"RSET" not in mx.sessions[0].commands
+
+
+def test_a_sender_that_gives_up_after_a_refusal_leaves_no_rude_end(proxy, pair):
+    """A `with` block that ends in a 550: the library offers nothing, and the proxy says QUIT for it."""
+    with Mx({"rcpt": say(b"550 5.1.1 who?\r\n")}) as mx:
+        with pytest.raises(smtplib.SMTPRecipientsRefused), pair[0].smtp([mx.endpoint], NAME, tls="none") as smtp:
+            smtp.sendmail("a@example.com", ["to@example.net"], body(0))
+        wait_for(lambda: mx.sessions[0].ended)
+        assert (mx.sessions[0].ended, mx.sessions[0].commands[-1]) == ("quit", b"QUIT")
+
+
+@pytest.mark.parametrize(("refused", "kept"), [(4, True), (5, False)])
+def test_errors_do_not_travel(proxy, pair, refused, kept):
+    """Receivers count the 5xx of a connection: the next user would pay for them. They add up over its users."""
+    with Mx(lambda number: {"rcpt": [say(b"550 5.1.1 who?\r\n")] * refused} if number == 0 else {}) as mx:
+        for share in (refused // 2, refused - refused // 2):
+            smtp = pair[0].smtp([mx.endpoint], NAME, tls="none")
+            smtp.mail("a@example.com")
+            assert [smtp.rcpt("b@example.net")[0] for _ in range(share)] == [550] * share
+            assert smtp.release(wait=True) == "kept"
+            wait_for(lambda: b"RSET" in mx.sessions[0].commands)
+            cached(proxy, int(kept or share == refused // 2))
+        if not kept:
+            wait_for(lambda: mx.sessions[0].ended == "quit")
+        assert send(pair[1], mx, 1).opened.reused is kept
 
 
 def test_only_what_is_offered_is_kept(proxy, pair, mx):

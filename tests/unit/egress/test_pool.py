@@ -19,6 +19,7 @@ class Settings:
     reuse_connections_max_idle: float = 30.0
     reuse_connections_max_age: float = 300.0
     reuse_connections_max_messages: int = 100
+    reuse_connections_max_errors: int = 5
     reuse_connections_max_cached: int = 1000
     reuse_connections_max_cached_per_destination: int = 10
 
@@ -150,6 +151,8 @@ def test_a_connection_offered_twice_is_a_mistake_of_the_program():
         (Settings(), entry(messages=100, mailmax=1), Discard.MAX_MESSAGES),
         (Settings(), entry(messages=20, mailmax=20), Discard.PEER_LIMIT),
         (Settings(), entry(messages=19, mailmax=20), None),
+        (Settings(), entry(errors=5, mailmax=1), Discard.MAX_ERRORS),
+        (Settings(), entry(errors=4), None),
         (Settings(reuse_connections=False), entry(), Discard.DISABLED),
         (limits(max_cached=0), entry(), Discard.MAX_CACHED),
         (limits(max_cached_per_destination=0), entry(), Discard.MAX_CACHED_PER_DESTINATION),
@@ -362,7 +365,7 @@ class PoolMachine(RuleBasedStateMachine):
           mailmax=st.sampled_from([None, 1, 5]), names=st.lists(st.sampled_from("xy")))  # fmt: skip
     def connect(self, key, age, messages, mailmax, names):
         self.serial += 1
-        return Entry(self.serial, key, self.now - age, messages, mailmax, tuple(names))
+        return Entry(self.serial, key, self.now - age, messages, mailmax, limits=tuple(names))
 
     @rule(held=consumes(out))
     def offer(self, held):

@@ -27,6 +27,7 @@ POOL = SimpleNamespace(
     reuse_connections_max_idle=1000.0,
     reuse_connections_max_age=1000.0,
     reuse_connections_max_messages=1000,
+    reuse_connections_max_errors=1000,
     reuse_connections_max_cached=100_000,
     reuse_connections_max_cached_per_destination=100_000,
 )

@@ -371,6 +371,56 @@ def test_memory_is_bounded_whatever_comes():
         assert len(tracker._tail) <= 4
 
 
+NOOP = [(C, b"NOOP\r\n"), (S, b"250 ok\r\n")]
+
+
+@pytest.mark.parametrize(
+    ("dialogue", "at_rest"),
+    [
+        ([], True),
+        (NOOP, True),
+        # Not fit for another, and yet its receiver may be told QUIT (RFC 5321 section 4.1.1.10).
+        ([(C, b"AUTH PLAIN xx\r\n"), (S, b"535 no\r\n")], True),
+        ([(C, b"EHLO x\r\n"), (S, b"250 x\r\n")], True),
+        ([(C, b"BDAT 3 LAST\r\nabc"), (S, b"250 ok\r\n")], True),
+        ([(C, b"TURN\r\n"), (S, b"502 no\r\n")], True),
+        ([*DATA, (C, b"\n.\n\r\n.\r\n"), (S, b"250 ok\r\n")], True),
+        # In the middle of something.
+        ([(C, b"NOOP\r\n")], False),
+        ([(C, b"NO")], False),
+        ([(C, b"NOOP\r\n"), (S, b"250-ok\r\n")], False),
+        ([(C, b"NOOP\r\n"), (S, b"250 ok\r\n2")], False),
+        ([(C, b"AUTH LOGIN\r\n"), (S, b"334 \r\n"), (C, b"eA==\r\n")], False),
+        (DATA, False),
+        ([*DATA, (C, b"text\r\n.\r\n")], False),
+        ([(C, b"BDAT 3 LAST\r\nab"), (S, b"250 ok\r\n")], False),
+        ([(C, b"STARTTLS\r\n"), (S, b"220 go\r\n")], False),
+        # At its end, or not understood.
+        ([(C, b"QUIT\r\n"), (S, b"221 bye\r\n")], False),
+        ([(C, b"TURN\r\n"), (S, b"502 no\r\n"), (C, b"QUIT\r\n"), (S, b"221 bye\r\n")], False),
+        ([(C, b"NOOP\r\n"), (S, b"421 bye\r\n")], False),
+        ([(S, b"421 bye\r\n")], False),
+        ([(C, b"NOOP\r\n"), (S, b"nonsense\r\n")], False),
+        ([(C, b"NOOP\n\r\n"), (S, b"250 ok\r\n")], False),
+    ],
+)
+def test_at_rest_is_when_quit_can_be_said(dialogue, at_rest):
+    for size in (None, 1, 3):
+        assert feed(Tracker(), dialogue, size).at_rest is at_rest
+
+
+def test_errors_are_all_replies_5xx():
+    """To whatever: receivers do not ask what for."""
+    tracker = feed(
+        Tracker(),
+        [
+            *((C, b"MAIL FROM:<a@b>\r\nRCPT TO:<c@d>\r\nRCPT TO:<e@f>\r\n"), (S, b"550 no\r\n503 no\r\n")),
+            *((S, b"451 later\r\n"), (C, b"TURN\r\n"), (S, b"502-no\r\n502 no\r\n"), *NOOP),
+        ],
+    )
+    assert (tracker.errors, tracker.rejected) == (3, 1)
+
+
 COMMANDS = [
     b"MAIL FROM:<a@b>\r\n",
     b"RCPT TO:<c@d>\r\n",
