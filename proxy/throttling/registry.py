@@ -205,7 +205,10 @@ class Registry:
                     f"{throttle.key.name}: instances disagree on sum or average, the lower holds",
                 )
             )
+        slack = throttle.slack
         changed = throttle.limit_to(effective.limits, self._start, now)
+        if throttle.slack > slack:
+            self._forget_slots(throttle, now)
         if throttle.cap != effective.places:
             throttle.cap = effective.places
             changed = True
@@ -239,10 +242,14 @@ class Registry:
         """Permits of this path need `need` nanoseconds of slack."""
         for throttle in path.throttles:
             if throttle.stretch(need, self._start, now):
-                for flow in _terms(throttle):
-                    self._dispenser.forget_slots(flow)
-                    self._dispenser.activate(flow, now)
-                    self.announce(flow)
+                self._forget_slots(throttle, now)
+
+    def _forget_slots(self, throttle: Throttle, now: int) -> None:
+        """The slack has grown: what was not sent yet, or comes back, was spaced for the smaller one."""
+        for flow in _terms(throttle):
+            self._dispenser.forget_slots(flow)
+            self._dispenser.activate(flow, now)
+            self.announce(flow)
 
 
 def _terms(throttle: Throttle) -> Terms:

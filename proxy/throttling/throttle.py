@@ -25,6 +25,8 @@ AHEAD = TICK + 5_000_000
 STRICT_FROM_SECONDS = 60
 #: No limit gives more than 100,000 slots a second: one that did could keep the proxy busy with nothing else.
 SHORTEST_INTERVAL = 10 * MICROSECOND
+#: Windows of limits that are gone are remembered for their debt, this many; a later one owes what they did.
+MAX_DORMANT = 4
 #: Slack of a permit that no rate limits.
 FREE_SLACK = 2 * SECOND
 
@@ -79,44 +81,94 @@ def interval(limit: Limit, slack: int) -> int:
     return max(SHORTEST_INTERVAL, -(-window // (divisor * MICROSECOND)) * MICROSECOND)
 
 
+class Past(NamedTuple):
+    """What a window owed at the end of its terms; see `Window`."""
+
+    limit: Limit
+    slack: int
+    interval: int
+    tat: int
+    filled_at: int
+
+    def late_until(self, slack: int, now: int) -> int:
+        """When permits with this slack may follow: those of a larger one are used that much later."""
+        return min(now, self.tat - self.interval) + self.slack - slack  # each slot so far is before its `tat` by I
+
+
 class Window:
     """GCRA state of one limit. `tat` is the theoretical arrival time; the next slot is at `tat - tau` or later.
 
+    What `tat` lies ahead of a moment is the *debt* and the *fill*: slots that were taken, and the part of the burst
+    that is not there yet. Up to `filled_at` time goes into the fill, from then on into the debt. Both are kept when the
+    terms change, counted in slots and not in time; docs/throttling.md has the proof.
+
     Args:
         slack: d in nanoseconds.
-        floor: the first `tat`. What came before the manager's start is unknown, so a window begins as a predecessor may
-            have left it (see `Meter.floor`).
+        floor: the first `tat`, as far as a predecessor may have left one (see `Meter.floor`).
+        now: the burst begins empty: what came before is unknown, or has been forgotten.
     """
 
-    __slots__ = ("interval", "limit", "slack", "tat", "tau")
+    __slots__ = ("filled_at", "interval", "limit", "slack", "tat", "tau")
 
-    def __init__(self, limit: Limit, slack: int, floor: int) -> None:
+    def __init__(self, limit: Limit, slack: int, floor: int, now: int) -> None:
+        self._agree(limit, slack)
+        begin, floor = _whole(now), _whole(floor)
+        self.tat = max(floor, begin + self.tau)
+        self.filled_at = max(begin, begin + self.tau - max(0, floor - begin))
+
+    def _agree(self, limit: Limit, slack: int) -> None:
         self.limit = limit
         self.slack = slack
         self.interval = interval(limit, slack)
         self.tau = (limit.burst - 1) * self.interval
-        self.tat = floor
 
-    def change(self, limit: Limit, slack: int, floor: int, now: int, lead: int) -> None:
-        """Take other terms from now on; slots already given out keep theirs.
+    def change(self, limit: Limit, slack: int, floor: int, now: int) -> None:
+        """Take other terms from `now` on, which is not before any slot that was given out, nor after any to come.
 
-        The debt is scaled by I_new/I_old, but only what lies beyond the slots that are given out ahead (up to
-        now + lead): scaled up, those would turn 30 ms of a fast limit into hours, scaled down they would be forgotten.
-        So a limit that falls and rises again gains nothing. A next slot that is still to come does not come sooner when
-        the interval grows, though the burst's share of the debt grows with it. And what a manager does not know about
-        the time before its start holds for the new terms too: `floor` is theirs.
+        A burst that grows begins empty, and one that falls is less at once; what is owed stays owed, in slots. So no
+        change lets a slot through that the old terms and the new ones would not, and a limit that falls and rises again
+        gains nothing. What a manager does not know about the time before its start holds for the new terms too: `floor`
+        is theirs.
         """
-        next_slot, burst = self.tat - self.tau, self.limit.burst
-        old, self.limit, self.slack = self.interval, limit, slack
-        self.interval = interval(limit, slack)
-        self.tau = (limit.burst - 1) * self.interval
-        ahead = now + lead
-        if self.tat > ahead:
-            scaled = -(-(self.tat - ahead) * self.interval // (old * MICROSECOND)) * MICROSECOND
-            self.tat = -(-ahead // MICROSECOND) * MICROSECOND + scaled
-        if self.interval > old and limit.burst <= burst and next_slot > now:
-            self.tat = max(self.tat, next_slot + self.tau)
-        self.tat = max(self.tat, floor)
+        past = self.past()
+        self._agree(limit, slack)
+        self.filled_at, debt = self._carry(past, now)
+        self.tat = max(self.filled_at + debt, _whole(floor))
+
+    def inherit(self, past: Past, now: int) -> None:
+        """From `now` on this stands for another window too: it owes what that owed, and has no more of its burst."""
+        filled_at = max(self.filled_at, _whole(now))
+        debt = max(0, self.tat - filled_at)
+        other, owed = self._carry(past, now)
+        self.filled_at = max(filled_at, other)
+        self.tat = self.filled_at + max(debt, owed)
+
+    def past(self) -> Past:
+        return Past(self.limit, self.slack, self.interval, self.tat, self.filled_at)
+
+    def _carry(self, past: Past, now: int) -> tuple[int, int]:
+        """`filled_at` and debt of `past` at `now`, in these terms."""
+        begin = _whole(now)
+        fill = max(0, past.filled_at - begin)
+        debt = max(0, past.tat - begin - fill)
+        fill = _scaled(fill, self.interval, past.interval) + (self.limit.burst - past.limit.burst) * self.interval
+        begin = max(begin, past.late_until(self.slack, begin))
+        return begin + max(0, fill), _scaled(debt, self.interval, past.interval)
+
+    @property
+    def owes(self) -> bool:
+        """Whether slots were taken that are not paid, at `tat` at the latest."""
+        return self.tat > self.filled_at
+
+
+def _whole(moment: int) -> int:
+    """Rounded up to a microsecond."""
+    return moment if moment % MICROSECOND == 0 else -(-moment // MICROSECOND) * MICROSECOND
+
+
+def _scaled(span: int, new: int, old: int) -> int:
+    """`span` in intervals of `old`, in those of `new`; rounded up to a microsecond."""
+    return -(-span * new // (old * MICROSECOND)) * MICROSECOND
 
 
 class Meter:
@@ -124,18 +176,21 @@ class Meter:
 
     Attributes:
         windows: the limits in force; empty: no rate limit.
-        dormant: windows of limits that are gone while their debt is not: a limit that comes back finds it.
+        dormant: windows of limits that are gone while their debt is not, the last first: a limit that comes back finds
+            it.
+        opens: no slot is before it: slots were given out ahead up to then, when the limits changed.
         cap: places there are, 0: unlimited. used: places taken. held: places by owner, None when nobody holds one.
         taken: slots given out so far. counts: a place also takes a slot (the proxy's own throttles count connections).
     """
 
-    __slots__ = ("cap", "counts", "dormant", "held", "key", "taken", "used", "windows")
+    __slots__ = ("cap", "counts", "dormant", "held", "key", "opens", "taken", "used", "windows")
 
     def __init__(self, key: Key, counts: bool = False) -> None:
         self.key = key
         self.counts = counts
         self.windows: tuple[Window, ...] = ()
         self.dormant: tuple[Window, ...] = ()
+        self.opens = 0
         self.cap = 0
         self.taken = 0
         self.used = 0
@@ -151,6 +206,8 @@ class Meter:
     def earliest(self, now: int) -> int:
         """The next slot: `now`, rounded up to a microsecond, or later."""
         slot = -(-now // MICROSECOND) * MICROSECOND
+        if slot < self.opens:
+            slot = self.opens
         for window in self.windows:
             free = window.tat - window.tau
             if free > slot:
@@ -171,17 +228,23 @@ class Meter:
 
     def debt_until(self) -> int:
         """When the last debt is paid; what must not be forgotten before."""
-        return max([window.tat for window in self.windows + self.dormant], default=0)
+        return max([self._paid_at(window) for window in self.windows + self.dormant], default=0)
+
+    def _paid_at(self, window: Window) -> int:
+        """Made anew, a window has the smallest slack: where permits had more, their last use is that much later."""
+        return window.tat + window.slack - self._slack_range(window.limit)[0] if window.owes else 0
 
     def _slack_range(self, limit: Limit) -> tuple[int, int]:
         return (0, 0) if self.counts else slack_range(limit.seconds)
 
     def floor(self, limit: Limit, start: int) -> int:
-        """The latest `tat` that a manager which died at `start` can have left: H + tau + I later.
+        """The latest `tat` that a manager which died at `start`, with the same limit, can have left: H + tau + I later.
 
-        With the interval of the largest slack, since nobody knows which one was in force.
+        With the interval of the largest slack, and later by what that is more than the smallest, since nobody knows
+        which one was in force.
         """
-        return start + self.lead + limit.burst * interval(limit, self._slack_range(limit)[1])
+        smallest, largest = self._slack_range(limit)
+        return start + self.lead + largest - smallest + limit.burst * interval(limit, largest)
 
     def limit_to(self, limits: tuple[Limit, ...], start: int, now: int) -> bool:
         """Put `limits` (one per window length) in force; `start`: when this manager began.
@@ -191,18 +254,33 @@ class Meter:
         """
         if tuple(window.limit for window in self.windows) == limits:
             return False
+        begin = self._changeover(now)
+        former = {window.limit.seconds: window.past() for window in self.windows}
+        wanted = {limit.seconds: limit for limit in limits}
+        gone = [past for seconds, past in former.items() if past.limit != wanted.get(seconds)]
         known = {window.limit.seconds: window for window in self.windows + self.dormant}
+        dormant = [window.past() for window in self.dormant]
         active = []
         for limit in limits:
-            window = known.pop(limit.seconds, None)
+            window, floor = known.pop(limit.seconds, None), self.floor(limit, start)
             if window is None:
-                window = Window(limit, self._slack_range(limit)[0], self.floor(limit, start))
+                window = Window(limit, self._slack_range(limit)[0], floor, begin)
             elif window.limit != limit:
-                window.change(limit, window.slack, self.floor(limit, start), now, self.lead)
+                window.change(limit, window.slack, floor, begin)
+            # In its time it was perhaps another one that let the fewest through, or this one was not asked.
+            for past in gone if limit.seconds in former else [*former.values(), *dormant]:
+                if past.limit.seconds != limit.seconds:
+                    window.inherit(past, begin)
             active.append(window)
-        self.windows = tuple(active)
-        self.dormant = tuple(window for window in known.values() if window.tat > now)
+        rest = [window for window in known.values() if self._paid_at(window) > now]
+        self.windows, self.dormant = tuple(active), tuple(rest[:MAX_DORMANT])
+        self.opens = max([begin, *[past.late_until(self.slack, begin) for past in former.values()]])
         return True
+
+    def _changeover(self, now: int) -> int:
+        """A moment when limits may change: no slot that was given out is after it, and none to come shall be before."""
+        latest = min([window.tat - window.interval for window in self.windows], default=now)
+        return _whole(max(now, self.opens, min(now + self.lead, latest)))
 
     def stretch(self, need: int, start: int, now: int) -> bool:
         """Give permits at least `need` nanoseconds of slack where the window's range allows.
@@ -213,12 +291,14 @@ class Meter:
         Returns:
             whether the slack grew; slots given out before must then not be given out again.
         """
-        grew = False
+        begin, grew = self._changeover(now), False
         for window in self.windows:
             slack = min(need, self._slack_range(window.limit)[1])
             if slack > window.slack:
-                window.change(window.limit, slack, self.floor(window.limit, start), now, self.lead)
+                window.change(window.limit, slack, self.floor(window.limit, start), begin)
                 grew = True
+        if grew:
+            self.opens = begin
         return grew
 
     # --- places ---

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Iterable
 from fractions import Fraction
-from math import ceil
+from math import ceil, inf
 
 SECOND = 1_000_000_000
 
@@ -52,19 +53,76 @@ def check_slots(slots: list[int], rule: Rule) -> None:
         tat = max(tat, slot) + rule.interval
 
 
+class Terms:
+    """Which limits a throttle had when, and what a window across their changes may hold.
+
+    The design's word: no more than the most generous terms of the window's time would have let through by themselves.
+    Across a restart, of which the new manager knows nothing, the largest burst comes once more on top of the rate; with
+    equal limits that is the same.
+    """
+
+    def __init__(self) -> None:
+        self.sizes: set[int] = set()
+        self._periods: list[tuple[int, list[Rule], bool]] = []
+
+    def change(self, now: int, rules: list[Rule]) -> None:
+        """From `now` on these hold; none: nothing limits the rate."""
+        self._periods.append((now, rules, False))
+        self.sizes |= {rule.seconds * SECOND for rule in rules}
+
+    def restart(self, now: int) -> None:
+        """A new manager; nobody gets a slot before it has heard of limits."""
+        if self._periods:
+            self._periods.append((now, self._periods[-1][1], True))
+
+    def most(self, begin: int, end: int, span: int) -> float:
+        """Uses within a window of `span` whose slots were given out in [begin, end)."""
+        first = max(0, bisect_left(self._periods, begin, key=lambda period: period[0]) - 1)
+        periods = [period for period in self._periods[first:] if period[0] < end]
+        if any(restart for began, _, restart in periods if began >= begin):
+            bursts = [max(rule.burst for rule in rules) for _, rules, _ in periods if rules]
+            return max((_alone(rules, span, 1) for _, rules, _ in periods), default=inf) + max(bursts, default=1) - 1
+        return max((_alone(rules, span) for _, rules, _ in periods), default=inf)
+
+    def check(self, uses: list[int], sizes: Iterable[int], late: int, ahead: int) -> None:
+        """Every window of these sizes; slots are given out `ahead` of their time and used up to `late` after it."""
+        for size in sizes:
+            for index, start in enumerate(uses):
+                held = bisect_left(uses, start + size) - index
+                most = self.most(start - late - ahead, start + size, size)
+                if held > most:
+                    raise Violation(f"{held} uses within {size / SECOND} s from {start}, allowed are {most}")
+
+
+def _alone(rules: list[Rule], span: int, burst: int = 0) -> float:
+    """Uses in a window of `span` if these rules had always held; with `burst` instead of theirs, if given."""
+    return min((rule.most(span) + ((burst - rule.burst) if burst else 0) for rule in rules), default=inf)
+
+
 class Oracle:
     """Everything that was given out, by path, and used.
 
     Args:
         rules: throttle name → its limits. paths: path name → the throttles it passes.
         slack: path name → d of its permits, in nanoseconds.
+        terms: throttle name → its limits, where they change.
+        horizon: slots are given out so far ahead.
     """
 
-    def __init__(self, rules: dict[str, list[Rule]], paths: dict[str, tuple[str, ...]], slack: dict[str, int]) -> None:
+    def __init__(
+        self,
+        rules: dict[str, list[Rule]],
+        paths: dict[str, tuple[str, ...]],
+        slack: dict[str, int],
+        terms: dict[str, Terms] | None = None,
+        horizon: int = 0,
+    ) -> None:
         self.rules = rules
+        self.terms = terms or {}
+        self.horizon = horizon
         self.paths = paths
         self.slack = slack
-        self.minted: dict[str, list[int]] = {name: [] for name in rules}
+        self.minted: dict[str, list[int]] = {name: [] for name in [*rules, *self.terms]}
         self.came_back: dict[str, Counter[int]] = {path: Counter() for path in paths}
         self.granted: list[tuple[str, int]] = []
         self.uses: list[tuple[str, int, int]] = []
@@ -90,10 +148,12 @@ class Oracle:
         path, slot = self.granted[number]
         self.came_back[path][slot] += 1
 
-    def restarted(self) -> None:
+    def restarted(self, now: int) -> None:
         """A new manager: it knows of nothing that came back, and must not break what its predecessor gave out."""
         for counter in self.came_back.values():
             counter.clear()
+        for terms in self.terms.values():
+            terms.restart(now)
 
     def use(self, number: int, now: int) -> None:
         path, slot = self.granted[number]
@@ -118,6 +178,9 @@ class Oracle:
                     check_windows(times, size, rule.most(size))
                 if rule.seconds >= 60:
                     check_windows(times, window, rule.amount)
+        for name, terms in self.terms.items():
+            times = sorted(at for path, _, at in self.uses if name in self.paths[path])
+            terms.check(times, terms.sizes, max(self.slack.values()), self.horizon)
 
 
 def check_windows(uses: list[int], window: int, most: int) -> None:

@@ -14,11 +14,11 @@ from heapq import heappop, heappush
 from itertools import count
 
 from proxy.throttling.lease import Demand, Lease, Permit
-from proxy.throttling.limits import Part
+from proxy.throttling.limits import Mode, Part
 from proxy.throttling.manager import Manager
 from proxy.throttling.session import Output, Session
 from proxy.throttling.throttle import AHEAD, Key, Limit
-from tests.unit.throttling.oracle import SECOND, Oracle, Rule
+from tests.unit.throttling.oracle import SECOND, Oracle, Rule, Terms
 
 MS = 1_000_000
 SOURCE = "192.0.2.1"
@@ -36,17 +36,37 @@ PATHS: dict[str, tuple[str, ...]] = {
     "burst": ("burst", "address"),
     "fast": ("fast",),
     "rare": ("rare", "address"),
+    "moody": ("moody",),
 }
+#: Throttles whose limits the clients change all the time, and what they begin with.
+MOODY: dict[str, tuple[Limit, ...]] = {"moody": (Limit(100, 60),)}
 #: What the design allows d to be for the smallest window of a path.
 SLACK = {"minute": SECOND // 2, "burst": SECOND // 2, "fast": SECOND // 2, "rare": SECOND // 2}
+# With both modes it may have no limit for a while: that gives the most slack.
+SLACK["moody"] = 2 * SECOND
+
+
+def make_rule(limit: Limit) -> Rule:
+    smallest = 2 * SECOND if limit.seconds >= 600 else SECOND // 4 if limit.seconds >= 30 else SECOND // 10
+    return Rule(limit.amount, limit.seconds, limit.burst, smallest, max(smallest, SECOND // 2))
 
 
 def make_oracle() -> Oracle:
-    def rule(limit: Limit) -> Rule:
-        smallest = 2 * SECOND if limit.seconds >= 600 else SECOND // 4 if limit.seconds >= 30 else SECOND // 10
-        return Rule(limit.amount, limit.seconds, limit.burst, smallest, max(smallest, SECOND // 2))
+    rules = {name: [make_rule(limit) for limit in own] for name, own in LIMITS.items()}
+    return Oracle(rules, PATHS, SLACK, {name: Terms() for name in MOODY}, AHEAD)
 
-    return Oracle({name: [rule(limit) for limit in own] for name, own in LIMITS.items()}, PATHS, SLACK)
+
+def draw_part(rng: random.Random, one_rate: float = 0.0) -> Part:
+    """Limits of a client that has changed its mind: other amounts, bursts, lengths, modes; paused now and then."""
+    if rng.random() < one_rate:
+        return Part((Limit(100, rng.choice((60, 60, 60, 61)), rng.choice((1, 50, 50, 50))),))
+    limits = []
+    for seconds in sorted(rng.sample((60, 60, 60, 61, 75, 1), rng.choice((1, 1, 1, 2)))):
+        amount = rng.choice((100, 100, 100, 30, 200))
+        limits.append(Limit(amount, seconds, rng.choice((1, 1, 5, 25, 25))))
+    unique = {limit.seconds: limit for limit in limits}
+    mode = Mode.SUM if rng.random() < 0.1 else Mode.AVERAGE
+    return Part(tuple(unique.values()), mode=mode, paused=rng.random() < 0.1)
 
 
 @dataclass(eq=False)
@@ -79,6 +99,7 @@ class Client:
     run: int = 0
     link: Link | None = None
     incarnation: int = 0
+    parts: dict[str, Part] = field(default_factory=lambda: {name: Part(own) for name, own in (LIMITS | MOODY).items()})
     ready: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PATHS, 0))
     grips: dict[str, Grip] = field(default_factory=dict)
     old: list[tuple[str, Grip]] = field(default_factory=list)
@@ -96,6 +117,8 @@ class World:
         self.oracle = make_oracle()
         self.clients: list[Client] = []
         self.incarnation = 0
+        #: How often clients change only what should not matter: other rates hide what bursts let through.
+        self.one_rate = 0.0
         #: Whether threads of the clients may be slow between a permit and its use.
         self.dawdling = True
         self._events: list[tuple[int, int, Callable[[], None]]] = []
@@ -121,7 +144,8 @@ class World:
     def start_manager(self) -> None:
         self.incarnation += 1
         self.manager = Manager(self.incarnation, self.now)
-        self.oracle.restarted()
+        self.oracle.restarted(self.now)
+        self._in_force: dict[str, tuple[Limit, ...]] = {}
         self._wake = None
 
     def kill_manager(self, down_for: int) -> None:
@@ -140,6 +164,7 @@ class World:
         manager = self.manager
         if manager is None:
             return
+        self._look_at_limits(manager)
         for session in manager.take_ready():
             client, link = next(
                 ((c, c.link) for c in self.clients if c.link is not None and c.link.session is session), (None, None)
@@ -153,6 +178,17 @@ class World:
         if wake is not None and (self._wake is None or wake < self._wake or self._wake <= self.now):
             self._wake = wake
             self.at(wake, lambda: self._advance(manager))
+
+    def _look_at_limits(self, manager: Manager) -> None:
+        """Tell the oracle what is in force. Where nobody says anything, nobody gets anything."""
+        for name, terms in self.oracle.terms.items():
+            throttle = manager.throttles.get(Key(SOURCE, name))
+            if throttle is None or throttle.terms is None or all(stake.part.paused for stake in throttle.terms.stakes):
+                continue
+            limits = tuple(window.limit for window in throttle.windows)
+            if limits != self._in_force.get(name):
+                self._in_force[name] = limits
+                terms.change(self.now, [make_rule(limit) for limit in limits])
 
     def _closed(self, session: Session) -> None:
         """The manager has given a session up; its client connects again when it can."""
@@ -238,7 +274,7 @@ class World:
         self._served()
         self.ping(client)
         for id, (_, throttles) in enumerate(PATHS.items()):
-            parts = [(Key(SOURCE, name), Part(LIMITS[name])) for name in throttles]
+            parts = [(Key(SOURCE, name), client.parts[name]) for name in throttles]
             self.up(client, lambda manager, session, id=id, parts=parts: manager.register(session, id, parts, self.now))  # type: ignore[misc]
         self.work(client)
 
@@ -294,6 +330,14 @@ class World:
         first, n, got = self.rng.randrange(2**32), self.rng.randrange(1, 50), self.rng.randrange(2**32)
         self.up(client, lambda manager, session: manager.give_back(session, id, first, n, self.now))
         self.up(client, lambda manager, session: manager.demand(session, id, 10**6, got, 10**6, 0, 0, self.now))
+
+    def change_mind(self, client: Client, path: str) -> None:
+        """The client registers other limits for the throttles of `path`."""
+        id = list(PATHS).index(path)
+        for name in PATHS[path]:
+            client.parts[name] = draw_part(self.rng, self.one_rate)
+        parts = [(Key(SOURCE, name), client.parts[name]) for name in PATHS[path]]
+        self.up(client, lambda manager, session: manager.register(session, id, parts, self.now))
 
     def stop(self, client: Client, span: int) -> None:
         """SIGSTOP, and SIGCONT later."""
@@ -380,7 +424,10 @@ def act(world: World, rng: random.Random, restarts: bool = True) -> None:
         world.restart_client(client)
     elif dice < 0.85 and restarts and world.manager is not None:
         world.kill_manager(rng.choice((20 * MS, 2 * SECOND)))
-    elif dice < 0.95 and client.naughty:
+    elif dice < 0.90:
+        world.change_mind(client, "moody")
+        world.mail(client, "moody", 200)
+    elif dice < 0.97 and client.naughty:
         world.lie(client, path)
     world.run_for(rng.choice((0, 5 * MS, 30 * MS, 300 * MS, 2 * SECOND)))
 
@@ -407,6 +454,39 @@ def nobody_is_forgotten(manager: Manager, now: int) -> None:
             else:
                 assert flow.queued in dispenser.wheel, flow.id
                 assert flow.queued.slots is not None
+
+
+def moody_soak(seed: int, steps: int, one_rate: float = 0.5) -> World:
+    """Three MTAs with more mail than their common throttle lets through, which come and go and change its limits."""
+    rng = random.Random(seed)
+    world = World(rng)
+    world.dawdling, world.one_rate = False, one_rate
+    world.clients = [Client(f"mta{index}", index * SECOND, (0, 2 * MS)) for index in range(3)]
+    for _ in range(steps):
+        client, dice = rng.choice(world.clients), rng.random()
+        if client.link is None or client.link.broken:
+            world.connect(client)
+        elif dice < 0.08:
+            world.up(client, lambda manager, session: manager.bye(session, world.now))
+        elif dice < 0.12:  # all of them, and it is forgotten when its debt is paid
+            for each in world.clients:
+                world.up(each, lambda manager, session: manager.bye(session, world.now))
+            world.run_for(rng.choice((2 * SECOND, 70 * SECOND)))
+        elif dice < 0.18:  # nobody has mail, so that bursts fill
+            for each in world.clients:
+                world.flush(each, "moody")
+            world.run_for(70 * SECOND)
+        elif dice < 0.25:
+            world.restart_client(client)
+        elif dice < 0.27 and world.manager is not None:
+            world.kill_manager(rng.choice((20 * MS, 2 * SECOND)))
+        else:
+            world.change_mind(client, "moody")
+        for each in world.clients:
+            world.mail(each, "moody", max(0, 1000 - each.ready["moody"]))
+        world.run_for(rng.choice((0, 30 * MS, SECOND, 5 * SECOND, 30 * SECOND)))
+    world.oracle.finish()
+    return world
 
 
 def soak(seed: int, steps: int) -> World:

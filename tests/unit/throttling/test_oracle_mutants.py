@@ -13,8 +13,9 @@ import pytest
 from proxy.throttling.dispenser import Dispenser
 from proxy.throttling.flows import Flow, Path, Run, Throttle
 from proxy.throttling.lease import Lease, Permit
+from proxy.throttling.throttle import Limit, Window
 from tests.unit.throttling.oracle import Oracle, Rule, Violation, check_slots, check_windows
-from tests.unit.throttling.simulation import soak
+from tests.unit.throttling.simulation import moody_soak, soak
 
 Patch = pytest.MonkeyPatch
 SECOND = 1_000_000_000
@@ -108,6 +109,47 @@ def given_out_too_early(patch: Patch) -> None:
     patch.setattr(Path, "__init__", __init__)
 
 
+def burst_grows_full(patch: Patch) -> None:
+    change = Window.change
+
+    def grown(self: Window, limit: Limit, slack: int, floor: int, now: int) -> None:
+        burst = self.limit.burst
+        change(self, limit, slack, floor, now)
+        fill = max(0, limit.burst - burst) * self.interval
+        self.tat, self.filled_at = self.tat - fill, self.filled_at - fill
+
+    patch.setattr(Window, "change", grown)
+
+
+def burst_falls_and_the_debt_with_it(patch: Patch) -> None:
+    change = Window.change
+
+    def fallen(self: Window, limit: Limit, slack: int, floor: int, now: int) -> None:
+        burst = self.limit.burst
+        change(self, limit, slack, floor, now)
+        self.tat = max(self.filled_at, self.tat - max(0, burst - limit.burst) * self.interval)
+
+    patch.setattr(Window, "change", fallen)
+
+
+def debt_forgiven_by_a_change(patch: Patch) -> None:
+    patch.setattr("proxy.throttling.throttle._scaled", lambda span, new, old: 0)
+
+
+def new_length_owes_nothing(patch: Patch) -> None:
+    patch.setattr(Window, "inherit", lambda self, other, now: None)
+
+
+def new_window_has_its_whole_burst(patch: Patch) -> None:
+    begin = Window.__init__
+
+    def full(self: Window, limit: Limit, slack: int, floor: int, now: int) -> None:
+        begin(self, limit, slack, floor, now)
+        self.tat = self.filled_at = max(floor, now)
+
+    patch.setattr(Window, "__init__", full)
+
+
 MUTANTS = [
     bucket_full_after_restart,
     restart_forgets_what_was_given_out_ahead,
@@ -122,11 +164,24 @@ MUTANTS = [
     only_the_first_window_counts,
     given_out_too_early,
 ]
+#: Seen only where limits change.
+CHANGE_MUTANTS = [
+    burst_grows_full,
+    burst_falls_and_the_debt_with_it,
+    debt_forgiven_by_a_change,
+    new_length_owes_nothing,
+    new_window_has_its_whole_burst,
+]
 
 
 def soak_all() -> None:
-    for seed in range(12):
+    for seed in range(24):
         soak(seed, 250)
+
+
+def moody_soak_all() -> None:
+    for seed in range(100):
+        moody_soak(seed, 60, 1.0)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
@@ -134,6 +189,13 @@ def test_mutant_is_caught(mutant: Callable[[Patch], None], monkeypatch: Patch) -
     mutant(monkeypatch)
     with pytest.raises(Violation):
         soak_all()
+
+
+@pytest.mark.parametrize("mutant", CHANGE_MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_mutant_is_caught_where_limits_change(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
+    mutant(monkeypatch)
+    with pytest.raises(Violation):
+        moody_soak_all()
 
 
 # --- the oracle itself, against sequences written by hand ---

@@ -24,6 +24,7 @@ from tests.unit.throttling.simulation import (
     World,
     act,
     make_world,
+    moody_soak,
     nobody_is_forgotten,
     soak,
 )
@@ -93,6 +94,12 @@ class ThrottleMachine(RuleBasedStateMachine):
         id = list(PATHS).index("fast")
         self.world.up(self.client(index), lambda manager, session: manager.register(session, id, parts, self.world.now))
 
+    @rule(index=CLIENTS, seed=st.integers(0, 1000))
+    def change_mind(self, index: int, seed: int) -> None:
+        self.world.rng.seed(seed)
+        self.world.change_mind(self.client(index), "moody")
+        self.world.mail(self.client(index), "moody", 200)
+
     @rule(span=st.sampled_from((0, MS, 40 * MS, 700 * MS, 15 * SECOND)))
     def wait(self, span: int) -> None:
         self.world.run_for(span)
@@ -127,6 +134,11 @@ TestThrottleMachine = ThrottleMachine.TestCase
 def test_random_worlds(seed: int) -> None:
     world = soak(seed, 400)
     assert len(world.oracle.uses) > 500
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_limits_that_change_all_the_time(seed: int) -> None:
+    assert len(moody_soak(seed, 60).oracle.uses) > 200
 
 
 @pytest.mark.slow
