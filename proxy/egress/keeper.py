@@ -30,9 +30,13 @@ from proxy.protocols.smtp.dialogue import Quit, Rset
 from proxy.stats import Counters
 from proxy.throttling.flows import Places, Throttle
 
-#: Seconds for the 250 to RSET, and for the 221 to QUIT.
+#: Seconds for the 250 to the first RSET, and for the 221 to QUIT.
 _RSET_SECONDS = 10.0
 _QUIT_SECONDS = 5.0
+#: Who has been idle for longer says RSET once more before it is handed out, and has this long to be answered: a
+#: receiver may have vanished without a FIN, and the next user would wait for it as long as its own patience lasts.
+_PROBE_AFTER = 5.0
+_PROBE_SECONDS = 3.0
 _READ_SIZE = 4096
 
 #: Reasons for which the receiver may be alive and waiting for a command, and nobody is in a hurry: QUIT is said and
@@ -103,12 +107,15 @@ class Keeper:
 
     # ---------------------------------------------------------------- for channels
 
-    def take(self, key: PoolKey, claim: Callable[[Receiver], bool]) -> Receiver | None:
+    def take(self, key: PoolKey, claim: Callable[[Receiver], bool], seconds: float = _PROBE_SECONDS) -> Receiver | None:
         """A live connection of this key, the caller's now; None: there is none to be had.
+
+        Waits for the answer of one that has been idle for long. A caller that is thrown out of it holds nothing.
 
         Args:
             claim: asked for a live connection whether the caller may have it (its places change hands there); if not,
                 it stays as it was. Must not wait.
+            seconds: the longest to wait for an answer, if that is less than usual.
         """
         while True:
             entry, discarded = self._pool.take(key, monotonic())
@@ -116,14 +123,17 @@ class Keeper:
             if entry is None:
                 return None
             receiver = _receiver(entry)
-            reason = _look(receiver)
+            reason = _look(receiver) or self._probe(entry, min(seconds, _PROBE_SECONDS))
             if reason is not None:
                 self._part([self._pool.reject(entry, reason)])
+                if reason is Discard.TIMED_OUT:  # so will the others that lead there: nobody shall wait for each
+                    self._part(self._pool.remove_older(entry, reason))
             elif claim(receiver):
                 self._engine.watch(receiver.stream.socket.fileno(), None)
                 return receiver
             else:
                 self._pool.put_back(entry)
+                self._give_way(entry)
                 return None
 
     def give(self, receiver: Receiver, key: PoolKey) -> None:
@@ -183,7 +193,7 @@ class Keeper:
     def _clean(self, entry: Entry) -> None:
         """RSET, and the connection is idle; or it is closed."""
         receiver = _receiver(entry)
-        reason = self._reset(receiver)
+        reason = self._reset(receiver, _RSET_SECONDS)
         self._cleaning -= 1
         if reason is not None:
             self.decline(reason)
@@ -192,16 +202,42 @@ class Keeper:
         receiver.guard()
         self._engine.watch(receiver.stream.socket.fileno(), partial(self._idle_event, receiver))
         self._part(self._pool.offer(entry, monotonic()))
-        if receiver in self._pool and self._office.wanted(receiver.place):
-            self._pass_on(receiver, entry.key)
+        self._give_way(entry)
         due = self._pool.next_expiry()
         if due is not None and (self._armed is None or due < self._armed):
             self._changed.set()
 
-    def _reset(self, receiver: Receiver) -> Discard | None:
+    def _probe(self, entry: Entry, seconds: float) -> Discard | None:
+        """Why a connection that was taken out of the pool cannot be handed out after all, or None."""
+        if monotonic() - max(entry.idle_since, entry.proven_at) < _PROBE_AFTER:
+            return None
+        receiver = _receiver(entry)
+        fd = receiver.stream.socket.fileno()
+        self._engine.watch(fd, None)
+        self._cleaning += 1
+        try:
+            reason = self._reset(receiver, seconds)
+        except BaseException:  # whoever asked is gone, and the answer is still to come
+            self._part([self._pool.reject(entry, Discard.OUTSTANDING)])
+            raise
+        finally:
+            self._cleaning -= 1
+        if reason is not None:
+            return reason
+        entry.proven_at = monotonic()
+        self._engine.watch(fd, partial(self._idle_event, receiver))
+        return self._pool.unfit(entry, entry.proven_at)  # a stop or a reload may have come meanwhile
+
+    def _give_way(self, entry: Entry) -> None:
+        """Somebody may have begun to wait for the place of a connection while it was not to be had."""
+        receiver = _receiver(entry)
+        if receiver in self._pool and self._office.wanted(receiver.place):
+            self._pass_on(receiver, entry.key)
+
+    def _reset(self, receiver: Receiver, seconds: float) -> Discard | None:
         """Why the session cannot be kept, or None."""
         rset = Rset()
-        timer = Timeout.start_new(_RSET_SECONDS)
+        timer = Timeout.start_new(max(seconds, 0.001))
         try:
             send_all(self._engine, receiver.stream, rset.command)
             while rset.reason is None:

@@ -48,6 +48,7 @@ class Entry:
     limits: tuple[Hashable, ...] = ()  # names of the throttles under which it holds a place
     place: object = None  # those places themselves, opaque
     idle_since: float = 0.0  # set by `Pool.offer`
+    proven_at: float = 0.0  # when its receiver last answered while it was idle; whoever asks it sets this
 
 
 class Discarded(NamedTuple):
@@ -136,7 +137,7 @@ class Pool:
             raise ValueError("a connection was offered twice")
         self.offered += 1
         entry.idle_since = now
-        if reason := self._unfit(entry, now):
+        if reason := self.unfit(entry, now):
             return [self._count(entry, reason)]
         self._insert(entry)
         discarded = []
@@ -159,7 +160,7 @@ class Pool:
         discarded: list[Discarded] = []
         while queue := self._by_key.get(key):
             entry = next(reversed(queue))
-            if reason := self._unfit(entry, now):
+            if reason := self.unfit(entry, now):
                 discarded.append(self._discard(entry, reason))
                 continue
             self._remove(entry)
@@ -192,6 +193,12 @@ class Pool:
         """The watch found a held connection closed or talking; None: it is not held (any more)."""
         entry = self._by_connection.get(connection)
         return None if entry is None else self._discard(entry, reason)
+
+    def remove_older(self, entry: Entry, reason: Discard) -> list[Discarded]:
+        """What was found dead in `entry`, which is not held, concerns all that were idle longer on the same way."""
+        mates = self._by_destination.get(entry.key.destination, ())
+        older = [each for each in mates if each.key.source == entry.key.source and each.idle_since <= entry.idle_since]
+        return [self._discard(each, reason) for each in older]
 
     def yield_for(self, limit: Hashable) -> Discarded | None:
         """Somebody waits under this throttle: the connection idle longest that holds a place there gives it up."""
@@ -235,7 +242,7 @@ class Pool:
         self._settings = settings
         discarded = []
         for entry in list(self._idle):
-            if reason := self._unfit(entry, now):
+            if reason := self.unfit(entry, now):
                 discarded.append(self._discard(entry, reason))
             elif (
                 len(self._by_destination[entry.key.destination]) > settings.reuse_connections_max_cached_per_destination
@@ -269,7 +276,7 @@ class Pool:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _unfit(self, entry: Entry, now: float) -> Discard | None:
+    def unfit(self, entry: Entry, now: float) -> Discard | None:
         """Why an entry may not be held or handed out. Age comes before count: by count alone, traffic would gather at
         the slowest receiver."""
         settings = self._settings

@@ -146,11 +146,16 @@ class Opener:
             self._flows,
         )
         may_share = request.reuse and request.ehlo_name is not None and not request.fresh
-        if may_share and (kept := self._kept(key, lambda kept: self._swap(kept, who))) is not None:
+        patience = self._share(left) / 2
+        if may_share and (kept := self._kept(key, lambda kept: self._swap(kept, who), patience)) is not None:
             return kept
         places = services.admission.enter(*who, self._share(left), key if may_share else None)
         if may_share and places is not None:  # perhaps it had to be waited for, and came with a connection
-            kept = self._kept(key, lambda kept: self._move_in(kept, places))
+            try:
+                kept = self._kept(key, lambda kept: self._move_in(kept, places), self._share(left) / 2)
+            except BaseException:
+                services.admission.leave(places)
+                raise
             if kept is not None:
                 return kept
         receiver = self._fresh(wish, source, destination, left, who, places)
@@ -161,10 +166,10 @@ class Opener:
         services.counters.in_clear.count(receiver.in_clear.cause)
         return Taken(receiver, self._key(source, destination, TlsMode.NONE), False, receiver.in_clear)
 
-    def _kept(self, key: PoolKey, claim: Callable[[Receiver], bool]) -> Taken | None:
+    def _kept(self, key: PoolKey, claim: Callable[[Receiver], bool], seconds: float) -> Taken | None:
         """A cached connection, if there is one and `claim` gets it its places."""
         services = self._services
-        receiver = services.keeper.take(key, claim)
+        receiver = services.keeper.take(key, claim, seconds)
         if receiver is None:
             return None
         services.gauges.outgoing += 1

@@ -26,7 +26,7 @@ from proxy.model import Discard, Endpoint, TlsMode
 from proxy.net.conversation import receive
 from proxy.net.tls import PlainStream
 from tests.certificates import pem
-from tests.loopback.houses import SOURCE, key_of, limits, until
+from tests.loopback.houses import SOURCE, block, key_of, limits, until
 from tests.mx import Mx, close, flood, garbage, half_close, late, mute, reset, say, stall, trickle, twice
 
 
@@ -241,6 +241,133 @@ def test_tls_tickets_and_key_updates_are_no_end(house, tmp_path, monkeypatch):
         finally:
             server.kill()
             reader.join(10)
+
+
+# -- asked again before the hand-over ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """Lets the keeper's clock jump ahead: so many seconds have gone by."""
+    ahead, real = [0.0], keeper_room.monotonic
+    monkeypatch.setattr(keeper_room, "monotonic", lambda: real() + ahead[0])
+
+    def jump(seconds):
+        ahead[0] += seconds
+
+    return jump
+
+
+@pytest.mark.parametrize("tls", [TlsMode.NONE, TlsMode.REQUIRED])
+def test_who_has_been_idle_for_long_is_asked_once_more(make, later, tls):
+    with Mx(starttls=True) as mx:
+        house = make()
+        idle = house.cache(mx, tls=tls)
+        later(4.0)
+        house.give(house.open(key_of(mx, tls)))
+        until(lambda: len(house.keeper.pool) == 1)
+        assert mx.sessions[0].commands.count(b"RSET") == 2, "one for each user, none for the hand-over"
+        later(6.0)
+        assert house.open(key_of(mx, tls)) is idle
+        assert (mx.sessions[0].commands.count(b"RSET"), house.discarded(), mx.connects) == (3, {}, 1)
+
+
+def test_a_receiver_that_vanished_holds_nobody_up(house, later, monkeypatch):
+    """Nor do its other connections: one that was idle longer is as dead, on whatever key; a fresher one may live."""
+    monkeypatch.setattr(keeper_room, "_PROBE_SECONDS", 0.05)
+    with Mx({"rset": [lambda session, reply: session.send(reply), mute]}) as mx:
+        older = [house.cache(mx, tenant=tenant) for tenant in ("", "b")]
+        later(1.0)
+        first = house.cache(mx, tenant="c")
+        later(1.0)
+        fresher = house.cache(mx, tenant="d")
+        later(6.0)
+        assert house.take(key_of(mx, tenant="c")) is None
+        assert not any(each in house.keeper.pool for each in (*older, first))
+        assert fresher in house.keeper.pool
+        assert house.discarded() == {Discard.TIMED_OUT: 3}
+        assert house.open(key_of(mx, tenant="c")) is not first
+        assert [b"QUIT" in session.commands for session in mx.sessions] == [False] * 5
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [
+        (say(b"421 4.3.2 bye\r\n", close), Discard.SAID_421),
+        (say(b"503 5.5.1 no\r\n"), Discard.RSET_REFUSED),
+        (reset, Discard.PEER_CLOSED),
+        (twice, Discard.UNREAD),
+    ],
+)
+def test_whose_answer_is_wrong_is_passed_over_for_the_next(house, later, behaviour, reason):
+    script = {"rset": [lambda session, reply: session.send(reply), behaviour]}
+    with Mx(lambda number: script if number == 1 else {}) as mx:
+        users = [house.open(key_of(mx)) for _ in range(2)]
+        for count, user in enumerate(users, 1):
+            house.give(user)
+            until(lambda count=count: len(house.keeper.pool) == count)
+        later(6.0)
+        assert house.open(key_of(mx)) is users[0]
+        assert house.discarded() == {reason: 1}
+
+
+def test_who_goes_away_meanwhile_leaves_nothing_behind(make, later):
+    house = make(limits(), block("one"))
+    with Mx({"rset": [lambda session, reply: session.send(reply), mute]}) as mx:
+        house.cache(mx)
+        later(6.0)
+        user = gevent.spawn(house.open, key_of(mx))
+        until(lambda: mx.sessions[0].commands.count(b"RSET") == 2)
+        assert house.keeper.cached == 1, "it counts while it is asked"
+        user.kill()
+        until(lambda: mx.sessions[0].ended)
+        assert (house.keeper.cached, house.discarded()) == (0, {Discard.OUTSTANDING: 1})
+        assert house.open(key_of(mx)), "its place is free"
+
+
+def test_what_may_not_be_had_after_all_stays_watched_and_is_not_asked_again(house, mx, later):
+    idle = house.cache(mx)
+    later(6.0)
+    for _ in range(2):
+        assert house.keeper.take(key_of(mx), lambda kept: False) is None
+    assert idle in house.keeper.pool
+    assert mx.sessions[0].commands.count(b"RSET") == 2
+    mx.sessions[0].act(close)
+    until(lambda: not house.keeper.cached)
+    assert house.discarded() == {Discard.PEER_CLOSED: 1}
+
+
+def test_a_stop_while_it_is_asked(make, later):
+    gate = threading.Event()
+    house = make()
+    with Mx({"rset": [lambda session, reply: session.send(reply), late(gate)]}) as mx:
+        house.cache(mx)
+        later(6.0)
+        user = gevent.spawn(house.take, key_of(mx))
+        until(lambda: mx.sessions[0].commands.count(b"RSET") == 2)
+        house.keeper.drain()
+        gate.set()
+        assert user.get(timeout=10) is None
+        until(lambda: mx.sessions[0].ended == "quit")
+        until(lambda: not house.keeper.cached)
+        assert house.discarded() == {Discard.DRAINING: 1}
+
+
+def test_who_began_to_wait_for_its_place_while_it_was_asked(make, later):
+    """It cannot give way in that moment, so it does when it is back."""
+    gate = threading.Event()
+    house = make(limits(), block("one"))
+    with Mx({"rset": [lambda session, reply: session.send(reply), late(gate)]}) as mx, Mx() as other:
+        house.cache(mx)
+        later(6.0)
+        asked = gevent.spawn(house.keeper.take, key_of(mx), lambda kept: False)
+        until(lambda: mx.sessions[0].commands.count(b"RSET") == 2)
+        waiting = gevent.spawn(house.open, key_of(other), "b")
+        until(lambda: house.admission._waiting)
+        gate.set()
+        assert asked.get(timeout=10) is None
+        assert waiting.get(timeout=10).destination == other.endpoint
+        assert house.discarded() == {Discard.YIELDED: 1}
 
 
 # -- the pool's rules --------------------------------------------------------------------------------------------------

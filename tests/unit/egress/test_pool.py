@@ -280,6 +280,19 @@ def test_out_of_descriptors_those_idle_longest_go():
     assert reasons(pool.shed(2)) == [("c", Discard.OVERLOADED)]
 
 
+def test_what_is_found_dead_takes_those_with_it_that_were_idle_longer_on_the_same_way():
+    pool = Checked(Settings())
+    elsewhere = Endpoint("198.51.100.26", 25)
+    changes = [{}, {"tenant": "x"}, {"source": "192.0.2.2"}, {"destination": elsewhere}, {}, {"tenant": "y"}]
+    for at, change in enumerate(changes):
+        pool.offer(entry(at, key=KEY._replace(**change)), float(at))
+    taken = pool.take(KEY, 6.0).entry
+    assert taken.connection == 4
+    assert pool.reject(taken, Discard.TIMED_OUT).entry is taken
+    assert reasons(pool.remove_older(taken, Discard.TIMED_OUT)) == [(0, Discard.TIMED_OUT), (1, Discard.TIMED_OUT)]
+    assert [each.connection for each in pool.entries()] == [2, 3, 5]
+
+
 def test_a_drain_closes_all_and_nothing_is_held_afterwards():
     pool = Checked(Settings())
     pool.offer(entry("a"), 0.0)
