@@ -17,6 +17,7 @@ from typing import Protocol
 from proxy.egress.admission import Admission
 from proxy.egress.broken_tls import BrokenTls
 from proxy.egress.keeper import Keeper
+from proxy.egress.via import Via
 from proxy.errors import ProxyError
 from proxy.model import Ending, Endpoint
 from proxy.net.crew import Crew
@@ -153,6 +154,7 @@ class Services:
     """Wired by `server`, read by everything that serves a connection.
 
     Args:
+        via: the way out through another proxy; None: we connect ourselves.
         identity: what the native listener shows as TLS server; None: it speaks in clear.
         incarnation: 32 random bits that name this run of the program to its native clients.
         host_name: this proxy's name in what it says as an SMTP server.
@@ -171,6 +173,7 @@ class Services:
     keeper: Keeper
     broken_tls: BrokenTls
     admission: Admission
+    via: Via | None
     identity: ServerIdentity | None
     incarnation: int
     host_name: str

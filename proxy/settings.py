@@ -86,6 +86,10 @@ class Settings:
     listen_tls: bool
     tls_certificate_file: str | None  # None: a certificate is made in memory
     tls_private_key_file: str | None
+    via: tuple[Endpoint, ...]
+    via_secret: bytes | None = field(repr=False)
+    via_instance: str | None  # None: the host name
+    via_tls: bool
     source_ip: tuple[Network, ...]  # empty: any address of this machine but loopback and unspecified
     default_source_ip: tuple[str, ...]  # canonical IPs, or ("same",); empty: the system's choice
     destination_port: tuple[tuple[int, int], ...]  # inclusive ranges

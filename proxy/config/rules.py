@@ -38,6 +38,7 @@ def broken(settings: Settings, given: Collection[str], breathe: Breathe = hold_b
     yield from _instances(settings, breathe)
     yield from _listener_blocks(settings)
     yield from _source_blocks(settings, breathe)
+    yield from _agent(settings, given)
     yield from _not_in_this_version(settings)
 
 
@@ -153,6 +154,17 @@ def _source_blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
             if owner.setdefault(network, block.name) != block.name:
                 message = f"{network.network_address} is in two blocks, {owner[network]} and {block.name}"
                 yield "source", block.name, message
+
+
+def _agent(settings: Settings, given: Collection[str]) -> Iterator[Finding]:
+    """A way out through another proxy needs its secret."""
+    if not settings.via:
+        for name in ("via_secret", "via_instance", "via_tls"):
+            if name in given:
+                yield name, None, "has no effect without via"
+        return
+    if "via_secret" not in given:
+        yield "via", None, "via_secret is required with it"
 
 
 def _not_in_this_version(settings: Settings) -> Iterator[Finding]:

@@ -14,7 +14,9 @@ from typing import Any
 
 from gevent import get_hub, getcurrent, sleep
 
+from proxy.doors.through import Through
 from proxy.egress import upstream
+from proxy.egress.via import Via
 from proxy.errors import (
     BadCredentials,
     ClientNotAllowed,
@@ -147,8 +149,45 @@ class Visit:
         if refusal is not None:
             raise refusal
         self.services.engine.watch(self.socket.fileno(), self._miss)
+        if self.services.via is not None:
+            self._go_through(self.services.via, handshake, request.route)
+            return
         upstream_events = self._connect(request.route)
         self._hand_over(handshake, upstream_events)
+
+    def _go_through(self, via: Via, handshake: Handshake, route: Route) -> None:
+        """The same through another proxy, from the rules to the closing line.
+
+        Raises:
+            ProxyError: refused or failed. OSError: the client is gone.
+        """
+        services = self.services
+        destination = self.destination = route.destination
+        instance = self.instance = self.instance or self._instance_of_address()
+        dialled = upstream.local_endpoint(self.socket).host
+        source = route.source or services.access.default_source(instance, destination, dialled)
+        self.source = source or ""
+        judged = source if services.access.has_source_lists(instance) else None
+        services.access.check_route(instance, judged, destination)
+        through = Through(services, via, self.socket, instance, route, source)
+        channel, opened = through.open()
+        self.source = opened.local.host
+        self.handshake = None
+
+        def answered() -> None:
+            local = opened.local.endpoint if handshake.tells_local else None
+            self._write(handshake.send(Accepted(local)))
+
+        services.gauges.outgoing += 1
+        services.counters.fresh += 1
+        try:
+            ending = through.carry(channel, handshake.trailing, answered)
+        except BaseException:
+            services.gauges.outgoing -= 1
+            raise
+        services.engine.close(self.socket, reset=not ending.is_clean)
+        self.relayed = True
+        self.ended(ending, through.up, through.down)
 
     def _greet(self, handshake: Handshake) -> Connect | None:
         """Read until the request is there; None for a health check. One deadline covers all of it."""
@@ -199,9 +238,12 @@ class Visit:
             self.instance = self._authenticate(event)
         elif event.__class__ is BindSource:
             source = event.source
-            services.access.check_source(self.instance or self._instance_of_address(), source)
-            # Bound now, since only here can the client be told that the source is wrong; the connect uses it.
-            self._bind(source)
+            instance = self.instance or self._instance_of_address()
+            if services.via is None or services.access.has_source_lists(instance):
+                services.access.check_source(instance, source)
+            if services.via is None:
+                # Bound now, since only here can the client be told that the source is wrong; the connect uses it.
+                self._bind(source)
             return Accepted(Endpoint(source, 0))
         return _YES
 

@@ -31,12 +31,13 @@ from proxy.model import Endpoint
 from proxy.net.conversation import receive, rest_for, send_all, shake_hands
 from proxy.net.framed import FramedStream
 from proxy.net.relay import Engine, RawSocket, keep_alive
-from proxy.net.tls import PlainStream, Stream, TlsStream
+from proxy.net.tls import PlainStream, Stream, TlsStream, proven_context
 from proxy.net.turns import TurnOver
 from proxy.policy.turns import READ
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
 from proxy.protocols.native.auth import NO_CERTIFICATE, ClientHandshake, RefusedByProxy, certificate_hash
+from proxy.settings import Settings
 
 #: Seconds to connect to one proxy, TLS and authentication included.
 CONNECT_WITHIN = 10.0
@@ -76,12 +77,8 @@ class Channel:
         timer = Timeout.start_new(request.deadline_ms / 1000 + _GRACE)
         try:
             stream.say(request)
-            while stream.unsent:
-                engine.wait(stream.socket.fileno())
-                stream.flush()
+            send_all(engine, stream, b"")
             answer = self._answer()
-        except BlockingIOError:
-            raise self._gone("it takes nothing") from None
         except (OSError, PeerError) as error:
             raise self._gone(str(error)) from None
         except Timeout as fired:
@@ -146,30 +143,37 @@ class Channel:
         return ViaUnavailable(f"via {self.proxy}: {why}")
 
 
+def of_settings(engine: Engine, settings: Settings, host_name: str, old: Via | None) -> Via | None:
+    """The way out that the settings ask for; the old one, with its idle channels, if nothing has changed."""
+    if not settings.via or settings.via_secret is None:
+        return None
+    new = Via(engine, settings.via, settings.via_secret, settings.via_instance or host_name, settings.via_tls)
+    return old if old is not None and old.same_as(new) else new
+
+
 class Via:
     """The proxies, and the channels to them that are idle.
 
     Args:
         proxies: in the order of preference.
         secret, instance: how we log in there.
-        context: for TLS; None: without.
+        tls: as their `listen_tls` says.
     """
 
-    def __init__(
-        self, engine: Engine, proxies: Sequence[Endpoint], secret: bytes, instance: str, context: ssl.SSLContext | None
-    ) -> None:
+    def __init__(self, engine: Engine, proxies: Sequence[Endpoint], secret: bytes, instance: str, tls: bool) -> None:
         self._engine = engine
         self._proxies = tuple(proxies)
         self._secret = secret
         self._instance = instance
-        self._context = context
+        self._context = proven_context() if tls else None
         self._run_id = os.urandom(16)
         self._idle: list[Channel] = []  # the last one used last, and taken first
         self._avoided: dict[Endpoint, float] = {}
 
-    @property
-    def idle(self) -> int:
-        return len(self._idle)
+    def same_as(self, other: Via) -> bool:
+        """Whether the other one goes the same way under the same name."""
+        mine = (self._proxies, self._secret, self._instance, self._context is None)
+        return mine == (other._proxies, other._secret, other._instance, other._context is None)
 
     def open(self, request: m.Open) -> tuple[Channel, m.Opened]:
         """An SMTP session on an idle channel, or on a new one; waits.
@@ -228,7 +232,8 @@ class Via:
     # ---------------------------------------------------------------- new channels
 
     def _dial(self) -> Channel:
-        now, reasons = monotonic(), []
+        now = monotonic()
+        reasons: list[str] = []
         for proxy in sorted(self._proxies, key=lambda proxy: self._avoided.get(proxy, 0.0) > now):
             try:
                 channel = self._reach(proxy)
@@ -261,7 +266,7 @@ class Via:
                 raise ViaUnavailable(f"via {proxy}: it refuses us as {self._instance}: {error}") from None
             if isinstance(error, ssl.SSLError):
                 raise ViaUnavailable(f"via {proxy}: TLS: {error.reason or error.strerror}; is via_tls right?") from None
-            if isinstance(error, OSError | PeerError):
+            if isinstance(error, OSError | PeerError | UpstreamError):
                 raise ViaUnavailable(f"via {proxy}: {error}") from None
             raise
         finally:

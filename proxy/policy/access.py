@@ -120,8 +120,13 @@ class Access:
 
     def lists_source(self, instance: str, ip: str) -> bool:
         """Whether the address stands in `source_ip`, the global one or the instance's, and may be left from."""
+        return self.has_source_lists(instance) and not self._source_verdict(instance, ip)
+
+    def has_source_lists(self, instance: str) -> bool:
+        """Whether there is any `source_ip` for this instance. An agent, which has no addresses to leave from, is to
+        judge none without."""
         block = self._instance(instance)
-        return bool(self._settings.source_ip or (block and block.sources)) and not self._source_verdict(instance, ip)
+        return bool(self._settings.source_ip or (block and block.sources))
 
     def default_source(self, instance: str, destination: Endpoint, dialled: str) -> str | None:
         """The address to leave from for a client that names none; the caller has it checked like any other.

@@ -206,6 +206,10 @@ def _secrets(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
 def _advice(settings: Settings) -> Iterator[Finding]:
     if settings.idle_timeout < SHORTEST_IDLE_TIMEOUT:
         yield Finding(False, "idle_timeout", None, "below the 10 minutes of RFC 5321: slow receivers will be cut off")
+    if settings.via and settings.listen:
+        yield Finding(False, "listen", None, "native clients go out from here and not by via: they could connect there")
+    if settings.via and settings.throttle:
+        yield Finding(False, "throttle", None, "blocks limit nothing that goes out by via: they belong to that proxy")
     if settings.listen_socks5 and settings.socks5_auth == "none":
         yield Finding(False, "socks5_auth", None, "none: whoever is in allow_from may send from here")
     if settings.listen_proxy_protocol and any(n.prefixlen == 0 for n in settings.listen_proxy_protocol_allow_from):

@@ -18,7 +18,7 @@ from gevent.event import Event
 
 from proxy import __version__
 from proxy.config.load import Loaded
-from proxy.egress import upstream
+from proxy.egress import upstream, via
 from proxy.egress.admission import Admission, clock_ns
 from proxy.egress.broken_tls import BrokenTls
 from proxy.egress.keeper import Keeper
@@ -91,6 +91,7 @@ class Server:
         self._admission = Admission(manager, lambda throttle: self._keeper.make_way(throttle))
         self._keeper = Keeper(self._engine, self._crew, self._counters, settings, self._admission)
         self._broken_tls = BrokenTls()
+        self._via: via.Via | None = None
         self._generated: tls.ServerIdentity | None = None
         self._stops = 0
         self._stop = Event()
@@ -152,6 +153,9 @@ class Server:
 
     def _wire(self, settings: Settings, identity: tls.ServerIdentity | None) -> Services:
         own = (door.endpoint for door in self._doors.listening())
+        old, self._via = self._via, via.of_settings(self._engine, settings, socket.gethostname(), self._via)
+        if old is not None and old is not self._via:
+            old.stop()
         return Services(
             settings=settings,
             access=Access(settings, upstream.LocalAddresses(), own),
@@ -166,6 +170,7 @@ class Server:
             keeper=self._keeper,
             broken_tls=self._broken_tls,
             admission=self._admission,
+            via=self._via,
             identity=identity,
             incarnation=self._incarnation,
             host_name=socket.gethostname(),
@@ -325,6 +330,8 @@ class Server:
                 rest()
             for channel in list(self._instances.channels):
                 channel.sweep(monotonic())
+            if self._via is not None:
+                self._via.shed()
 
 
 class _Prepared(NamedTuple):
