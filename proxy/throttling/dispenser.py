@@ -1,10 +1,11 @@
 """Gives slots to those who wait for them, in fair order.
 
-A *path* is the set of throttles that one kind of message passes; a *flow* is one session's demand on a path. A flow
-that wants permits waits in the queue of the one throttle that holds its path up longest, so a throttle's turn touches
-only the flows that it can serve. Order is virtual time: who has had least relative to its weight comes first, and who
-joins starts at the clock of the queue, so nobody saves up turns. A slot is taken from every throttle of a path in one
-step.
+A *path* is the set of throttles that one kind of message passes; a *flow* is one session's demand on a path. Order is
+virtual time, by session at each throttle: who has had least relative to its weight comes first, and who joins starts at
+the clock of the throttle, so nobody saves up turns. A flow queues at one throttle of its path at a time, first at the
+one that holds it up longest, so a throttle's turn touches only the flows that it can serve. It goes on to those where
+it is not its turn yet, and keeps the turns that it has had. A slot is taken from every throttle of a path in one step;
+where one is not near yet, the others are kept for whoever has waited longest. docs/throttling.md has the promise.
 
 Pure: the runs that a receiver gets pile up in its `runs`. Sessions, their pings and their limits are `manager`'s.
 """
@@ -23,8 +24,17 @@ from proxy.throttling.wheel import Wheel
 MAX_STEP = (WORD - 1) * MICROSECOND
 #: No permit is usable longer than this after its slot.
 LONGEST_SLACK = 2_000_000_000
-#: When a throttle's next slot is, a number to tell equals apart, and the throttle.
+#: When a throttle's next slot is, times two (and one more, if who wants it needs no other throttle: whoever does goes
+#: first), a number to tell equals apart, and the throttle.
 Turn = tuple[int, int, Throttle]
+
+
+#: Before all virtual times: who has had its turn in this queue already.
+FRONT = -1
+#: All bits: a flow has had its turn at every throttle of its path.
+EVERYWHERE = -1
+#: Who was held up elsewhere may catch up so many slots at once.
+LAG = 4
 
 
 class Dispenser:
@@ -64,11 +74,12 @@ class Dispenser:
                 return
         slot, decider = path.earliest(now)
         throttle = decider or path.throttles[0]
+        self._join(flow)
         self._enqueue(flow, throttle)
         if slot <= now + path.horizon:
             self.serve(throttle, now)
         else:
-            self._wheel(throttle).arm_earlier(throttle, slot - throttle.lead)
+            self._wheel(throttle).arm_earlier(throttle, slot - path.horizon)
 
     def _wheel(self, throttle: Throttle) -> Wheel[Throttle]:
         return self.fine if throttle.counts else self.wheel
@@ -77,6 +88,8 @@ class Dispenser:
         """The session of `flow` is gone or means another path: it wants nothing, and what it held is not reused."""
         flow.want = 0
         flow.held = None
+        if flow.queued is not None:
+            self._leave(flow)  # what is left of it in the queue is passed over
 
     def unpark(self, receiver: Receiver, now: int) -> None:
         """`receiver` may receive again."""
@@ -84,18 +97,40 @@ class Dispenser:
         for flow in flows:
             self.activate(flow, now)
 
+    def _join(self, flow: Flow) -> None:
+        """`flow` waits from now on: known at every throttle of its path, level with those that are there."""
+        path, name = flow.path, flow.receiver.name
+        flow.order = next(self._order)
+        for throttle in path.throttles:
+            slots = throttle.slots
+            if slots is None:
+                slots = throttle.slots = Slots(path)
+            elif slots.path is not path:
+                slots.path = None
+            slots.waiting += 1
+            time = slots.times.get(name)
+            if time is None or time < slots.clock - LAG * flow.receiver.cost:
+                slots.times[name] = slots.clock
+
+    def _leave(self, flow: Flow) -> None:
+        """`flow` waits no more."""
+        flow.queued = None
+        self._yield_claims(flow)
+        for throttle in flow.path.throttles:
+            slots = throttle.slots
+            assert slots is not None, "it is kept while somebody waits"
+            slots.waiting -= 1
+            if not slots.waiting:
+                throttle.slots = None
+                self.idle[throttle] = None
+                self._wheel(throttle).disarm(throttle)
+
     def _enqueue(self, flow: Flow, throttle: Throttle) -> None:
+        """Let `flow` wait in the queue of `throttle`, in front if it has had its turn there."""
         slots = throttle.slots
-        if slots is None:
-            slots = throttle.slots = Slots(flow.path)
-        elif slots.path is not flow.path:
-            slots.path = None
-        name = flow.receiver.name
-        time = slots.times.get(name, 0)
-        if time < slots.clock:
-            time = slots.clock
-        slots.times[name] = time
-        heappush(slots.queue, (time, next(self._order), flow))
+        assert slots is not None, "it has joined"
+        front = flow.turns and flow.has_had_turn(throttle)
+        heappush(slots.queue, (FRONT if front else slots.times[flow.receiver.name], flow.order, flow))
         flow.queued = throttle
 
     # --- supply ---
@@ -115,89 +150,222 @@ class Dispenser:
 
         The order matters where paths share a throttle: a slot taken for a later instant would waste what lies before.
         """
-        agenda: list[Turn] = [(throttle.earliest(now), next(self._order), throttle) for throttle in throttles]
+        agenda: list[Turn] = [(throttle.earliest(now) << 1, next(self._order), throttle) for throttle in throttles]
         heapify(agenda)
         while agenda:
             throttle = heappop(agenda)[2]
-            slots = throttle.slots
-            if slots is not None and self._take_turn(throttle, slots, agenda, now):
-                throttle.slots = None
-                self.idle[throttle] = None
-                self._wheel(throttle).disarm(throttle)
+            if throttle.slots is not None:
+                self._take_turn(throttle, throttle.slots, agenda, now)
 
-    def _take_turn(self, throttle: Throttle, slots: Slots, agenda: list[Turn], now: int) -> bool:
-        """Serve the queue of `throttle` while its slots are the next ones and near. Whether nobody is left in it."""
-        queue, times, wheel = slots.queue, slots.times, self._wheel(throttle)
+    def _take_turn(self, throttle: Throttle, slots: Slots, agenda: list[Turn], now: int) -> None:
+        """Serve the queue of `throttle` while its slots are the next ones and near."""
+        queue, times = slots.queue, slots.times
         while queue:
             time, order, flow = queue[0]
-            receiver, path = flow.receiver, flow.path
-            if flow.want <= 0 or flow.paused or not receiver.may_receive(now):
-                heappop(queue)
-                self._stand_aside(flow)
-                continue
-            own = times[receiver.name]
-            if time < own:  # its session got something meanwhile; among that session's flows it keeps its turn
-                heapreplace(queue, (own, order, flow))
-                continue
+            receiver = flow.receiver
+            if (
+                order != flow.order
+                or flow.want <= 0
+                or time < times[receiver.name]
+                or not receiver.may_receive(now)
+                or flow.paused
+                or flow.queued is not throttle
+            ):
+                if not self._foremost(throttle, slots, now):
+                    return
+                flow = queue[0][2]
+                receiver = flow.receiver
+            path = flow.path
             slot, decider = path.earliest(now)
             if decider is None:
                 heappop(queue)
-                flow.queued = None
+                self._leave(flow)
                 self._give_freely(flow, now)
-                continue
-            if slot > now + path.horizon:
-                if decider is throttle:
-                    wheel.arm(throttle, slot - throttle.lead)
-                    return False
-                heappop(queue)
-                self._enqueue(flow, decider)
-                self._wheel(decider).arm_earlier(decider, slot - decider.lead)
+            elif len(path.throttles) > 1 or slots.claim is not None:
+                if not self._pass(flow, throttle, slots, slot, decider, agenda, now):
+                    return
+            elif slot > now + path.horizon:
+                self._wheel(throttle).arm(throttle, slot - path.horizon)
+                return
+            elif agenda and slots.path is None and agenda[0][0] <= slot << 1:
+                heappush(agenda, (slot << 1 | 1, next(self._order), throttle))
+                return
+            else:
+                throttle.take_slot(slot)
+                self._give(flow, slot)
+                flow.order = order = next(self._order)
+                heapreplace(queue, (times[receiver.name], order, flow))
+
+    def _pass(
+        self, flow: Flow, throttle: Throttle, slots: Slots, slot: int, decider: Throttle, agenda: list[Turn], now: int
+    ) -> bool:
+        """The turn of a flow that needs other throttles, too, or of one that others have a claim before.
+
+        Returns:
+            whether the turn of `throttle` goes on.
+        """
+        queue, ahead, wheel = slots.queue, flow.path.horizon, self._wheel(throttle)
+        several = len(flow.path.throttles) > 1
+        turn = slot << 1 | (not several)
+        if several:
+            own = slot if decider is throttle else throttle.earliest(now)
+            if own > now + ahead:
+                wheel.arm(throttle, own - ahead)
+                return False
+            if own == slot and agenda and agenda[0][0] < turn:
+                heappush(agenda, (turn, next(self._order), throttle))
+                return False
+            there = self._where_to_wait(flow, throttle, own, slot, decider, now)
+            if there is not None:
+                self._move(flow, slots, there, max(own, there.earliest(now)), agenda, now)
                 if queue and slots.path is not None:
+                    # The others would follow it for nothing: one is enough to ask there.
                     wheel.arm(throttle, slot)
                     return False
-                continue
-            if len(path.throttles) > 1:
-                elsewhere = self._where_to_wait(flow, throttle, slot, decider, now)
-                if elsewhere is not None:
-                    heappop(queue)
-                    self._enqueue(flow, elsewhere)
-                    heappush(agenda, (slot, next(self._order), elsewhere))
-                    if queue and slots.path is not None:
-                        # The others would follow it for nothing: one is enough to ask there.
-                        wheel.arm(throttle, slot)
-                        return False
-                    continue
-                if agenda and agenda[0][0] < slot:
-                    heappush(agenda, (slot, next(self._order), throttle))
-                    return False
-            slots.clock = own
-            for each in path.throttles:
-                each.take_slot(slot)
-            self._give(flow, slot)
+                return True
+        rival = self._rival(flow, slot, now)
+        if rival is not None:
+            first, where, when = rival
+            if when > now + first.path.horizon and where is not throttle:
+                self._move(flow, slots, where, when, agenda, now)
+                return True
+            flow, slot, turn, ahead = first, when, when << 1, first.path.horizon
+        if slot <= now + ahead and not (agenda and agenda[0][0] < turn):
+            self._grant(flow, slot, throttle, agenda, now)
+            return True
+        if several and rival is None:
+            heapreplace(queue, (FRONT, flow.order, flow))
+            self._claim(flow)
+        if slot > now + ahead:
+            wheel.arm(throttle, slot - ahead)
+        else:
+            heappush(agenda, (turn, next(self._order), throttle))
+        return False
+
+    def _grant(self, flow: Flow, slot: int, throttle: Throttle, agenda: list[Turn], now: int) -> None:
+        """`slot` to `flow`, at the turn of `throttle`; it waits for the next one where it waited for this."""
+        throttles = flow.path.throttles
+        for each in throttles:
+            each.take_slot(slot)
+        self._give(flow, slot)
+        if len(throttles) == 1:
+            flow.order = next(self._order)
+        else:
+            # Among the flows of its session it counts as served when its turn came, not when it got the slot.
+            flow.order = flow.turn
+            self._yield_claims(flow)
             if flow.want <= 0:
                 # It spoke for those who wait at the other throttles of its path: the next one's turn.
-                for each in path.throttles:
-                    if each is not throttle and each.slots is not None:
-                        heappush(agenda, (each.earliest(now), next(self._order), each))
-            heapreplace(queue, (times[receiver.name], next(self._order), flow))
-        return True
+                for each in throttles:
+                    if each is not throttle and each.slots is not None and each.slots.queue:
+                        heappush(agenda, (each.earliest(now) << 1, next(self._order), each))
 
-    def _where_to_wait(self, flow: Flow, throttle: Throttle, slot: int, decider: Throttle, now: int) -> Throttle | None:
-        """The throttle of its path that a flow must wait for before it may take `slot`; None: none."""
-        if decider is not throttle and throttle.earliest(now) < slot:
-            return decider
-        if flow.yielded != slot:
-            for other in flow.path.throttles:
-                # Others with other paths came first there for the same instant; it yields to them once.
-                if other is throttle or other.slots is None or other.slots.path is not None:
-                    continue
-                if other.earliest(now) <= slot:
-                    flow.yielded = slot
-                    return other
+    def _move(self, flow: Flow, slots: Slots, there: Throttle, when: int, agenda: list[Turn], now: int) -> None:
+        """The foremost flow of one queue waits in another from now on, which is looked at for its slot `when`."""
+        heappop(slots.queue)
+        self._enqueue(flow, there)
+        ahead = flow.path.horizon
+        if when <= now + ahead:
+            heappush(agenda, (when << 1, next(self._order), there))
+        else:
+            self._wheel(there).arm_earlier(there, when - ahead)
+
+    def _foremost(self, throttle: Throttle, slots: Slots, now: int) -> bool:
+        """Bring who is to be served next to the front of the queue. Whether anybody waits there."""
+        queue = slots.queue
+        while queue:
+            time, order, flow = queue[0]
+            if not _waits(flow, throttle, now):
+                heappop(queue)
+                if flow.queued is throttle:
+                    self._stand_aside(flow)
+            elif order != flow.order:  # it got a slot
+                heapreplace(queue, (slots.times[flow.receiver.name], flow.order, flow))
+            elif FRONT < time < (own := slots.times[flow.receiver.name]):
+                # Its session got something meanwhile; among that session's flows it keeps its turn.
+                heapreplace(queue, (own, order, flow))
+            else:
+                return True
+        return False
+
+    def _where_to_wait(
+        self, flow: Flow, throttle: Throttle, own: int, slot: int, decider: Throttle, now: int
+    ) -> Throttle | None:
+        """Where the foremost flow of `throttle` has to wait before it may have `slot`; None: nowhere, it is its turn.
+
+        A turn that it has had stays its own until it gets a slot, wherever it waits meanwhile.
+        """
+        path, name = flow.path, flow.receiver.name
+        if not flow.turns:
+            flow.turn = next(self._order)
+        if flow.turns != EVERYWHERE:
+            flow.turns |= 1 << path.throttles.index(throttle)
+            for index, other in enumerate(path.throttles):
+                if not flow.turns >> index & 1:
+                    slots = other.slots
+                    if (
+                        slots is not None
+                        and slots.path is not path
+                        and self._foremost(other, slots, now)
+                        and slots.queue[0] < (slots.times[name], flow.order)
+                    ):
+                        return other
+            flow.turns = EVERYWHERE
+        if own < slot:
+            # Its slot here comes later: others may have the one before if that costs it nothing, or less than it would
+            # cost them.
+            step = throttle.after(own)
+            if step <= slot or decider.after(slot) - slot > step - own:
+                if slot - now - path.horizon <= step - own + TICK:
+                    self._claim(flow)
+                return decider
+        return None
+
+    # --- holding a slot ---
+
+    def _claim(self, flow: Flow) -> None:
+        """It is the turn of `flow` everywhere, but one of its slots is not near: the others are kept for it until then.
+
+        Who has waited longest holds what it needs at all throttles at once, so no two wait for each other.
+        """
+        for each in flow.path.throttles:
+            slots = each.slots
+            assert slots is not None
+            claim = slots.claim
+            if claim is None or claim.queued is None or claim.order > flow.order:
+                slots.claim = flow
+
+    def _yield_claims(self, flow: Flow) -> None:
+        """`flow` has got its slot, or waits no more."""
+        if flow.turns:
+            flow.turns = 0
+            for each in flow.path.throttles:
+                if each.slots is not None and each.slots.claim is flow:
+                    each.slots.claim = None
+
+    def _rival(self, flow: Flow, slot: int, now: int) -> tuple[Flow, Throttle, int] | None:
+        """Who has waited longer and has a claim that `flow` would delay if it took `slot`; where, and to which slot.
+
+        A delay does not count if it is a smaller part of an interval than the throttle would stand idle for it. It
+        happens once: the next slot there is the claimant's own.
+        """
+        for throttle in flow.path.throttles:
+            slots = throttle.slots
+            if slots is None or (claim := slots.claim) is None or claim is flow or claim.order > flow.order:
+                continue
+            if claim.want <= 0 or claim.paused or not claim.receiver.may_receive(now):
+                slots.claim = None
+                continue
+            when, decider = claim.path.earliest(now)
+            step = throttle.after(slot)
+            if step > when and decider is not None:
+                idle, interval = max(0, when - slot), decider.after(when) - when
+                if (step - when) * (step - slot) > idle * interval:
+                    return claim, throttle, when
         return None
 
     def _stand_aside(self, flow: Flow) -> None:
-        flow.queued = None
+        self._leave(flow)
         if flow.want > 0 and not flow.paused:  # who pauses it activates it again
             flow.receiver.parked[flow] = None
 
@@ -208,8 +376,13 @@ class Dispenser:
         for throttle in flow.path.throttles:
             slots = throttle.slots
             if slots is not None:
-                time = slots.times.get(name, 0)
-                slots.times[name] = (time if time > slots.clock else slots.clock) + cost
+                clock, times = slots.clock, slots.times
+                time = times.get(name, clock)
+                if time > clock:
+                    slots.clock = time
+                elif time < clock - LAG * cost:
+                    time = clock - LAG * cost
+                times[name] = time + cost
         flow.want -= 1
         flow.balance += 1
         if flow.fine:
@@ -338,6 +511,11 @@ class Dispenser:
             flow.granted -= lost
             flow.balance -= lost
             flow.want += lost
+
+
+def _waits(flow: Flow, throttle: Throttle, now: int) -> bool:
+    """Whether an entry in the queue of `throttle` means somebody who can be served."""
+    return flow.queued is throttle and flow.want > 0 and not flow.paused and flow.receiver.may_receive(now)
 
 
 def _serial(run: Run) -> int:

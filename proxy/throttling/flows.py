@@ -132,7 +132,8 @@ class Flow:
         id: the session's number for the path.
         want: permits wanted beyond those on their way. granted: permits granted so far.
         balance: permits granted and not returned, minus messages seen.
-        yielded: the slot for which it last let others go first.
+        order: who waits longer has the smaller one; `turn`, once it has had its first turn, will be the next one.
+        turns: throttles of its path, by bit, where it has had its turn.
         fine: slots to take from this flow's share without giving them (messages that were sent without a permit).
         queued: the throttle in whose queue it stands. open: the run that may still grow. held: runs that were sent.
         places, waiting_places: connections open and requested. listed: either is not 0, and its throttles know.
@@ -142,7 +143,7 @@ class Flow:
     # One flow for each path of each session: 100,000 of them must stay small.
     __slots__ = (
         *("id", "receiver", "path", "want", "granted", "balance", "fine", "paused", "queued", "open", "held"),
-        *("places", "waiting_places", "listed", "gated", "cap", "yielded"),
+        *("places", "waiting_places", "listed", "gated", "cap", "order", "turn", "turns"),
     )
 
     def __init__(self, receiver: Receiver, id: int, path: Path) -> None:
@@ -152,7 +153,9 @@ class Flow:
         self.want = 0
         self.granted = 0
         self.balance = 0
-        self.yielded = 0
+        self.order = 0
+        self.turn = 0
+        self.turns = 0
         self.fine = 0
         self.paused = False
         self.queued: Throttle | None = None
@@ -164,20 +167,29 @@ class Flow:
         self.gated: list[Ticket] | None = None
         self.cap: tuple[int, int] | None = None
 
+    def has_had_turn(self, throttle: Throttle) -> bool:
+        """Whether it may go before the others at `throttle` (of its path)."""
+        return self.turns >> self.path.throttles.index(throttle) & 1 == 1
+
 
 class Slots:
     """Who waits for a throttle's slots: a heap by virtual time, and the virtual time of each name.
 
-    `path`: the one path of all who wait, None when there are several.
+    Attributes:
+        queue: those who wait here; others wait at another throttle of their path. waiting: how many in all.
+        path: the one path of all who wait, None when there are several.
+        times: names' virtual times, `clock` that of the last slot. claim: for whom the next slot is kept, if anybody.
     """
 
-    __slots__ = ("clock", "path", "queue", "times")
+    __slots__ = ("claim", "clock", "path", "queue", "times", "waiting")
 
     def __init__(self, path: Path) -> None:
         self.path: Path | None = path
         self.queue: list[tuple[int, int, Flow]] = []
+        self.waiting = 0
         self.times: dict[str, int] = {}
         self.clock = 0
+        self.claim: Flow | None = None
 
 
 class Places:

@@ -214,6 +214,13 @@ class Meter:
                 slot = free
         return slot
 
+    def after(self, slot: int) -> int:
+        """The slot that comes after `slot`, if that is taken."""
+        return max(
+            [(window.tat if window.tat > slot else slot) + window.interval - window.tau for window in self.windows],
+            default=slot,
+        )
+
     def take_slot(self, slot: int) -> None:
         """Use up `slot`, which is not before `earliest`; never undone."""
         self.taken += 1
