@@ -125,6 +125,9 @@ class Channel:
         """End the SMTP session; `keep` offers its connection for sharing. Never raises; look at `state` afterwards."""
         if self.state is not State.OPEN:
             return
+        if self._link.unsent:  # END would stand behind it; a reset is seen at once
+            self.close()
+            return
         self.state, self.used_at = State.ENDING, time.monotonic()
         try:
             self._link.send(frames.encode(m.End(keep, messages)))

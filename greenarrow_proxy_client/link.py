@@ -11,6 +11,8 @@ import os
 import select
 import socket
 import ssl
+import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +25,15 @@ from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
 from proxy.protocols.native.auth import NO_CERTIFICATE, ClientHandshake, RefusedByProxy, certificate_hash
 
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None  # type: ignore[assignment]
+
 _CHUNK = 65536
+_RESET = struct.pack("ii", 1, 0)
+#: linux/sockios.h: bytes that were not sent yet, those that were not acknowledged not counted.
+_SIOCOUTQNSD = 0x894B
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +57,16 @@ class Account:
     context: ssl.SSLContext | None = field(repr=False)
 
 
+def _unsent_bytes(sock: socket.socket) -> int:
+    """Bytes that were given to the kernel and not yet sent; 0 where there is no such question (Linux has it)."""
+    if fcntl is None or not sys.platform.startswith("linux"):
+        return 0
+    try:
+        return int.from_bytes(fcntl.ioctl(sock.fileno(), _SIOCOUTQNSD, bytes(4)), sys.byteorder)
+    except (OSError, ValueError):  # it is closed
+        return 0
+
+
 def tls_context() -> ssl.SSLContext:
     """For a proxy whose certificate is proven by the shared secret and not by who signed it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -63,6 +83,7 @@ class Wire:
         self.sock = sock
         self.certificate = NO_CERTIFICATE
         self._writing = threading.Lock()
+        self._stuck = False
 
     def read(self, timeout: float | None) -> bytes:
         """At most 64 KB; b"" when the proxy has closed.
@@ -80,11 +101,29 @@ class Wire:
             OSError: the connection broke or takes nothing; it is of no use any more.
         """
         with self._writing:
+            self._send(data)
+
+    def _send(self, data: bytes) -> None:
+        try:
             self.sock.sendall(data)
+        except OSError:
+            self._stuck = True
+            raise
+
+    @property
+    def unsent(self) -> bool:
+        """Whether the proxy takes no more: bytes lie in our kernel, or a write did not come to its end."""
+        return self._stuck or _unsent_bytes(self.sock) > 0
 
     def close(self) -> None:
-        """Close; whoever waits in `read` wakes up. A second time does nothing."""
+        """Close; whoever waits in `read` wakes up. A second time does nothing.
+
+        With bytes unsent it is a reset: else the kernel would go on trying to bring them to somebody who takes nothing,
+        and the proxy would hold the receiver's connection, and its place, for minutes.
+        """
         with contextlib.suppress(OSError):
+            if self.unsent:
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
 
@@ -116,7 +155,7 @@ class TlsWire(Wire):
                 with self._state:
                     self._tls.write(data[at : at + _CHUNK])
                     ciphertext = self._outgoing.read()
-                self.sock.sendall(ciphertext)
+                self._send(ciphertext)
 
     def _step(self, call: Callable[[], Any]) -> bool:
         """One step of the TLS machine; False: it wants more from the peer."""
@@ -130,7 +169,7 @@ class TlsWire(Wire):
             with self._writing:
                 with self._state:
                     ciphertext = self._outgoing.read()
-                self.sock.sendall(ciphertext)
+                self._send(ciphertext)
         return done
 
     def _feed(self, timeout: float | None) -> None:
@@ -245,6 +284,11 @@ class Link:
             OSError: the connection is of no use any more.
         """
         self._wire.write(data)
+
+    @property
+    def unsent(self) -> bool:
+        """Whether the proxy takes no more of what was sent."""
+        return self._wire.unsent
 
     def limit_sending(self, timeout: float | None) -> None:
         """Seconds that one `send` of at most a frame may take from now on; None: any time."""

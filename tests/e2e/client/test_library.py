@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import threading
 import time
 
 import pytest
@@ -168,3 +170,25 @@ def test_a_restart_of_the_proxy_is_survived(sink):
             began = time.monotonic()
             session.connect([sink.endpoint]).close()
             assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("how", ["a send that times out", "a close in the middle"])
+def test_a_receiver_that_takes_nothing_is_let_go_when_the_mta_gives_up(how):
+    """More is under way than all kernels between take: a FIN would stand behind it for minutes."""
+    gate = threading.Event()
+
+    def serve(sock):
+        sock.sendall(b"220 mx.example\r\n")
+        gate.wait(60)
+
+    with Proxy("throttle one {\n  max_concurrent_connections 1\n}\n") as proxy, Raw(serve, receive_buffer=4096) as mx:
+        with Session(proxy.native, SECRET, "server-a") as session:
+            stream = session.connect([mx.endpoint], source_ip="127.0.0.11", timeout=1.0)
+            piece, sent = b"x" * 65536, 0
+            with contextlib.suppress(TimeoutError):
+                while sent < 64 * 2**20 and (how.startswith("a send") or sent < 8 * 2**20):
+                    stream.sendall(piece)
+                    sent += len(piece)
+            stream.close()
+            wait_for(lambda: "active=0" in proxy.status()[-1], what="the place is free")
+        gate.set()
