@@ -12,6 +12,7 @@ from _socket import SHUT_RDWR
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from ssl import SSLContext
 from typing import Protocol
 
 from proxy.egress.admission import Admission
@@ -102,16 +103,17 @@ class Instances:
         channel_keys: key id → what a live session handed out for its channels.
         fences: which run of each name holds the name.
         hosts: addresses with live sessions or channels → how many; they are slowed after failures, never shut out.
-        channels: the open channels. sessions: the open sessions.
+        channels: the open channels. sessions: the open sessions. dialogues: the clients of mode smtp.
     """
 
-    __slots__ = ("channel_keys", "channels", "fences", "hosts", "sessions")
+    __slots__ = ("channel_keys", "channels", "dialogues", "fences", "hosts", "sessions")
 
     def __init__(self) -> None:
         self.channel_keys: dict[bytes, ChannelKey] = {}
         self.fences = Fences()
         self.hosts: Counter[str] = Counter()
         self.channels: dict[HostedChannel, None] = {}
+        self.dialogues: dict[HostedDialogue, None] = {}
         self.sessions: dict[HostedSession, None] = {}
 
 
@@ -125,6 +127,19 @@ class HostedChannel(Protocol):
 
     def goaway(self, seconds: float, reason: str) -> None:
         """Tell the client to finish within `seconds`."""
+
+    def cut(self, ending: Ending) -> None:
+        """End it now, whatever is in progress."""
+
+    def sweep(self, now: float) -> None:
+        """Look whether it has been idle for too long."""
+
+
+class HostedDialogue(Protocol):
+    """A client of mode smtp, as the program's housekeeping sees it. None of these calls waits."""
+
+    def goaway(self) -> None:
+        """Tell the client between two messages that the proxy stops."""
 
     def cut(self, ending: Ending) -> None:
         """End it now, whatever is in progress."""
@@ -156,6 +171,7 @@ class Services:
     Args:
         via: the way out through another proxy; None: we connect ourselves.
         identity: what the native listener shows as TLS server; None: it speaks in clear.
+        mta_context: for TLS with clients of mode smtp; None: STARTTLS is not offered.
         incarnation: 32 random bits that name this run of the program to its native clients.
         host_name: this proxy's name in what it says as an SMTP server.
     """
@@ -175,5 +191,6 @@ class Services:
     admission: Admission
     via: Via | None
     identity: ServerIdentity | None
+    mta_context: SSLContext | None
     incarnation: int
     host_name: str

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from proxy.errors import ProxyError, UpstreamError
 from proxy.model import Endpoint
 
 #: A table of named counters never holds more names than this; what comes later is counted under OTHER.
@@ -164,6 +165,26 @@ class Table(dict[str, int]):
             self[OTHER] = self.get(OTHER, 0) + amount
 
 
+class Outcomes:
+    """What became of a client's messages where the dialogue is seen; `waited`: seconds for slots."""
+
+    __slots__ = ("accepted", "deferred", "messages", "rejected", "waited")
+
+    def __init__(self) -> None:
+        self.messages = 0
+        self.accepted = 0
+        self.deferred = 0
+        self.rejected = 0
+        self.waited = 0.0
+
+    def add(self, messages: int, accepted: int, deferred: int, rejected: int) -> None:
+        """What one connection has seen, as `Tracker` counts."""
+        self.messages += messages
+        self.accepted += accepted
+        self.deferred += deferred
+        self.rejected += rejected
+
+
 class Counters:
     """Everything that is counted since the start. Plain integers: the hot path adds to them directly.
 
@@ -171,8 +192,10 @@ class Counters:
     not come to be, by step. ended: relayed connections, by `model.Ending`. discarded: cached connections, by reason.
     in_clear: SMTP sessions that are in clear although the receiver offered TLS and the client would have liked it, by
     cause: `handshake` failed, `starttls` was refused, `remembered`: not tried. reused and fresh: how often a request
-    was served from the cache or by a new connection. messages: MAIL commands seen on tracked channels; `audit` counts
-    those without a permit. probes: connections that closed without a byte, and health checks.
+    was served from the cache or by a new connection. messages: MAIL commands seen where the dialogue is; `audit` counts
+    those without a permit. messages_accepted, messages_deferred and messages_rejected: replies to them by class, by
+    instance; with sources_ in front, by source address. probes: connections that closed without a byte, and health
+    checks.
     """
 
     __slots__ = (
@@ -187,11 +210,17 @@ class Counters:
         "in_clear",
         "internal_errors",
         "messages",
+        "messages_accepted",
+        "messages_deferred",
+        "messages_rejected",
         "probes",
         "refused",
         "reloads",
         "reloads_failed",
         "reused",
+        "sources_accepted",
+        "sources_deferred",
+        "sources_rejected",
     )
 
     def __init__(self) -> None:
@@ -206,11 +235,37 @@ class Counters:
         self.reused = 0
         self.fresh = 0
         self.messages = 0
+        self.messages_accepted = Table()
+        self.messages_deferred = Table()
+        self.messages_rejected = Table()
+        self.sources_accepted = Table()
+        self.sources_deferred = Table()
+        self.sources_rejected = Table()
         self.probes = 0
         self.accept_errors = 0
         self.internal_errors = 0
         self.reloads = 0
         self.reloads_failed = 0
+
+    def note(self, error: ProxyError) -> None:
+        """A request that was refused, or an outgoing connection that did not come to be."""
+        if isinstance(error, UpstreamError):
+            self.failed.count(error.step)
+        else:
+            self.refused.count(error.code)
+
+    def count_outcomes(self, instance: str, source: str, outcomes: Outcomes) -> None:
+        """What became of messages of this instance ("": unknown) that left from this address."""
+        name = instance or "-"
+        if outcomes.accepted:
+            self.messages_accepted.count(name, outcomes.accepted)
+            self.sources_accepted.count(source, outcomes.accepted)
+        if outcomes.deferred:
+            self.messages_deferred.count(name, outcomes.deferred)
+            self.sources_deferred.count(source, outcomes.deferred)
+        if outcomes.rejected:
+            self.messages_rejected.count(name, outcomes.rejected)
+            self.sources_rejected.count(source, outcomes.rejected)
 
     def as_dict(self) -> dict[str, int | dict[str, int]]:
         """All counters by name, as `status.json` shows them; tables are copied."""

@@ -8,12 +8,15 @@ logged as one line.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any
 
 from gevent import get_hub, getcurrent, sleep
 
+from proxy.doors.smtp import visit as smtp
+from proxy.doors.smtp.direct import egress_for
 from proxy.doors.through import Through
 from proxy.egress import upstream
 from proxy.egress.via import Via
@@ -152,8 +155,12 @@ class Visit:
         if self.services.via is not None:
             self._go_through(self.services.via, handshake, request.route)
             return
-        upstream_events = self._connect(request.route)
-        self._hand_over(handshake, upstream_events)
+        source, destination = self._check_route(request.route)
+        modes = self.services.modes
+        if modes.any_smtp and modes.is_smtp(self.instance, self.door.configured, destination):
+            self._mediate(handshake, source, destination)
+        else:
+            self._hand_over(handshake, self._connect(source, destination))
 
     def _go_through(self, via: Via, handshake: Handshake, route: Route) -> None:
         """The same through another proxy, from the rules to the closing line.
@@ -269,14 +276,13 @@ class Visit:
                     services.newcomers.leave(self)
             raise
 
-    def _connect(self, route: Route) -> int:
-        """Connect as the route says; the events of upstream that the relay has to act upon.
+    def _check_route(self, route: Route) -> tuple[str, Endpoint]:
+        """Source and destination, chosen and allowed.
 
         Raises:
-            ProxyError: refused or failed.
+            ProxyError: refused.
         """
         services = self.services
-        settings = services.settings
         destination = self.destination = route.destination
         instance = self.instance = self.instance or self._instance_of_address()
         try:
@@ -291,12 +297,22 @@ class Visit:
             raise PeerError(
                 "a connection of the proxy itself was redirected to it: the rule must match the MTA's user only"
             )
+        return source, destination
+
+    def _connect(self, source: str, destination: Endpoint) -> int:
+        """Connect; the events of upstream that the relay has to act upon.
+
+        Raises:
+            ProxyError: refused or failed.
+        """
+        services = self.services
+        settings = services.settings
         asked_at = monotonic()
         if services.admission.manager.blocks:
-            self._take_place(instance, source, destination)
+            self._take_place(self.instance, source, destination)
         sock = self.upstream or self._bind(source)
         timeout = min(settings.connect_timeout, asked_at + ANSWER_WITHIN - monotonic())
-        begun = None if ends is None else self._note_end
+        begun = None if services.gauges.ends is None else self._note_end
         return upstream.connect(services.engine, sock, source, destination, timeout, begun)
 
     def _note_end(self, sock: RawSocket) -> None:
@@ -316,6 +332,19 @@ class Visit:
         Raises:
             Throttled: not in time. OSError: the client is gone.
         """
+        services = self.services
+        owner = instance or self.client.host
+        weight = services.access.weight_of(instance)
+        with self._while_client_stays():
+            self.place = services.admission.enter(owner, weight, source, destination.host, (), ANSWER_WITHIN)
+
+    @contextlib.contextmanager
+    def _while_client_stays(self) -> Iterator[None]:
+        """A client that goes away ends what is waited for within.
+
+        Raises:
+            OSError: the client is gone.
+        """
         services, fd, greenlet = self.services, self.socket.fileno(), getcurrent()
         waiting = True
 
@@ -327,10 +356,8 @@ class Visit:
         services.engine.watch(fd, client_event)
         if has_gone(self.socket):  # with its request, so no event will tell; matters only to who has to wait
             get_hub().loop.run_callback(client_event, GONE)
-        owner = instance or self.client.host
-        weight = services.access.weight_of(instance)
         try:
-            self.place = services.admission.enter(owner, weight, source, destination.host, (), ANSWER_WITHIN)
+            yield
         finally:
             waiting = False
             services.engine.watch(fd, self._miss)
@@ -359,6 +386,38 @@ class Visit:
         services.counters.fresh += 1
         timeout = services.settings.idle_timeout
         services.engine.join(client, receiver, self, timeout, early, True, self.missed, upstream_events)
+
+    def _mediate(self, handshake: Handshake, source: str, destination: Endpoint) -> None:
+        """Mode smtp: have a connection, say yes, and take part in the dialogue until it is over.
+
+        Raises:
+            ProxyError: refused or failed.
+            OSError: the client is gone.
+        """
+        services, instance = self.services, self.instance
+        terms = services.modes.terms(instance, self.client.host, source, destination)
+        bound, self.upstream = self.upstream, None
+        if bound is not None:
+            services.gauges.outgoing -= 1  # it is counted by who has it
+        owner, weight = instance or self.client.host, services.access.weight_of(instance)
+        egress = egress_for(services, terms, owner, weight, bound, ANSWER_WITHIN)
+        try:
+            with self._while_client_stays():
+                line = egress.connect()
+        finally:
+            egress.close()
+        try:
+            answer = handshake.send(Accepted(line.local) if handshake.tells_local else _YES)
+            self._write(answer)
+        except BaseException:
+            egress.drop(line, False)
+            raise
+        self.handshake = None
+        facts = smtp.Facts(self.number, self.client, terms, self.started)
+        visit = smtp.Visit(services, self.door, self.socket, facts, egress, line)
+        visit.serve(handshake.trailing)
+        if visit.resets:
+            services.engine.close(self.socket, True)
 
     # ---------------------------------------------------------------- ends
 

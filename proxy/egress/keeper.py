@@ -91,6 +91,7 @@ class Keeper:
         self._pool = Pool(settings)
         self._cleaning = 0
         self._parting: dict[Receiver, None] = {}  # QUIT is said or will be; in this order
+        self._lent: dict[Receiver, Callable[[], object]] = {}  # of idle clients, those idle longest first
         self._armed: float | None = None  # when the sweeper wakes up; None: when it is told to
         self._changed = Event()
         self._loop: Any = get_hub().loop
@@ -154,6 +155,15 @@ class Keeper:
         """Close a connection whose receiver waits for a command, with QUIT; counts nothing, see `decline`."""
         self._say_quit(receiver, reason)
 
+    def lend(self, receiver: Receiver, taken: Callable[[], object]) -> None:
+        """The client of this connection is idle: should somebody wait for its place, `taken` is called, once, and the
+        connection is to be given as soon as may be. It must not wait."""
+        self._lent[receiver] = taken
+
+    def keep(self, receiver: Receiver) -> None:
+        """The client goes on; also after it was taken."""
+        self._lent.pop(receiver, None)
+
     # ---------------------------------------------------------------- housekeeping
 
     def make_way(self, throttle: Throttle) -> bool:
@@ -165,7 +175,12 @@ class Keeper:
         discarded = self._pool.yield_for(throttle)
         if discarded is not None:
             self._part([discarded])
-        return discarded is not None
+            return True
+        for receiver in self._lent:
+            if receiver.place is not None and throttle in receiver.place.throttles:
+                self._lent.pop(receiver)()
+                break
+        return False  # its place is free when it is clean
 
     def run(self) -> None:
         """Give up what has come to its age; for a greenlet of its own."""

@@ -24,9 +24,9 @@ from proxy.errors import Step, UpstreamError
 from proxy.model import Endpoint, TlsMode
 from proxy.net import tls
 from proxy.net.conversation import receive, send_all, shake_hands
-from proxy.net.relay import Engine, keep_alive
+from proxy.net.relay import Engine, RawSocket, keep_alive
 from proxy.net.tls import PlainStream, Stream, TlsStream
-from proxy.protocols.smtp.dialogue import ClientDialogue, Then, mailmax
+from proxy.protocols.smtp.dialogue import Action, ClientDialogue, Then, mailmax
 from proxy.throttling.flows import Places
 
 
@@ -166,29 +166,60 @@ def open_receiver(
 def _attempt(
     engine: Engine, wish: Wish, source: str, destination: Endpoint, limits: Limits, idle_timeout: float
 ) -> Receiver:
-    opened_at = monotonic()
-    sock = upstream.bind(source)
-    try:
-        upstream.connect(engine, sock, source, destination, max(min(limits.connect, limits.ends_at - opened_at), 0.001))
-        local = upstream.local_endpoint(sock)
-        receiver = Receiver(PlainStream(sock), source, destination, local, opened_at, idle_timeout)
-        if wish.ehlo_name is not None:
-            bring_up = _BringUp(engine, receiver, wish, wish.ehlo_name)
-            bring_up.run(max(min(limits.session, limits.ends_at - monotonic()), 0.001))
+    seconds = max(min(limits.connect, limits.ends_at - monotonic()), 0.001)
+    receiver = connect_receiver(engine, source, destination, seconds, idle_timeout)
+    if wish.ehlo_name is None:
         return receiver
+    try:
+        BringUp(engine, receiver, wish).run(max(min(limits.session, limits.ends_at - monotonic()), 0.001))
+        return receiver
+    except BaseException:
+        engine.close(receiver.stream.socket)
+        raise
+
+
+def connect_receiver(
+    engine: Engine,
+    source: str,
+    destination: Endpoint,
+    seconds: float,
+    idle_timeout: float,
+    sock: RawSocket | None = None,
+    begun: Callable[[RawSocket], None] | None = None,
+) -> Receiver:
+    """A TCP connection on which nothing was said or heard.
+
+    Args:
+        sock: one that is bound already; it is closed if it does not connect.
+        begun: see `upstream.connect`.
+
+    Raises:
+        UpstreamError, Overloaded: as `open_receiver`.
+    """
+    opened_at = monotonic()
+    if sock is None:
+        sock = upstream.bind(source)
+    try:
+        upstream.connect(engine, sock, source, destination, seconds, begun)
+        local = upstream.local_endpoint(sock)
+        return Receiver(PlainStream(sock), source, destination, local, opened_at, idle_timeout)
     except BaseException:
         engine.close(sock)
         raise
 
 
-class _BringUp:
-    """Does what the dialogue says until the session is up."""
+class BringUp:
+    """Does what the dialogue says until the session is up, at once or in two steps. Closes nothing.
 
-    def __init__(self, engine: Engine, receiver: Receiver, wish: Wish, ehlo_name: str) -> None:
+    Args:
+        wish: without an EHLO name it is `greet`, and `hello` with the name that turned up meanwhile; else `run`.
+    """
+
+    def __init__(self, engine: Engine, receiver: Receiver, wish: Wish) -> None:
         self._engine = engine
-        self._receiver = receiver
+        self.receiver = receiver
         self._wish = wish
-        self._dialogue = ClientDialogue(ehlo_name, wish.tls, str(receiver.destination))
+        self._dialogue = ClientDialogue(wish.ehlo_name, wish.tls, str(receiver.destination))
         self._ends_at = math.inf
 
     def run(self, seconds: float) -> None:
@@ -197,10 +228,32 @@ class _BringUp:
         Raises:
             UpstreamError: the step, and the errno or the receiver's reply.
         """
+        self._within(seconds, self._dialogue.begin())
+        self._note_result()
+
+    def greet(self, seconds: float) -> None:
+        """Read the greeting.
+
+        Raises:
+            UpstreamError: as `run`.
+        """
+        self._within(seconds, self._dialogue.begin())
+        self.receiver.greeting = str(self._dialogue.greeting)
+
+    def hello(self, name: str, seconds: float) -> None:
+        """The rest, behind `greet`.
+
+        Raises:
+            UpstreamError: as `run`. PeerError: the name cannot stand in a command.
+        """
+        self._within(seconds, self._dialogue.introduce(name))
+        self._note_result()
+
+    def _within(self, seconds: float, action: Action) -> None:
         self._ends_at = monotonic() + seconds
         timer = Timeout.start_new(seconds)
         try:
-            self._converse()
+            self._converse(action)
         except ssl.SSLError as error:
             raise self._failed(_tls_reason(error), 0) from None
         except OSError as error:
@@ -212,25 +265,23 @@ class _BringUp:
             raise self._failed(f"no answer within {seconds:.0f}s", errno.ETIMEDOUT) from None
         finally:
             timer.close()
-        self._note_result()
 
-    def _converse(self) -> None:
+    def _converse(self, action: Action) -> None:
         dialogue = self._dialogue
-        action = dialogue.begin()
-        while action.then is not Then.DONE:
+        while action.then is not Then.DONE and action.then is not Then.INTRODUCE:
             if action.send:
-                send_all(self._engine, self._receiver.stream, action.send)
+                send_all(self._engine, self.receiver.stream, action.send)
             if action.then is Then.START_TLS:
                 self._start_tls()
                 action = dialogue.tls_started()
                 continue
-            data = receive(self._engine, self._receiver.stream)
+            data = receive(self._engine, self.receiver.stream)
             if not data:
                 raise dialogue.eof()
             action = dialogue.receive(data)
 
     def _start_tls(self) -> None:
-        wish, receiver = self._wish, self._receiver
+        wish, receiver = self._wish, self.receiver
         # Without a name there is still the address, which a certificate may carry; unverified, it is not sent as SNI.
         name = wish.tls_server_name or (receiver.destination.host if wish.tls_verify else None)
         context = tls.client_context(wish.tls_verify)
@@ -263,7 +314,7 @@ class _BringUp:
                 timer.close()
 
     def _note_result(self) -> None:
-        receiver, dialogue = self._receiver, self._dialogue
+        receiver, dialogue = self.receiver, self._dialogue
         if dialogue.starttls_refusal is not None:
             receiver.in_clear = InClear("starttls", f"STARTTLS refused: {dialogue.starttls_refusal}")
         receiver.greeting = str(dialogue.greeting) if dialogue.greeting else None
@@ -271,7 +322,7 @@ class _BringUp:
         receiver.mailmax = mailmax(dialogue.capabilities)
 
     def _failed(self, why: str, number: int) -> UpstreamError:
-        receiver, step = self._receiver, self._dialogue.step
+        receiver, step = self.receiver, self._dialogue.step
         return UpstreamError(f"{step} {receiver.source} -> {receiver.destination}: {why}", step, number, reason=why)
 
 

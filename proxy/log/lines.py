@@ -28,7 +28,7 @@ import msgspec
 from proxy.errors import BadCredentials, ClientNotAllowed, Overloaded, PeerError, ProxyError, Refused, UpstreamError
 from proxy.log.writer import Writer
 from proxy.model import Ending, Endpoint
-from proxy.stats import Limiter
+from proxy.stats import Limiter, Outcomes
 
 __all__ = [
     "DEBUG",
@@ -319,6 +319,7 @@ def connection(
     bytes_down: int,
     seconds: float,
     outcome: Ending,
+    messages: Outcomes | None = None,
 ) -> None:
     """The closing line of a connection that was relayed. Hot path: a few microseconds, no `logging`.
 
@@ -331,6 +332,7 @@ def connection(
         tls: TLS version towards the receiver, "" when the proxy did none.
         bytes_up: client to receiver; `bytes_down` the other way.
         seconds: from accept (native: OPEN) to the end.
+        messages: what became of them; None: the dialogue was not seen.
     """
     if _out is None or _connections == "none" or (_connections == "errors" and outcome.is_clean):
         return
@@ -340,13 +342,24 @@ def connection(
         entry |= {"protocol": protocol, "client": str(client), "source": source, "destination": str(destination or "")}
         entry |= {"reused": reused, "tls": tls, "up": bytes_up, "down": bytes_down}
         entry |= {"seconds": round(seconds, 3), "outcome": outcome}
+        if messages is not None:
+            entry |= {"messages": messages.messages, "accepted": messages.accepted, "deferred": messages.deferred}
+            entry |= {"rejected": messages.rejected, "waited": round(messages.waited, 3)}
         _out.put(msgspec.json.encode(entry).decode())
         return
     stamp = _clock.stamp() + " " if _stamped else ""
+    said = "" if messages is None else _outcomes(messages)
     _out.put(
         f"{stamp}connection id={id} instance={word(instance)} protocol={protocol} client={client} "
         f"source={source or '-'} destination={destination or '-'} reused={'yes' if reused else 'no'} tls={tls or '-'} "
-        f"up={bytes_up} down={bytes_down} seconds={seconds:.3f} outcome={outcome}"
+        f"up={bytes_up} down={bytes_down} seconds={seconds:.3f} outcome={outcome}{said}"
+    )
+
+
+def _outcomes(messages: Outcomes) -> str:
+    return (
+        f" messages={messages.messages} accepted={messages.accepted} deferred={messages.deferred} "
+        f"rejected={messages.rejected} waited={messages.waited:.3f}"
     )
 
 

@@ -48,10 +48,16 @@ _LIFETIME = timedelta(days=3650)
 
 @dataclass(frozen=True, slots=True)
 class ServerIdentity:
-    """What the native listener shows: the context, and the SHA-256 of its leaf certificate's DER form."""
+    """What this proxy shows as a TLS server.
+
+    Args:
+        context: for the native listener. certificate: the SHA-256 of the leaf certificate's DER form.
+        mta_context: the same for MTAs that say STARTTLS, which may be older.
+    """
 
     context: ssl.SSLContext
     certificate: bytes
+    mta_context: ssl.SSLContext
 
 
 def generated_identity(host_name: str, now: datetime | None = None) -> ServerIdentity:
@@ -132,18 +138,22 @@ def _pem(directive: str, path: str, wanted: bytes, name: str) -> bytes:
 
 def _identity(pem: bytes) -> ServerIdentity:
     """From certificates (the leaf first) and a key. Read once, so that what is shown is what was hashed."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    context.num_tickets = 0  # a resumed handshake costs no less here, and channels live long
+    contexts = []
+    for version in (ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.TLSv1_2):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = version
+        context.num_tickets = 0  # a resumed handshake costs no less here, and channels live long
+        contexts.append(context)
     leaf = x509.load_pem_x509_certificates(pem)[0]
     fd = os.memfd_create("certificate", os.MFD_CLOEXEC)
     try:
         os.write(fd, pem)
-        # A key with a password is an error, not a question on the terminal.
-        context.load_cert_chain(f"/proc/self/fd/{fd}", password="")
+        for context in contexts:
+            # A key with a password is an error, not a question on the terminal.
+            context.load_cert_chain(f"/proc/self/fd/{fd}", password="")
     finally:
         os.close(fd)
-    return ServerIdentity(context, certificate_hash(leaf.public_bytes(serialization.Encoding.DER)))
+    return ServerIdentity(contexts[0], certificate_hash(leaf.public_bytes(serialization.Encoding.DER)), contexts[1])
 
 
 @lru_cache(maxsize=2)

@@ -171,18 +171,19 @@ class Server:
             broken_tls=self._broken_tls,
             admission=self._admission,
             via=self._via,
-            identity=identity,
+            identity=identity if settings.listen and settings.listen_tls else None,
+            mta_context=identity.mta_context if identity is not None and settings.mode_smtp_starttls else None,
             incarnation=self._incarnation,
             host_name=socket.gethostname(),
         )
 
     def _identity(self, settings: Settings) -> tls.ServerIdentity | None:
-        """What the native listener shows; a certificate made in memory stays the same over reloads.
+        """What the native listener and mode smtp's STARTTLS show; one made in memory stays the same over reloads.
 
         Raises:
             UnfitIdentity: the operator's files are of no use.
         """
-        if not settings.listen or not settings.listen_tls:
+        if not (settings.listen and settings.listen_tls) and not settings.mode_smtp_starttls:
             return None
         certificate, key = settings.tls_certificate_file, settings.tls_private_key_file
         if certificate is None or key is None:
@@ -276,6 +277,8 @@ class Server:
         self._doors.finish()
         for channel in list(self._instances.channels):
             channel.goaway(timeout, "the proxy is shutting down")
+        for dialogue in list(self._instances.dialogues):
+            dialogue.goaway()
         for session in list(self._instances.sessions):
             session.goaway(timeout, "the proxy is shutting down")
         self._keeper.drain()
@@ -292,6 +295,8 @@ class Server:
         self._engine.abort_all(Ending.DRAIN_TIMEOUT)
         for channel in list(self._instances.channels):
             channel.cut(Ending.DRAIN_TIMEOUT)
+        for dialogue in list(self._instances.dialogues):
+            dialogue.cut(Ending.DRAIN_TIMEOUT)
         for session in list(self._instances.sessions):
             session.cut()
         rest()
@@ -330,6 +335,8 @@ class Server:
                 rest()
             for channel in list(self._instances.channels):
                 channel.sweep(monotonic())
+            for dialogue in list(self._instances.dialogues):
+                dialogue.sweep(monotonic())
             if self._via is not None:
                 self._via.shed()
 

@@ -46,7 +46,7 @@ class Line:
         shared: it may go to others afterwards, if the dialogue leaves it clean.
         left: MAIL commands that it may still carry; None: any number.
         tls: the version of TLS with the receiver, or "".
-        messages: MAIL commands of this dialogue on it; `give` and the others count them.
+        messages, errors: MAIL commands and replies 5xx of this dialogue on it; `give` and the others count them.
         handle: the egress's own.
     """
 
@@ -60,6 +60,7 @@ class Line:
     left: int | None = None
     tls: str = ""
     messages: int = 0
+    errors: int = 0
     handle: object = None
 
 
@@ -125,6 +126,9 @@ class Egress(Protocol):
 
     def part(self, line: Line, reason: Discard) -> None:
         """Nothing is in progress, but nobody else may have it: QUIT behind the client's back. Does not wait."""
+
+    def close(self) -> None:
+        """`connect` is over, well or not: what was set aside for it is given back. Does not wait."""
 
     def drop(self, line: Line, reset: bool) -> None:
         """Close at once; with `reset` the receiver sees RST, so that nothing unfinished is taken for a message."""

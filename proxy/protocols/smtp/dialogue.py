@@ -119,6 +119,7 @@ class Then(enum.Enum):
 
     READ = "read"  # wait for bytes, give them to `receive`
     START_TLS = "start_tls"  # do the handshake as the client, then call `tls_started`
+    INTRODUCE = "introduce"  # the greeting is there, and no name was given yet: call `introduce`
     DONE = "done"  # the session is up; the dialogue is of no more use
 
 
@@ -131,6 +132,7 @@ class Action(NamedTuple):
 
 _READ = Action(b"", Then.READ)
 _START_TLS = Action(b"", Then.START_TLS)
+_INTRODUCE = Action(b"", Then.INTRODUCE)
 _DONE = Action(b"", Then.DONE)
 
 
@@ -148,7 +150,7 @@ class ClientDialogue:
       would be taken for the encrypted peer's word), elsewhere every later reply would be read one too early.
 
     Args:
-        ehlo_name: our name or address literal.
+        ehlo_name: our name or address literal; None: it is given by `introduce`, behind the greeting.
         tls: see `TlsMode`.
         peer: the receiver's address, for messages.
 
@@ -156,10 +158,8 @@ class ClientDialogue:
         PeerError: `ehlo_name` cannot stand in a command.
     """
 
-    def __init__(self, ehlo_name: str, tls: TlsMode, peer: str) -> None:
-        if not (0 < len(ehlo_name) <= MAX_EHLO_NAME and all("!" <= char <= "~" for char in ehlo_name)):
-            raise PeerError(f"an EHLO name has 1 to {MAX_EHLO_NAME} printable ASCII characters and no space")
-        self._name = ehlo_name.encode("ascii")
+    def __init__(self, ehlo_name: str | None, tls: TlsMode, peer: str) -> None:
+        self._name = _checked(ehlo_name) if ehlo_name is not None else b""
         self._tls = tls
         self._peer = peer
         self._parser = ReplyParser()
@@ -186,6 +186,15 @@ class ClientDialogue:
             self._step = Step.TLS
             return _START_TLS
         return _READ
+
+    def introduce(self, ehlo_name: str) -> Action:
+        """Say our name, which was not known before.
+
+        Raises:
+            PeerError: it cannot stand in a command.
+        """
+        self._name = _checked(ehlo_name)
+        return self._say_hello(b"EHLO")
 
     def tls_started(self) -> Action:
         """The handshake is done, and the peer's certificate is as good as this client wants it."""
@@ -220,7 +229,7 @@ class ClientDialogue:
         if reply.code != 220:
             raise self._failure("did not greet with 220", reply)
         self.greeting = reply
-        return self._say_hello(b"EHLO")
+        return self._say_hello(b"EHLO") if self._name else _INTRODUCE
 
     def _on_hello(self, reply: Reply) -> Action:
         if reply.code != 250:
@@ -256,6 +265,12 @@ class ClientDialogue:
 
     def _failure(self, what: str, reply: Reply | None = None) -> UpstreamError:
         return UpstreamError(f"{self._peer} {what}", self._step, smtp_reply=str(reply) if reply else None)
+
+
+def _checked(ehlo_name: str) -> bytes:
+    if not (0 < len(ehlo_name) <= MAX_EHLO_NAME and all("!" <= char <= "~" for char in ehlo_name)):
+        raise PeerError(f"an EHLO name has 1 to {MAX_EHLO_NAME} printable ASCII characters and no space")
+    return ehlo_name.encode("ascii")
 
 
 def try_next_destination(error: UpstreamError) -> bool:

@@ -1,0 +1,358 @@
+"""A dialogue's receivers, had by this proxy itself: its own sockets, its keeper, its throttles. See `egress`.
+
+Connections stand in the same keeper under the same keys as those of native channels: an MTA of either kind can be
+handed what the other has left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from time import monotonic
+from typing import NamedTuple
+
+from proxy.doors.smtp.egress import Line
+from proxy.egress import upstream
+from proxy.egress.pool import PoolKey
+from proxy.egress.receiver import (
+    BringUp,
+    InClear,
+    Limits,
+    Receiver,
+    Wish,
+    connect_receiver,
+    may_do_without,
+    open_receiver,
+)
+from proxy.errors import Overloaded, Step, UpstreamError
+from proxy.log import lines as log
+from proxy.model import Discard, TlsMode
+from proxy.net.relay import RawSocket
+from proxy.policy.modes import Terms
+from proxy.services import Services
+from proxy.throttling.flows import Places
+
+#: An MTA waits five minutes for the reply to EHLO or MAIL (RFC 5321 section 4.5.3.2); the answer must be there before.
+_ANSWER_WITHIN = 240.0
+
+
+class Direct:
+    """One client's.
+
+    Args:
+        terms: what holds for the client.
+        owner: who it is among those that throttles are fair to; weight: its weight there.
+        sock: a socket that is bound to the source already, for the first connection.
+        connect_within: seconds for that one's place and connect together.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        terms: Terms,
+        owner: str,
+        weight: float,
+        sock: RawSocket | None,
+        connect_within: float,
+    ) -> None:
+        self._services = services
+        self._terms = terms
+        self._who = (owner, weight, terms.source, terms.destination.host, ())
+        self._bound = sock
+        self._connect_by = monotonic() + connect_within
+
+    # ---------------------------------------------------------------- having one
+
+    def connect(self) -> Line:
+        """See `Egress`."""
+        name = self._terms.ehlo_name
+        if name is not None and self._shares and (kept := self._kept(name, self._swap)) is not None:
+            self._close_bound()
+            return kept
+        places = self._enter(self._connect_by - monotonic(), name)
+        try:
+            kept = self._kept_with(name, places)
+            if kept is not None:
+                self._close_bound()
+                return kept
+            sock, self._bound = self._bound, None
+            seconds = min(self._services.settings.connect_timeout, self._connect_by - monotonic())
+            receiver = self._had(lambda: self._connected(seconds, sock))
+        except BaseException:
+            self._services.admission.leave(places)
+            raise
+        receiver.place = places
+        bring_up = BringUp(self._services.engine, receiver, self._wish(None))
+        return Line(receiver.stream, receiver.local, handle=_Held(receiver, None, bring_up))
+
+    def greet(self, line: Line) -> None:
+        """See `Egress`."""
+        held = _held(line)
+        assert held.bring_up is not None
+        try:
+            held.bring_up.greet(self._services.settings.idle_timeout)
+        except UpstreamError as error:
+            if error.smtp_reply is None:
+                self.drop(line, False)
+                raise
+            line.greeting = error.smtp_reply
+        else:
+            line.greeting = held.receiver.greeting
+
+    def hello(self, line: Line, name: str) -> Line:
+        """See `Egress`."""
+        if line.reused:
+            if name.lower() == line.ehlo_name.lower():
+                return line
+            self.give(line)
+            return self.renew(name, True)
+        held = _held(line)
+        assert held.bring_up is not None
+        try:
+            held.bring_up.hello(name, _ANSWER_WITHIN)
+        except BaseException as error:
+            self.drop(line, False)
+            if not (isinstance(error, UpstreamError) and self._goes_in_clear(error)):
+                raise
+            failure = error
+        else:
+            return self._line(held.receiver, name, self._tls, False)
+        # Not on the same connection: after half a handshake it is of no use.
+        again = self._fresh(name, self._enter(_ANSWER_WITHIN, None), TlsMode.NONE)
+        self._services.counters.in_clear.count("handshake")
+        _held(again).receiver.in_clear = InClear("handshake", failure.reason)
+        return again
+
+    def renew(self, name: str, fresh: bool) -> Line:
+        """See `Egress`."""
+        shares = self._may_share(name)
+        if shares and not fresh and (kept := self._kept(name, self._swap)) is not None:
+            return kept
+        places = self._enter(_ANSWER_WITHIN, name if shares else None)
+        if shares and not fresh:
+            try:
+                kept = self._kept_with(name, places)
+            except BaseException:
+                self._services.admission.leave(places)
+                raise
+            if kept is not None:
+                return kept
+        return self._fresh(name, places, self._tls)
+
+    def slot(self) -> None:
+        """See `Egress`."""
+        self._services.admission.message(*self._who, _ANSWER_WITHIN)
+
+    # ---------------------------------------------------------------- leaving it
+
+    def lend(self, line: Line, taken: Callable[[], None]) -> None:
+        """See `Egress`."""
+        receiver = _held(line).receiver
+        if self._services.admission.wanted(receiver.place):
+            taken()
+        elif receiver.place is not None:
+            self._services.keeper.lend(receiver, taken)
+
+    def keep(self, line: Line) -> None:
+        """See `Egress`."""
+        self._services.keeper.keep(_held(line).receiver)
+
+    def give(self, line: Line) -> None:
+        """See `Egress`."""
+        key, receiver = _held(line).key, self._leaving(line)
+        admission = self._services.admission
+        if not self._shares or key is None:
+            self._services.keeper.part(receiver, Discard.DISABLED)
+        # Who waits for its place may want this very connection; whose turn it is turns out when it is clean.
+        elif admission.wanted(receiver.place) and not admission.awaited(key):
+            self._services.keeper.decline(Discard.YIELDED)
+            self._services.keeper.part(receiver, Discard.YIELDED)
+        else:
+            self._services.keeper.give(receiver, key)
+
+    def part(self, line: Line, reason: Discard) -> None:
+        """See `Egress`."""
+        receiver = self._leaving(line)
+        if line.shared:
+            self._services.keeper.decline(reason)
+        self._services.keeper.part(receiver, reason)
+
+    def drop(self, line: Line, reset: bool) -> None:
+        """See `Egress`."""
+        receiver = self._leaving(line)
+        if not reset:
+            with contextlib.suppress(OSError):
+                receiver.stream.finish()
+        self._services.engine.close(receiver.stream.socket, reset)
+        self._services.admission.leave(receiver.place)
+
+    def close(self) -> None:
+        """See `Egress`."""
+        self._close_bound()
+
+    # ---------------------------------------------------------------- steps
+
+    @property
+    def _shares(self) -> bool:
+        return self._services.settings.reuse_connections
+
+    def _may_share(self, name: str) -> bool:
+        own = self._terms.ehlo_name
+        return self._shares and own is not None and own.lower() == name.lower()
+
+    @property
+    def _tls(self) -> TlsMode:
+        """TLS as it is to be tried now: in clear where it has failed before and may be done without."""
+        terms, services = self._terms, self._services
+        if terms.tls is TlsMode.OPPORTUNISTIC and services.broken_tls.why(terms.destination, monotonic()):
+            return TlsMode.NONE
+        return terms.tls
+
+    def _key(self, name: str, tls: TlsMode) -> PoolKey:
+        terms = self._terms
+        name = terms.ehlo_name if terms.ehlo_name is not None and self._may_share(name) else name
+        return PoolKey(terms.source, terms.destination, name, tls, group=terms.group)
+
+    def _wish(self, name: str | None) -> Wish:
+        return Wish(name, self._tls, "", False)
+
+    def _enter(self, seconds: float, name: str | None) -> Places | None:
+        """A place under the proxy's throttles, whose rates count messages here."""
+        key = self._key(name, self._tls) if name is not None else None
+        return self._services.admission.enter(*self._who, max(seconds, 0.001), key, rated=False)
+
+    def _kept(self, name: str, claim: Callable[[Receiver], bool]) -> Line | None:
+        receiver = self._services.keeper.take(self._key(name, self._tls), claim)
+        if receiver is None:
+            return None
+        self._services.gauges.outgoing += 1
+        self._services.counters.reused += 1
+        return self._line(receiver, name, self._tls, True)
+
+    def _kept_with(self, name: str | None, places: Places | None) -> Line | None:
+        """What came with a place that had to be waited for."""
+        if name is None or places is None or not self._shares:
+            return None
+
+        def move_in(kept: Receiver) -> bool:
+            old, kept.place = kept.place, places
+            self._services.admission.leave(old)
+            return True
+
+        return self._kept(name, move_in)
+
+    def _swap(self, kept: Receiver) -> bool:
+        """Its places for ours, if these are free."""
+        may, places = self._services.admission.swap(kept.place, *self._who, rated=False)
+        if may:
+            kept.place = places
+        return may
+
+    def _fresh(self, name: str, places: Places | None, tls: TlsMode) -> Line:
+        """A new connection with its session up, which takes the places over."""
+        services, terms = self._services, self._terms
+        timeout, idle = services.settings.connect_timeout, services.settings.idle_timeout
+        wish = self._wish(name)._replace(tls=tls)
+        limits = Limits(timeout, _ANSWER_WITHIN, monotonic() + _ANSWER_WITHIN)
+
+        def once_more(error: UpstreamError) -> None:
+            nonlocal places
+            self._goes_in_clear(error)
+            services.admission.leave(places)
+            places = None
+            places = self._enter(limits.ends_at - monotonic(), None)
+
+        def make() -> Receiver:
+            return open_receiver(services.engine, wish, terms.source, terms.destination, limits, idle, once_more)
+
+        try:
+            receiver = self._had(make)
+        except BaseException:
+            services.admission.leave(places)
+            raise
+        receiver.place = places
+        if receiver.in_clear is not None:
+            services.counters.in_clear.count(receiver.in_clear.cause)
+        return self._line(receiver, name, tls if receiver.in_clear is None else TlsMode.NONE, False)
+
+    def _had(self, make: Callable[[], Receiver]) -> Receiver:
+        services = self._services
+        services.gauges.outgoing += 1
+        try:
+            receiver = make()
+        except BaseException as error:
+            services.gauges.outgoing -= 1
+            if isinstance(error, Overloaded):
+                services.keeper.shed(1)
+            raise
+        services.counters.fresh += 1
+        return receiver
+
+    def _connected(self, seconds: float, sock: RawSocket | None) -> Receiver:
+        services, terms, ends = self._services, self._terms, self._services.gauges.ends
+        begun = None if ends is None else (lambda sock: ends.add(upstream.local_endpoint(sock)))
+        idle = services.settings.idle_timeout
+        return connect_receiver(
+            services.engine, terms.source, terms.destination, max(seconds, 0.001), idle, sock, begun
+        )
+
+    def _goes_in_clear(self, error: UpstreamError) -> bool:
+        """TLS failed, and may be done without (RFC 7435)."""
+        if error.step is not Step.TLS or not may_do_without(self._wish(None)):
+            return False
+        self._services.broken_tls.failed(self._terms.destination, error.reason, monotonic())
+        log.note(log.Event.TLS, log.INFO, f"{error}; going on in clear", destination=self._terms.destination)
+        return True
+
+    def _line(self, receiver: Receiver, name: str, tls: TlsMode, reused: bool) -> Line:
+        if receiver.tls is not None:
+            self._services.broken_tls.worked(self._terms.destination)
+        most = [self._services.settings.reuse_connections_max_messages, receiver.mailmax]
+        left = [number - receiver.messages for number in most if number is not None]
+        return Line(
+            stream=receiver.stream,
+            local=receiver.local,
+            reused=reused,
+            greeting=receiver.greeting,
+            hello=receiver.hello,
+            ehlo_name=name,
+            shared=self._may_share(name),
+            left=max(0, min(left)),
+            tls=receiver.tls.version if receiver.tls else "",
+            handle=_Held(receiver, self._key(name, tls), None),
+        )
+
+    def _leaving(self, line: Line) -> Receiver:
+        services, receiver = self._services, _held(line).receiver
+        receiver.messages += line.messages
+        receiver.errors += line.errors
+        services.keeper.keep(receiver)
+        services.gauges.outgoing -= 1
+        if services.gauges.ends is not None:
+            services.gauges.ends.discard(receiver.local)
+        return receiver
+
+    def _close_bound(self) -> None:
+        sock, self._bound = self._bound, None
+        if sock is not None:
+            self._services.engine.close(sock)
+
+
+def egress_for(
+    services: Services, terms: Terms, owner: str, weight: float, sock: RawSocket | None, connect_within: float
+) -> Direct:
+    """The egress of one client; for the arguments see `Direct`."""
+    return Direct(services, terms, owner, weight, sock, connect_within)
+
+
+class _Held(NamedTuple):
+    """What stands behind a `Line`: the key is None until its session is up, `bring_up` afterwards."""
+
+    receiver: Receiver
+    key: PoolKey | None
+    bring_up: BringUp | None
+
+
+def _held(line: Line) -> _Held:
+    assert isinstance(line.handle, _Held)
+    return line.handle

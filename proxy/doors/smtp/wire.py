@@ -1,0 +1,214 @@
+"""The two ends of a mediated dialogue: bytes in and out without waiting, and one place to wait for either.
+
+The rules of the relay hold: try, then wait; an edge is only a hint. What bytes mean is not known here.
+"""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+from gevent import get_hub, getcurrent
+
+from proxy.doors.smtp.egress import LineStream
+from proxy.errors import PeerError
+from proxy.net.conversation import has_gone
+from proxy.net.relay import GONE, Engine
+from proxy.net.turns import TurnOver
+from proxy.policy.turns import READ, Turn
+
+_RESET = select.EPOLLERR | select.EPOLLHUP
+
+
+class ClientGone(PeerError):
+    """The client has closed, or is to be cut off, while something was waited for on its behalf."""
+
+    code = "client_gone"
+
+
+class End:
+    """One side of a dialogue.
+
+    Args:
+        stream: its socket is registered with the engine.
+        happened: called in the hub for each event, after it was noted.
+
+    Attributes:
+        readable: there may be something to read.
+        gone: it has closed, at least its sending side. broken: it was reset; what was sent will not arrive.
+        moved: bytes read and taken by the stream.
+    """
+
+    def __init__(self, engine: Engine, stream: LineStream, happened: Callable[[End, int], None]) -> None:
+        self.stream = stream
+        self.readable = True
+        self.gone = False
+        self.broken = False
+        self.moved = 0
+        self._engine = engine
+        self._happened = happened
+        self._unsent = b""
+        self._blocked = False
+
+    @property
+    def fd(self) -> int:
+        return self.stream.socket.fileno()
+
+    @property
+    def blocked(self) -> bool:
+        """It has not taken all that it was given."""
+        return self._blocked
+
+    def watch(self) -> None:
+        """Note events from now on; those of before may have gone by."""
+        self.readable = True
+        self._engine.watch(self.fd, self._event)
+
+    def unwatch(self) -> None:
+        """Somebody else has the socket now."""
+        self._engine.watch(self.fd, None)
+
+    def read(self, size: int, turn: Turn) -> bytes | None:
+        """What there is now; b"" at the end, None: nothing, or the turn is over.
+
+        Raises:
+            OSError: the connection is broken.
+        """
+        turn.spend(READ, monotonic())
+        try:
+            data = self.stream.recv(size)
+        except TurnOver:
+            turn.end()
+            return None
+        except BlockingIOError:
+            self.readable = False
+            return None
+        self.moved += len(data)
+        self.readable = not self.stream.drained
+        if self.stream.unsent:  # TLS has something to say of its own
+            self._blocked = True
+        return data
+
+    def write(self, pieces: list[bytes]) -> None:
+        """Hand on as much as is taken now; the rest follows by `push`.
+
+        Raises:
+            OSError: the connection is broken.
+        """
+        self._unsent = b"".join([self._unsent, *pieces]) if self._unsent or len(pieces) != 1 else pieces[0]
+        self.push()
+
+    def push(self) -> None:
+        """Hand on what is held back.
+
+        Raises:
+            OSError: the connection is broken.
+        """
+        self._blocked = True
+        try:
+            while self._unsent:
+                sent = self.stream.send(self._unsent)
+                self.moved += sent
+                self._unsent = self._unsent[sent:]
+            if self.stream.unsent:
+                self.stream.flush()
+            self._blocked = self.stream.unsent
+        except BlockingIOError:
+            pass
+
+    def take_unsent(self) -> bytes:
+        """What was not taken; the caller sends it."""
+        unsent, self._unsent, self._blocked = self._unsent, b"", False
+        return unsent
+
+    def _event(self, events: int) -> None:
+        self.readable = True
+        self.gone = self.gone or bool(events & GONE)
+        self.broken = self.broken or bool(events & _RESET)
+        self._happened(self, events)
+
+
+class Wires:
+    """The client's end, the receiver's if there is one, and the greenlet that waits for both.
+
+    Attributes:
+        doom: set by `interrupt`: all of it ends now.
+    """
+
+    def __init__(self, engine: Engine, client: LineStream) -> None:
+        self.engine = engine
+        self.client = End(engine, client, self._happened)
+        self.receiver: End | None = None
+        self.doom = False
+        self._greenlet: Any = getcurrent()
+        self._hub: Any = get_hub()
+        self._waiting = False
+        self._cancellable = False
+        self.client.watch()
+        self.client.gone = has_gone(client.socket)  # before; no edge would tell of it again
+
+    def attach(self, stream: LineStream) -> None:
+        """A receiver, from now on; its events of before may have gone by."""
+        self.receiver = End(self.engine, stream, self._happened)
+        self.receiver.watch()
+
+    def detach(self) -> None:
+        """No receiver any more; whoever has its socket now does as it likes with it."""
+        if self.receiver is not None:
+            self.receiver.unwatch()
+            self.receiver = None
+
+    def secure(self, stream: LineStream) -> None:
+        """The client speaks through this stream now."""
+        self.client.stream = stream
+        self.client.watch()
+
+    def wait(self) -> None:
+        """Until either end has an event, or somebody wakes us."""
+        self._waiting = True
+        try:
+            if not self.doom:
+                self._hub.switch()
+        finally:
+            self._waiting = False
+
+    def wake(self) -> None:
+        """Let the greenlet look around; must not wait."""
+        self._hub.loop.run_callback(self._resume)
+
+    def interrupt(self) -> None:
+        """End whatever is in progress; must not wait."""
+        self.doom = True
+        self._hub.loop.run_callback(self._cancel)
+        self.wake()
+
+    def begin_errand(self) -> None:
+        """The greenlet goes to wait elsewhere: from now on the client's going away is thrown in as ClientGone.
+
+        Raises:
+            ClientGone: it is gone already.
+        """
+        if self.doom or self.client.gone:
+            raise ClientGone("the client has closed")
+        self._cancellable = True
+
+    def end_errand(self) -> None:
+        """The greenlet is back."""
+        self._cancellable = False
+
+    def _happened(self, end: End, events: int) -> None:
+        if self._waiting:
+            self._greenlet.switch()
+        elif end is self.client and events & GONE:
+            self._cancel()
+
+    def _resume(self) -> None:
+        if self._waiting:  # by now it may wait for something else
+            self._greenlet.switch()
+
+    def _cancel(self) -> None:
+        if self._cancellable:
+            self._cancellable = False
+            self._greenlet.throw(ClientGone("the client has closed"))
