@@ -22,6 +22,7 @@ from cryptography import x509
 from proxy.config.load import Loaded
 from proxy.config.origins import Origins
 from proxy.config.rules import listeners
+from proxy.doors.front import ANSWER_WITHIN
 from proxy.model import Breathe, Endpoint, hold_breath
 from proxy.net import tls
 from proxy.settings import Network, Settings
@@ -237,6 +238,9 @@ def _blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
         breathe()
         if not throttle.max_delivery_rate and not throttle.max_concurrent_connections:
             yield Finding(False, "throttle", throttle.name, f"{throttle.name}: no limit is set in it")
+        if throttle.wait > ANSWER_WITHIN:
+            message = f"{throttle.name}: wait is cut to {ANSWER_WITHIN:.0f} s, within which clients must have an answer"
+            yield Finding(False, "throttle", throttle.name, f"{message}; only an OPEN's own deadline may be longer")
 
 
 class _Within:

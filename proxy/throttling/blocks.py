@@ -79,8 +79,12 @@ class Blocks:
         return tuple([self._throttle(Key(source, name), now) for name in names])
 
     def wait(self, throttles: Iterable[Throttle]) -> float | None:
-        """Seconds that a request may queue under these: the shortest that a block says; None: none of them is one."""
-        blocks = [self._blocks[throttle.key.name] for throttle in throttles if throttle.key.name in self._blocks]
+        """Seconds that a request may queue under these: the shortest that a block says; None: none of them is one.
+
+        An instance's throttle may have the name of a block, and is none.
+        """
+        names = [throttle.key.name for throttle in throttles if throttle.counts]
+        blocks = [self._blocks[name] for name in names if name in self._blocks]
         return min([block.wait for block in blocks], default=None)
 
     def throttles(self) -> Iterable[Throttle]:

@@ -26,11 +26,17 @@ class Request:
 
 
 class Line(Generic[Waiting]):
-    """Requests at one throttle by owner, and whose turn is next."""
+    """Requests at one throttle by owner, and whose turn is next.
 
-    __slots__ = ("_heap", "_owners", "_served", "_turn", "size")
+    Args:
+        now: when the first one comes.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_began", "_heap", "_owners", "_passed", "_served", "_turn", "size")
+
+    def __init__(self, now: int) -> None:
+        self._began = now
+        self._passed = 0
         self._owners: dict[str, deque[Waiting]] = {}
         self._heap: list[tuple[float, int, str]] = []
         self._served: dict[str, int] = {}
@@ -74,6 +80,7 @@ class Line(Generic[Waiting]):
             ticket = tickets.popleft()
             self._left(owner)
             self._turn += 1
+            self._passed += 1
             self._served[owner] = self._turn
             self.rank(owner, meter)
             return ticket
@@ -88,6 +95,10 @@ class Line(Generic[Waiting]):
         self.size -= 1
         if not self._owners[owner]:
             del self._owners[owner]
+
+    def outlook(self, now: int) -> int | None:
+        """How long it takes until all who stand here had a turn, at the pace so far; None: nobody had one yet."""
+        return (now - self._began) * self.size // self._passed if self._passed else None
 
     def waiting(self) -> dict[str, tuple[int, float]]:
         """Owner → number of its tickets, and its weight."""

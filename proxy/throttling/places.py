@@ -146,7 +146,7 @@ class PlaceBook:
             if self._full(throttle, now, ticket.rated) if passes else self._busy(throttle, now, ticket.rated):
                 ticket.blocker = throttle
                 if throttle.line is None:
-                    throttle.line = Line()
+                    throttle.line = Line(now)
                 throttle.line.add(ticket, throttle)
                 self._moved(ticket, +1)
                 self.crowded[throttle] = None

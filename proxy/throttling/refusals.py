@@ -9,6 +9,8 @@ from proxy.throttling.throttle import SECOND
 #: When nobody can know when a place comes free, or a pause ends.
 PLACE_RETRY = 10.0
 PAUSE_RETRY = 60.0
+#: What the pace of a line says is taken for true between these.
+SOONEST_RETRY = 1.0
 
 
 def refusal(ticket: Ticket, now: int) -> Throttled:
@@ -20,7 +22,8 @@ def refusal(ticket: Ticket, now: int) -> Throttled:
     name, source = throttle.key.name, throttle.key.source
     if throttle.full() or not throttle.counts:
         used = f"{throttle.used} of {throttle.cap} connections are in use"
-        return Throttled(f"throttle {name} for {source}: {used}; try again in {PLACE_RETRY:.0f} s", name, PLACE_RETRY)
+        seconds = _seconds_to_place(throttle, now)
+        return Throttled(f"throttle {name} for {source}: {used}; try again in {seconds:.0f} s", name, seconds)
     seconds = _seconds_to_slot(throttle, now)
     return Throttled(f"throttle {name} for {source}: next connection in {seconds:.1f} s", name, seconds)
 
@@ -45,6 +48,12 @@ def _held_back(flow: Flow, now: int) -> Throttled:
     seconds = _seconds_to_slot(throttle, now) + flow.fine * slowest / SECOND
     reason = f"{flow.fine} messages were sent without a permit; try again in {seconds:.1f} s"
     return Throttled(f"throttle {name} for {source}: {reason}", name, seconds)
+
+
+def _seconds_to_place(throttle: Throttle, now: int) -> float:
+    """When those who wait now will have had their turns, as far as the line's pace tells."""
+    outlook = throttle.line.outlook(now) if throttle.line is not None else None
+    return PLACE_RETRY if outlook is None else min(max(SOONEST_RETRY, outlook / SECOND), PAUSE_RETRY)
 
 
 def _limited(flow: Flow) -> bool:

@@ -27,6 +27,8 @@ STRICT_FROM_SECONDS = 60
 SHORTEST_INTERVAL = 10 * MICROSECOND
 #: Windows of limits that are gone are remembered for their debt, this many; a later one owes what they did.
 MAX_DORMANT = 4
+#: A connection's slot is used in the call that takes it, which comes as late as the hub is busy: so late may it be.
+LATENESS = 10_000_000
 #: Slack of a permit that no rate limits.
 FREE_SLACK = 2 * SECOND
 
@@ -204,7 +206,9 @@ class Meter:
         return 0 if self.counts else AHEAD
 
     def earliest(self, now: int) -> int:
-        """The next slot: `now`, rounded up to a microsecond, or later."""
+        """The next slot: `now`, rounded up to a microsecond, or later; of connections, up to LATENESS ago."""
+        if self.counts:
+            now -= LATENESS
         slot = -(-now // MICROSECOND) * MICROSECOND
         if slot < self.opens:
             slot = self.opens
@@ -242,7 +246,7 @@ class Meter:
         return window.tat + window.slack - self._slack_range(window.limit)[0] if window.owes else 0
 
     def _slack_range(self, limit: Limit) -> tuple[int, int]:
-        return (0, 0) if self.counts else slack_range(limit.seconds)
+        return (LATENESS, LATENESS) if self.counts else slack_range(limit.seconds)
 
     def floor(self, limit: Limit, start: int) -> int:
         """The latest `tat` that a manager which died at `start`, with the same limit, can have left: H + tau + I later.

@@ -215,6 +215,7 @@ def test_secrets_that_everybody_can_read(tmp_path):
         ("listen_tls no\nlisten 0.0.0.0:0\n", "F:4: warning: listen_tls: no"),
         ("allow_destination 127.0.0.0/8\n", "F:4: warning: allow_destination: loopback"),
         ("throttle a {\n}\n", "F:4: warning: throttle: a: no limit"),
+        ("throttle a {\n max_delivery_rate 1/hr\n wait 2m\n}\n", "F:4: warning: throttle: a: wait is cut to 50 s"),
         ("instance a {\n allow_from 127.0.0.2\n}\n", "F:4: warning: instance: a: its allow_from goes beyond"),
         (
             "listen_proxy_protocol 127.0.0.2:0\nlisten_proxy_protocol_allow_from ::/0\n",
@@ -262,7 +263,7 @@ def test_the_work_grows_with_the_number_of_findings_and_not_with_its_square(tmp_
         "listen_tls no\nlisten 127.0.0.2:0\n",
         "idle_timeout 10m\n",
         "instance a {\n allow_from 127.0.0.1\n source_ip 10.0.0.0/8\n}\n",
-        "throttle a {\n max_delivery_rate 1/hr\n}\n",
+        "throttle a {\n max_delivery_rate 1/hr\n wait 50s\n}\n",
     ],
 )
 def test_no_advice(tmp_path, text):

@@ -13,8 +13,9 @@ from proxy.settings import Rate, ThrottleSettings
 from proxy.throttling.advice import NO_CAP
 from proxy.throttling.flows import Places, Ticket
 from proxy.throttling.session import Session
-from proxy.throttling.throttle import SECOND, Key, Limit
+from proxy.throttling.throttle import LATENESS, SECOND, Key, Limit
 from tests.unit.throttling.benches import ALL, KEY, OTHER, SOURCE, Bench, part
+from tests.unit.throttling.oracle import Rule, check_windows
 
 MS = 1_000_000
 MX = "67.195.204.7"
@@ -532,6 +533,38 @@ def test_own_throttle_counts_each_source_address_by_itself(doors: Doors) -> None
     assert doors.close(first) == [ticket]
 
 
+def test_an_instances_throttle_with_the_name_of_a_block_is_not_that_block(doors: Doors) -> None:
+    doors.manager.reload(False, (block(KEY.name, destination=(), max_concurrent_connections=9, wait=0.5),), doors.now)
+    session = doors.joined("a", 1)
+    doors.opened(session)
+    own = doors.manager.admit("b", 1.0, SOURCE, "198.51.100.1", (), doors.now)
+    assert isinstance(own, Places)
+    ticket = doors.waiting(session)
+    assert ticket.blocker is doors.manager.throttles[KEY]
+    assert doors.manager.wait_of(ticket) == 0.5  # its destination is in the block as well
+    ticket.throttles = tuple(throttle for throttle in ticket.throttles if not throttle.counts)
+    assert doors.manager.wait_of(ticket) is None
+
+
+def test_who_finds_no_place_hears_when_those_before_will_have_had_theirs(doors: Doors) -> None:
+    """One place, each user keeps it for 3 s, four wait: with nobody served yet nobody can tell, then it is the pace."""
+    doors.manager.reload(False, (block(max_concurrent_connections=1),), doors.now)
+    held = doors.stranger("s")
+    assert isinstance(held, Places)
+    waiting = [doors.stranger(f"w{index}") for index in range(4)]
+    last = waiting[-1]
+    assert isinstance(last, Ticket)
+    assert doors.manager.refusal(last, doors.now).retry_after == 10.0
+    for left in (3, 2, 1):
+        doors.run(3 * SECOND)
+        (taken,) = doors.close(held)
+        assert taken.places is not None
+        held = taken.places
+        assert doors.manager.refusal(last, doors.now).retry_after == 3.0 * left
+    doors.run(10_000 * SECOND)
+    assert doors.manager.refusal(last, doors.now).retry_after == 60.0
+
+
 def test_own_throttle_for_a_source(doors: Doors) -> None:
     doors.manager.reload(
         False, (block(source=(ip_network("192.0.2.0/30"),), destination=(), max_concurrent_connections=1),), doors.now
@@ -557,7 +590,7 @@ def test_own_rate_counts_connections(doors: Doors) -> None:
     ticket = doors.stranger("s")
     assert isinstance(ticket, Ticket)
     error = doors.manager.refusal(ticket, doors.now)
-    assert (error.throttle, error.retry_after) == ("yahoo", 10.0)
+    assert (error.throttle, error.retry_after) == ("yahoo", pytest.approx(10.0, abs=0.001))
     assert "next connection in 10.0 s" in str(error)
     doors.run(10 * SECOND - MS)
     assert ticket.places is None
@@ -585,6 +618,39 @@ def test_own_rate_is_used_up_to_the_full(doors: Doors) -> None:
         doors.run(SECOND)
         admitted += len(doors.manager.take_admitted())
     assert 198 <= admitted <= 201
+
+
+@pytest.mark.parametrize(("rate", "late"), [(500, 9), (100, 9), (2000, 9), (50_000, 5)])
+def test_a_fast_rate_is_reached_though_the_hub_is_late(doors: Doors, rate: int, late: int) -> None:
+    """Each turn comes `late` ms after it was asked for; none is lost, and each window holds what the slack allows."""
+    doors.manager.reload(False, (block(max_delivery_rate=(Rate(rate, 1),)),), doors.now)
+    for index in range(rate * 2):
+        doors.stranger(f"s{index % 7}")
+    doors.manager.take_admitted()
+    begin, times = doors.now, []
+    while doors.now < begin + SECOND:
+        doors.now = max(doors.now, doors.manager.next_wakeup() or 0) + late * MS
+        doors.manager.advance(doors.now)
+        times += [doors.now] * len(doors.manager.take_admitted())
+    assert len(times) >= 0.99 * rate
+    check_windows(times, SECOND, Rule(rate, 1, 1, 0, LATENESS).most(SECOND))
+
+
+def test_a_rate_of_connections_per_minute_stays_strict(doors: Doors) -> None:
+    """The lateness is paid for with the interval."""
+    doors.manager.reload(False, (block(max_delivery_rate=(Rate(6000, 60),)),), doors.now)
+    for index in range(9000):
+        doors.stranger(f"s{index % 3}")
+    times = [doors.now] * (1 + len(doors.manager.take_admitted()))
+    end = doors.now + 70 * SECOND
+    late = 0
+    while doors.now < end:
+        late = (late + 7) % 10
+        doors.now = max(doors.now, doors.manager.next_wakeup() or 0) + late * MS
+        doors.manager.advance(doors.now)
+        times += [doors.now] * len(doors.manager.take_admitted())
+    check_windows(times, 60 * SECOND, 6000)
+    assert len(times) >= 0.999 * 6000 * 70 / 60
 
 
 def test_fair_among_instances_with_weights(doors: Doors) -> None:
