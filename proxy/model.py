@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from functools import lru_cache
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv6Address, ip_address, ip_network
 from typing import NamedTuple, Protocol
 
 from proxy.errors import ProxyError
@@ -45,6 +45,19 @@ def canonical_ip(text: str) -> str:
         ValueError: not an IP address, or one with a zone.
     """
     return ip_from_bytes(packed_ip(text))
+
+
+@lru_cache(maxsize=4096)
+def owner_of(address: str) -> str:
+    """What an address counts as: itself for IPv4, its /64 for IPv6; text that is no address stands for itself.
+
+    An IPv4-mapped address is its IPv4 address, and a zone does not matter.
+    """
+    try:
+        canonical = canonical_ip(address.partition("%")[0])
+    except ValueError:
+        return address
+    return canonical if ip_address(canonical).version == 4 else str(ip_network((canonical, 64), strict=False))
 
 
 def packed_ip(text: str) -> bytes:

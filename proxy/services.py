@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from _socket import SHUT_RDWR
-from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from ssl import SSLContext
 from typing import Protocol
@@ -26,6 +25,7 @@ from proxy.net.relay import Engine, RawSocket
 from proxy.net.tls import ServerIdentity
 from proxy.policy.access import Access
 from proxy.policy.budget import FailureBudget
+from proxy.policy.crowd import Crowd
 from proxy.policy.modes import Modes
 from proxy.protocols.native.auth import ChannelKey, Fences
 from proxy.settings import Settings
@@ -64,36 +64,57 @@ class Gauges:
         self.ends: set[Endpoint] | None = None
 
 
+#: Newcomers that an address may have without being in anybody's way.
+_FEW = 16
+
 #: Numbers connections and SMTP sessions in the log.
 numbers: Iterator[int] = itertools.count(1)
 
 
 class Newcomers:
-    """Connections that have not said yet who they are, oldest first; beyond the limit the oldest is cut off.
+    """Connections that may not become too many: beyond the limit one is cut off, as `policy.crowd` has it.
 
-    Who floods us with silent connections pushes out its own. Only those that must be waited for are entered.
+    Who floods us pushes out its own. Only those that must be waited for are entered.
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
         self.dropped = 0
-        self._sockets: OrderedDict[object, RawSocket] = OrderedDict()
+        self._crowd = Crowd(limit)
+        self._sockets: dict[Hashable, RawSocket] = {}
 
     def __len__(self) -> int:
-        return len(self._sockets)
+        return len(self._crowd)
 
-    def enter(self, who: object, sock: RawSocket) -> None:
-        """Whoever waits for this socket sees the end of the file when it is cut off."""
+    def __contains__(self, who: Hashable) -> bool:
+        return who in self._crowd
+
+    def enter(self, who: Hashable, sock: RawSocket, host: str) -> None:
+        """Whoever waits for this socket sees the end of the file when it is cut off.
+
+        Args:
+            host: where it comes from.
+        """
         self._sockets[who] = sock
-        if len(self._sockets) > self.limit:
-            _, oldest = self._sockets.popitem(last=False)
-            self.dropped += 1
-            with contextlib.suppress(OSError):
-                oldest.shutdown(SHUT_RDWR)
+        put_out = self._crowd.enter(who, host)
+        if put_out is not None:
+            self._cut_off(put_out)
 
-    def leave(self, who: object) -> None:
+    def leave(self, who: Hashable) -> None:
         """Is known now, or gone; also after it was cut off."""
-        self._sockets.pop(who, None)
+        if self._crowd.leave(who):
+            del self._sockets[who]
+
+    def make_way(self, host: str) -> bool:
+        """Cut one off for a client from `host`, if one address has so many that this is why there is no room."""
+        if self._crowd.most <= max(_FEW, self._crowd.number_of(host) + 1):
+            return False
+        self._cut_off(self._crowd.put_out())
+        return True
+
+    def _cut_off(self, who: Hashable) -> None:
+        self.dropped += 1
+        with contextlib.suppress(OSError):
+            self._sockets.pop(who).shutdown(SHUT_RDWR)
 
 
 class Instances:
@@ -102,16 +123,14 @@ class Instances:
     Args:
         channel_keys: key id → what a live session handed out for its channels.
         fences: which run of each name holds the name.
-        hosts: addresses with live sessions or channels → how many; they are slowed after failures, never shut out.
         channels: the open channels. sessions: the open sessions. dialogues: the clients of mode smtp.
     """
 
-    __slots__ = ("channel_keys", "channels", "dialogues", "fences", "hosts", "sessions")
+    __slots__ = ("channel_keys", "channels", "dialogues", "fences", "sessions")
 
     def __init__(self) -> None:
         self.channel_keys: dict[bytes, ChannelKey] = {}
         self.fences = Fences()
-        self.hosts: Counter[str] = Counter()
         self.channels: dict[HostedChannel, None] = {}
         self.dialogues: dict[HostedDialogue, None] = {}
         self.sessions: dict[HostedSession, None] = {}
@@ -170,6 +189,8 @@ class Services:
 
     Args:
         via: the way out through another proxy; None: we connect ourselves.
+        newcomers: who has not said yet who it is.
+        slowed: who gave a wrong secret once too often, and waits for the answer.
         identity: what the native listener shows as TLS server; None: it speaks in clear.
         mta_context: for TLS with clients of mode smtp; None: STARTTLS is not offered.
         incarnation: 32 random bits that name this run of the program to its native clients.
@@ -184,6 +205,7 @@ class Services:
     gauges: Gauges
     crew: Crew
     newcomers: Newcomers
+    slowed: Newcomers
     budget: FailureBudget
     instances: Instances
     keeper: Keeper

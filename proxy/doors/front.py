@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any
 
-from gevent import get_hub, getcurrent, sleep
+from gevent import get_hub, getcurrent
 
+from proxy.doors.failures import wrong_secret
 from proxy.doors.smtp import visit as smtp
 from proxy.doors.smtp.direct import egress_for
 from proxy.doors.through import Through
@@ -47,7 +48,6 @@ from proxy.net.alarm import Alarm
 from proxy.net.conversation import farewell, has_gone
 from proxy.net.relay import GONE, RawSocket
 from proxy.net.tls import PlainStream
-from proxy.policy.budget import SLOW_ANSWER
 from proxy.protocols.proxy_protocol import ProxyProtocol
 from proxy.protocols.recognise import SILENT, wrong_door
 from proxy.protocols.redirect import Redirected
@@ -149,6 +149,7 @@ class Visit:
         if request is None:
             self.services.counters.probes += 1
             return
+        self.services.newcomers.leave(self)
         if refusal is not None:
             raise refusal
         self.services.engine.watch(self.socket.fileno(), self._miss)
@@ -200,7 +201,7 @@ class Visit:
         """Read until the request is there; None for a health check. One deadline covers all of it."""
         services = self.services
         services.engine.register(self.socket.fileno())
-        services.newcomers.enter(self, self.socket)
+        services.newcomers.enter(self, self.socket, self.client.host)
         alarm = services.engine.alarms.start(services.settings.auth_timeout)
         first = b""
         try:
@@ -232,7 +233,6 @@ class Visit:
             raise PeerError(f"{error}{hint}") from None
         finally:
             alarm.cancel()
-            services.newcomers.leave(self)
 
     def _verdict(self, event: Event) -> Accepted:
         """Decide on what comes before the request.
@@ -267,13 +267,7 @@ class Visit:
             return services.access.authenticate(login, host)
         except BadCredentials:
             self.instance = login.instance  # what it claims to be: for the log line
-            services.budget.failed(host, monotonic())
-            if services.budget.exhausted(host, monotonic()):
-                services.newcomers.enter(self, self.socket)
-                try:
-                    sleep(SLOW_ANSWER)
-                finally:
-                    services.newcomers.leave(self)
+            wrong_secret(services, self, self.socket, host)
             raise
 
     def _check_route(self, route: Route) -> tuple[str, Endpoint]:
@@ -453,6 +447,8 @@ class Visit:
         if self.relayed:
             return
         engine = self.services.engine
+        self.services.newcomers.leave(self)
+        self.services.slowed.leave(self)
         engine.close(self.socket)
         if self.upstream is not None:
             engine.close(self.upstream)

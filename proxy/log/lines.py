@@ -18,7 +18,6 @@ import time
 import traceback
 from collections.abc import Iterable, Mapping
 from functools import lru_cache, partial
-from ipaddress import ip_network
 from logging import DEBUG, ERROR, INFO, WARNING
 from typing import Any, Protocol
 
@@ -27,7 +26,7 @@ import msgspec
 
 from proxy.errors import BadCredentials, ClientNotAllowed, Overloaded, PeerError, ProxyError, Refused, UpstreamError
 from proxy.log.writer import Writer
-from proxy.model import Ending, Endpoint
+from proxy.model import Ending, Endpoint, owner_of
 from proxy.stats import Limiter, Outcomes
 
 __all__ = [
@@ -225,6 +224,7 @@ _json = False
 _stamped = True
 _connections = "all"
 _limiter = Limiter()
+_slowed = Limiter(lines=1)
 
 
 def setup(settings: LogSettings, environ: Mapping[str, str] | None = None, stdout: int = 1, stderr: int = 2) -> None:
@@ -384,7 +384,7 @@ def refused(
     """
     now = time.monotonic()
     _tell_suppressed(now)
-    if _connections == "none" or (isinstance(error, _CHEAP) and not _limiter.admit(_network(client.host), now)):
+    if _connections == "none" or (isinstance(error, _CHEAP) and not _limiter.admit(owner_of(client.host), now)):
         return
     fields: dict[str, object] = {"id": id, "instance": instance, "protocol": protocol, "client": client}
     fields |= {"source": source, "destination": destination or "", "seconds": round(seconds, 3), "reason": error.code}
@@ -395,9 +395,12 @@ def refused(
     note(event, level, str(error), **fields)
 
 
-def _network(host: str) -> str:
-    """The limiter's key: an IPv4 address, or an IPv6 /64, all of which belongs to one owner."""
-    return host if ":" not in host else str(ip_network((host, 64), strict=False))
+def slowed(host: str) -> None:
+    """An address has given too many wrong secrets; told once a minute for each address, and each /64."""
+    now = time.monotonic()
+    _slowed.expired(now)
+    if _slowed.admit(owner_of(host), now):
+        note(Event.REFUSED, WARNING, "too many wrong secrets: answers to further ones are slowed", client=host)
 
 
 def _tell_suppressed(now: float) -> None:

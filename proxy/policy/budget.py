@@ -1,8 +1,7 @@
 """How often an address may fail to prove who it is: a budget that refills, and what follows when it is used up.
 
-Pure: the clock is an argument. Doors ask `exhausted` before they listen to an address, and again before they answer a
-failure. Whether there is a good client at an address, too, is known to the caller: behind one NAT address there may be
-a good instance beside a bad one, so such an address is slowed but never shut out.
+Pure: the clock is an argument. Doors ask `exhausted` before they answer a failure, never before they look at a proof:
+behind one NAT address there may be a good instance beside a bad one. An address is what `model.owner_of` makes of it.
 """
 
 from __future__ import annotations
@@ -32,17 +31,13 @@ class FailureBudget:
             self._levels.popitem(last=False)
 
     def exhausted(self, address: str, now: float) -> bool:
-        """Whether the address has failed so often that it should not be listened to for the moment."""
+        """Whether the address has failed so often that its next failure is answered late."""
         if address not in self._levels:
             return False
         level = self._level(address, now)
         if level <= 0.0:
             del self._levels[address]
         return level > BUDGET - 1
-
-    def retry_after(self, address: str, now: float) -> float:
-        """Seconds until the address is listened to again."""
-        return max(0.0, (self._level(address, now) - (BUDGET - 1)) * REFILL_SECONDS)
 
     def _level(self, address: str, now: float) -> float:
         level, at = self._levels.get(address, (0.0, now))

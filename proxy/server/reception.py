@@ -66,7 +66,7 @@ class Reception:
         door, services = listener.door, self._services()
         if door.protocol == STATUS:
             return self._serve_status(door, sock, address)
-        if self._may_enter():
+        if self._may_enter() or services.newcomers.make_way(address[0]):
             if door.protocol == "native":
                 return services.crew.run(self._native, door, sock, address)
             return services.crew.run(front.serve, services, door, sock, address)

@@ -47,8 +47,9 @@ EXIT_OK, EXIT_FORCED, EXIT_CANNOT_LISTEN = 0, 1, 69
 
 #: Descriptors that are not for connections: listeners, log, epoll, pipes of the relay (64), files read at a reload.
 _OTHER_DESCRIPTORS = 160
-#: Connections that have not said who they are.
+#: Connections that have not said who they are, and those that wait for the answer to a wrong secret.
 _MAX_NEWCOMERS = 1024
+_MAX_SLOWED = 256
 _SWEEPS_AN_IDLE_TIMEOUT = 8
 _LONGEST_SWEEP_PERIOD = 15.0
 _DRAIN_POLL = 0.05
@@ -84,6 +85,7 @@ class Server:
         self._gauges = Gauges()
         self._crew = Crew()
         self._newcomers = Newcomers(_MAX_NEWCOMERS)
+        self._slowed = Newcomers(_MAX_SLOWED)
         self._budget = FailureBudget()
         self._instances = Instances()
         self._incarnation: int = int.from_bytes(os.urandom(4), "big")
@@ -165,6 +167,7 @@ class Server:
             gauges=self._gauges,
             crew=self._crew,
             newcomers=self._newcomers,
+            slowed=self._slowed,
             budget=self._budget,
             instances=self._instances,
             keeper=self._keeper,

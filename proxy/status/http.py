@@ -111,7 +111,7 @@ class StatusDoor:
         door.open_connections += 1
         try:
             if self._allowed(address):
-                self._open.enter(sock, sock)
+                self._open.enter(sock, sock, address[0])
                 self._talk(sock, address)
         except OSError:
             pass  # the client is gone

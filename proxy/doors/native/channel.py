@@ -95,9 +95,8 @@ class Channel:
     def serve(self) -> None:
         """Serve until the client closes, breaks the protocol, or is told to go away. Closes nothing; never raises."""
         services, link = self._current(), self._link
-        instances, host = services.instances, self._guest.client.host
+        instances = services.instances
         instances.channels[self] = None
-        instances.hosts[host] += 1
         try:
             if not self._peer.one_flight:
                 link.send(self._welcome(services))
@@ -115,9 +114,6 @@ class Channel:
             log.internal_error(f"channel {self._guest.number} of {self._guest.client}", error)
         finally:
             del instances.channels[self]
-            instances.hosts[host] -= 1
-            if not instances.hosts[host]:
-                del instances.hosts[host]
 
     def _welcome(self, services: Services) -> bytes:
         settings = services.settings

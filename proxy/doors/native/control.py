@@ -88,18 +88,13 @@ class Control(Client):
         """Serve until the session ends. Closes nothing; never raises."""
         services = self._current()
         self._greenlet = getcurrent()
-        host = self._guest.client.host
         try:
             self._begin(services)
-            services.instances.hosts[host] += 1
             services.instances.sessions[self] = None
             try:
                 self._listen()
             finally:
                 del services.instances.sessions[self]
-                services.instances.hosts[host] -= 1
-                if not services.instances.hosts[host]:
-                    del services.instances.hosts[host]
         except ProxyError as error:
             services.counters.refused.count(error.code)
             self._log(log.WARNING, f"session ends: {error}", reason=error.code)

@@ -13,17 +13,16 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
-import gevent
 from gevent import Timeout
 
-from proxy.errors import BadCredentials, ClientNotAllowed, HandshakeTimeout, Overloaded, PeerError, ProxyError, Refused
+from proxy.doors.failures import wrong_secret
+from proxy.errors import BadCredentials, ClientNotAllowed, HandshakeTimeout, PeerError, ProxyError, Refused
 from proxy.log import lines as log
 from proxy.model import Endpoint
 from proxy.net.conversation import farewell, receive, send_all, shake_hands
 from proxy.net.relay import RawSocket
 from proxy.net.tls import NoPlaintext, PlainStream, ServerIdentity, Stream, TlsStream
 from proxy.policy.access import Access
-from proxy.policy.budget import SLOW_ANSWER
 from proxy.protocols.native import frames
 from proxy.protocols.native.auth import NO_CERTIFICATE, Peer, ServerHandshake
 from proxy.protocols.recognise import SILENT, wrong_door
@@ -87,6 +86,7 @@ def enter(
         log.internal_error(f"connection {number} of {client}", error)
     finally:
         services.newcomers.leave(entrance)
+        services.slowed.leave(entrance)
     return None
 
 
@@ -129,14 +129,13 @@ class _Entrance:
         if not services.access.client_allowed(host, "native"):
             raise ClientNotAllowed(f"{host} is not in allow_from")
         services.engine.register(self._stream.socket.fileno())
-        services.newcomers.enter(self, self._stream.socket)
+        services.newcomers.enter(self, self._stream.socket, host)
         timer = Timeout.start_new(services.settings.auth_timeout)
         try:
             first = self._first_bytes(self._stream.socket)
             certificate = self._start(services.identity, first)
             if refusal is not None:
                 raise refusal
-            self._check_budget()
             return self._stream, self._client, self._authenticate(certificate)
         except Timeout as fired:
             if fired is not timer:
@@ -144,13 +143,6 @@ class _Entrance:
             raise HandshakeTimeout("not authenticated within auth_timeout" if self._heard else SILENT) from None
         finally:
             timer.close()
-
-    def _check_budget(self) -> None:
-        """An address that failed too often is not listened to, unless there is a good client at it, too."""
-        services, host, now = self._services, self._client.host, monotonic()
-        if services.budget.exhausted(host, now) and host not in services.instances.hosts:
-            wait = services.budget.retry_after(host, now)
-            raise Overloaded(f"too many wrong secrets from {host}; again in {wait:.0f}s", wait)
 
     def _start(self, identity: ServerIdentity | None, first: bytes) -> bytes:
         """Begin with TLS or without, as configured; the hash of the certificate shown."""
@@ -220,9 +212,6 @@ class _Entrance:
         """Say why. A wrong secret costs an address its budget, and time when that is used up."""
         services, host = self._services, self._client.host
         if isinstance(error, BadCredentials):
-            services.budget.failed(host, monotonic())
-            if services.budget.exhausted(host, monotonic()):
-                log.note(log.Event.REFUSED, log.WARNING, f"{host} has given too many wrong secrets: shut out or slowed")
-                gevent.sleep(SLOW_ANSWER)
+            wrong_secret(services, self, self._stream.socket, host)
         if self._can_be_told:
             farewell(services.engine, self._stream, frames.error_frame(error))

@@ -11,6 +11,7 @@ import pytest
 
 from greenarrow_proxy_client import Session
 from tests import clients
+from tests import independent_client as mta
 from tests.clients import Refused, dial, exactly, proxied, read_all, socks5, v2
 from tests.peers import missing
 from tests.program import SECRET, Proxy
@@ -235,6 +236,31 @@ def test_the_oldest_newcomers_are_dropped_and_nobody_else(mx):
         wait_for(lambda: proxy.open_connections() <= limit + 2, what="those over the limit are gone")
 
 
+def test_a_flood_of_silent_connections_pushes_out_none_of_another_address(mx):
+    """However many come from one address while another one is in its handshake."""
+    with Proxy("auth_timeout 60s\n") as proxy, contextlib.ExitStack() as stack:
+        far = stack.enter_context(dial(proxy.socks5, "127.0.0.61"))
+        tls = stack.enter_context(dial(proxy.native, "127.0.0.62"))
+        for step in (clients.WITH_PASSWORD, clients.login(), clients.connect_request(mx.endpoint)):
+            for number in range(1100):
+                stack.enter_context(dial((proxy.socks5, proxy.native)[number % 2], "127.0.0.63"))
+            far.sendall(step)
+            assert exactly(far, 2) in (b"\x05\x02", b"\x01\x00", b"\x05\x00")
+        tls.settimeout(0.01)
+        with pytest.raises(TimeoutError):
+            tls.recv(1)
+        wait_for(lambda: proxy.open_connections() <= 1024 + 2, what="those over the limit are gone")
+
+
+def test_silent_connections_up_to_max_connections_shut_out_nobody_else(mx):
+    with Proxy("auth_timeout 60s\nmax_connections 100\n") as proxy, contextlib.ExitStack() as stack:
+        for _ in range(150):
+            stack.enter_context(dial(proxy.socks5, "127.0.0.63"))
+        for _ in range(20):
+            with socks5(proxy.socks5, mx.endpoint, client="127.0.0.61") as sock:
+                assert exactly(sock, 8) == GREETING
+
+
 # -- guessing secrets
 
 
@@ -258,6 +284,30 @@ def test_guessing_is_slowed_but_a_good_client_is_not(mx):
             slow.settimeout(clients.TIMEOUT)
             assert read_all(slow) == b"\x01\x01"
         assert len(proxy.matching("reason=bad_credentials")) <= 10
+        assert len(proxy.matching("^WARNING refused .*too many wrong secrets")) == 1
+
+
+def test_wrong_secrets_at_one_door_keep_nobody_out_of_another(mx):
+    """A right proof is looked at, however many wrong ones came from there; the failures are slowed, and bounded."""
+    guess = clients.WITH_PASSWORD + clients.login(password="x" * len(SECRET))
+    with Proxy("auth_timeout 60s\n") as proxy, contextlib.ExitStack() as stack:
+        guesses = [stack.enter_context(dial(proxy.socks5)) for _ in range(400)]
+        for sock in guesses:
+            sock.sendall(guess)
+        for _ in range(3):
+            with mta.channel(proxy.native) as peer:
+                assert peer.welcome
+            with socks5(proxy.socks5, mx.endpoint) as sock:
+                assert exactly(sock, 8) == GREETING
+        cut, refused = [], []
+        for sock in guesses:
+            try:
+                (refused if read_all(sock) == b"\x05\x02\x01\x01" else cut).append(sock)
+            except ConnectionResetError:
+                cut.append(sock)
+        assert len(refused) <= 9 + 256
+        assert len(cut) >= 400 - 9 - 256
+        assert len(proxy.matching("too many wrong secrets")) == 1
 
 
 def test_an_instance_may_come_from_its_own_addresses_only(mx):

@@ -264,25 +264,41 @@ class FakeSocket:
         self.cut = True
 
 
-def test_newcomers_beyond_the_limit_push_out_the_oldest():
+HERE, THERE = "192.0.2.1", "192.0.2.2"
+
+
+def test_newcomers_beyond_the_limit_push_out_those_of_the_address_that_has_most():
     newcomers = Newcomers(3)
     socks = [FakeSocket() for _ in range(6)]
-    for number, sock in enumerate(socks[:4]):
-        newcomers.enter(number, sock)
-    assert [sock.cut for sock in socks] == [True, False, False, False, False, False]
-    newcomers.leave(1)
-    newcomers.leave(0)  # it was cut off already
-    newcomers.enter(4, socks[4])
-    assert [sock.cut for sock in socks] == [True, False, False, False, False, False]
-    newcomers.enter(5, socks[5])
-    assert [sock.cut for sock in socks] == [True, False, True, False, False, False]
+    newcomers.enter(0, socks[0], THERE)
+    for number, sock in enumerate(socks[1:5], 1):
+        newcomers.enter(number, sock, HERE)
+    assert [sock.cut for sock in socks] == [False, True, True, False, False, False]
+    newcomers.leave(3)
+    newcomers.leave(1)  # it was cut off already
+    newcomers.enter(5, socks[5], THERE)
+    assert [sock.cut for sock in socks] == [False, True, True, False, False, False]
     assert (len(newcomers), newcomers.dropped) == (3, 2)
+    assert [number in newcomers for number in range(6)] == [True, False, False, False, True, True]
+
+
+def test_way_is_made_only_at_the_cost_of_an_address_that_has_many():
+    newcomers = Newcomers(100)
+    socks = [FakeSocket() for _ in range(17)]
+    for number, sock in enumerate(socks[:16]):
+        newcomers.enter(number, sock, HERE)
+    assert not newcomers.make_way(THERE), "these are few"
+    newcomers.enter(16, socks[16], HERE)
+    assert not newcomers.make_way(HERE), "its own"
+    assert newcomers.make_way(THERE)
+    assert [number for number, sock in enumerate(socks) if sock.cut] == [0]
+    assert not newcomers.make_way(THERE)
 
 
 def test_a_newcomer_that_is_gone_already():
     newcomers = Newcomers(1)
     gone = socket.socket()
     gone.close()
-    newcomers.enter(1, gone)
-    newcomers.enter(2, FakeSocket())
+    newcomers.enter(1, gone, HERE)
+    newcomers.enter(2, FakeSocket(), HERE)
     assert newcomers.dropped == 1
