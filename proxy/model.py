@@ -183,6 +183,7 @@ class Ending(enum.StrEnum):
     CLIENT_RESET = "client_reset"
     UPSTREAM_RESET = "upstream_reset"
     IDLE_TIMEOUT = "idle_timeout"
+    HALF_CLOSE_TIMEOUT = "half_close_timeout"
     DRAIN_TIMEOUT = "drain_timeout"
     NO_LONGER_ALLOWED = "no_longer_allowed"
     PROTOCOL_ERROR = "protocol_error"

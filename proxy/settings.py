@@ -98,6 +98,7 @@ class Settings:
     connect_timeout: float
     auth_timeout: float
     idle_timeout: float
+    half_close_timeout: float
     drain_timeout: float
     max_connections: int | None  # None: from RLIMIT_NOFILE
     reuse_connections: bool

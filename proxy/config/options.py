@@ -132,6 +132,7 @@ OPTIONS: tuple[Option, ...] = (
     _one("connect_timeout", POSITIVE, "30s", "DURATION", "limit for connecting to a destination"),
     _one("auth_timeout", POSITIVE, "10s", "DURATION", "limit for a client's TLS, login and request together"),
     _one("idle_timeout", POSITIVE, "15m", "DURATION", "a connection that moves no byte for so long is closed"),
+    _one("half_close_timeout", POSITIVE, "1m", "DURATION", "the same, where one side has closed and the other has not"),
     _one("drain_timeout", duration(), "60s", "DURATION", "how long a stop waits for active connections"),
     _one("max_connections", count(1), None, "NUMBER", "accepted connections (from RLIMIT_NOFILE)"),
     _one("reuse_connections", BOOLEAN, "yes", "YES|NO", "keep the connections that clients offer"),

@@ -184,6 +184,7 @@ cdef class Engine:
     cdef public int pipe_size
     cdef public int reads_a_turn
     cdef public int splices_a_turn
+    cdef public double half_close_timeout
     cdef public int faults
     cdef public int rearmed
 
@@ -196,6 +197,7 @@ cdef class Engine:
         self.pipe_size = PIPE_SIZE
         self.reads_a_turn = READS_A_TURN
         self.splices_a_turn = SPLICES_A_TURN
+        self.half_close_timeout = float("inf")
 
     def __init__(self):
         hub = get_hub()
@@ -380,7 +382,8 @@ cdef class Engine:
         return end
 
     cdef void _sweep_pair(self, Pair *pair, double now):
-        cdef long long moved = _delivered(&pair.up) + _delivered(&pair.down)
+        cdef bint half_closed = pair.up.done or pair.down.done
+        cdef long long moved = _delivered(&pair.up) + _delivered(&pair.down) + half_closed
         if pair.moved_before < 0:
             relay_keep_alive(pair.down.source, pair.idle_timeout)
         if moved != pair.moved_before:
@@ -388,6 +391,8 @@ cdef class Engine:
             pair.idle_since = now
         if now - pair.idle_since >= pair.idle_timeout:
             self._finish(pair, _ENDINGS.index(Ending.IDLE_TIMEOUT), True)
+        elif half_closed and now - pair.idle_since >= self.half_close_timeout:
+            self._finish(pair, _ENDINGS.index(Ending.HALF_CLOSE_TIMEOUT), True)
         elif now != pair.idle_since:
             if not pair.up.in_pipe:
                 self._give_pipe(&pair.up)

@@ -28,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import math
 import os
 import select
 import struct
@@ -153,9 +154,14 @@ class Pair:
         self._moved_before = -1
         self._idle_since = 0.0
 
+    @property
+    def half_closed(self) -> bool:
+        """Whether one side has closed, and the other has not."""
+        return self.up.done or self.down.done
+
     def idle_for(self, now: float) -> float:
-        """Seconds (at the sweep's granularity) since a byte was delivered either way; called by the sweep."""
-        moved = self.up.delivered + self.down.delivered
+        """Seconds (at the sweep's granularity) since a byte was delivered, or a side closed; called by the sweep."""
+        moved = self.up.delivered + self.down.delivered + self.half_closed
         if self._moved_before < 0:  # most are gone before a sweep sees them, and never need this
             keep_alive(self.down.source, self.idle_timeout)
         if moved != self._moved_before:
@@ -186,6 +192,9 @@ class Engine:
         self.pipe_size = _PIPE_SIZE
         self.reads_a_turn = _READS_A_TURN
         self.splices_a_turn = _SPLICES_A_TURN
+        self.half_close_timeout = (
+            math.inf
+        )  # of a pair of which one side has closed; its own idle timeout if that is less
         self.faults = 0  # exceptions that are bugs of ours; each cost at most its pair
         self.rearmed = 0  # times that the watcher was found dead
         self.alarms = Alarms(self._loop)
@@ -300,7 +309,8 @@ class Engine:
             self._abort(pair, ending)
 
     def sweep(self, now: float) -> Iterator[None]:
-        """Reset pairs that moved no byte for their idle timeout; yields now and then so that others can run."""
+        """Reset pairs that moved no byte for their idle timeout, or of which one side has closed and that moved none
+        for `half_close_timeout`; yields now and then so that others can run."""
         if not self._watcher.active:  # never seen; would freeze every relay
             self.rearmed += 1
             self._watcher.start(self._drain)
@@ -309,6 +319,8 @@ class Engine:
                 idle = pair.idle_for(now)
                 if idle >= pair.idle_timeout:
                     self._abort(pair, Ending.IDLE_TIMEOUT)
+                elif pair.half_closed and idle >= self.half_close_timeout:
+                    self._abort(pair, Ending.HALF_CLOSE_TIMEOUT)
                 elif idle:
                     self._take_idle_pipes(pair)
             if number % 256 == 0:

@@ -220,6 +220,7 @@ class Server:
         elif self._gauges.ends is None:
             self._gauges.ends = set()
         self._keeper.apply(settings)
+        self._engine.half_close_timeout = settings.half_close_timeout
         self._admission.manager.reload(settings.throttle_enforce, settings.throttle, clock_ns())
         self._admission.settle()
         for session in list(self._instances.sessions):
@@ -332,8 +333,9 @@ class Server:
 
     def _sweep_forever(self) -> None:
         while True:
-            period = self.services.settings.idle_timeout / _SWEEPS_AN_IDLE_TIMEOUT
-            gevent.sleep(min(period, _LONGEST_SWEEP_PERIOD))
+            settings = self.services.settings
+            shortest = min(settings.idle_timeout, settings.half_close_timeout)
+            gevent.sleep(min(shortest / _SWEEPS_AN_IDLE_TIMEOUT, _LONGEST_SWEEP_PERIOD))
             for _ in self._engine.sweep(monotonic()):
                 rest()
             for channel in list(self._instances.channels):

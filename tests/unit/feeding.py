@@ -143,6 +143,7 @@ def settings(**changes: object) -> Settings:
         "connect_timeout": 30.0,
         "auth_timeout": 10.0,
         "idle_timeout": 900.0,
+        "half_close_timeout": 60.0,
         "drain_timeout": 60.0,
         "max_connections": None,
         "reuse_connections": True,

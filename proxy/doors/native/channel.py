@@ -78,6 +78,7 @@ class Channel:
         self._link = Link(current().engine, guest)
         self._opening = False
         self._receiver: Receiver | None = None  # of the session in progress
+        self._transfer: Transfer | None = None  # its
         self._swept = (-1, 0.0)
         self._goes_at: float | None = None
         self._refusals = Refusals()
@@ -139,8 +140,14 @@ class Channel:
             self._swept = self._link.moved, now
         elif now - since >= self._current().settings.idle_timeout:
             self.cut(Ending.IDLE_TIMEOUT)
+        elif self._half_closed() and now - since >= self._current().settings.half_close_timeout:
+            self.cut(Ending.HALF_CLOSE_TIMEOUT)
         if self._goes_at is not None and now >= self._goes_at:
             self.cut(Ending.NO_LONGER_ALLOWED)
+
+    def _half_closed(self) -> bool:
+        """Whether one side of the session in progress has ended."""
+        return self._transfer is not None and self._transfer.half_closed
 
     def cut(self, ending: Ending) -> None:
         """End the session in progress, and the channel; must not wait."""
@@ -212,7 +219,7 @@ class Channel:
         transfer = Transfer(link, taken.receiver, Tracker() if tracked else None, taken.reused)
         session = _Session(number, request, taken, transfer, started, services)
         ending, reset = Ending.CLIENT_RESET, True
-        self._receiver = taken.receiver
+        self._receiver, self._transfer = taken.receiver, transfer
         try:
             if link.has_spoken():
                 raise _Impatient
@@ -226,7 +233,7 @@ class Channel:
             ending = Ending.PROTOCOL_ERROR
             raise
         finally:
-            self._receiver = None
+            self._receiver = self._transfer = None
             self._over(session, ending, reset)
 
     def _answer_failed(self, failed: bytes, error: ProxyError, started: float) -> None:

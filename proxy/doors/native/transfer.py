@@ -118,6 +118,11 @@ class Transfer:
         return self.tracker.verdict() if self.tracker is not None else Discard.NOT_OFFERED
 
     @property
+    def half_closed(self) -> bool:
+        """Whether one side has ended, and the other has not."""
+        return self._finished or self.receiver_done
+
+    @property
     def at_rest(self) -> bool:
         """Whether the receiver is known to wait for a command; not without a tracker."""
         if self.receiver_done or self.broken is not None or self._blocked or self._finished:

@@ -397,6 +397,42 @@ def test_idle_timeout_counts_from_the_last_byte(engine: relay.Engine) -> None:
     assert was_reset(pair.upstream)
 
 
+@pytest.mark.parametrize("side", ["client", "upstream"])
+def test_what_one_side_has_closed_ends_sooner(engine: relay.Engine, side: str) -> None:
+    """Counted from the close, or from the last byte after it; nothing else has a shorter life by it."""
+    engine.half_close_timeout = 10
+    pair, whole = Relayed(engine, idle_timeout=100), Relayed(engine, idle_timeout=100)
+    gone, other = (pair.client, pair.upstream) if side == "client" else (pair.upstream, pair.client)
+    list(engine.sweep(100))
+    list(engine.sweep(150))
+    gone.shutdown(socket.SHUT_WR)
+    assert other.recv(1) == b""
+    list(engine.sweep(151))
+    list(engine.sweep(160))
+    assert not pair.owner.told
+    other.sendall(b"x")
+    assert gone.recv(1) == b"x"
+    list(engine.sweep(161))
+    list(engine.sweep(170.9))
+    assert not pair.owner.told
+    list(engine.sweep(171))
+    assert pair.owner.ending()[0] == Ending.HALF_CLOSE_TIMEOUT
+    assert was_reset(gone)
+    assert not whole.owner.told
+    list(engine.sweep(200))
+    assert whole.owner.ending()[0] == Ending.IDLE_TIMEOUT
+
+
+def test_an_idle_timeout_that_is_shorter_still_holds(engine: relay.Engine) -> None:
+    engine.half_close_timeout = 100
+    pair = Relayed(engine, idle_timeout=10)
+    pair.client.shutdown(socket.SHUT_WR)
+    assert pair.upstream.recv(1) == b""
+    list(engine.sweep(100))
+    list(engine.sweep(110))
+    assert pair.owner.ending()[0] == Ending.IDLE_TIMEOUT
+
+
 def test_a_sweep_sets_tcp_to_watch_over_the_receiver(engine: relay.Engine) -> None:
     """Not earlier: most connections are over by then, and spare five system calls."""
     pair = Relayed(engine, idle_timeout=90)
