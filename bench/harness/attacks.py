@@ -180,12 +180,12 @@ def _drain(sock: socket.socket) -> None:
 
 # -- sessions ----------------------------------------------------------------------------------------------------------
 
-_FLOWS = 100_000
+_FLOWS = 99_000
 
 
 def outcomes_on_a_wide_throttle(doors: Doors) -> Attack:
-    """Many ids of one throttle, then a frame of outcomes that each slow it down."""
-    with _session(doors, _FLOWS, lambda number: "one") as (peer, incarnation):
+    """Many paths through one throttle, then a frame of outcomes that each slow it down."""
+    with _session(doors, _FLOWS, _wide) as (peer, incarnation):
         yield
         _say_frame(peer, _OUTCOME, incarnation, [(id, 0, 0, 50, True) for id in range(200)])
         time.sleep(_WATCHED)
@@ -193,15 +193,15 @@ def outcomes_on_a_wide_throttle(doors: Doors) -> Attack:
 
 def other_rates_on_a_wide_throttle(doors: Doors) -> Attack:
     """The same with a REG that changes the rate, and again."""
-    with _session(doors, _FLOWS, lambda number: "one") as (peer, incarnation):
+    with _session(doors, _FLOWS, _wide) as (peer, incarnation):
         yield
-        _say_frame(peer, _REG, incarnation, [_path(id, "one", 3601 + id) for id in range(200)])
+        _say_frame(peer, _REG, incarnation, [_path(id, _wide(id), 3601 + id) for id in range(200)])
         time.sleep(_WATCHED)
 
 
 def pings(doors: Doors) -> Attack:
     """As many PINGs as fit in 64 KB, in one write, over and over."""
-    with _session(doors, 1, str) as (peer, incarnation):
+    with _session(doors, 1, lambda id: (str(id),)) as (peer, incarnation):
         ping = independent_client.frame(_PING, msgspec.msgpack.encode([incarnation, 1]))
         data = ping * (65536 // len(ping))
         yield
@@ -212,7 +212,7 @@ def pings(doors: Doors) -> Attack:
 
 @contextlib.contextmanager
 def _session(
-    doors: Doors, paths: int, name: Callable[[int], str], instance: str = "attacker"
+    doors: Doors, paths: int, names: Callable[[int], tuple[str, ...]], instance: str = "attacker"
 ) -> Iterator[tuple[Peer, int]]:
     """A session that answers pings, with so many paths registered and answered."""
     with independent_client.session(doors.native, instance=instance, tls=doors.tls) as peer:
@@ -234,13 +234,19 @@ def _session(
         threading.Thread(target=listen, daemon=True).start()
         for at in range(0, paths, 1000):
             batch = range(at, min(at + 1000, paths))
-            _say_frame(peer, _REG, incarnation, [_path(number, name(number)) for number in batch])
+            _say_frame(peer, _REG, incarnation, [_path(number, names(number)) for number in batch])
         assert answered.wait(60), len(seen)
         yield peer, incarnation
 
 
-def _path(id: int, name: str, amount: int = 3600) -> list[Any]:
-    return [id, "127.0.0.5", [[name, [[amount, 3600, 1]]]]]
+def _wide(number: int) -> tuple[str, ...]:
+    return "one", f"own-{number}"
+
+
+def _path(id: int, names: tuple[str, ...], amount: int = 3600) -> list[Any]:
+    backoff = [50, None, 300, 0]
+    first = [names[0], [[amount, 3600, 1]], 0, "average", False, backoff]
+    return [id, "127.0.0.5", [first, *([name, []] for name in names[1:])]]
 
 
 def _say_frame(peer: Peer, kind: int, *fields: Any) -> None:
@@ -254,7 +260,7 @@ def readers_of_the_page(doors: Doors) -> Attack:
     """Forty at once, with a page as long as it gets."""
     with contextlib.ExitStack() as stack:
         for number in range(20):
-            stack.enter_context(_session(doors, 500, lambda id: f"throttle-{id}", f"instance-{number}"))
+            stack.enter_context(_session(doors, 500, lambda id: (f"throttle-{id}",), f"instance-{number}"))
         yield
         for _ in range(3):
             threads = [threading.Thread(target=_read_page, args=(doors.status,)) for _ in range(40)]

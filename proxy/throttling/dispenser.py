@@ -485,32 +485,44 @@ class Dispenser:
         """Give the returned slots of `path` to flows that wait on it: the same slots, nothing is refunded."""
         returned = path.returned
         oldest = now + TICK - path.slack
+        waiting: list[tuple[tuple[int, int], int, Flow]] | None = None
         while returned:
             if returned[0] < oldest:
                 heappop(returned)
                 continue
-            waiting = [
-                flow for flow in path.flows() if flow.want > 0 and not flow.paused and flow.receiver.may_receive(now)
-            ]
-            if not waiting:
+            if waiting is None:  # once, since there may be thousands of slots and of flows
+                waiting = [
+                    (_virtual_time(flow), number, flow)
+                    for number, flow in enumerate(path.flows())
+                    if flow.want > 0 and not flow.paused and flow.receiver.may_receive(now)
+                ]
+                heapify(waiting)
+            first = _first(waiting)
+            if first is None:
                 return
-            self._give(min(waiting, key=_virtual_time), heappop(returned))
+            self._give(first, heappop(returned))
         path.returned = None
 
-    def forget_slots(self, flow: Flow) -> None:
-        """The slack of the flow's path has grown: slots from before were spaced for the smaller one.
+    def forget_slots(self, flows: list[Flow]) -> None:
+        """The slack of these flows' paths has grown: slots from before were spaced for the smaller one.
 
         They must not be given out again, and those that have not left yet must not meet a receiver that knows the new
         slack.
         """
-        flow.held = flow.open = flow.path.returned = None
-        receiver = flow.receiver
-        lost = sum(run.n for run in receiver.runs if run.flow is flow)
-        if lost:
-            receiver.runs = [run for run in receiver.runs if run.flow is not flow]
-            flow.granted -= lost
-            flow.balance -= lost
-            flow.want += lost
+        for flow in flows:
+            flow.path.returned = None
+        served = [flow for flow in flows if flow.granted]
+        for flow in served:
+            flow.held = flow.open = None
+        these = set(served)
+        for receiver in {flow.receiver for flow in served}:
+            for run in receiver.runs:
+                if run.flow in these:
+                    flow = run.flow
+                    flow.granted -= run.n
+                    flow.balance -= run.n
+                    flow.want += run.n
+            receiver.runs = [run for run in receiver.runs if run.flow not in these]
 
 
 def _waits(flow: Flow, throttle: Throttle, now: int) -> bool:
@@ -520,6 +532,19 @@ def _waits(flow: Flow, throttle: Throttle, now: int) -> bool:
 
 def _serial(run: Run) -> int:
     return run.serial
+
+
+def _first(waiting: list[tuple[tuple[int, int], int, Flow]]) -> Flow | None:
+    """The flow that comes first, of a heap in which times are as they were: they only grow."""
+    while waiting:
+        time, number, flow = waiting[0]
+        if flow.want <= 0:
+            heappop(waiting)
+        elif (current := _virtual_time(flow)) != time:
+            heapreplace(waiting, (current, number, flow))
+        else:
+            return flow
+    return None
 
 
 def _virtual_time(flow: Flow) -> tuple[int, int]:

@@ -261,6 +261,14 @@ class Stake:
         elif self._more is not None:
             del self._more[flow]
 
+    def flows(self) -> list[Flow]:
+        """All of them now."""
+        first = [] if self._flow is None else [self._flow]
+        return first + list(self._more or ())
+
+    def __contains__(self, flow: Flow) -> bool:
+        return flow is self._flow or (self._more is not None and flow in self._more)
+
     def __iter__(self) -> Iterator[Flow]:
         if self._flow is not None:
             yield self._flow

@@ -57,6 +57,7 @@ class Manager:
         self._adviser = Adviser()
         self._pings: Wheel[Session] = Wheel(TICK)
         self._departed: list[tuple[Iterator[Flow], int | None]] = []
+        self._stretching: dict[Session, Iterator[Flow]] = {}  # sessions that need more slack, and flows not looked at
         self._active: dict[Throttle, None] = {}
         self._debts: Wheel[Throttle] = Wheel(SECOND)  # throttles that are active, as far as is known, for debt alone
         self._ended: list[Session] = []
@@ -93,10 +94,8 @@ class Manager:
         rtt = now - (t + hold_us) * MICROSECOND
         if session.end is None and -MICROSECOND <= rtt <= DEAD_AFTER:
             if session.measured(max(0, rtt), now):
-                for flow in session.flows.values():
-                    if flow.want > 0:
-                        self._registry.stretch(flow.path, session.slack, now)
-                        self._registry.announce(flow)  # perhaps it is too far away: then this says so
+                self._stretching[session] = iter(list(session.flows.values()))
+                self._stretch(now)
             self._unpark(session, now)
 
     def weigh(self, session: Session, weight: float) -> None:
@@ -131,6 +130,8 @@ class Manager:
         flow = session.flows.get(id)
         named = session.named + len(keys) - (len(flow.path.throttles) if flow is not None else 0)
         registry.check_room(named, keys)
+        if flow is None or [throttle.key for throttle in flow.path.throttles] != keys:
+            registry.check_crowd(keys)
         throttles = tuple([registry.throttle(key) for key in keys])
         said = [part for _, part in parts]
         paused = any(part.paused for part in said)
@@ -345,6 +346,8 @@ class Manager:
         for throttle, name in self._registry.leases.expire(now, SWEEP):
             self._registry.end_lease(throttle, name, now)
         self._sweep(now)
+        self._stretch(now)
+        self._registry.teller.step()
         self._serve_counted(now)
         self._dispenser.expire(now, SWEEP)
         self._desk.expire(now, SWEEP)
@@ -357,7 +360,7 @@ class Manager:
 
     def next_wakeup(self) -> int | None:
         """When `advance` is due, in nanoseconds; in the past: at once; None: not before the next call."""
-        if self._departed:
+        if self._departed or self._stretching or self._registry.teller:
             return 0
         wheels = (
             self._dispenser.wheel,
@@ -381,7 +384,7 @@ class Manager:
 
         What is left (see `Session.parked_records`) is to be asked for again when this is sent.
         """
-        return session.take(self._dispenser, now, most)
+        return session.take(self._dispenser, now, most, self._registry.teller.owes)
 
     def take_blocked(self) -> list[Throttle]:
         """Full throttles that somebody began to wait under: a cached connection with a place there should give way."""
@@ -488,6 +491,21 @@ class Manager:
         self._departed.append((iter(session.flows.values()), lease))
         self._sweep(now)
         self._settle(now)
+
+    def _stretch(self, now: int) -> None:
+        """Give some flows the slack that their session needs; until then their permits may come too late to be used."""
+        left = SWEEP
+        while self._stretching and left:
+            session, flows = next(iter(self._stretching.items()))
+            for flow in flows:
+                if flow.want > 0 and session.flows.get(flow.id) is flow:
+                    self._registry.stretch(flow.path, session.slack, now)
+                    self._registry.announce(flow)  # perhaps it is too far away: then this says so
+                left -= 1
+                if not left:
+                    break
+            else:
+                del self._stretching[session]
 
     def _sweep(self, now: int) -> None:
         """Clear away some flows of sessions that ended."""

@@ -14,6 +14,7 @@ from proxy.throttling.dispenser import Dispenser
 from proxy.throttling.flows import Flow, Path, Places, Receiver, Stake, Terms, Throttle
 from proxy.throttling.limits import BackoffRule, Part
 from proxy.throttling.places import PlaceBook
+from proxy.throttling.telling import Teller
 from proxy.throttling.throttle import SECOND, TICK, Key
 from proxy.throttling.wheel import Wheel
 
@@ -21,6 +22,10 @@ from proxy.throttling.wheel import Wheel
 MAX_NAMED = 200_000
 #: Throttles that are known at a time, those of all sessions and those that are remembered for their debt.
 MAX_THROTTLES = 500_000
+#: Flows that may pass one throttle, and be on one path; a session needs a path once. There are steps that look at all
+#: of them.
+MAX_FLOWS = 100_000
+MAX_ON_A_PATH = 10_000
 MAX_PARTS = 4096
 MAX_FINES = 4096
 
@@ -55,6 +60,7 @@ class Registry:
         self.backoffs: Wheel[Throttle] = Wheel(TICK)
         self.forgetting: Wheel[Throttle] = Wheel(SECOND)
         self._start = start
+        self.teller = Teller(dispenser)
         self._dispenser = dispenser
         self._book = book
         self._paths: dict[tuple[Throttle, ...], Path] = {}
@@ -80,6 +86,22 @@ class Registry:
                 f"the proxy would know more than {MAX_THROTTLES} throttles, the limit for all instances together: "
                 "register fewer, or again when others are gone"
             )
+
+    def check_crowd(self, keys: Sequence[Key]) -> None:
+        """Whether one more flow may be on the path of these throttles.
+
+        Raises:
+            ValueError: says which of them has enough.
+        """
+        known = [throttle for key in keys if (throttle := self.throttles.get(key)) is not None]
+        for throttle in known:
+            if len(_terms(throttle)) >= MAX_FLOWS:
+                raise ValueError(
+                    f"{MAX_FLOWS} ids name the throttle {throttle.key.name} already, the limit for one: register fewer"
+                )
+        path = self._paths.get(tuple(known)) if len(known) == len(keys) else None
+        if path is not None and path.refs >= MAX_ON_A_PATH:
+            raise ValueError(f"{MAX_ON_A_PATH} ids are bound to this path already: a session needs a path only once")
 
     def throttle(self, key: Key) -> Throttle:
         throttle = self.throttles.get(key)
@@ -218,13 +240,11 @@ class Registry:
             self.backoffs.arm(throttle, terms.backoff.next_change(now))
         if changed or mixed != terms.mixed or slowed != (terms.backoff is not None):
             self._dispenser.serve(throttle, now)
-            for flow in terms:
-                self.announce(flow)
+            self.teller.all_of(throttle)
 
     def announce(self, flow: Flow) -> None:
         """The receiver of `flow` is to be told the limits in force."""
-        flow.receiver.limits[flow] = None
-        self._dispenser.touched[flow.receiver] = None
+        self.teller.flow(flow)
 
     def slow_down(self, throttle: Throttle, rule: BackoffRule, name: str, now: int) -> None:
         """Enter backoff, or stay in it for longer."""
@@ -234,8 +254,7 @@ class Registry:
                 Remark(Notice.BACKOFF, name, f"{throttle.key.name} for {throttle.key.source} slows down")
             )
         terms.enter_backoff(rule, now)
-        for flow in terms:
-            self.announce(flow)
+        self.teller.all_of(throttle)
         self.relimit(throttle, now)
 
     def stretch(self, path: Path, need: int, now: int) -> None:
@@ -246,10 +265,11 @@ class Registry:
 
     def _forget_slots(self, throttle: Throttle, now: int) -> None:
         """The slack has grown: what was not sent yet, or comes back, was spaced for the smaller one."""
-        for flow in _terms(throttle):
-            self._dispenser.forget_slots(flow)
+        flows = list(_terms(throttle))
+        self._dispenser.forget_slots(flows)
+        for flow in flows:
             self._dispenser.activate(flow, now)
-            self.announce(flow)
+        self.teller.all_of(throttle)
 
 
 def _terms(throttle: Throttle) -> Terms:

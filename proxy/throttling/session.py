@@ -7,11 +7,12 @@ sending. Advice and limits are coalesced (the latest wins), grants are appended.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
 from proxy.throttling.dispenser import Dispenser
-from proxy.throttling.flows import Flow, Receiver, Run
+from proxy.throttling.flows import Flow, Path, Receiver, Run
 from proxy.throttling.limits import Effective
 from proxy.throttling.throttle import MICROSECOND, SECOND
 
@@ -25,8 +26,15 @@ LEASE = 10 * SECOND
 SLACK_MARGIN = 50_000_000
 #: Answers kept for a client that pings and does not read.
 MAX_PONGS = 16
+#: Runs that are looked at for one delivery: those whose limits come first are held, and there may be many.
+_LOOKED_AT = 2000
 #: No path has less.
 SMALLEST_SLACK = 100_000_000
+
+
+def _nothing(_path: Path) -> bool:
+    """Nothing is to be told first."""
+    return False
 
 
 K = TypeVar("K")
@@ -186,15 +194,19 @@ class Session(Receiver):
             self.disk,
         )
 
-    def take(self, dispenser: Dispenser, now: int, most: int) -> Output:
-        """What waits, `most` records of a kind; `now` is not after the moment of sending."""
+    def take(self, dispenser: Dispenser, now: int, most: int, owes: Callable[[Path], bool] = _nothing) -> Output:
+        """What waits, `most` records of a kind; `now` is not after the moment of sending.
+
+        Args:
+            owes: whether the limits of a path are still to be told by somebody else.
+        """
         pongs, self.pongs = self.pongs, []
         ping, self.ping_due = self.ping_due, None
         limits, self.limits = _split(self.limits, most)
         caps, self.caps = _split(self.caps, most)
         sent_at = now // MICROSECOND * MICROSECOND
         grants = []
-        for run in self._take_runs(most):
+        for run in self._take_runs(most, lambda flow: flow not in limits and owes(flow.path)):
             dispenser.sent(run, now)
             grants.append(
                 GrantRecord(run.flow.id, run.n, (run.first - sent_at) // MICROSECOND, run.step // MICROSECOND)
@@ -210,9 +222,12 @@ class Session(Receiver):
             list(caps.items()),
         )
 
-    def _take_runs(self, most: int) -> list[Run]:
+    def _take_runs(self, most: int, owes: Callable[[Flow], bool]) -> list[Run]:
         """The runs that may leave now: none before the limits of its path, which say how long it is usable."""
         runs, later = self.runs, self.limits
+        for run in runs[:_LOOKED_AT]:
+            if owes(run.flow):
+                later[run.flow] = None  # now, and not when it is its turn
         if not later and len(runs) <= most:
             self.runs = []
             return runs
@@ -220,7 +235,7 @@ class Session(Receiver):
         held: list[Run] = []
         seen = 0
         for run in runs:
-            if len(ready) == most:
+            if len(ready) == most or seen == _LOOKED_AT:
                 break
             seen += 1
             (held if run.flow in later else ready).append(run)

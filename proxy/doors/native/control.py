@@ -43,7 +43,7 @@ QUEUE = 16
 _URGENT = frozenset((s.Ping.TYPE, s.Pong.TYPE))
 _URGENT_AT_ONCE = 16
 #: Records of a kind that are sent at once when somebody else made the manager speak, and in our own turn.
-_A_FEW, _MANY = 50, 200
+_A_FEW, _MANY = 50, 100
 
 
 class Control(Client):
