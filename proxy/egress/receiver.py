@@ -213,12 +213,16 @@ class BringUp:
 
     Args:
         wish: without an EHLO name it is `greet`, and `hello` with the name that turned up meanwhile; else `run`.
+
+    Attributes:
+        mode: the TLS that is tried.
     """
 
     def __init__(self, engine: Engine, receiver: Receiver, wish: Wish) -> None:
         self._engine = engine
         self.receiver = receiver
         self._wish = wish
+        self.mode = wish.tls
         self._dialogue = ClientDialogue(wish.ehlo_name, wish.tls, str(receiver.destination))
         self._ends_at = math.inf
 

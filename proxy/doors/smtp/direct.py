@@ -21,7 +21,6 @@ from proxy.egress.receiver import (
     Receiver,
     Wish,
     connect_receiver,
-    may_do_without,
     open_receiver,
 )
 from proxy.errors import Overloaded, Step, UpstreamError
@@ -116,12 +115,9 @@ class Direct:
                 raise
             failure = error
         else:
-            return self._line(held.receiver, name, self._tls, False)
+            return self._line(held.receiver, name, held.bring_up.mode, False)
         # Not on the same connection: after half a handshake it is of no use.
-        again = self._fresh(name, self._enter(_ANSWER_WITHIN, None), TlsMode.NONE)
-        self._services.counters.in_clear.count("handshake")
-        _held(again).receiver.in_clear = InClear("handshake", failure.reason)
-        return again
+        return self._fresh(name, self._enter(_ANSWER_WITHIN, None), TlsMode.NONE, InClear("handshake", failure.reason))
 
     def renew(self, name: str, fresh: bool) -> Line:
         """See `Egress`."""
@@ -248,8 +244,12 @@ class Direct:
             kept.place = places
         return may
 
-    def _fresh(self, name: str, places: Places | None, tls: TlsMode) -> Line:
-        """A new connection with its session up, which takes the places over."""
+    def _fresh(self, name: str, places: Places | None, tls: TlsMode, in_clear: InClear | None = None) -> Line:
+        """A new connection with its session up, which takes the places over.
+
+        Args:
+            in_clear: why TLS is not tried, where that is so.
+        """
         services, terms = self._services, self._terms
         timeout, idle = services.settings.connect_timeout, services.settings.idle_timeout
         wish = self._wish(name)._replace(tls=tls)
@@ -271,9 +271,8 @@ class Direct:
             services.admission.leave(places)
             raise
         receiver.place = places
-        if receiver.in_clear is not None:
-            services.counters.in_clear.count(receiver.in_clear.cause)
-        return self._line(receiver, name, tls if receiver.in_clear is None else TlsMode.NONE, False)
+        receiver.in_clear = receiver.in_clear or in_clear
+        return self._line(receiver, name, tls, False)
 
     def _had(self, make: Callable[[], Receiver]) -> Receiver:
         services = self._services
@@ -298,15 +297,24 @@ class Direct:
 
     def _goes_in_clear(self, error: UpstreamError) -> bool:
         """TLS failed, and may be done without (RFC 7435)."""
-        if error.step is not Step.TLS or not may_do_without(self._wish(None)):
+        if error.step is not Step.TLS or self._terms.tls is not TlsMode.OPPORTUNISTIC:
             return False
+        self._services.counters.failed.count(error.step)
         self._services.broken_tls.failed(self._terms.destination, error.reason, monotonic())
         log.note(log.Event.TLS, log.INFO, f"{error}; going on in clear", destination=self._terms.destination)
         return True
 
     def _line(self, receiver: Receiver, name: str, tls: TlsMode, reused: bool) -> Line:
+        """For the dialogue; `tls` is what was tried. In clear instead, it is shared as one that is to be in clear."""
+        services, wanted = self._services, self._terms.tls is TlsMode.OPPORTUNISTIC
         if receiver.tls is not None:
-            self._services.broken_tls.worked(self._terms.destination)
+            services.broken_tls.worked(self._terms.destination)
+        cause = receiver.in_clear.cause if receiver.in_clear is not None and not reused else ""
+        if not cause and wanted and tls is TlsMode.NONE:
+            cause = "remembered"
+        if cause:
+            services.counters.in_clear.count(cause)
+            tls = TlsMode.NONE
         most = [self._services.settings.reuse_connections_max_messages, receiver.mailmax]
         left = [number - receiver.messages for number in most if number is not None]
         return Line(
@@ -318,7 +326,7 @@ class Direct:
             ehlo_name=name,
             shared=self._may_share(name),
             left=max(0, min(left)),
-            tls=receiver.tls.version if receiver.tls else "",
+            tls=receiver.tls.version if receiver.tls else "failed" if cause else "",
             handle=_Held(receiver, self._key(name, tls), None),
         )
 

@@ -45,7 +45,7 @@ class Line:
         ehlo_name: what it was greeted with.
         shared: it may go to others afterwards, if the dialogue leaves it clean.
         left: MAIL commands that it may still carry; None: any number.
-        tls: the version of TLS with the receiver, or "".
+        tls: the version of TLS with the receiver, or ""; `failed`: in clear, though TLS was offered and wanted.
         messages, errors: MAIL commands and replies 5xx of this dialogue on it; `give` and the others count them.
         handle: the egress's own.
     """
