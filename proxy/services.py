@@ -144,8 +144,8 @@ class HostedChannel(Protocol):
     @property
     def run_id(self) -> bytes: ...
 
-    def goaway(self, seconds: float, reason: str) -> None:
-        """Tell the client to finish within `seconds`."""
+    def goaway(self, seconds: float, reason: str, ending: Ending) -> None:
+        """Tell the client to finish within `seconds`; what is in progress then is cut, with this ending."""
 
     def cut(self, ending: Ending) -> None:
         """End it now, whatever is in progress."""

@@ -111,8 +111,8 @@ class Through:
 
     # ---------------------------------------------------------------- as a `services.HostedChannel`
 
-    def goaway(self, seconds: float, reason: str) -> None:
-        """There is nobody to be told: the client's protocol has no such word."""
+    def goaway(self, seconds: float, reason: str, ending: Ending) -> None:
+        """There is nobody to be told: the client's protocol has no such word. A drain cuts what is left."""
 
     def cut(self, ending: Ending) -> None:
         if self._pump is not None:

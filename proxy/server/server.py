@@ -280,7 +280,7 @@ class Server:
         self._notifier.stopping("draining", 3 * _EXTEND_EVERY)
         self._doors.finish()
         for channel in list(self._instances.channels):
-            channel.goaway(timeout, "the proxy is shutting down")
+            channel.goaway(timeout, "the proxy is shutting down", Ending.DRAIN_TIMEOUT)
         for dialogue in list(self._instances.dialogues):
             dialogue.goaway()
         for session in list(self._instances.sessions):

@@ -12,6 +12,9 @@ import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from time import monotonic
+from typing import Any
+
+from gevent import get_hub
 
 from proxy import __version__
 from proxy.doors.native.entrance import Guest, check_still_welcome
@@ -37,6 +40,8 @@ _MAX_EHLO_LINES = 256
 _MAX_ATTEMPT_MESSAGE = 100
 _MAX_ATTEMPT_REPLY = 128
 _MAX_TLS_FAILURE = 512
+#: Seconds; the shortest time of a timer.
+_AT_ONCE = 1e-9
 _DEAD = frozenset({Discard.PEER_CLOSED, Discard.SAID_421})
 
 
@@ -80,7 +85,7 @@ class Channel:
         self._receiver: Receiver | None = None  # of the session in progress
         self._transfer: Transfer | None = None  # its
         self._swept = (-1, 0.0)
-        self._goes_at: float | None = None
+        self._deadline: Any = None  # a timer of the loop, once there is an end in sight
         self._refusals = Refusals()
 
     @property
@@ -114,6 +119,8 @@ class Channel:
             services.counters.internal_errors += 1
             log.internal_error(f"channel {self._guest.number} of {self._guest.client}", error)
         finally:
+            if self._deadline is not None:
+                self._deadline.close()
             del instances.channels[self]
 
     def _welcome(self, services: Services) -> bytes:
@@ -124,12 +131,14 @@ class Channel:
             software=f"greenarrow_proxy {__version__}",
         )
 
-    def goaway(self, seconds: float, reason: str) -> None:
+    def goaway(self, seconds: float, reason: str, ending: Ending) -> None:
         """See `services.HostedChannel`."""
-        if self._link.goaway is None:
-            self._goes_at = monotonic() + seconds
-            self._link.goaway = m.Goaway(int(seconds * 1000), reason)
-            self._link.wake()
+        link = self._link
+        if link.goes_at is None:
+            link.goes_at, link.goes_why = monotonic() + seconds, reason
+            self._deadline = get_hub().loop.timer(max(seconds, _AT_ONCE))
+            self._deadline.start(self.cut, ending)
+            link.wake()
 
     def sweep(self, now: float) -> None:
         """See `services.HostedChannel`: byte progress, as the relay counts it. An OPEN has its own deadline."""
@@ -142,8 +151,6 @@ class Channel:
             self.cut(Ending.IDLE_TIMEOUT)
         elif self._half_closed() and now - since >= self._current().settings.half_close_timeout:
             self.cut(Ending.HALF_CLOSE_TIMEOUT)
-        if self._goes_at is not None and now >= self._goes_at:
-            self.cut(Ending.NO_LONGER_ALLOWED)
 
     def _half_closed(self) -> bool:
         """Whether one side of the session in progress has ended."""
@@ -151,7 +158,8 @@ class Channel:
 
     def cut(self, ending: Ending) -> None:
         """End the session in progress, and the channel; must not wait."""
-        self._link.interrupt(ending)
+        link = self._link
+        link.interrupt(ending, Draining(link.goes_why) if link.goes_at is not None else None)
 
     # ---------------------------------------------------------------- between sessions
 
@@ -172,7 +180,7 @@ class Channel:
                     raise PeerError(f"{type(message).__name__.upper()} without an SMTP session")
                 self._check_welcome()
                 return message
-            if link.goaway is not None:
+            if link.goes_at is not None:
                 link.tell_goaway()
                 return None
             if not link.readable or not link.receive():
@@ -187,8 +195,8 @@ class Channel:
         services, peer = self._current(), self._peer
         check_still_welcome(services.access, peer, self._guest.client.host)
         services.instances.fences.check(peer.instance, peer.run_id)
-        if self._link.goaway is not None:
-            raise Draining(self._link.goaway.reason or "going away")
+        if self._link.goes_at is not None:
+            raise Draining(self._link.goes_why)
 
     # ---------------------------------------------------------------- one session
 
@@ -298,7 +306,7 @@ class Channel:
             return reason
         if not services.settings.reuse_connections:
             return Discard.DISABLED
-        if self._link.goaway is not None:
+        if self._link.goes_at is not None:
             return Discard.DRAINING
         admission = services.admission
         # Who waits for its place may want this very connection; whose turn it is turns out when it is clean.

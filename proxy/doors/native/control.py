@@ -25,6 +25,7 @@ from proxy.doors.native.entrance import Guest, check_still_welcome
 from proxy.egress.admission import Admission, Client, clock_ns
 from proxy.errors import NameInUse, ProxyError, Refused
 from proxy.log import lines as log
+from proxy.model import Ending
 from proxy.net.conversation import farewell, rest_for
 from proxy.net.turns import TurnOver
 from proxy.policy.turns import READ, RECORD
@@ -146,7 +147,7 @@ class Control(Client):
         """A new run has the name: the old one's channels finish what runs on them."""
         for channel in list(services.instances.channels):
             if channel.instance == self.instance and channel.run_id == run_id:
-                channel.goaway(0.0, f"name in use by {self._guest.client.host}")
+                channel.goaway(0.0, f"name in use by {self._guest.client.host}", Ending.NO_LONGER_ALLOWED)
 
     def _listen(self) -> None:
         """Read frames and act on them.

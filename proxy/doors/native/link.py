@@ -43,7 +43,8 @@ class Link:
     Attributes:
         moved: grows with each byte that came or went, receivers' included: what idleness is measured by.
         doom: why all of it ends now; set by `interrupt`.
-        goaway: what the client is to be told before the next OPEN at the latest.
+        goes_at: until when what runs may go on, of which the client is to be told before the next OPEN at the latest;
+            None: there is no end in sight. goes_why: the reason, for the client.
         blocked: the client has not taken all that it was sent.
         turn: what may be done for this channel before others come.
     """
@@ -56,7 +57,8 @@ class Link:
         self.decoder = guest.handshake.decoder
         self.moved = 0
         self.doom: Ending | None = None
-        self.goaway: m.Goaway | None = None
+        self.goes_at: float | None = None
+        self.goes_why = ""
         self.blocked = False
         self._told_goaway = False
         self._unsent = b""  # for the client, not yet taken by the stream
@@ -65,6 +67,7 @@ class Link:
         self._missed = True  # events may have gone by that nobody acted upon
         self._waiting = False
         self._cancellable = False
+        self._refusal: ProxyError | None = None
         self._reset = False
         self._raised: BaseException | None = None  # in the hub, by a step; for our greenlet
 
@@ -146,9 +149,10 @@ class Link:
 
     def tell_goaway(self) -> None:
         """Say GOAWAY, if there is one to be said; once."""
-        if self.goaway is not None and not self._told_goaway:
+        if self.goes_at is not None and not self._told_goaway:
             self._told_goaway = True
-            self.queue(frames.encode(self.goaway))
+            left = max(0.0, self.goes_at - monotonic())  # it may have taken a while until it could be said
+            self.queue(frames.encode(m.Goaway(int(left * 1000), self.goes_why)))
 
     def part(self, error: ProxyError | None = None) -> None:
         """The last word, behind what is held back, and a moment for the client to read it."""
@@ -248,9 +252,10 @@ class Link:
         if self._waiting:  # by now it may wait for something else
             self._greenlet.switch()
 
-    def interrupt(self, ending: Ending) -> None:
-        """End whatever is in progress; must not wait."""
+    def interrupt(self, ending: Ending, refusal: ProxyError | None = None) -> None:
+        """End whatever is in progress; must not wait. `refusal`: what an OPEN that is being served is answered."""
         self.doom = ending
+        self._refusal = refusal
         get_hub().loop.run_callback(self._cancel)
         self.wake()
 
@@ -280,4 +285,4 @@ class Link:
     def _cancel(self) -> None:
         if self._cancellable:
             self._cancellable = False
-            self._greenlet.throw(ClientGone("the client closed"))
+            self._greenlet.throw(self._refusal or ClientGone("the client closed"))

@@ -21,6 +21,7 @@ from tests.clients import TIMEOUT, read_all
 from tests.independent_client import Peer, Told, channel, error_from, error_of, session
 from tests.mx import Mx
 from tests.program import SECRET, Proxy
+from tests.sinks import Raw, greet
 from tests.waiting import wait_for
 
 OWN = "mta-own-has-a-secret-of-its-own-and-no-other"
@@ -524,6 +525,18 @@ def test_no_new_run_of_a_name_leaves_the_old_one_in(proxy: Proxy, mx: Mx) -> Non
             assert peer.expect(mta.GOAWAY) == [0, "name in use by 127.0.0.1"]
             assert peer.closed()
             assert refused(proxy.native, SECRET, **twin)[:2] == ("name_in_use", "name in use by 127.0.0.1")
+
+
+def test_what_a_fenced_run_has_in_progress_ends_with_it(proxy: Proxy) -> None:
+    """Its GOAWAY says deadline 0: no message more goes out under a name that somebody else has now."""
+    twin = {"instance": "twin-2", "run_id": b"o" * 16}
+    with Raw(greet) as raw, session(proxy.native, **twin), channel(proxy.native, **twin) as peer:
+        peer.opened(raw.endpoint)
+        assert peer.hear_until(b"220 mx\r\n")
+        with session(proxy.native, instance="twin-2", run_id=b"n" * 16):
+            assert peer.expect(mta.GOAWAY)[0] == 0
+            assert peer.closed()
+            proxy.wait_line(r"instance=twin-2 .*outcome=no_longer_allowed")
 
 
 def test_reset_in_the_handshake(proxy: Proxy) -> None:
