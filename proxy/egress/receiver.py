@@ -12,7 +12,7 @@ import errno
 import math
 import os
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import monotonic
 from typing import NamedTuple
@@ -78,7 +78,8 @@ class InClear(NamedTuple):
     why: str
 
 
-#: The longest that a handshake may take which can be done without; half of the time that is left, if that is less.
+#: The longest that STARTTLS's reply and the handshake may take each, where TLS can be done without; half of the time
+#: that is left, if that is less.
 _HANDSHAKE_SECONDS = 10.0
 
 
@@ -130,6 +131,14 @@ def may_do_without(wish: Wish) -> bool:
     return wish.tls is TlsMode.OPPORTUNISTIC and not wish.tls_verify
 
 
+def is_for_want_of_tls(error: UpstreamError) -> bool:
+    """Whether a session failed by its TLS alone: at the handshake, or because STARTTLS was never answered.
+
+    Not by what was said in front of TLS: that may be an attack.
+    """
+    return error.step is Step.TLS or (error.step is Step.STARTTLS and error.errno == errno.ETIMEDOUT)
+
+
 def open_receiver(
     engine: Engine,
     wish: Wish,
@@ -152,7 +161,7 @@ def open_receiver(
     try:
         return _attempt(engine, wish, source, destination, limits, idle_timeout)
     except UpstreamError as error:
-        if error.step is not Step.TLS or not may_do_without(wish) or monotonic() >= limits.ends_at:
+        if not (may_do_without(wish) and is_for_want_of_tls(error)) or monotonic() >= limits.ends_at:
             raise
         failure = error
     if once_more is not None:
@@ -276,10 +285,15 @@ class BringUp:
             if action.send:
                 send_all(self._engine, self.receiver.stream, action.send)
             if action.then is Then.START_TLS:
-                self._start_tls()
+                with self._hurrying("the TLS handshake hangs"):
+                    self._start_tls()
                 action = dialogue.tls_started()
                 continue
-            data = receive(self._engine, self.receiver.stream)
+            if dialogue.step is Step.STARTTLS:
+                with self._hurrying("STARTTLS is not answered"):
+                    data = receive(self._engine, self.receiver.stream)
+            else:
+                data = receive(self._engine, self.receiver.stream)
             if not data:
                 raise dialogue.eof()
             action = dialogue.receive(data)
@@ -294,28 +308,29 @@ class BringUp:
         except ValueError:
             raise self._failed(f"{name} cannot be a TLS server name", 0) from None
         stream.turn.key = receiver.destination.host
-        self._shake_hands(stream)
+        shake_hands(self._engine, stream)
         receiver.stream = stream
         receiver.tls = _facts(stream, wish.tls_verify)
 
-    def _shake_hands(self, stream: TlsStream) -> None:
-        """The handshake; one that can be done without leaves time for a session in clear.
+    @contextlib.contextmanager
+    def _hurrying(self, hangs: str) -> Iterator[None]:
+        """A limit for a step on the way to TLS; if TLS can be done without, it leaves time for a session in clear.
 
         Raises:
-            UpstreamError: it hangs. OSError: it failed.
+            UpstreamError: it hangs.
         """
-        timer = None
-        if may_do_without(self._wish):
-            timer = Timeout.start_new(max(min(_HANDSHAKE_SECONDS, (self._ends_at - monotonic()) / 2), 0.001))
+        if not may_do_without(self._wish):
+            yield
+            return
+        timer = Timeout.start_new(max(min(_HANDSHAKE_SECONDS, (self._ends_at - monotonic()) / 2), 0.001))
         try:
-            shake_hands(self._engine, stream)
+            yield
         except Timeout as fired:
             if fired is not timer:
                 raise
-            raise self._failed("the TLS handshake hangs", errno.ETIMEDOUT) from None
+            raise self._failed(hangs, errno.ETIMEDOUT) from None
         finally:
-            if timer is not None:
-                timer.close()
+            timer.close()
 
     def _note_result(self) -> None:
         receiver, dialogue = self.receiver, self._dialogue

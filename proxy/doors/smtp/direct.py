@@ -21,9 +21,10 @@ from proxy.egress.receiver import (
     Receiver,
     Wish,
     connect_receiver,
+    is_for_want_of_tls,
     open_receiver,
 )
-from proxy.errors import Overloaded, Step, UpstreamError
+from proxy.errors import Overloaded, UpstreamError
 from proxy.log import lines as log
 from proxy.model import Discard, TlsMode
 from proxy.net.relay import RawSocket
@@ -297,7 +298,7 @@ class Direct:
 
     def _goes_in_clear(self, error: UpstreamError) -> bool:
         """TLS failed, and may be done without (RFC 7435)."""
-        if error.step is not Step.TLS or self._terms.tls is not TlsMode.OPPORTUNISTIC:
+        if not is_for_want_of_tls(error) or self._terms.tls is not TlsMode.OPPORTUNISTIC:
             return False
         self._services.counters.failed.count(error.step)
         self._services.broken_tls.failed(self._terms.destination, error.reason, monotonic())

@@ -185,18 +185,28 @@ OPPORTUNISTIC = {"tls": TlsMode.OPPORTUNISTIC, "reuse": True}
 BLOCK = "throttle narrow {\n    max_concurrent_connections 1\n    wait 5s\n}\n"
 
 
-@pytest.mark.parametrize("behaviour", [no_tls, close, stall], ids=lambda behaviour: behaviour.__name__)
-def test_the_connection_in_clear_takes_its_own_turn(make, behaviour):
-    """A handshake that hangs is no other: it is given up in time. The first connection's place is free by then."""
+@pytest.mark.parametrize(
+    ("script", "step"),
+    [
+        ({"tls": no_tls}, Step.TLS),
+        ({"tls": close}, Step.TLS),
+        ({"tls": stall}, Step.TLS),
+        ({"starttls": mute}, Step.STARTTLS),
+    ],
+    ids=["no TLS", "closed", "hangs", "never answered"],
+)
+def test_the_connection_in_clear_takes_its_own_turn(make, monkeypatch, script, step):
+    """What hangs is no other: it is given up in time. The first connection's place is free by then."""
+    monkeypatch.setattr(receiver_room, "_HANDSHAKE_SECONDS", 0.3)
     house = make(BLOCK)
-    with Mx({"tls": behaviour}, starttls=True) as mx:
-        taken = house.open(mx.endpoint, **OPPORTUNISTIC, deadline_ms=2000 if behaviour is stall else 10_000)
+    with Mx(script, starttls=True) as mx:
+        taken = house.open(mx.endpoint, **OPPORTUNISTIC)
         first, second = house.entered
         assert first is not second
         assert taken.receiver.place is second
         assert (taken.receiver.tls, taken.in_clear.cause) == (None, "handshake")
         assert (mx.connects, mx.running <= 2) == (2, True)
-        assert [error.step for _, _, error in house.told] == [Step.TLS]
+        assert [error.step for _, _, error in house.told] == [step]
         assert house.services.counters.in_clear == {"handshake": 1}
         assert house.services.counters.fresh == 1
 
