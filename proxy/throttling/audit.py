@@ -1,69 +1,264 @@
-"""Messages against permits: does an instance send more than it was allowed?
+"""Messages against permits: does an instance send more than it was allowed, or later?
 
-The proxy counts MAIL commands where it tracks the dialogue. A flow's `balance` is its permits minus its messages; below
-zero it sent without a permit, unless a session of it broke a moment ago, whose permits it may still use. Counted
-always; with `throttle_enforce` the excess becomes a fine, paid with slots of the instance's own share before its next
-connection.
+The proxy sees MAIL commands where it tracks the dialogue. An `Account` has what one instance holds on one path, in
+whatever session it was granted, and each MAIL spends the permit that ends first. A permit is of use until its end and
+not longer: so each MAIL that passes has a slot of its own, not older than d, and the bound holds where the proxy writes
+the MAIL. One that comes when its permit has lapsed on the way is late and has to wait for another slot (`desk`); one
+for which there was none is counted, and with `throttle_enforce` paid with a slot of the instance's own share before its
+next connection.
 """
 
 from __future__ import annotations
 
-from proxy.throttling.flows import Flow
+import enum
+from typing import NamedTuple
+
+from proxy.throttling.dispenser import LONGEST_SLACK
+from proxy.throttling.flows import WORD, Flow, Run, Throttle
 from proxy.throttling.registry import Notice, Remark
 from proxy.throttling.session import Session
-from proxy.throttling.throttle import SECOND
+from proxy.throttling.throttle import AHEAD, SECOND
+from proxy.throttling.wheel import Wheel
 
 #: An instance is told of in the log this often.
 NOTICE_EVERY = 60 * SECOND
+#: A MAIL may be under way for so long (RFC 5321 4.5.3.2.2: a client waits five minutes for the answer to MAIL).
+LATE = 300 * SECOND
+
+
+class Verdict(enum.Enum):
+    """What a MAIL had."""
+
+    PERMITTED = enum.auto()
+    LATE = enum.auto()
+    UNPERMITTED = enum.auto()
+
+
+#: An instance, and the throttles of a path.
+Holder = tuple[str, tuple[Throttle, ...]]
+
+
+class Spent(NamedTuple):
+    """What a MAIL has used up: a permit's slot and its last moment; one that had lapsed has no last moment any more."""
+
+    holder: Holder
+    slot: int
+    last: int | None
+
+
+class Mail(NamedTuple):
+    """One MAIL: the paths on which it must wait for another slot, and what it has used up."""
+
+    late: tuple[Flow, ...]
+    spent: tuple[Spent, ...]
+
+
+class _Holding:
+    """`n` permits of a flow from the `serial`th on; the first is usable within [slot, last], each next `step` later."""
+
+    __slots__ = ("flow", "last", "n", "serial", "slot", "step")
+
+    def __init__(self, flow: Flow | None, serial: int, slot: int, last: int, n: int = 1, step: int = 0) -> None:
+        self.flow = flow
+        self.serial = serial
+        self.slot = slot
+        self.last = last
+        self.n = n
+        self.step = step
+
+    def skip(self, n: int) -> None:
+        self.serial += n
+        self.slot += n * self.step
+        self.last += n * self.step
+        self.n -= n
+
+    def cut(self, low: int, high: int) -> list[_Holding]:
+        """What is left without the permits [low, high) of it."""
+        left = []
+        if low > 0:
+            left.append(_Holding(self.flow, self.serial, self.slot, self.last, low, self.step))
+        if high < self.n:
+            self.skip(high)
+            left.append(self)
+        return left
+
+
+class Account:
+    """The permits of one instance on one path that were neither used nor returned.
+
+    Attributes:
+        free_until: until then all may be used that were granted when nothing limited the path.
+        lapsed: how many of them are too old; forgotten at `lapsed_until`.
+    """
+
+    __slots__ = ("_holdings", "free_until", "lapsed", "lapsed_until")
+
+    def __init__(self) -> None:
+        self._holdings: list[_Holding] = []
+        self.free_until = 0
+        self.lapsed = 0
+        self.lapsed_until = 0
+
+    def granted(self, run: Run, slack: int) -> None:
+        if not run.flow.path.limited:
+            self.free_until = run.first + slack
+            return
+        self._holdings.append(_Holding(run.flow, run.serial, run.first, run.first + slack, run.n, run.step))
+
+    def returned(self, flow: Flow, start: int, end: int) -> list[tuple[int, int]]:
+        """The flow's permits [start, end) come back: those of them that no MAIL has spent, as (first, n)."""
+        found: list[tuple[int, int]] = []
+        left: list[_Holding] = []
+        for holding in self._holdings:
+            low, high = max(start, holding.serial) - holding.serial, min(end - holding.serial, holding.n)
+            if holding.flow is flow and low < high:
+                found.append((holding.serial + low, high - low))
+                left += holding.cut(low, high)
+            else:
+                left.append(holding)
+        self._holdings = left
+        return found
+
+    def spend(self, now: int) -> tuple[int, int] | None:
+        """A permit that may be used now, the one that ends first: its slot and its last moment."""
+        self.lapse(now)
+        best = min([each for each in self._holdings if each.slot <= now], key=_last, default=None)
+        if best is None:
+            return None
+        spent = best.slot, best.last
+        best.skip(1)
+        if not best.n:
+            self._holdings.remove(best)
+        return spent
+
+    def spend_lapsed(self, now: int) -> bool:
+        if not self.lapsed or now >= self.lapsed_until:
+            return False
+        self.lapsed -= 1
+        return True
+
+    def restore(self, spent: Spent, now: int) -> None:
+        if spent.last is None:
+            self.lapsed += 1
+            self.lapsed_until = now + LATE
+        else:
+            self._holdings.append(_Holding(None, 0, spent.slot, spent.last))
+
+    def lapse(self, now: int) -> None:
+        """Permits that are too old from `now` on are no permits any more."""
+        if now >= self.lapsed_until:
+            self.lapsed = 0
+        for holding in self._holdings:
+            if holding.last < now:
+                old = min(holding.n, -(-(now - holding.last) // holding.step)) if holding.step else holding.n
+                holding.skip(old)
+                self.lapsed += old
+                self.lapsed_until = now + LATE
+        self._holdings = [holding for holding in self._holdings if holding.n]
+
+    def over_at(self, now: int) -> int | None:
+        """When to look again; None: there is nothing left."""
+        self.lapse(now)
+        ends = [each.last + each.step * (each.n - 1) + 1 for each in self._holdings]
+        end = max([*ends, self.free_until, self.lapsed_until if self.lapsed else 0])
+        return end if end > now else None
 
 
 class Audit:
-    """Counts messages without a permit; `remarks` are for the log."""
+    """All accounts.
 
-    def __init__(self) -> None:
+    Args:
+        start: when the manager began: what its predecessor granted is unknown, and nobody is accused for it.
+
+    Attributes:
+        unpermitted, late: MAIL commands so far that had no permit, or came too late for it.
+        remarks: for the log. wheel: accounts by the time at which nothing will be left of them.
+    """
+
+    def __init__(self, start: int) -> None:
         self.unpermitted = 0
+        self.late = 0
         self.remarks: list[Remark] = []
+        self.wheel: Wheel[Holder] = Wheel(SECOND)
+        self._known_from = start + LONGEST_SLACK + AHEAD
+        self._accounts: dict[Holder, Account] = {}
+        self._told: dict[tuple[str, Notice], int] = {}
 
-    def sent(self, flow: Flow, messages: int, enforce: bool, now: int) -> int:
-        """`messages` were begun on a connection of `flow`; how many of them had no permit (0 without a rate limit)."""
-        flow.balance -= messages
-        if flow.balance < 0:
-            flow.balance += _spare(flow, -flow.balance - flow.fine)
-        if flow.balance >= 0:
-            return 0
-        if not any(throttle.windows for throttle in flow.path.throttles):
-            flow.balance = 0
-            return 0
-        excess = max(0, -flow.balance - flow.fine)
-        if enforce:
-            flow.fine += excess
-            flow.want += excess
-        else:
-            flow.balance = 0
-        if excess:
-            self._count(flow, excess, now)
-        return excess
+    def granted(self, run: Run) -> None:
+        """Permits have left for their instance."""
+        flow = run.flow
+        slack = flow.path.slack
+        end = run.first + run.step * (run.n - 1) + slack
+        self._account((flow.receiver.name, flow.path.throttles), end).granted(run, slack)
 
-    def _count(self, flow: Flow, excess: int, now: int) -> None:
-        self.unpermitted += excess
-        session = flow.receiver
-        if not isinstance(session, Session):
-            return
-        session.unpermitted += excess
-        if session.warned_at is None or now - session.warned_at >= NOTICE_EVERY:
-            session.warned_at = now
-            detail = f"{session.unpermitted} messages without a permit so far"
-            self.remarks.append(Remark(Notice.UNPERMITTED, session.name, detail))
+    def _account(self, holder: Holder, until: int) -> Account:
+        account = self._accounts.get(holder)
+        if account is None:
+            account = self._accounts[holder] = Account()
+            self.wheel.arm(holder, until + 1)
+        return account
+
+    def returned(self, flow: Flow, first: int, n: int) -> list[tuple[int, int]]:
+        """The flow's permits from the `first`th on (modulo 2**32) come back; those that nobody used, as (first, n)."""
+        account = self._accounts.get((flow.receiver.name, flow.path.throttles))
+        if account is None:
+            return []
+        start = flow.granted - (flow.granted - first) % WORD
+        return account.returned(flow, start, start + n)
+
+    def mail(self, flow: Flow, now: int) -> tuple[Verdict, Spent | None]:
+        """A MAIL was begun on a connection of `flow`, whose session may be over: what it had."""
+        holder = flow.receiver.name, flow.path.throttles
+        account = self._accounts.get(holder)
+        if not flow.path.limited or (account is not None and now <= account.free_until):
+            return Verdict.PERMITTED, None
+        permit = account.spend(now) if account is not None else None
+        if permit is not None:
+            return Verdict.PERMITTED, Spent(holder, *permit)
+        if now < self._known_from:
+            return Verdict.PERMITTED, None
+        if account is not None and account.spend_lapsed(now):
+            return Verdict.LATE, Spent(holder, 0, None)
+        return Verdict.UNPERMITTED, None
+
+    def in_vain(self, spent: Spent, now: int) -> None:
+        """The MAIL will be said again."""
+        self._account(spent.holder, now).restore(spent, now)
+
+    def tell_late(self, flow: Flow, now: int) -> None:
+        self.late += 1
+        throttle = flow.path.throttles[0].key.name
+        detail = (
+            f"a message under {throttle} came later than its permit allows and waits for another slot: "
+            f"a slow link or machine; {self.late} such messages of all instances so far"
+        )
+        self._tell(Notice.LATE, flow.receiver.name, detail, now)
+
+    def tell_unpermitted(self, flow: Flow, session: Session | None, now: int) -> None:
+        self.unpermitted += 1
+        messages = 1
+        if session is not None:
+            session.unpermitted += 1
+            messages = session.unpermitted
+        self._tell(Notice.UNPERMITTED, flow.receiver.name, f"messages without a permit: {messages} so far", now)
+
+    def expire(self, now: int, most: int) -> None:
+        """Forget accounts of which nothing is left."""
+        for key in self.wheel.expire(now, most):
+            again = self._accounts[key].over_at(now)
+            if again is None:
+                del self._accounts[key]
+            else:
+                self.wheel.arm(key, again)
+
+    def _tell(self, notice: Notice, name: str, detail: str, now: int) -> None:
+        """At most once a minute of each instance."""
+        last = self._told.get((name, notice))
+        if last is None or now - last >= NOTICE_EVERY:
+            self._told = {each: at for each, at in self._told.items() if now - at < NOTICE_EVERY}
+            self._told[name, notice] = now
+            self.remarks.append(Remark(notice, name, detail))
 
 
-def _spare(flow: Flow, most: int) -> int:
-    """Take up to `most` of the permits of sessions that broke, from every throttle of the path."""
-    stakes = [
-        stake
-        for throttle in flow.path.throttles
-        if throttle.terms is not None and (stake := throttle.terms.stake(flow.receiver.name)) is not None
-    ]
-    spare = max(0, min([most, *[stake.spare for stake in stakes]])) if stakes else 0
-    for stake in stakes:
-        stake.spare -= spare
-    return spare
+def _last(holding: _Holding) -> int:
+    return holding.last

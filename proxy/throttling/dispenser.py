@@ -384,7 +384,6 @@ class Dispenser:
                     time = clock - LAG * cost
                 times[name] = time + cost
         flow.want -= 1
-        flow.balance += 1
         if flow.fine:
             flow.fine -= 1
             if not flow.fine:
@@ -411,7 +410,6 @@ class Dispenser:
         n = flow.want - flow.fine
         if flow.fine:
             self.paid.append(flow)
-        flow.balance += flow.want
         flow.want = flow.fine = 0
         if n > 0:
             flow.open = None
@@ -445,7 +443,6 @@ class Dispenser:
         """
         start = flow.granted - (flow.granted - first) % WORD
         taken = self._take_back(flow, start, start + n)
-        flow.balance -= len(taken)
         self.reuse(flow.path, taken, now)
         return len(taken)
 
@@ -520,7 +517,6 @@ class Dispenser:
                 if run.flow in these:
                     flow = run.flow
                     flow.granted -= run.n
-                    flow.balance -= run.n
                     flow.want += run.n
             receiver.runs = [run for run in receiver.runs if run.flow not in these]
 

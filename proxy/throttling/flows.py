@@ -120,6 +120,11 @@ class Path:
         return slot, decider
 
     @property
+    def limited(self) -> bool:
+        """Whether its messages need slots."""
+        return any(throttle.windows for throttle in self.throttles)
+
+    @property
     def slack(self) -> int:
         """d of this path's permits: the smallest of its throttles'."""
         return min(throttle.slack for throttle in self.throttles)
@@ -131,7 +136,6 @@ class Flow:
     Attributes:
         id: the session's number for the path.
         want: permits wanted beyond those on their way. granted: permits granted so far.
-        balance: permits granted and not returned, minus messages seen.
         order: who waits longer has the smaller one; `turn`, once it has had its first turn, will be the next one.
         turns: throttles of its path, by bit, where it has had its turn.
         fine: slots to take from this flow's share without giving them (messages that were sent without a permit).
@@ -142,7 +146,7 @@ class Flow:
 
     # One flow for each path of each session: 100,000 of them must stay small.
     __slots__ = (
-        *("id", "receiver", "path", "want", "granted", "balance", "fine", "paused", "queued", "open", "held"),
+        *("id", "receiver", "path", "want", "granted", "fine", "paused", "queued", "open", "held"),
         *("places", "waiting_places", "listed", "gated", "cap", "order", "turn", "turns"),
     )
 
@@ -152,7 +156,6 @@ class Flow:
         self.path = path
         self.want = 0
         self.granted = 0
-        self.balance = 0
         self.order = 0
         self.turn = 0
         self.turns = 0
@@ -233,17 +236,14 @@ class Ticket(Request):
 class Stake:
     """One instance's part in a throttle, and its flows that name the throttle; with none it is only remembered.
 
-    `spare`: permits of sessions that broke, which the instance may still use.
-
     Nearly always there is one flow: it is kept without a container, since there may be 100,000 throttles.
     """
 
-    __slots__ = ("_flow", "_more", "name", "part", "spare")
+    __slots__ = ("_flow", "_more", "name", "part")
 
     def __init__(self, name: str, part: Part) -> None:
         self.name = name
         self.part = part
-        self.spare = 0
         self._flow: Flow | None = None
         self._more: dict[Flow, None] | None = None
 

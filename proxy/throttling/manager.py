@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from proxy.errors import Throttled
 from proxy.throttling.advice import Adviser
-from proxy.throttling.audit import Audit
+from proxy.throttling.audit import Audit, Mail, Spent, Verdict
 from proxy.throttling.blocks import Block, Blocks
 from proxy.throttling.desk import Desk, MessageTicket
 from proxy.throttling.dispenser import Dispenser
-from proxy.throttling.flows import Flow, Places, Throttle, Ticket
+from proxy.throttling.flows import Flow, Places, Run, Throttle, Ticket
 from proxy.throttling.limits import BackoffRule, Part
 from proxy.throttling.places import PlaceBook
 from proxy.throttling.refusals import refusal
@@ -49,7 +49,7 @@ class Manager:
         self.enforce = enforce
         self.blocks = Blocks(blocks, start)
         self.sessions: dict[str, Session] = {}
-        self._audit = Audit()
+        self._audit = Audit(start)
         self._dispenser = Dispenser()
         self._book = PlaceBook(self._shut)
         self._registry = Registry(start, self._dispenser, self._book)
@@ -172,7 +172,8 @@ class Manager:
         """Permits of path `id` from the `first`th on (counted from 0, modulo 2**32) will not be used."""
         flow = session.flows.get(id)
         if flow is not None and session.end is None:
-            self._dispenser.give_back(flow, first, n, now)
+            for start, count in self._audit.returned(flow, first, n):
+                self._dispenser.give_back(flow, start, count, now)
         self._settle(now)
 
     def outcome(self, session: Session, id: int, ok: int, deferred: int, failed: int, backoff: bool, now: int) -> None:
@@ -318,12 +319,45 @@ class Manager:
         granted, self._desk.granted = self._desk.granted, []
         return granted
 
-    def mail_sent(self, places: Places, messages: int, now: int) -> None:
-        """The proxy saw `messages` MAIL commands on a connection: each should have had a permit on every path."""
+    def mail(self, places: Places, now: int) -> Mail:
+        """The proxy saw a MAIL on a connection: it should have had a permit on every path.
+
+        Returns:
+            with the paths on which it came too late for its permit: it must not go on before it has another slot there
+            (`ask_message`).
+        """
+        late: list[Flow] = []
+        spent: list[Spent] = []
         for flow in places.flows:
-            if self._audit.sent(flow, messages, self.enforce, now):
-                self._dispenser.activate(flow, now)
+            verdict, used = self._audit.mail(flow, now)
+            if used is not None:
+                spent.append(used)
+            if verdict is Verdict.LATE:
+                late.append(flow)
+                self._audit.tell_late(flow, now)
+            elif verdict is Verdict.UNPERMITTED:
+                self._charge(flow, now)
         self._settle(now)
+        return Mail(tuple(late), tuple(spent))
+
+    def in_vain(self, mail: Mail, now: int) -> None:
+        """That MAIL was no message, and will be said again elsewhere with the same permit."""
+        for spent in mail.spent:
+            self._audit.in_vain(spent, now)
+
+    def _charge(self, flow: Flow, now: int) -> None:
+        """A message without a permit, on a connection that an earlier session of the instance may have opened."""
+        session = self.sessions.get(flow.receiver.name)
+        self._audit.tell_unpermitted(flow, session, now)
+        if not self.enforce:
+            return
+        payer = flow if flow.receiver is session else self._registry.successor(flow, session)
+        if payer is None:
+            self._registry.owe(flow)
+            return
+        payer.fine += 1
+        payer.want += 1
+        self._dispenser.activate(payer, now)
 
     # --- time, settings, results ---
 
@@ -353,6 +387,7 @@ class Manager:
         self._desk.expire(now, SWEEP)
         self._settle(now)
         self._adviser.expire(now)
+        self._audit.expire(now, SWEEP)
         for throttle in self._registry.forgetting.expire(now, SWEEP):
             self._registry.forget(throttle, now)
         self._drop_idle(now, SWEEP)
@@ -368,6 +403,7 @@ class Manager:
             self._desk.wheel,
             self._book.wheel,
             self._adviser.wheel,
+            self._audit.wheel,
             self._pings,
             self._registry.leases,
             self._registry.backoffs,
@@ -384,7 +420,11 @@ class Manager:
 
         What is left (see `Session.parked_records`) is to be asked for again when this is sent.
         """
-        return session.take(self._dispenser, now, most, self._registry.teller.owes)
+        return session.take(self._sent, now, most, self._registry.teller.owes)
+
+    def _sent(self, run: Run, now: int) -> None:
+        self._dispenser.sent(run, now)
+        self._audit.granted(run)
 
     def take_blocked(self) -> list[Throttle]:
         """Full throttles that somebody began to wait under: a cached connection with a place there should give way."""
@@ -448,7 +488,7 @@ class Manager:
             for flow in session.flows.values():
                 if flow.fine:
                     flow.want -= flow.fine
-                    flow.fine = flow.balance = 0
+                    flow.fine = 0
                     self._dispenser.paid.append(flow)
 
     def _shut(self, flow: Flow) -> bool:

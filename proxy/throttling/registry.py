@@ -34,6 +34,7 @@ class Notice(enum.StrEnum):
     """What is worth a line in the log."""
 
     UNPERMITTED = "unpermitted"
+    LATE = "late"
     BACKOFF = "backoff"
     MIXED_MODES = "mixed_modes"
 
@@ -126,7 +127,7 @@ class Registry:
             if not known:
                 self._restake(throttle, stake, part, now)
         fine = self._fines.pop((receiver.name, throttles), 0)
-        flow.fine, flow.want, flow.balance = fine, fine, -fine
+        flow.fine = flow.want = fine
         return flow
 
     def hold(self, throttles: tuple[Throttle, ...]) -> Path:
@@ -161,22 +162,31 @@ class Registry:
         """The flow is over. Its instance's part stays until `lease_until` (None: goes now) unless it comes back."""
         self._dispenser.withdraw(flow)
         path, name = flow.path, flow.receiver.name
-        if flow.fine and len(self._fines) < MAX_FINES:
-            self._fines[name, path.throttles] = flow.fine  # a reconnect does not pay it
+        self.owe(flow, flow.fine)  # a reconnect does not pay it
         flow.paused, flow.fine = False, 0
         self._book.retry(flow, now)
         for throttle in path.throttles:
             stake = _terms(throttle).stake(name)
             assert stake is not None, "a stake outlives its flows"
             stake.remove(flow)
-            if lease_until is not None and flow.balance > 0:
-                stake.spare += flow.balance
             if len(stake) == 0:
                 if lease_until is not None and lease_until > now:
                     self.leases.arm((throttle, name), lease_until)
                 else:
                     self.end_lease(throttle, name, now)
         self.let_go(path, now)
+
+    def successor(self, flow: Flow, receiver: Receiver | None) -> Flow | None:
+        """The flow of `receiver` with the throttles of one whose session is over."""
+        path = self._paths.get(flow.path.throttles)
+        flows = path.flows() if path is not None else []
+        return next((each for each in flows if each.receiver is receiver), None)
+
+    def owe(self, flow: Flow, messages: int = 1) -> None:
+        """The instance of a flow whose session is over has to pay on that path, when it is back."""
+        key = flow.receiver.name, flow.path.throttles
+        if messages and (key in self._fines or len(self._fines) < MAX_FINES):
+            self._fines[key] = self._fines.get(key, 0) + messages
 
     def end_lease(self, throttle: Throttle, name: str, now: int) -> None:
         """Drop the instance's part, if no flow of it is left."""

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
-from proxy.throttling.dispenser import Dispenser
 from proxy.throttling.flows import Flow, Path, Receiver, Run
 from proxy.throttling.limits import Effective
 from proxy.throttling.throttle import MICROSECOND, SECOND
@@ -111,7 +110,7 @@ class Session(Receiver):
 
     __slots__ = (
         *("run", "address", "since", "end", "flows", "backlogs", "ram", "bounce", "disk", "congested"),
-        *("ping_t", "ping_at", "pong_at", "rtt", "worst_rtt", "pongs", "ping_due", "caps", "unpermitted", "warned_at"),
+        *("ping_t", "ping_at", "pong_at", "rtt", "worst_rtt", "pongs", "ping_due", "caps", "unpermitted"),
         *("slack", "named"),
     )
 
@@ -136,7 +135,6 @@ class Session(Receiver):
         self.ping_due: int | None = None
         self.caps: dict[int, int] = {}
         self.unpermitted = 0
-        self.warned_at: int | None = None
 
     def may_receive(self, now: int) -> bool:
         """Alive, able to take frames, and pinged: only a permit that counts from a ping can be called off."""
@@ -194,10 +192,13 @@ class Session(Receiver):
             self.disk,
         )
 
-    def take(self, dispenser: Dispenser, now: int, most: int, owes: Callable[[Path], bool] = _nothing) -> Output:
+    def take(
+        self, sent: Callable[[Run, int], None], now: int, most: int, owes: Callable[[Path], bool] = _nothing
+    ) -> Output:
         """What waits, `most` records of a kind; `now` is not after the moment of sending.
 
         Args:
+            sent: told of each run that leaves.
             owes: whether the limits of a path are still to be told by somebody else.
         """
         pongs, self.pongs = self.pongs, []
@@ -207,7 +208,7 @@ class Session(Receiver):
         sent_at = now // MICROSECOND * MICROSECOND
         grants = []
         for run in self._take_runs(most, lambda flow: flow not in limits and owes(flow.path)):
-            dispenser.sent(run, now)
+            sent(run, now)
             grants.append(
                 GrantRecord(run.flow.id, run.n, (run.first - sent_at) // MICROSECOND, run.step // MICROSECOND)
             )

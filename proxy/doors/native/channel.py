@@ -18,10 +18,10 @@ from gevent import get_hub
 
 from proxy import __version__
 from proxy.doors.native.entrance import Guest, check_still_welcome
+from proxy.doors.native.gate import Gate
 from proxy.doors.native.link import ClientGone, Link
 from proxy.doors.native.open import Attempts, Opener, Taken
 from proxy.doors.native.transfer import Transfer
-from proxy.egress.admission import clock_ns
 from proxy.egress.receiver import Receiver
 from proxy.errors import Draining, PeerError, ProxyError, UpstreamError
 from proxy.log import lines as log
@@ -62,6 +62,7 @@ class _Session:
     transfer: Transfer
     started: float
     services: Services
+    gate: Gate | None
     parting: Discard | None = None  # nobody may have it, and its receiver waits for a command: it hears QUIT
 
 
@@ -224,8 +225,10 @@ class Channel:
             return
         self._refusals.served()
         tracked = request.ehlo_name is not None and (request.reuse or request.throttles)
-        transfer = Transfer(link, taken.receiver, Tracker() if tracked else None, taken.reused)
-        session = _Session(number, request, taken, transfer, started, services)
+        place = taken.receiver.place
+        gate = Gate(services.admission, place, link.wake) if tracked and place is not None and place.flows else None
+        transfer = Transfer(link, taken.receiver, Tracker() if tracked else None, taken.reused, gate)
+        session = _Session(number, request, taken, transfer, started, services, gate)
         ending, reset = Ending.CLIENT_RESET, True
         self._receiver, self._transfer = taken.receiver, transfer
         try:
@@ -345,7 +348,7 @@ class Channel:
         )
 
     def _count_messages(self, session: _Session) -> None:
-        """What the tracker saw, else what the client says. Each MAIL of a throttled path should have had a permit."""
+        """What the tracker saw, else what the client says."""
         services, transfer, receiver = session.services, session.transfer, session.taken.receiver
         if transfer.tracker is None:
             services.counters.messages += transfer.end.messages if transfer.end is not None else 0
@@ -356,9 +359,10 @@ class Channel:
         services.counters.messages += mails
         # What a shared connection that turned out to be dead was told is said again elsewhere, with the same permit.
         in_vain = session.taken.reused and not transfer.tracker.accepted and transfer.unclean() in _DEAD
-        if mails and not in_vain and receiver.place is not None and receiver.place.flows:
-            services.admission.manager.mail_sent(receiver.place, mails, clock_ns())
-            services.admission.settle()
+        if session.gate is not None:
+            session.gate.leave()
+            if in_vain:
+                session.gate.in_vain()
 
     # ---------------------------------------------------------------- refusals
 

@@ -1,7 +1,8 @@
 """One SMTP session on a channel: bytes both ways between the client's frames and the receiver, from OPENED to END.
 
-What is held back on one side stops reading on the other, so memory is bounded by one read each way. Closing, counting
-and who gets the connection afterwards are `channel`'s.
+What is held back on one side stops reading on the other, so memory is bounded by one read each way; beside that there
+is what stands behind a MAIL that has to wait (`gate`). Closing, counting and who gets the connection afterwards are
+`channel`'s.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from time import monotonic
 
 from gevent import Timeout
 
+from proxy.doors.native.gate import Gate
 from proxy.doors.native.link import ClientGone, Link
 from proxy.egress.receiver import Receiver
 from proxy.errors import PeerError
@@ -38,6 +40,7 @@ class Transfer:
     Args:
         tracker: follows the dialogue, if the connection may be shared or its messages are counted.
         reused: somebody else has had the connection before.
+        gate: says which MAIL may go on; needs a tracker. None: all.
 
     Attributes:
         up, down: bytes so far.
@@ -46,7 +49,9 @@ class Transfer:
         end: what the client ended the session with.
     """
 
-    def __init__(self, link: Link, receiver: Receiver, tracker: Tracker | None, reused: bool = False) -> None:
+    def __init__(
+        self, link: Link, receiver: Receiver, tracker: Tracker | None, reused: bool = False, gate: Gate | None = None
+    ) -> None:
         self.receiver = receiver
         self.tracker = tracker
         self.up = 0
@@ -56,6 +61,10 @@ class Transfer:
         self.end: m.End | None = None
         self._link = link
         self._reused = reused
+        self._gate = gate
+        if gate is not None and tracker is not None:
+            tracker.mails_allowed = 0
+        self._kept = b""  # of the client, from a MAIL on that has to wait
         self._stream = receiver.stream
         self._readable = True  # the receiver may have something to be read
         self._missed = True  # events of the receiver may have gone by that nobody acted upon
@@ -84,6 +93,8 @@ class Transfer:
                 link.rest()
                 self._readable = self._missed = True
             elif not moved:
+                if self._kept and has_gone(link.stream.socket):
+                    raise ClientGone("the client closed")
                 if self._blocked and has_gone(link.stream.socket):
                     self._push_on()
                 else:
@@ -95,7 +106,7 @@ class Transfer:
         if events & GONE or link.blocked or self._blocked:
             return True
         self._from_client()
-        more = link.readable or link.decoder.unread
+        more = (link.readable or link.decoder.unread) and not self._is_full()
         return more or self.end is not None or self._write_error is not None or self._blocked
 
     def _receiver_event(self, events: int) -> bool:
@@ -113,7 +124,7 @@ class Transfer:
         """Why the connection cannot serve another client, as far as its bytes tell."""
         if self.receiver_done or self.broken is not None:
             return Discard.PEER_CLOSED
-        if self._blocked or self._finished:
+        if self._blocked or self._finished or self._kept:
             return Discard.OUTSTANDING
         return self.tracker.verdict() if self.tracker is not None else Discard.NOT_OFFERED
 
@@ -164,9 +175,14 @@ class Transfer:
         if self._blocked and not self._push():
             return False
         link = self._link
-        moved = self._take_frames()
+        moved = bool(self._kept) and self._go_on()
+        if self._blocked:
+            return moved
+        moved |= self._take_frames()
         for _ in range(_READS_A_SIDE):
-            if self.end is not None or self._blocked or link.turn.over or not link.readable or not link.receive():
+            if self.end is not None or self._blocked or self._is_full() or link.turn.over:
+                break
+            if not link.readable or not link.receive():
                 break
             moved = True
             self._take_frames()
@@ -177,11 +193,13 @@ class Transfer:
         sent on in one."""
         next_frame, spend, now = self._link.decoder.next_frame, self._link.turn.spend, monotonic()
         pieces: list[memoryview | bytes] = []
-        came = self._said is not None
+        came = self._said is not None and not self._kept
         self._act()
-        while self.end is None and spend(FRAME, now) and (frame := next_frame()) is not None:
+        while self.end is None and not self._is_full() and spend(FRAME, now) and (frame := next_frame()) is not None:
             came = True
             if frame[0] == frames.DATA:
+                if self._said is not None:
+                    raise PeerError("DATA after EOF in an SMTP session")
                 pieces.append(frame[1])
                 continue
             self._said = self._control(frame)
@@ -198,10 +216,14 @@ class Transfer:
         message = frames.decode(frame, frames.CHANNEL_FROM_CLIENT)
         if not isinstance(message, m.End | m.Eof):
             raise PeerError(f"{type(message).__name__.upper()} in the middle of an SMTP session")
+        if self._said is not None and isinstance(message, m.Eof):
+            raise PeerError("EOF twice in an SMTP session")
         return message
 
     def _act(self) -> None:
-        """Do what the client said."""
+        """Do what the client said. An EOF comes behind a MAIL that waits; an END ends the waiting."""
+        if self._kept and isinstance(self._said, m.Eof):
+            return
         message, self._said = self._said, None
         if isinstance(message, m.End):
             self.end = message
@@ -225,11 +247,49 @@ class Transfer:
             raise PeerError("DATA after EOF in an SMTP session")
         if self._write_error is not None or self.broken is not None:
             return True  # the client does not know yet, or goes on after the receiver's FIN
+        if self._kept:
+            self._kept += piece
+            return True
         if self.tracker is not None:
-            self.tracker.client_bytes(piece)
+            piece = self._track(self.tracker, piece)
         self.up += len(piece)
         self._held = piece
         return self._push()
+
+    def _track(self, tracker: Tracker, piece: bytes) -> bytes:
+        """Look at the client's bytes; those that may go on. The others are kept."""
+        left = tracker.client_bytes(piece)
+        while left and self._gate is not None and tracker.mails_allowed is not None:
+            if not self._gate.mail():
+                self._kept = left
+                return piece[: len(piece) - len(left)]
+            tracker.mails_allowed += 1
+            left = tracker.client_bytes(left)
+        return piece
+
+    def _go_on(self) -> bool:
+        """Send on what was kept, if its slot has come; whether it has.
+
+        When it will not come any more, it is to the client as if the receiver had been lost: it has waited for longer
+        than a client waits for an answer.
+        """
+        gate, tracker = self._gate, self.tracker
+        assert gate is not None
+        assert tracker is not None
+        assert tracker.mails_allowed is not None
+        if gate.closed:
+            return False
+        kept, self._kept = self._kept, b""
+        if gate.refusal is not None and not self.receiver_done:
+            self._aborted(OSError(errno.ETIMEDOUT, ""))
+        else:
+            tracker.mails_allowed += 1
+            self._give(kept)
+        return True
+
+    def _is_full(self) -> bool:
+        """Nothing more is read behind a MAIL that waits; an END that comes soon is seen."""
+        return len(self._kept) >= _READ_SIZE
 
     def _push(self) -> bool:
         """Hand what is held back to the receiver; whether nothing is left."""

@@ -78,12 +78,15 @@ class Tracker:
         "deferred",
         "errors",
         "mails",
+        "mails_allowed",
         "rejected",
     )
 
     def __init__(self) -> None:
         #: MAIL commands that the client sent: what a permit is spent on.
         self.mails = 0
+        #: How many MAIL commands may pass; None: any number. The next one is handed back by `client_bytes`.
+        self.mails_allowed: int | None = None
         #: Final dots that the receiver answered with 2xx. BDAT messages are not counted.
         self.accepted = 0
         #: Replies 4xx, and 5xx, to MAIL, RCPT and final dots; none to what was pipelined behind a refused MAIL.
@@ -129,13 +132,20 @@ class Tracker:
         """Like `client_bytes` while `in_data`, but stops at the end of the message; what comes behind it."""
         return self._take_data(data)
 
-    def client_bytes(self, data: bytes) -> None:
-        """What the client sends to the receiver."""
+    def client_bytes(self, data: bytes) -> bytes:
+        """What the client sends to the receiver; the rest of it that may not be passed on yet, to be given again.
+
+        The rest begins with the line of a MAIL that is one too many (see `mails_allowed`), or with what is left of it
+        if pieces of that line, but never its end, had been passed on before it could be known for one.
+        """
         while data:
             if self._client is _Client.DATA:
                 data = self._take_data(data)
             elif self._client is _Client.COMMAND:
-                data = self._take_commands(data)
+                left = self._take_commands(data)
+                if self._client is _Client.COMMAND:
+                    return left
+                data = left
             elif self._client is _Client.CHUNK:
                 taken = min(self._chunk_left, len(data))
                 self._chunk_left -= taken
@@ -145,7 +155,8 @@ class Tracker:
             else:
                 if self._client is _Client.SWITCHING:
                     self._lose_client()
-                return
+                break
+        return b""
 
     def server_bytes(self, data: bytes) -> None:
         """What the receiver sends to the client."""
@@ -166,7 +177,8 @@ class Tracker:
     # -- client side ---------------------------------------------------------------------------------------------------
 
     def _take_commands(self, data: bytes) -> bytes:
-        """Reads commands until the mode changes; returns what is left for the new mode."""
+        """Reads commands until the mode changes or a MAIL may not pass; returns what is left."""
+        known = len(self._line)
         data = self._line + data
         self._line = b""
         start = 0
@@ -179,7 +191,11 @@ class Tracker:
                 else:
                     self._line = rest
                 return b""
-            self._on_command(data[start:end])
+            line = data[start:end]
+            if self.mails == self.mails_allowed and _verb(line) == b"MAIL":
+                self._line = data[start:known]
+                return data[max(start, known) :]
+            self._on_command(line)
             start = end + 2
         return data[start:]
 
@@ -188,8 +204,7 @@ class Tracker:
             # A receiver that takes a bare LF for a line end, or a NUL for the end of a line, sees other commands.
             self._lose_client()
             return
-        words = line.split(None, 2)
-        verb = words[0].upper() if words else b""
+        words, verb = line.split(None, 2), _verb(line)
         if len(self._outstanding) >= MOST_OUTSTANDING:
             self._lose_client()
             return
@@ -311,6 +326,11 @@ class Tracker:
     def _blame(self, reason: Discard) -> None:
         if self._reason is None:
             self._reason = reason
+
+
+def _verb(line: bytes) -> bytes:
+    words = line.split(None, 1)
+    return words[0].upper() if words else b""
 
 
 def _check_reply_line(line: bytes) -> None:

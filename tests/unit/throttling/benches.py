@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from proxy.throttling.flows import Places
 from proxy.throttling.limits import Part
 from proxy.throttling.manager import Manager
 from proxy.throttling.session import GrantRecord, Output, Session
@@ -59,6 +60,10 @@ class Bench:
                 total.setdefault(name, []).extend(grants)
         self.now = end
         return total
+
+    def mails(self, places: Places, messages: int) -> int:
+        """The proxy sees that many MAILs; how many of them have to wait."""
+        return sum(bool(self.manager.mail(places, self.now).late) for _ in range(messages))
 
     def output(self, session: Session) -> Output:
         return self.manager.take(session, self.now)

@@ -431,25 +431,78 @@ def audited(enforce: bool) -> tuple[Doors, Session, Places]:
     session = doors.session("a")
     doors.register(session, (KEY, part(Limit(10, 1))))
     doors.want(session, 3)
-    doors.run(SECOND)
+    doors.run(250 * MS)  # one of the three is still good
     return doors, session, doors.opened(session)
 
 
 def test_messages_with_permits_are_not_remarked() -> None:
-    doors, _, places = audited(True)
-    doors.manager.mail_sent(places, 3, doors.now)
+    doors, session, places = audited(True)
+    assert doors.mails(places, 1) == 0
+    doors.want(session, 1)
+    doors.run(100 * MS)
+    assert doors.mails(places, 1) == 0
     assert (doors.manager.unpermitted, doors.manager.take_notices()) == (0, [])
+
+
+def test_permits_that_have_lapsed_are_no_credit() -> None:
+    """200 messages in a second went by unnoticed at 20/s: now each of them waits for a slot of its own."""
+    doors = Doors()
+    session = doors.session("a")
+    doors.register(session, (KEY, part(Limit(20, 1))))
+    doors.want(session, 200)
+    doors.run(11 * SECOND)
+    places = doors.opened(session)
+    assert doors.got[session] == 200
+    late = doors.mails(places, 200)
+    assert late >= 195
+    assert doors.manager.unpermitted == 0
+    assert [remark.notice for remark in doors.manager.take_notices()] == ["late"]
+    assert doors.mails(places, 1) == 0
+    assert doors.manager.unpermitted == 1, "there is nothing left that it could be late for"
+
+
+def test_what_lapsed_long_ago_is_nothing() -> None:
+    doors, _, places = audited(False)
+    doors.run(301 * SECOND)
+    assert doors.mails(places, 1) == 0
+    assert doors.manager.unpermitted == 1
+
+
+def test_a_message_in_vain_gives_its_permit_back() -> None:
+    doors, _, places = audited(False)
+    mail = doors.manager.mail(places, doors.now)
+    assert not mail.late
+    doors.manager.in_vain(mail, doors.now)
+    assert doors.mails(places, 1) == 0
+    late = doors.manager.mail(places, doors.now)
+    assert late.late
+    doors.manager.in_vain(late, doors.now)
+    assert doors.mails(places, 3) == 2
+    assert doors.manager.unpermitted == 1
+
+
+def test_a_permit_that_a_message_has_used_cannot_be_returned() -> None:
+    """It would be given out a second time."""
+    doors, session, places = audited(False)
+    other = doors.session("b")
+    doors.register(other, (KEY, part(Limit(10, 1))))
+    doors.mails(places, 1)
+    doors.want(other, 1)
+    before = doors.run(0)
+    doors.manager.give_back(session, 0, 2, 1, doors.now)
+    assert (before, doors.run(0)) == ({}, {})
 
 
 def test_messages_without_are_counted_and_told_once_a_minute() -> None:
     doors, session, places = audited(False)
     for _ in range(10):
-        doors.manager.mail_sent(places, 1, doors.now)
+        doors.mails(places, 1)
     assert (doors.manager.unpermitted, session.unpermitted) == (7, 7)
-    (remark,) = doors.manager.take_notices()
+    late, remark = doors.manager.take_notices()
+    assert (late.notice, late.instance) == ("late", "a")
     assert (remark.notice, remark.instance) == ("unpermitted", "a")
     doors.run(60 * SECOND)
-    doors.manager.mail_sent(places, 1, doors.now)
+    doors.mails(places, 1)
     assert len(doors.manager.take_notices()) == 1
     doors.opened(session)  # counted, not enforced
 
@@ -459,14 +512,14 @@ def test_returned_permits_do_not_count() -> None:
     doors.want(doors.manager.sessions["a"], 1)
     doors.collect()
     doors.manager.give_back(doors.manager.sessions["a"], 0, 3, 1, doors.now)
-    doors.manager.mail_sent(places, 4, doors.now)
+    doors.mails(places, 4)
     assert doors.manager.unpermitted == 1
 
 
 def test_enforced_the_next_open_waits_until_the_debt_is_paid() -> None:
     doors, session, places = audited(True)
     doors.run(SECOND)
-    doors.manager.mail_sent(places, 8, doors.now)
+    doors.mails(places, 8)
     ticket = doors.waiting(session)
     assert "4 messages were sent without a permit" in str(doors.manager.refusal(ticket, doors.now))
     assert doors.run(350 * MS) == {}  # its slots pay the debt
@@ -480,7 +533,7 @@ def test_enforced_the_next_open_waits_until_the_debt_is_paid() -> None:
 
 def test_a_reconnect_does_not_pay_the_debt() -> None:
     doors, session, places = audited(True)
-    doors.manager.mail_sent(places, 8, doors.now)
+    doors.mails(places, 8)
     doors.manager.lost(session, doors.now)
     again = doors.session("a")
     doors.register(again, (KEY, part(Limit(10, 1))))
@@ -493,7 +546,7 @@ def test_a_reconnect_does_not_pay_the_debt() -> None:
 
 def test_without_a_rate_limit_nobody_needs_a_permit(doors: Doors) -> None:
     session = doors.joined("a", 5)
-    doors.manager.mail_sent(doors.opened(session), 100, doors.now)
+    doors.mails(doors.opened(session), 100)
     assert doors.manager.unpermitted == 0
 
 

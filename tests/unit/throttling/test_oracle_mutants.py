@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
+from proxy.throttling.audit import Audit
 from proxy.throttling.dispenser import Dispenser
 from proxy.throttling.flows import Flow, Path, Run, Throttle
 from proxy.throttling.lease import Lease, Permit
@@ -63,6 +64,7 @@ def second_return_accepted(patch: Patch) -> None:
         return [r.first + r.step * i for r in runs for i in range(r.n) if start <= r.serial + i < end]
 
     patch.setattr(Dispenser, "_take_back", look_only)
+    patch.setattr(Audit, "returned", lambda self, flow, first, n: [(first, n)])
 
 
 def use_by_unchecked(patch: Patch) -> None:

@@ -478,3 +478,60 @@ def test_any_talk_in_any_pieces_agrees_with_the_reference(dialogue, size):
 def test_any_message_in_any_pieces_agrees_with_the_reference(body, size):
     assert_same([*DATA, (C, body)], size)
     assert_same([*DATA, (C, body + b"\r\n.\r\nNOOP\r\n"), (S, b"250 a\r\n250 b\r\n")], size)
+
+
+# --- MAILs that may not pass yet ---
+
+
+class Held:
+    """Passes a client's bytes on as `transfer` does; each MAIL goes when nothing else is left to be passed."""
+
+    def __init__(self):
+        self.tracker = Tracker()
+        self.tracker.mails_allowed = 0
+        self.passed = b""
+        self.stops = []
+
+    def client_bytes(self, data):
+        while True:
+            left = self.tracker.client_bytes(data)
+            self.passed += data[: len(data) - len(left)]
+            if not left:
+                return
+            assert self.tracker.mails == self.tracker.mails_allowed
+            self.stops.append((self.passed, left))
+            assert self.tracker.client_bytes(left) == left or self.passed.endswith(b"\r"), "again, nothing has changed"
+            self.tracker.mails_allowed += 1
+            data = left
+
+    def server_bytes(self, data):
+        self.tracker.server_bytes(data)
+
+
+@pytest.mark.parametrize(("dialogue", "mails", "accepted"), CLEAN)
+@pytest.mark.parametrize("size", [None, 1, 2, 3, 5, 7])
+def test_each_mail_stops_before_its_line_is_complete(dialogue, mails, accepted, size):
+    held = feed(Held(), dialogue, size)
+    assert result(held.tracker) == (None, mails, accepted)
+    assert held.passed == b"".join(data for side, data in dialogue if side is C)
+    assert len(held.stops) == mails
+    for passed, left in held.stops:
+        line = (passed.rpartition(b"\n")[2] + left).partition(b"\r\n")[0]
+        assert line.upper().startswith(b"MAIL"), "it stops at a MAIL, and its end was not passed"
+        if size is None:
+            assert left.upper().startswith(b"MAIL"), "of one that came whole nothing was passed"
+
+
+def test_what_is_pipelined_before_a_mail_is_passed_and_what_is_behind_is_not():
+    tracker = Tracker()
+    tracker.mails_allowed = 1
+    group = b"RSET\r\nMAIL FROM:<a@a>\r\nRCPT TO:<b@b>\r\nRSET\r\n mail FROM:<c@c>\r\nRCPT TO:<d@d>\r\n"
+    assert tracker.client_bytes(group) == b" mail FROM:<c@c>\r\nRCPT TO:<d@d>\r\n"
+    assert tracker.mails == 1
+
+
+def test_a_mail_behind_a_final_dot_stops_and_one_in_a_message_does_not():
+    tracker = Tracker()
+    tracker.mails_allowed = 1
+    feed(tracker, [(C, b"MAIL FROM:<a@a>\r\nRCPT TO:<b@b>\r\nDATA\r\n"), (S, b"250\r\n250\r\n354\r\n")])
+    assert tracker.client_bytes(b"MAIL FROM:<x>\r\n.\r\nMAIL FROM:<c@c>\r\n") == b"MAIL FROM:<c@c>\r\n"

@@ -1,0 +1,213 @@
+"""A MAIL that has to wait on a channel: what goes on before it, what stands behind it, and who leaves meanwhile."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import gevent
+import pytest
+
+from proxy.doors.native.gate import Gate
+from proxy.doors.native.link import ClientGone, Link
+from proxy.doors.native.transfer import Transfer
+from proxy.egress.admission import Admission, clock_ns
+from proxy.errors import Throttled
+from proxy.net.relay import Engine
+from proxy.net.tls import PlainStream
+from proxy.protocols.native import frames
+from proxy.protocols.native import messages as m
+from proxy.protocols.smtp.tracker import Tracker
+from proxy.throttling.flows import Places
+from proxy.throttling.limits import Part
+from proxy.throttling.manager import Manager
+from proxy.throttling.throttle import SECOND, Key, Limit
+from tests.loopback.net.relays import close_peers, tcp_pair, until
+
+MAIL, REST = b"MAIL FROM:<a@example.com>\r\n", b"RCPT TO:<b@example.net>\r\nDATA\r\n"
+
+
+class Barrier:
+    """A gate that a test opens."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self.refusal: Throttled | None = None
+        self.holds = True
+        self.asked = 0
+
+    def mail(self) -> bool:
+        self.asked += 1
+        self.closed = self.holds
+        return not self.closed
+
+    def open(self, refusal: Throttled | None = None) -> None:
+        self.closed, self.refusal = False, refusal
+        self.link.wake()
+
+    link: Link
+
+
+class Carried:
+    """A transfer between a client and a receiver, with a barrier."""
+
+    def __init__(self) -> None:
+        self.engine = Engine()
+        self.client, ours = tcp_pair("127.0.0.1")
+        self.receiver, theirs = tcp_pair("127.0.0.2")
+        self.receiver.settimeout(5)
+        self.client.settimeout(5)
+        for sock in (ours, theirs):
+            self.engine.register(sock.fileno())
+        self.guest = SimpleNamespace(
+            stream=PlainStream(ours), handshake=SimpleNamespace(decoder=frames.FrameDecoder(frames.MAX_PAYLOAD))
+        )
+        self.stream = PlainStream(theirs)
+        self.gate = Barrier()
+        self.transfer: Transfer | None = None
+        self.greenlet = gevent.spawn(self._carry)
+        until(lambda: self.transfer is not None, what="the transfer began")
+
+    def _carry(self) -> Transfer:
+        self.gate.link = link = Link(self.engine, self.guest)  # type: ignore[arg-type]
+        receiver = SimpleNamespace(stream=self.stream)
+        self.transfer = Transfer(link, receiver, Tracker(), gate=self.gate)  # type: ignore[arg-type]
+        self.transfer.carry()
+        return self.transfer
+
+    def says(self, *pieces: bytes) -> None:
+        self.client.sendall(b"".join(frames.encode_data(piece) for piece in pieces))
+
+    def held(self, asked: int = 1) -> None:
+        until(lambda: self.gate.asked == asked and self.gate.closed, what="a MAIL is held")
+
+    def gets(self, expected: bytes) -> None:
+        got = b""
+        while len(got) < len(expected):
+            got += self.receiver.recv(len(expected) - len(got))
+        assert got == expected
+
+    def gets_nothing(self) -> None:
+        gevent.sleep(0.02)
+        self.receiver.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            self.receiver.recv(1)
+        self.receiver.settimeout(5)
+
+    def close(self) -> None:
+        self.greenlet.kill()
+        self.engine.close(self.guest.stream.socket)
+        self.engine.close(self.stream.socket)
+        self.engine.stop()
+        close_peers()
+
+
+@pytest.fixture
+def carried():
+    it = Carried()
+    yield it
+    it.close()
+
+
+@pytest.mark.parametrize("cuts", [[], [4], [1, 20], [len(MAIL) - 1], [len(MAIL)], list(range(1, 60))])
+def test_what_stands_behind_a_held_mail_comes_after_it_and_once(carried, cuts):
+    group = b"RSET\r\n" + MAIL + REST
+    edges = [0, *[6 + cut for cut in cuts if 6 + cut < len(group)], len(group)]
+    carried.says(*[group[a:b] for a, b in pairwise(edges)])
+    carried.held()
+    carried.gets(b"RSET\r\n")
+    carried.gate.holds = False
+    carried.gate.open()
+    carried.gets(MAIL + REST)
+    carried.gets_nothing()
+
+
+def test_each_mail_of_a_group_waits_for_itself(carried):
+    carried.says(MAIL + b"RSET\r\n" + MAIL + b"RSET\r\n" + MAIL)
+    for asked in (1, 2, 3):
+        carried.held(asked)
+        carried.gets_nothing()
+        carried.gate.open()
+        carried.gets(MAIL + (b"RSET\r\n" if asked < 3 else b""))
+    carried.gets_nothing()
+
+
+def test_the_receiver_is_heard_while_a_mail_waits(carried):
+    carried.says(MAIL)
+    carried.held()
+    carried.receiver.sendall(b"421 4.4.2 timeout\r\n")
+    assert carried.client.recv(100) == frames.encode_data(b"421 4.4.2 timeout\r\n")
+
+
+def test_an_end_behind_a_held_mail_is_seen_and_the_mail_is_never_sent(carried):
+    carried.says(MAIL)
+    carried.held()
+    carried.client.sendall(frames.encode(m.End(True, 0)))
+    transfer = carried.greenlet.get(timeout=10)
+    assert transfer.unclean() is not None
+    carried.gets_nothing()
+
+
+def test_an_eof_behind_a_held_mail_comes_after_it(carried):
+    carried.says(MAIL)
+    carried.client.sendall(frames.encode(m.Eof()))
+    carried.held()
+    carried.gets_nothing()
+    carried.gate.open()
+    carried.gets(MAIL)
+    assert carried.receiver.recv(1) == b""
+
+
+@pytest.mark.parametrize("flood", [0, 3])
+def test_a_client_that_leaves_while_its_mail_waits_ends_the_session(carried, flood):
+    """Also when nothing more is read, since what stands behind a MAIL that waits is bounded."""
+    carried.says(MAIL)
+    carried.held()
+    for _ in range(flood):
+        carried.says(b"x" * 30_000)
+    if flood:
+        until(lambda: len(carried.transfer._kept) >= 65_536, what="as much is kept as may be")
+    assert len(carried.transfer._kept) < 131_072
+    carried.client.close()
+    with pytest.raises(ClientGone):
+        carried.greenlet.get(timeout=10)
+
+
+def test_a_slot_that_never_comes_is_a_receiver_that_was_lost(carried):
+    carried.says(MAIL)
+    carried.held()
+    carried.gate.open(Throttled("no", "rule", 1.0))
+    message = frames.FrameDecoder(frames.MAX_PAYLOAD)
+    message.receive(carried.client.recv(1000))
+    aborted = frames.decode(message.next_frame(), frames.CHANNEL_FROM_PROXY)
+    assert isinstance(aborted, m.Aborted)
+    carried.gets_nothing()
+
+
+def test_the_gate_asks_the_manager_and_gives_everything_back():
+    """A late MAIL waits for a slot of its own; one in vain is late again; a session that ends calls its waiting off."""
+    manager = Manager(1, clock_ns() - 10_000 * SECOND)
+    admission = Admission(manager, lambda throttle: False)
+    now = clock_ns()
+    session = manager.hello("a", b"run", "host", 1.0, now)
+    manager.ping(session, 1, now)
+    manager.register(session, 0, [(Key("192.0.2.1", "rule"), Part((Limit(1, 1),)))], now)
+    places = manager.admit("a", 1.0, "192.0.2.1", "198.51.100.1", manager.flows(session, (0,)), now)
+    assert isinstance(places, Places)
+    woken: list[bool] = []
+    gate = Gate(admission, places, lambda: woken.append(gate.closed))
+
+    manager.demand(session, 0, 1, 0, 0, 0, 0, clock_ns())
+    assert manager.take(session, clock_ns()).grants
+    at = clock_ns() + SECOND // 4
+    until(lambda: clock_ns() >= at, what="the permit is too old: it lives for a tenth of a second")
+    assert not gate.mail()
+    assert gate.closed
+    until(lambda: woken == [False], what="its slot")
+    assert gate.refusal is None
+    gate.in_vain()
+    assert not gate.mail(), "said again: late again"
+    gate.leave()
+    assert not gate.closed
+    assert not admission._answers
+    assert manager.unpermitted == 0
