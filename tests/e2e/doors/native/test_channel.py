@@ -525,6 +525,7 @@ def test_a_raw_session_knows_no_greeting(proxy: Proxy) -> None:
         opened = peer.opened(server.endpoint, reuse=True)
         assert opened[0] is False
         assert opened[1] == list(server.endpoint)
+        wait_for(lambda: server.peers)
         assert opened[2] == list(server.peers[0])
         assert opened[5:] == [None, [], None, [], ""]
         assert peer.hear_until(b"220 mx\r\n")
