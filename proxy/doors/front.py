@@ -9,7 +9,9 @@ logged as one line.
 from __future__ import annotations
 
 import contextlib
+from _socket import MSG_PEEK
 from collections.abc import Callable, Iterator
+from select import EPOLLERR, EPOLLHUP, EPOLLRDHUP
 from time import monotonic
 from typing import Any
 
@@ -57,6 +59,11 @@ from proxy.throttling.flows import Places
 
 #: A KumoMTA gives up 60 s after its request; the answer must be there before, waiting included.
 ANSWER_WITHIN = 50.0
+#: A client that has closed its sending side, with nothing said beyond its request, is taken for gone after so many
+#: seconds of connecting: who has died looks the same, and in SMTP the receiver speaks first. A receiver that answers
+#: within that time is handed over, half-closed as the client is.
+_HALF_CLOSED = 1.0
+_RESET = EPOLLERR | EPOLLHUP
 _READ_SIZE = 4096
 _YES = Accepted()
 
@@ -307,7 +314,8 @@ class Visit:
         sock = self.upstream or self._bind(source)
         timeout = min(settings.connect_timeout, asked_at + ANSWER_WITHIN - monotonic())
         begun = None if services.gauges.ends is None else self._note_end
-        return upstream.connect(services.engine, sock, source, destination, timeout, begun)
+        with self._while_client_stays(_HALF_CLOSED):
+            return upstream.connect(services.engine, sock, source, destination, timeout, begun)
 
     def _note_end(self, sock: RawSocket) -> None:
         ends = self.services.gauges.ends
@@ -333,28 +341,53 @@ class Visit:
             self.place = services.admission.enter(owner, weight, source, destination.host, (), ANSWER_WITHIN)
 
     @contextlib.contextmanager
-    def _while_client_stays(self) -> Iterator[None]:
+    def _while_client_stays(self, half_closed: float = 0.0) -> Iterator[None]:
         """A client that goes away ends what is waited for within.
+
+        Args:
+            half_closed: seconds that one which has closed only its sending side, as far as that can be told, may stay.
 
         Raises:
             OSError: the client is gone.
         """
-        services, fd, greenlet = self.services, self.socket.fileno(), getcurrent()
-        waiting = True
+        services, fd, greenlet, loop = self.services, self.socket.fileno(), getcurrent(), get_hub().loop
+        waiting, timer = True, None
 
-        def client_event(events: int) -> None:
-            self.missed = True
-            if events & GONE and waiting:
+        def leave() -> None:
+            if waiting and not self._has_said_more():
                 greenlet.throw(ConnectionResetError())
 
+        def client_event(events: int) -> None:
+            nonlocal timer
+            self.missed = True
+            if not (events & GONE and waiting):
+                return
+            if events & _RESET or not half_closed:
+                greenlet.throw(ConnectionResetError())
+            elif timer is None:
+                timer = loop.timer(half_closed)
+                timer.start(leave)
+
         services.engine.watch(fd, client_event)
-        if has_gone(self.socket):  # with its request, so no event will tell; matters only to who has to wait
-            get_hub().loop.run_callback(client_event, GONE)
+        # With its request, so no event will tell; matters only to who has to wait.
+        if self.missed and has_gone(self.socket):
+            loop.run_callback(client_event, EPOLLRDHUP)
         try:
             yield
         finally:
             waiting = False
+            if timer is not None:
+                timer.close()
             services.engine.watch(fd, self._miss)
+
+    def _has_said_more(self) -> bool:
+        """Whether a client that has closed its sending side has sent more than its request, to be passed on."""
+        if self.handshake is not None and self.handshake.trailing:
+            return True
+        try:
+            return bool(self.socket.recv(1, MSG_PEEK))
+        except OSError:
+            return False
 
     def _bind(self, source: str) -> RawSocket:
         try:

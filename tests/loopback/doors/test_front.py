@@ -143,14 +143,52 @@ def test_a_mistake_of_ours_costs_one_connection(house, mx, protocol):
     talk(other, protocol, mx)
 
 
+#: Ways to leave; with its request, or when the connect has begun.
+LEAVES = {
+    "reset": reset,
+    "close": lambda client: client.close(),
+    "half-close": lambda client: client.shutdown(socket.SHUT_WR),
+}
+
+
 @pytest.mark.parametrize("protocol", REQUESTS)
-def test_a_client_that_goes_while_we_connect(protocol):
-    with opened("connect_timeout 200ms\n") as house, deaf() as destination:
+@pytest.mark.parametrize("how", LEAVES)
+@pytest.mark.parametrize("when", ["with its request", "while we connect"])
+def test_a_client_that_goes_while_we_connect_gives_everything_back(protocol, how, when):
+    """Long before `connect_timeout`: its place under the throttles, the sockets, the greenlet."""
+    block = "throttle one {\n  destination 127.0.0.0/8\n  max_concurrent_connections 1\n}\n"
+    with opened(f"connect_timeout 600s\n{block}") as house, deaf() as destination:
         client = house.dial(protocol)
         client.sendall(REQUESTS[protocol](destination))
-        until(lambda: house.services.gauges.outgoing == 1, what="it connects")
-        reset(client)
+        if when == "while we connect":
+            until(lambda: house.services.gauges.outgoing == 1, what="it connects")
+        LEAVES[how](client)
+        until(lambda: sum(house.services.counters.refused.values()) == 1, what="it is known to be gone")
         house.wait_empty()
+        assert not any(throttle.used for throttle in house.services.admission.manager.blocks.throttles())
+
+
+@pytest.mark.parametrize("protocol", REQUESTS)
+def test_a_client_that_has_said_all_and_closed_its_side_is_served(house, mx, protocol):
+    """Half-closed is not gone, as far as there is a receiver to answer, or more to be said to it."""
+    client = house.dial(protocol)
+    client.sendall(REQUESTS[protocol](mx))
+    client.shutdown(socket.SHUT_WR)
+    assert read_all(client).endswith(b"220 mx\r\n")
+
+
+def test_a_client_that_has_said_more_may_wait_for_its_receiver_half_closed(monkeypatch):
+    monkeypatch.setattr(front, "_HALF_CLOSED", 0.02)
+    for behind in (b"", b"EHLO blind\r\n"):
+        with opened("connect_timeout 300ms\n") as house, deaf() as destination:
+            client = house.dial("proxy_protocol")
+            client.sendall(clients.v2(SOURCE, destination) + behind)
+            until(lambda house=house: house.services.gauges.outgoing == 1, what="it connects")
+            client.shutdown(socket.SHUT_WR)
+            read_all(client)
+            house.wait_empty()
+            counters = house.services.counters
+            assert (sum(counters.refused.values()), sum(counters.failed.values())) == ((0, 1) if behind else (1, 0))
 
 
 @pytest.mark.parametrize("protocol", REQUESTS)
