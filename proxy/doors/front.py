@@ -184,7 +184,9 @@ class Visit:
         self.source = source or ""
         judged = source if services.access.has_source_lists(instance) else None
         services.access.check_route(instance, judged, destination)
-        through = Through(services, via, self.socket, instance, route, source)
+        modes = services.modes
+        dialogue = modes.any_smtp and modes.is_smtp(instance, self.door.configured, destination)
+        through = Through(services, via, self.socket, instance, route, source, dialogue)
         channel, opened = through.open()
         self.source = opened.local.host
         self.handshake = None
@@ -441,7 +443,7 @@ class Visit:
             raise
         self.handshake = None
         facts = smtp.Facts(self.number, self.client, terms, self.started)
-        visit = smtp.Visit(services, self.door, self.socket, facts, egress, line)
+        visit = smtp.Visit(services, self.door, PlainStream(self.socket), facts, egress, line)
         visit.serve(handshake.trailing)
         if visit.resets:
             services.engine.close(self.socket, True)

@@ -34,6 +34,7 @@ class Through:
         client: its socket, registered, past its handshake.
         instance: the client's name, or "".
         source: the address to leave from; None: the other proxy's choice.
+        dialogue: whether the other proxy is to take part in the SMTP dialogue.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Through:
         instance: str,
         route: Route,
         source: str | None,
+        dialogue: bool,
     ) -> None:
         self.instance = instance
         self.run_id = b""
@@ -56,6 +58,7 @@ class Through:
             source,
             [m.Address(*route.destination)],
             deadline_ms=int(_ANSWER_WITHIN * 1000),
+            dialogue=dialogue,
         )
         self._greenlet: Any = getcurrent()
         self._pump: Pump | None = None

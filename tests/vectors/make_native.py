@@ -181,6 +181,7 @@ def channel(maker: Maker) -> None:
         requiretls=False,
         tenant=None,
         fresh=False,
+        dialogue=False,
     )
     maker.message("open-raw", "OPEN", 0x10, source_ip=None, destinations=[["2001:db8::25", 25]])
     maker.message(

@@ -9,7 +9,7 @@ a receiver is had, `channel_open`'s; how bytes move, `channel_transfer`'s.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from gevent import get_hub
 
 from proxy import __version__
+from proxy.doors.native.dialogue import Dialogue
 from proxy.doors.native.entrance import Guest, check_still_welcome
 from proxy.doors.native.gate import Gate
 from proxy.doors.native.link import ClientGone, Link
@@ -86,6 +87,7 @@ class Channel:
         self._receiver: Receiver | None = None  # of the session in progress
         self._transfer: Transfer | None = None  # its
         self._swept = (-1, 0.0)
+        self._dialogue: Dialogue | None = None  # the one in progress
         self._deadline: Any = None  # a timer of the loop, once there is an end in sight
         self._refusals = Refusals()
 
@@ -160,6 +162,8 @@ class Channel:
     def cut(self, ending: Ending) -> None:
         """End the session in progress, and the channel; must not wait."""
         link = self._link
+        if self._dialogue is not None:
+            self._dialogue.cut(ending)
         link.interrupt(ending, Draining(link.goes_why) if link.goes_at is not None else None)
 
     # ---------------------------------------------------------------- between sessions
@@ -212,6 +216,9 @@ class Channel:
         attempts: Attempts = []
         if link.decoder.unread:
             raise _Impatient
+        if request.dialogue:
+            self._serve_dialogue(services, request, number, started)
+            return
         try:
             taken = self._open(services, request, attempts, number)
         except ProxyError as error:
@@ -261,6 +268,52 @@ class Channel:
             if pause > 0:
                 self._link.pause(pause)
 
+    def _serve_dialogue(self, services: Services, request: m.Open, number: int, started: float) -> None:
+        """The same where the proxy takes part in the dialogue.
+
+        Raises:
+            ProxyError: as `_serve_session`.
+        """
+        link, destination = self._link, request.destinations[0].endpoint
+        source = request.source_ip or ""
+        self._opening = True
+        try:
+            with self._while_client_stays():
+                dialogue = Dialogue(services, self._door, self._guest, link, self.instance, request, number)
+                source = dialogue.source
+                opened = dialogue.open()
+        except PeerError:
+            raise
+        except ProxyError as error:
+            self._failed(services, number, error, started, source, destination)
+            self._answer_failed(frames.encode(frames.failed(error, [])), error, started)
+            self._opening = False
+            return
+        self._refusals.served()
+        self._dialogue = dialogue
+        try:
+            if link.has_spoken():
+                dialogue.give_up()
+                raise _Impatient
+            try:
+                link.send(frames.encode(opened))
+            except BaseException:
+                dialogue.give_up()
+                raise
+            dialogue.serve()
+        finally:
+            self._opening = False
+            self._dialogue = None
+
+    @contextlib.contextmanager
+    def _while_client_stays(self) -> Iterator[None]:
+        """Whatever is waited for here is called off, with ClientGone, when the client goes away."""
+        try:
+            self._link.watch_client()
+            yield
+        finally:
+            self._link.unwatch_client()
+
     def _open(self, services: Services, request: m.Open, attempts: Attempts, number: int) -> Taken:
         """Serve the OPEN, unless the client goes away meanwhile.
 
@@ -275,10 +328,9 @@ class Channel:
         opener = Opener(services, self._guest, self._peer, request, tell)
         self._opening = True
         try:
-            self._link.watch_client()
-            return opener.run(attempts)
+            with self._while_client_stays():
+                return opener.run(attempts)
         finally:
-            self._link.unwatch_client()
             self._opening = False
 
     def _finish(self, session: _Session) -> tuple[Ending, bool]:

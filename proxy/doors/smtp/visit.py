@@ -19,9 +19,9 @@ from proxy.errors import ProxyError
 from proxy.log import lines as log
 from proxy.model import Discard, Ending, Endpoint
 from proxy.net.alarm import Alarm
-from proxy.net.conversation import farewell, rest_for, shake_hands
-from proxy.net.relay import RawSocket
-from proxy.net.tls import PlainStream, Stream, TlsStream
+from proxy.net.conversation import farewell, rest_for, send_all, shake_hands
+from proxy.net.framed import FramedStream
+from proxy.net.tls import Stream, TlsStream
 from proxy.policy.modes import Terms
 from proxy.protocols.smtp.commands import own
 from proxy.protocols.smtp.mediator import Mediator, State, Want
@@ -55,19 +55,19 @@ class Visit:
     """One client.
 
     Args:
-        sock: the client's, registered with the engine; stays the caller's to close.
+        stream: the client's, its socket registered with the engine; stays the caller's to close.
         egress: where its receivers come from. line: the first of them.
     """
 
     def __init__(
-        self, services: Services, door: Door, sock: RawSocket, facts: Facts, egress: Egress, line: Line
+        self, services: Services, door: Door, stream: Stream | FramedStream, facts: Facts, egress: Egress, line: Line
     ) -> None:
         self._services = services
         self._door = door
         self._facts = facts
         self._egress = egress
         self._line: Line | None = line
-        self._stream: Stream = PlainStream(sock)
+        self._stream = stream
         self._wires = Wires(services.engine, self._stream)
         terms = facts.terms
         starttls = terms.offer_starttls and services.mta_context is not None
@@ -415,7 +415,11 @@ class Visit:
         client.unwatch()
         if self._reset:
             return
-        farewell(self._services.engine, self._stream, client.take_unsent())
+        last = client.take_unsent()
+        if isinstance(self._stream, FramedStream):  # a channel goes on
+            send_all(self._services.engine, self._stream, last)
+        else:
+            farewell(self._services.engine, self._stream, last)
 
     def _client_gone(self, ending: Ending) -> None:
         self._ending = ending

@@ -171,6 +171,7 @@ class Open(Message, frozen=True):
     requiretls: bool = False
     tenant: LongName | None = None
     fresh: bool = False
+    dialogue: bool = False
 
     def __post_init__(self) -> None:
         if self.source_ip is not None:

@@ -12,6 +12,7 @@ import pytest
 
 from tests import clients
 from tests.clients import dial, proxied, read_all, socks5, v1, was_reset
+from tests.mx import Mx, say
 from tests.peers import MESSAGE
 from tests.program import SECRET, Address, Proxy
 from tests.sinks import Raw, Sink, closed_port, deaf_port, echo, greet
@@ -211,3 +212,71 @@ def test_what_cannot_be(text: str, says: str) -> None:
     with Proxy(text, base, ready=False, exit_code=78) as program:
         program.wait_exit()
         assert says in "\n".join(program.lines)
+
+
+# -- mode smtp: the dialogue is the other proxy's --
+
+NAME = "client.example"  # what tests.clients says in EHLO
+SHARES = f"source here {{\n    ip {SOURCE}\n    ehlo {NAME}\n}}\n"
+
+
+@pytest.fixture
+def mediated() -> Iterator[tuple[Proxy, Proxy]]:
+    block = "throttle slow {\n    max_concurrent_connections 1\n    wait 10s\n}\n"
+    with Proxy(SHARES + block) as proxy, agent(proxy.native, more="mode smtp\n") as front:
+        yield front, proxy
+
+
+def test_messages_of_an_agent_share_one_connection_and_one_handshake(mediated: tuple[Proxy, Proxy]) -> None:
+    front, _ = mediated
+    with Mx(starttls=True) as mx:
+        for number in range(4):
+            door = (socks5, proxied)[number % 2]
+            where = (front.socks5, front.proxy_protocol)[number % 2]
+            sock = door(where, mx.endpoint, SOURCE)
+            assert clients.send(sock, MESSAGE)[0] == 250
+        assert (mx.connects, mx.handshakes) == (1, 1)
+        assert [message.content == MESSAGE for message in mx.messages] == [True] * 4
+
+
+def test_an_agents_mta_waits_at_mail_and_is_told_not_now() -> None:
+    rate = "throttle slow {\n    max_delivery_rate 1/hr\n    wait 200ms\n}\n"
+    with Proxy(SHARES + rate) as proxy, agent(proxy.native, more="mode smtp\n") as front, Mx() as mx:
+        assert clients.send(socks5(front.socks5, mx.endpoint, SOURCE), MESSAGE)[0] == 250
+        smtp = clients.Smtp(socks5(front.socks5, mx.endpoint, SOURCE))
+        smtp.ehlo(NAME)
+        code, text = smtp.mail("from@example.com")
+        assert (code, text[:5]) == (451, b"4.7.1")
+        assert smtp.docmd("QUIT")[0] == 221
+        smtp.close()
+        assert b"slow" in text
+        assert len(mx.messages) == 1
+
+
+def test_a_receiver_that_refuses_is_heard_through_an_agent(mediated: tuple[Proxy, Proxy]) -> None:
+    front, _ = mediated
+    with closed_port() as nobody, pytest.raises(clients.Refused) as refused:
+        socks5(front.socks5, nobody)
+    assert refused.value.args[0][1] == 5
+    with Mx({"greeting": [say(b"554 5.7.1 go away\r\n")]}) as mx, socks5(front.socks5, mx.endpoint, SOURCE) as sock:
+        assert read_all(sock).startswith(b"554 5.7.1 go away")
+    front.wait_idle()
+
+
+def test_a_client_of_an_agent_that_is_reset_in_the_middle_of_a_message(mediated: tuple[Proxy, Proxy]) -> None:
+    front, proxy = mediated
+    with Mx() as mx:
+        sock = socks5(front.socks5, mx.endpoint, SOURCE)
+        smtp = clients.Smtp(sock)
+        smtp.ehlo(NAME)
+        smtp.mail("a@example.com")
+        smtp.rcpt("b@example.net")
+        smtp.docmd("DATA")
+        smtp.send(b"Subject: half\r\n\r\nof a mess")
+        smtp.file.close()  # or the socket would stay open
+        clients.reset(sock)
+        front.wait_idle()
+        wait_for(lambda: "active=0" in proxy.status()[-1])
+        assert mx.messages == []
+        # What is left works.
+        assert clients.send(socks5(front.socks5, mx.endpoint, SOURCE), MESSAGE)[0] == 250

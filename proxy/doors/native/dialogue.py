@@ -1,0 +1,111 @@
+"""An SMTP session on a channel in which the proxy takes part (OPEN.dialogue): mode smtp for an agent's client.
+
+The agent's MTA speaks SMTP; its bytes come in DATA frames, and the dialogue is served here as that of a SOCKS5 or PROXY
+client is, by `doors.smtp`. What is the channel's: the answer to OPEN, the end.
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+
+from proxy.doors.native.entrance import Guest
+from proxy.doors.native.link import ClientGone, Link
+from proxy.doors.smtp.direct import egress_for
+from proxy.doors.smtp.visit import Facts, Visit
+from proxy.egress import upstream
+from proxy.errors import PeerError
+from proxy.model import Ending, Endpoint
+from proxy.net.conversation import receive, send_all
+from proxy.net.framed import FramedStream
+from proxy.protocols.native import frames
+from proxy.protocols.native import messages as m
+from proxy.services import Door, Services
+
+
+class Dialogue:
+    """One of them.
+
+    Args:
+        request: has `dialogue`, and one destination.
+        number: of the connection, for the log.
+    """
+
+    def __init__(
+        self, services: Services, door: Door, guest: Guest, link: Link, instance: str, request: m.Open, number: int
+    ) -> None:
+        if len(request.destinations) != 1 or request.ehlo_name is not None or request.throttles:
+            raise PeerError("OPEN with dialogue has one destination, no ehlo_name and no throttles")
+        self._services = services
+        self._door = door
+        self._link = link
+        self._number = number
+        self._started = monotonic()
+        self._visit: Visit | None = None
+        destination = request.destinations[0].endpoint
+        client = guest.stream.socket
+        source = upstream.source_for(services.access, instance, client, request.source_ip, destination)
+        services.access.check_route(instance, source, destination)
+        terms = services.modes.terms(instance, guest.client.host, source, destination)
+        self._facts = Facts(number, guest.client, terms._replace(offer_starttls=False), self._started)
+        weight = services.access.weight_of(instance)
+        self._egress = egress_for(
+            services, terms, instance or guest.client.host, weight, None, request.deadline_ms / 1000
+        )
+
+    @property
+    def source(self) -> str:
+        return self._facts.terms.source
+
+    @property
+    def destination(self) -> Endpoint:
+        return self._facts.terms.destination
+
+    def open(self) -> m.Opened:
+        """Have a connection, parked or fresh.
+
+        Raises:
+            ProxyError: none. What else is thrown in while it waits: the client is gone.
+        """
+        try:
+            self._line = self._egress.connect()
+        finally:
+            self._egress.close()
+        return m.Opened(self._line.reused, m.Address(*self.destination), m.Address(*self._line.local))
+
+    def give_up(self) -> None:
+        """Nobody waits for the connection any more."""
+        self._egress.drop(self._line, False)
+
+    def serve(self) -> None:
+        """From OPENED to ENDED.
+
+        Raises:
+            ClientGone: the channel is over. PeerError: the client broke its protocol.
+        """
+        link, engine = self._link, self._services.engine
+        stream = FramedStream(link.stream, link.decoder, frames.CHANNEL_FROM_CLIENT)
+        visit = self._visit = Visit(self._services, self._door, stream, self._facts, self._egress, self._line)
+        visit.serve(b"")
+        self._visit = None
+        if visit.resets:
+            raise ClientGone("the dialogue was broken off")
+        try:
+            if stream.word is None:
+                stream.finish()
+                send_all(engine, stream, b"")
+                while receive(engine, stream):
+                    pass  # what crossed our last words
+                while stream.word is None:  # EOF came before END
+                    stream.next_session()
+                    receive(engine, stream)
+        except OSError:
+            raise ClientGone("the connection broke") from None
+        if not isinstance(stream.word, m.End):
+            raise PeerError(f"{type(stream.word).__name__.upper()} in the middle of an SMTP session")
+        link.look_again()
+        link.send(frames.encode(m.Ended(False, "not_offered")))
+
+    def cut(self, ending: Ending) -> None:
+        """End it; must not wait."""
+        if self._visit is not None:
+            self._visit.cut(ending)
