@@ -402,8 +402,10 @@ class Visit:
             self._egress.part(line, verdict or Discard.NOT_OFFERED)
 
     def _count(self, tracker: Tracker) -> None:
-        self._outcomes.add(tracker.mails, tracker.accepted, tracker.deferred, tracker.rejected)
-        self._services.counters.messages += tracker.mails
+        vain = int(self._mediator.in_vain)
+        deferred = tracker.deferred - (vain and tracker.verdict() is Discard.SAID_421)
+        self._outcomes.add(tracker.mails - vain, tracker.accepted, deferred, tracker.rejected)
+        self._services.counters.messages += tracker.mails - vain
 
     def _part(self) -> None:
         """Leave the receiver to others, and let the client read our last words."""

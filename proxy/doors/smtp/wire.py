@@ -86,7 +86,7 @@ class End:
             self.readable = False
             return None
         self.moved += len(data)
-        self.readable = not self.stream.drained
+        self.readable = self.gone or not self.stream.drained  # no other event will tell of the end
         if self.stream.unsent:  # TLS has something to say of its own
             self._blocked = True
         return data

@@ -165,6 +165,11 @@ class Mediator:
         return self.tracker.verdict()
 
     @property
+    def in_vain(self) -> bool:
+        """What was said last on the present connection is said again on another."""
+        return self.fresh and self.dead
+
+    @property
     def mails_left(self) -> int | None:
         """MAIL commands that the connection still takes; None: any number."""
         return self._mails_left
@@ -474,6 +479,8 @@ class Mediator:
         for command in self._group.again():
             self.tracker.client_bytes(command)
             self.to_receiver.append(command)
+            if command[:4].upper() in (b"MAIL", b"RSET"):
+                self.begun = command[:1].upper() == b"M"
         self.state = State.DATA_ASKED if self._group.last == b"DATA" else State.TRANSACTION
         if self._mails_left:
             self._mails_left -= 1

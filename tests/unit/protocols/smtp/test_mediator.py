@@ -359,6 +359,10 @@ def test_a_shared_connection_that_was_dead_is_replaced_once(death, group):
     assert codes(world.say(group)) == ([250] if b"DATA" not in group else [250, 250, 354])
     assert world.mxs[1].received == group
     assert world.wants.count(Want.SLOT) == 1, "it has its slot"
+    if b"DATA" not in group:
+        assert codes(world.say(b"RCPT TO:<c@d>\r\nDATA\r\nx\r\n.\r\n")) == [250, 354, 250]
+    else:
+        assert codes(world.say(b"x\r\n.\r\n")) == [250]
 
 
 def test_it_is_replaced_once_only():
