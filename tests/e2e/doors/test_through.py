@@ -241,8 +241,8 @@ def test_messages_of_an_agent_share_one_connection_and_one_handshake(mediated: t
 
 def test_an_agents_mta_waits_at_mail_and_is_told_not_now() -> None:
     rate = "throttle slow {\n    max_delivery_rate 1/hr\n    wait 200ms\n}\n"
+    # A limit begins as if its last slot had just been given out: the first one is an hour away.
     with Proxy(SHARES + rate) as proxy, agent(proxy.native, more="mode smtp\n") as front, Mx() as mx:
-        assert clients.send(socks5(front.socks5, mx.endpoint, SOURCE), MESSAGE)[0] == 250
         smtp = clients.Smtp(socks5(front.socks5, mx.endpoint, SOURCE))
         smtp.ehlo(NAME)
         code, text = smtp.mail("from@example.com")
@@ -250,7 +250,6 @@ def test_an_agents_mta_waits_at_mail_and_is_told_not_now() -> None:
         assert smtp.docmd("QUIT")[0] == 221
         smtp.close()
         assert b"slow" in text
-        assert len(mx.messages) == 1
 
 
 def test_a_receiver_that_refuses_is_heard_through_an_agent(mediated: tuple[Proxy, Proxy]) -> None:
