@@ -8,7 +8,6 @@ access rules of this one hold as well.
 from __future__ import annotations
 
 from collections.abc import Callable
-from time import monotonic
 from typing import Any
 
 from gevent import getcurrent
@@ -19,6 +18,7 @@ from proxy.net.conversation import has_gone, send_all
 from proxy.net.pump import Pump
 from proxy.net.relay import GONE, RawSocket
 from proxy.net.tls import PlainStream
+from proxy.policy.idleness import Idleness
 from proxy.protocols.native import messages as m
 from proxy.services import Services
 
@@ -62,7 +62,7 @@ class Through:
         )
         self._greenlet: Any = getcurrent()
         self._pump: Pump | None = None
-        self._swept = (-1, monotonic())
+        self._idleness = Idleness()
 
     def open(self) -> tuple[Channel, m.Opened]:
         """Ask the other proxy; a client that goes away meanwhile calls it off.
@@ -126,8 +126,6 @@ class Through:
         pump = self._pump
         if pump is None:
             return
-        moved, since = self._swept
-        if pump.up + pump.down != moved:
-            self._swept = pump.up + pump.down, now
-        elif now - since >= self._services.settings.idle_timeout:
-            pump.cut(Ending.IDLE_TIMEOUT)
+        ending = self._idleness.over(pump.up + pump.down, pump.half_closed, self._services.settings, now)
+        if ending is not None:
+            pump.cut(ending)

@@ -130,6 +130,11 @@ class Pump:
     def down(self) -> int:
         return self._down.moved
 
+    @property
+    def half_closed(self) -> bool:
+        """Whether one side has closed, and the other has not."""
+        return self._up.done != self._down.done
+
     def run(self) -> Ending:
         """Until both sides have closed, one is broken, or `cut`. Closes nothing."""
         first: Ending | None = None

@@ -27,6 +27,7 @@ from proxy.egress.receiver import Receiver
 from proxy.errors import Draining, PeerError, ProxyError, UpstreamError
 from proxy.log import lines as log
 from proxy.model import Discard, Ending, Endpoint
+from proxy.policy.idleness import Idleness
 from proxy.policy.turns import Refusals
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
@@ -86,8 +87,8 @@ class Channel:
         self._opening = False
         self._receiver: Receiver | None = None  # of the session in progress
         self._transfer: Transfer | None = None  # its
-        self._swept = (-1, 0.0)
         self._dialogue: Dialogue | None = None  # the one in progress
+        self._idleness = Idleness()
         self._deadline: Any = None  # a timer of the loop, once there is an end in sight
         self._refusals = Refusals()
 
@@ -147,17 +148,11 @@ class Channel:
         """See `services.HostedChannel`: byte progress, as the relay counts it. An OPEN has its own deadline."""
         if self._receiver is not None:
             self._receiver.guard()
-        moved, since = self._swept
-        if moved != self._link.moved or self._opening:
-            self._swept = self._link.moved, now
-        elif now - since >= self._current().settings.idle_timeout:
-            self.cut(Ending.IDLE_TIMEOUT)
-        elif self._half_closed() and now - since >= self._current().settings.half_close_timeout:
-            self.cut(Ending.HALF_CLOSE_TIMEOUT)
-
-    def _half_closed(self) -> bool:
-        """Whether one side of the session in progress has ended."""
-        return self._transfer is not None and self._transfer.half_closed
+        half_closed = self._transfer is not None and self._transfer.half_closed
+        settings = self._current().settings
+        ending = self._idleness.over(self._link.moved, half_closed, settings, now, busy=self._opening)
+        if ending is not None:
+            self.cut(ending)
 
     def cut(self, ending: Ending) -> None:
         """End the session in progress, and the channel; must not wait."""

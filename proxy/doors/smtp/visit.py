@@ -22,6 +22,7 @@ from proxy.net.alarm import Alarm
 from proxy.net.conversation import farewell, rest_for, send_all, shake_hands
 from proxy.net.framed import FramedStream
 from proxy.net.tls import Stream, TlsStream
+from proxy.policy.idleness import Idleness
 from proxy.policy.modes import Terms
 from proxy.protocols.smtp.commands import own
 from proxy.protocols.smtp.mediator import Mediator, State, Want
@@ -82,7 +83,8 @@ class Visit:
         self._kept = False
         self._taken = False
         self._lent = False
-        self._swept = (-1, 0.0)
+        self._client_done = False  # it has said FIN
+        self._idleness = Idleness()
         self._reset = False  # the client is to see RST, as the receiver sent it
 
     # ---------------------------------------------------------------- the whole life
@@ -128,11 +130,10 @@ class Visit:
 
     def sweep(self, now: float) -> None:
         """See `services.HostedDialogue`: byte progress, as the relay counts it. Errands have their own deadlines."""
-        moved, since = self._swept
-        if moved != self._moved or self._mediator.want is not None:
-            self._swept = self._moved, now
-        elif now - since >= self._services.settings.idle_timeout:
-            self._ending = Ending.IDLE_TIMEOUT
+        busy = self._mediator.want is not None
+        ending = self._idleness.over(self._moved, self._client_done, self._services.settings, now, busy)
+        if ending is not None:
+            self._ending = ending
             self._mediator.time_is_up()
             self._wires.wake()
 
@@ -207,6 +208,7 @@ class Visit:
                 if data:
                     mediator.client(data)
                 else:
+                    self._client_done = True
                     mediator.client_done()
         if client.broken and not moved:
             raise ClientGone("reset")

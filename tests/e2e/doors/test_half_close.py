@@ -8,9 +8,11 @@ import socket
 import pytest
 
 from tests import independent_client as mta
-from tests.clients import DOORS, exactly, read_all
+from tests.clients import DOORS, exactly, proxied, read_all
+from tests.e2e.doors.test_through import agent
+from tests.e2e.smtp.test_mode import SMTP
 from tests.independent_client import channel
-from tests.mx import Mx, close, stall
+from tests.mx import Mx, close, mute, stall
 from tests.program import Proxy
 from tests.waiting import wait_for
 
@@ -30,6 +32,39 @@ def test_a_client_that_gave_up_keeps_no_place(door: str) -> None:
         proxy.wait_line(r"^connection .*outcome=half_close_timeout")
         with contextlib.suppress(ConnectionResetError):
             read_all(gone)
+
+
+@pytest.mark.parametrize("behaviour", [stall, mute])
+def test_a_client_of_mode_smtp_that_gave_up_keeps_no_place(behaviour) -> None:
+    with Mx({"mail": behaviour}) as mx, Proxy(SHORT + SMTP + ONE) as proxy:
+        gone = proxied(proxy.proxy_protocol, mx.endpoint, "127.0.0.5")
+        with gone, gone.makefile("rb") as replies:
+            assert replies.readline().startswith(b"220")
+            gone.sendall(b"EHLO client.example\r\n")
+            while replies.readline()[3:4] == b"-":
+                pass
+            gone.sendall(b"MAIL FROM:<a@example.com>\r\n")
+            wait_for(lambda: b"MAIL FROM:<a@example.com>" in mx.sessions[0].commands)
+            gone.shutdown(socket.SHUT_WR)
+            with proxied(proxy.proxy_protocol, mx.endpoint, "127.0.0.5") as waiting:
+                assert exactly(waiting, 3) == b"220", "the place is free"
+            proxy.wait_line(r"^connection .*outcome=half_close_timeout")
+
+
+def test_a_client_of_an_agent_that_gave_up_is_let_go_by_both() -> None:
+    """The agent is as patient as any proxy; here it is the one that is in a hurry."""
+    with (
+        Mx({"noop": stall}) as mx,
+        Proxy("idle_timeout 1h\nhalf_close_timeout 1h\n") as proxy,
+        agent(proxy.native, more=SHORT) as front,
+        proxied(front.proxy_protocol, mx.endpoint, "127.0.0.5") as gone,
+    ):
+        assert exactly(gone, 3) == b"220"
+        gone.sendall(b"NOOP\r\n")
+        wait_for(lambda: b"NOOP" in mx.sessions[0].commands)
+        gone.shutdown(socket.SHUT_WR)
+        front.wait_line(r"^connection .*outcome=half_close_timeout")
+        proxy.wait_line(r"^connection .*protocol=native .*outcome=client_reset")
 
 
 def test_an_eof_on_a_channel_is_the_same() -> None:
