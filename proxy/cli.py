@@ -18,6 +18,7 @@ from typing import Any, TextIO
 from proxy import __version__
 from proxy.config import load as config
 from proxy.errors import ConfigError, UsageError
+from proxy.model import Breathe
 from proxy.settings import Settings
 
 EX_OK = 0
@@ -28,6 +29,9 @@ EX_CONFIG = 78
 
 #: Bytes; a file that never ends (/dev/zero) must not fill the memory.
 LONGEST_FILE = 16 * 1024 * 1024
+
+
+Lent = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +85,10 @@ def _main(argv: list[str]) -> int:
     loaded = load()
     from proxy.server import server  # late: --help and a wrong configuration need no gevent
 
-    return server.run(lambda breathe: load(breathe=breathe), loaded)
+    def again(breathe: Breathe, lent: Lent) -> config.Loaded:
+        return config.load(argv, os.environ, functools.partial(read_file, lent=lent), breathe)
+
+    return server.run(again, loaded)
 
 
 def _refuse_two(flags: Any) -> None:
@@ -137,14 +144,17 @@ def _check_config(load: Callable[[], config.Loaded], user: str | None) -> int:
     return EX_OK
 
 
-def read_file(path: str) -> str:
+def read_file(path: str, lent: Lent = contextlib.nullcontext) -> str:
     """A text file's content.
+
+    Args:
+        lent: gives a descriptor for it, if need be.
 
     Raises:
         OSError: it cannot be read, or is larger than `LONGEST_FILE`.
         ValueError: it is not UTF-8, or its name cannot be one.
     """
-    with open(path, "rb") as file:
+    with lent(), open(path, "rb") as file:
         content = file.read(LONGEST_FILE + 1)
     if len(content) > LONGEST_FILE:
         raise OSError(errno.EFBIG, f"larger than {LONGEST_FILE} bytes", path)

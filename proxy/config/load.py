@@ -123,6 +123,7 @@ class _Loader:
         if of_files:
             written["auth_shared_secret"] = [*given.get("auth_shared_secret", ()), *of_files]
         for kind, name, _, line in file.blocks:
+            self._breathe()
             if kind in BLOCKS:
                 written.setdefault(kind, []).append(Given(_canonical(kind, name), file.name, line))
         origins = Origins(written, _KINDS, Given("", file.name), self._breathe)

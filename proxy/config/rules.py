@@ -30,7 +30,7 @@ def broken(settings: Settings, given: Collection[str], breathe: Breathe = hold_b
         settings: parsed; a default stands where a value was wrong.
         given: the directives that were given, rightly or wrongly: none of them is called missing.
     """
-    yield from _required(settings, given)
+    yield from _required(settings, given, breathe)
     yield from _tls(given)
     yield from _secrets(settings, breathe)
     yield from _listeners(settings, breathe)
@@ -42,7 +42,7 @@ def broken(settings: Settings, given: Collection[str], breathe: Breathe = hold_b
     yield from _not_in_this_version(settings)
 
 
-def _required(settings: Settings, given: Collection[str]) -> Iterator[Finding]:
+def _required(settings: Settings, given: Collection[str], breathe: Breathe) -> Iterator[Finding]:
     if not any(door in given for door in DOORS):
         hint = "" if settings.config_filename else " (no file was named: --config-filename=FILE)"
         yield "listen", None, f"no listener: give {', '.join(DOORS[:-1])} or {DOORS[-1]}{hint}"
@@ -54,8 +54,11 @@ def _required(settings: Settings, given: Collection[str]) -> Iterator[Finding]:
         door = "listen" if settings.listen else "listen_socks5"
         message = f"required with {door}; auth_shared_secret_file and instance blocks may hold it too"
         yield "auth_shared_secret", None, message
-    secrets = settings.auth_shared_secret + tuple(s for block in settings.instance for s in block.auth_shared_secret)
-    if settings.listen_socks5 and any(len(secret) > LONGEST_SOCKS_PASSWORD for secret in secrets):
+    longest = max(map(len, settings.auth_shared_secret), default=0)
+    for block in settings.instance:
+        breathe()
+        longest = max(longest, *map(len, block.auth_shared_secret), 0)
+    if settings.listen_socks5 and longest > LONGEST_SOCKS_PASSWORD:
         message = f"listen_socks5 needs secrets of at most {LONGEST_SOCKS_PASSWORD} bytes"
         yield "auth_shared_secret", None, message
 

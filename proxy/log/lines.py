@@ -56,6 +56,7 @@ class Event(enum.StrEnum):
     LISTEN = "listen"
     RELOAD = "reload"
     RELOAD_FAILED = "reload_failed"
+    CONFIG = "config"
     DRAIN = "drain"
     STOP = "stop"
     STATUS = "status"

@@ -156,10 +156,21 @@ def _identity(pem: bytes) -> ServerIdentity:
     return ServerIdentity(contexts[0], certificate_hash(leaf.public_bytes(serialization.Encoding.DER)), contexts[1])
 
 
-@lru_cache(maxsize=2)
+Contexts = dict[bool, ssl.SSLContext]
+#: By whether they verify; made when first asked for, or handed in by `use_authorities`.
+_contexts: Contexts = {}
+
+
 def client_context(verify: bool) -> ssl.SSLContext:
     """For TLS to a receiver; `verify` checks name and chain, against the system's authorities or SSL_CERT_FILE's."""
-    context = ssl.create_default_context()
+    if verify not in _contexts:
+        _contexts[verify] = _client_context(verify)
+    return _contexts[verify]
+
+
+def _client_context(verify: bool) -> ssl.SSLContext:
+    # Who does not verify needs no authorities.
+    context = ssl.create_default_context() if verify else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.options |= ssl.OP_NO_RENEGOTIATION  # in the middle of a write we could not read
     # A name in the subject alone proves nothing (RFC 9525 section 2, RFC 8461 section 4.1).
     context.hostname_checks_common_name = False
@@ -179,11 +190,15 @@ def proven_context() -> ssl.SSLContext:
     return context
 
 
-def reload_authorities() -> None:
-    """Read the system's authorities anew, now and not under the first connection that needs them (it takes 20 ms)."""
-    client_context.cache_clear()
-    for verify in (False, True):
-        client_context(verify)
+def read_authorities() -> Contexts:
+    """Contexts with the system's authorities as they are now. It takes 20 ms and more, so a program that serves has a
+    thread do it (OpenSSL lets others run meanwhile)."""
+    return {verify: _client_context(verify) for verify in (False, True)}
+
+
+def use_authorities(contexts: Contexts) -> None:
+    """Put them in force; connections keep what they began with."""
+    _contexts.update(contexts)
 
 
 class NoPlaintext(OSError):

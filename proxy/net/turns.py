@@ -18,6 +18,8 @@ from proxy.policy.turns import MOST_A_ROUND, ROUND_SECONDS, Line
 #: Seconds; a timer that is due at once. Not `loop.run_callback` and not `gevent.sleep(0)`: the loop runs 50 callbacks,
 #: also those that are added meanwhile, before it looks at its watch and at its sockets.
 _SHORTEST = 1e-9
+#: Seconds of a long work before others run.
+TURN_SECONDS = 0.005
 
 
 class TurnOver(Exception):
@@ -61,6 +63,27 @@ class Turns:
                 break
         if not line:
             self._timer.stop()
+
+
+class Breather:
+    """Called after each small piece of a long work (`model.Breathe`): rests when the work has had its turn.
+
+    Args:
+        key: whose work it is, see `Turns.rest`.
+    """
+
+    __slots__ = ("_ends", "_key", "rests")
+
+    def __init__(self, key: Hashable = None) -> None:
+        self._key = key
+        self._ends = monotonic() + TURN_SECONDS
+        self.rests = 0
+
+    def __call__(self) -> None:
+        if monotonic() >= self._ends:
+            self.rests += 1
+            rest(self._key)
+            self._ends = monotonic() + TURN_SECONDS
 
 
 def turns() -> Turns:

@@ -19,7 +19,7 @@ from itertools import repeat
 from typing import Literal
 
 from proxy.errors import BadCredentials, DestinationNotAllowed, FamilyMismatch, SourceNotAllowed
-from proxy.model import Endpoint, Login, canonical_ip
+from proxy.model import Breathe, Endpoint, Login, canonical_ip, hold_breath
 from proxy.settings import InstanceSettings, Network, Settings
 
 Door = Literal["native", "socks5", "proxy_protocol", "redirect", "status"]
@@ -50,6 +50,7 @@ class Access:
             address is reached through each of them.
         own_listeners: listeners beside those in `settings` that must not be connected to: the real ports behind a
             port 0, inherited sockets.
+        breathe: called after each small piece of the work of preparing long lists.
     """
 
     def __init__(
@@ -57,14 +58,18 @@ class Access:
         settings: Settings,
         own_addresses: Container[str],
         own_listeners: Iterable[Endpoint] = (),
+        breathe: Breathe = hold_breath,
     ) -> None:
         self._settings = settings
         self._own_addresses = own_addresses
-        self._own_ports = _hosts_by_port((*_listeners(settings), *own_listeners))
+        self._own_ports = _hosts_by_port((*_listeners(settings), *own_listeners), breathe)
         self._digests = _digests(settings.auth_shared_secret)
         self._blocks = {block.name: block for block in settings.instance}
-        self._own_digests = {name: _digests(block.auth_shared_secret) for name, block in self._blocks.items()}
-        rules = _Rules(settings, self._blocks)
+        self._own_digests = {}
+        for name, block in self._blocks.items():
+            breathe()
+            self._own_digests[name] = _digests(block.auth_shared_secret)
+        rules = _Rules(settings, self._blocks, breathe)
         self._instance = rules.instance
         self.client_allowed = lru_cache(_REMEMBERED)(rules.judge_client)
         self.instance_of_address = lru_cache(_REMEMBERED)(rules.find_instance)
@@ -183,22 +188,23 @@ class _Rules:
     configuration would stay in memory until the garbage collector finds it.
     """
 
-    def __init__(self, settings: Settings, blocks: Mapping[str, InstanceSettings]) -> None:
-        everyone = _Networks(settings.allow_from)
+    def __init__(self, settings: Settings, blocks: Mapping[str, InstanceSettings], breathe: Breathe) -> None:
+        everyone = _Networks(settings.allow_from, breathe=breathe)
         self._doors: dict[Door, _Networks] = {
             "native": everyone,
             "socks5": everyone,
             "redirect": everyone,
-            "proxy_protocol": _Networks(settings.listen_proxy_protocol_allow_from),
-            "status": _Networks(settings.listen_status_allow_from),
+            "proxy_protocol": _Networks(settings.listen_proxy_protocol_allow_from, breathe=breathe),
+            "status": _Networks(settings.listen_status_allow_from, breathe=breathe),
         }
-        self._sources = _Networks(settings.source_ip)
+        self._sources = _Networks(settings.source_ip, breathe=breathe)
         self._ports = settings.destination_port
-        self._denied = _Networks(settings.deny_destination)
-        self._allowed = _Networks(settings.allow_destination)
-        self._allowed_translated = _Networks(net for net in settings.allow_destination if _is_translated(net))
+        self._denied = _Networks(settings.deny_destination, breathe=breathe)
+        self._allowed = _Networks(settings.allow_destination, breathe=breathe)
+        translated = (net for net in settings.allow_destination if _is_translated(net))
+        self._allowed_translated = _Networks(translated, breathe=breathe)
         clients = [(network, block.name) for block in settings.instance for network in block.allow_from]
-        self._names = _Networks([network for network, _ in clients], [name for _, name in clients])
+        self._names = _Networks([network for network, _ in clients], [name for _, name in clients], breathe)
         # Prepared when asked for: there may be thousands, and a reload would wait for them all.
         self.instance = lru_cache(_REMEMBERED)(partial(_prepare, blocks))
 
@@ -266,9 +272,12 @@ class _Networks:
         names: what each network stands for; of equal networks the first one's counts.
     """
 
-    def __init__(self, networks: Iterable[Network], names: Iterable[str] = repeat("")) -> None:
+    def __init__(
+        self, networks: Iterable[Network], names: Iterable[str] = repeat(""), breathe: Breathe = hold_breath
+    ) -> None:
         found: dict[tuple[int, int], dict[int, str]] = {}
         for network, name in zip(networks, names, strict=False):
+            breathe()
             prefix = int(network.network_address) >> network.max_prefixlen - network.prefixlen
             found.setdefault((network.version, network.prefixlen), {}).setdefault(prefix, name)
         self._levels: dict[int, list[tuple[int, int, dict[int, str]]]] = {4: [], 6: []}
@@ -330,9 +339,10 @@ def _listeners(settings: Settings) -> tuple[Endpoint, ...]:
     return tuple(endpoint for door in doors for endpoint in door)
 
 
-def _hosts_by_port(listeners: Iterable[Endpoint]) -> dict[int, set[str]]:
+def _hosts_by_port(listeners: Iterable[Endpoint], breathe: Breathe) -> dict[int, set[str]]:
     hosts: dict[int, set[str]] = {}
     for listener in listeners:
+        breathe()
         hosts.setdefault(listener.port, set()).add(canonical_ip(listener.host))
     return hosts
 

@@ -35,6 +35,8 @@ FEWEST_CHARACTERS = 8
 OTHER_DESCRIPTORS = 64
 _NOT_HERE = "is not an address of this machine"
 _ENVIRONMENT = "environment"
+#: From bind: it is no address of this machine, or there is no IPv6 here at all. (Others: no descriptor, say.)
+_NOT_OURS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 
 
 #: Of each kind that are told: a list of 8,000 addresses may be wrong altogether.
@@ -79,19 +81,23 @@ def doubts(loaded: Loaded, now: datetime | None = None, breathe: Breathe = hold_
     return findings
 
 
-def sentences(findings: Iterable[Finding], origins: Origins) -> list[str]:
-    """`file:line: directive: …`, with the line where the value stands; errors first, and of each kind not too many."""
+def sentences(findings: Iterable[Finding], origins: Origins, marked: bool = True) -> list[str]:
+    """`file:line: directive: …`, with the line where the value stands; errors first, and of each kind not too many.
+
+    Args:
+        marked: a warning says that it is one.
+    """
     lines: list[str] = []
     for error, kind in ((True, "errors"), (False, "warnings")):
         these = [finding for finding in findings if finding.error == error]
-        lines += [_sentence(finding, origins) for finding in these[:MOST_TOLD]]
+        lines += [_sentence(finding, origins, marked) for finding in these[:MOST_TOLD]]
         if len(these) > MOST_TOLD:
             lines.append(f"and {len(these) - MOST_TOLD} more {kind}")
     return lines
 
 
-def _sentence(finding: Finding, origins: Origins) -> str:
-    warning = "" if finding.error else "warning: "
+def _sentence(finding: Finding, origins: Origins, marked: bool) -> str:
+    warning = "" if finding.error or not marked else "warning: "
     if finding.directive == _ENVIRONMENT:
         return f"{warning}{finding.directive}: {finding.message}"
     where = origins.place(finding.directive, finding.value)
@@ -153,7 +159,7 @@ def _sources(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
     for directive, pairs in (("source_ip", single), ("default_source_ip", chosen)):
         for value, ip in pairs:
             breathe()
-            if _bind_errno(Endpoint(ip, 0), socket.SOCK_DGRAM):
+            if _bind_errno(Endpoint(ip, 0), socket.SOCK_DGRAM) in _NOT_OURS:
                 yield Finding(False, directive, value, f"{ip} {_NOT_HERE}")
 
 

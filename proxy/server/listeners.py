@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 from proxy.log import lines as log
-from proxy.model import Endpoint
-from proxy.server.listener import Admit, Listener, ListenError, endpoint_of, open_socket
+from proxy.model import Breathe, Endpoint, hold_breath
+from proxy.server.listener import Admit, Listener, endpoint_of, open_socket
 from proxy.server.systemd import Inherited
 from proxy.services import Door
 from proxy.settings import Settings
@@ -27,7 +27,7 @@ class Doors:
 
     Args:
         admit, accept_failed: see `Listener`.
-        spare: lends a descriptor to the status listener.
+        spare: lends a descriptor to the status listener, and to one that is being opened.
         inherited: sockets that were open before we started.
     """
 
@@ -47,7 +47,7 @@ class Doors:
 
     # ---------------------------------------------------------------- changing them
 
-    def open_missing(self, settings: Settings) -> Opened:
+    def open_missing(self, settings: Settings, breathe: Breathe = hold_breath) -> Opened:
         """Sockets for the addresses that nothing listens on yet; all or none.
 
         Raises:
@@ -56,22 +56,33 @@ class Doors:
         opened: Opened = {}
         try:
             for endpoint in _wanted(settings):
+                breathe()
                 if endpoint not in self._listeners:
-                    opened[endpoint] = self._inherited.take(endpoint) or open_socket(endpoint)
-        except ListenError:
+                    with self._spare():
+                        opened[endpoint] = self._inherited.take(endpoint) or open_socket(endpoint)
+        except BaseException:
             for sock in opened.values():
                 sock.close()
             raise
         return opened
 
-    def take(self, settings: Settings, opened: Opened) -> None:
-        """Put the doors of new settings in force; nothing here can fail."""
+    def endpoints(self, settings: Settings, opened: Opened) -> Iterator[Endpoint]:
+        """Where the doors of new settings will really listen."""
+        for endpoint in _wanted(settings):
+            known = self._listeners.get(endpoint)
+            yield known.door.endpoint if known is not None else endpoint_of(opened[endpoint])
+
+    def take(self, settings: Settings, opened: Opened, breathe: Breathe = hold_breath) -> None:
+        """Put the doors of new settings in force; nothing here can fail. Clients who come in the middle of it wait in
+        the kernel's queue, or find the door as it was."""
         wanted = _wanted(settings)
         for endpoint in set(self._listeners) - set(wanted):
+            breathe()
             listener = self._listeners.pop(endpoint)
             self._closed.append(listener.door)
             listener.finish()
         for endpoint, protocol in wanted.items():
+            breathe()
             if endpoint in opened:
                 self._listen(endpoint, opened[endpoint], protocol)
             listener = self._listeners[endpoint]

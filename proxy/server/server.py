@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from time import monotonic
 from typing import NamedTuple
 
@@ -24,15 +25,15 @@ from proxy.egress.broken_tls import BrokenTls
 from proxy.egress.keeper import Keeper
 from proxy.errors import ConfigError
 from proxy.log import lines as log
-from proxy.model import Breathe, Ending, hold_breath
+from proxy.model import Breathe, Ending, Endpoint, hold_breath
 from proxy.net import tls
 from proxy.net.crew import Crew
 from proxy.net.relay import make_engine
-from proxy.net.turns import rest
+from proxy.net.turns import Breather, rest
 from proxy.policy.access import Access
 from proxy.policy.budget import FailureBudget
 from proxy.policy.modes import Modes
-from proxy.server import figures, process, systemd
+from proxy.server import check_config, figures, process, systemd
 from proxy.server.listener import ListenError
 from proxy.server.listeners import Doors, Opened
 from proxy.server.reception import Reception
@@ -56,11 +57,15 @@ _DRAIN_POLL = 0.05
 _EXTEND_EVERY = 5.0
 
 
-def run(load: Callable[[Breathe], Loaded], loaded: Loaded) -> int:
+#: Reads the configuration anew, breathing in the middle; borrows descriptors for the files. Raises ConfigError.
+Load = Callable[[Breathe, Callable[[], AbstractContextManager[None]]], Loaded]
+
+
+def run(load: Load, loaded: Loaded) -> int:
     """Serve until a signal ends it.
 
     Args:
-        load: reads the configuration anew, for SIGHUP; raises ConfigError.
+        load: for SIGHUP.
         loaded: what to start with.
 
     Returns:
@@ -76,7 +81,7 @@ def run(load: Callable[[Breathe], Loaded], loaded: Loaded) -> int:
 class Server:
     """The program's one instance; lives in the hub's thread."""
 
-    def __init__(self, load: Callable[[Breathe], Loaded], loaded: Loaded) -> None:
+    def __init__(self, load: Load, loaded: Loaded) -> None:
         settings = loaded.settings
         self._load = load
         self._descriptors = process.raise_descriptor_limit()
@@ -97,6 +102,8 @@ class Server:
         self._generated: tls.ServerIdentity | None = None
         self._stops = 0
         self._stop = Event()
+        self._settled = Event()  # no reload is going on
+        self._settled.set()
         stop = self._stop_soon
         self._signals = Signals(
             at_once={signal.SIGTERM: stop, signal.SIGINT: stop},
@@ -122,10 +129,11 @@ class Server:
         process.forbid_core_dumps()
         log.note(log.Event.START, log.INFO, f"greenarrow_proxy {__version__} starts", pid=os.getpid())
         try:
-            self._take(self._prepare(self._first))
+            self._take(self._prepare(self._first, hold_breath), hold_breath)
         except ListenError as error:
             log.note(log.Event.LISTEN, log.ERROR, str(error))
             return EXIT_CANNOT_LISTEN
+        _tell_doubts(self._first, hold_breath)
         self._doors.close_unclaimed()
         self._signals.watch()
         process.log_what_the_hub_catches(self._counters)
@@ -139,28 +147,42 @@ class Server:
         self._stop.wait()
         return self._drain()
 
-    def _prepare(self, loaded: Loaded) -> _Prepared:
-        """Everything about new settings that can fail.
+    def _prepare(self, loaded: Loaded, breathe: Breathe) -> _Prepared:
+        """Everything about new settings that can fail, or takes a while.
 
         Raises:
             ConfigError: the certificate is of no use. ListenError: an address cannot be had. Nothing has changed then.
         """
         settings = loaded.settings
         try:
-            identity = self._identity(settings)
+            with self._reserve.lent():
+                identity = self._identity(settings)
         except tls.UnfitIdentity as error:
             where = loaded.origins.place(error.directive)
             raise where.mistake(f"{error.directive}: {error}") from None
-        return _Prepared(settings, identity, self._doors.open_missing(settings))
+        opened = self._doors.open_missing(settings, breathe)
+        authorities = self._authorities(settings)
+        services = self._wire(settings, identity, self._doors.endpoints(settings, opened), breathe)
+        return _Prepared(services, opened, authorities)
 
-    def _wire(self, settings: Settings, identity: tls.ServerIdentity | None) -> Services:
-        own = (door.endpoint for door in self._doors.listening())
-        old, self._via = self._via, via.of_settings(self._engine, settings, socket.gethostname(), self._via)
-        if old is not None and old is not self._via:
-            old.stop()
+    def _authorities(self, settings: Settings) -> tls.Contexts:
+        """Read anew by each reload, now and not under the first connection that needs them."""
+        if not (settings.listen or Modes(settings).any_smtp):
+            return {}
+        with self._reserve.lent():
+            contexts: tls.Contexts = gevent.get_hub().threadpool.apply(tls.read_authorities)
+        return contexts
+
+    def _wire(
+        self,
+        settings: Settings,
+        identity: tls.ServerIdentity | None,
+        own: Iterable[Endpoint] = (),
+        breathe: Breathe = hold_breath,
+    ) -> Services:
         return Services(
             settings=settings,
-            access=Access(settings, upstream.LocalAddresses(), own),
+            access=Access(settings, upstream.LocalAddresses(), own, breathe),
             modes=Modes(settings),
             engine=self._engine,
             counters=self._counters,
@@ -173,7 +195,7 @@ class Server:
             keeper=self._keeper,
             broken_tls=self._broken_tls,
             admission=self._admission,
-            via=self._via,
+            via=via.of_settings(self._engine, settings, socket.gethostname(), self._via),
             identity=identity if settings.listen and settings.listen_tls else None,
             mta_context=identity.mta_context if identity is not None and settings.mode_smtp_starttls else None,
             incarnation=self._incarnation,
@@ -208,13 +230,15 @@ class Server:
             )
         )
 
-    def _take(self, prepared: _Prepared) -> None:
+    def _take(self, prepared: _Prepared, breathe: Breathe) -> None:
         """Put new settings in force. Nothing here can fail."""
-        settings = prepared.settings
-        self._doors.take(settings, prepared.opened)
-        self.services = self._wire(settings, prepared.identity)
-        if settings.listen:
-            tls.reload_authorities()
+        settings = prepared.services.settings
+        self.services = prepared.services
+        if self._via is not None and self._via is not self.services.via:
+            self._via.stop()
+        self._via = self.services.via
+        tls.use_authorities(prepared.authorities)
+        self._doors.take(settings, prepared.opened, breathe)
         if not settings.listen_redirect:
             self._gauges.ends = None
         elif self._gauges.ends is None:
@@ -231,25 +255,28 @@ class Server:
     # ---------------------------------------------------------------- reload
 
     def _reload(self) -> None:
-        """SIGHUP: read the configuration anew; on any error the old one stays in force, whole."""
+        """SIGHUP: read the configuration anew, in turns with all else; on any error the old one is in force, whole."""
         if self._stop.is_set():
             return
+        self._settled.clear()
         self._notifier.reloading()
+        breathe = Breather("reload")
         try:
-            with self._reserve.lent(), process.no_garbage_collection():
-                prepared = self._prepare(self._load(hold_breath))
+            with process.no_garbage_collection():
+                loaded = self._load(breathe, self._reserve.lent)
+                self._take(self._prepare(loaded, breathe), breathe)
+                log.reconfigure(loaded.settings)
+                _tell_doubts(loaded, breathe)
         except (ConfigError, ListenError) as error:
             self._reload_failed(str(error))
         except MemoryError:
             self._reload_failed("there is no memory for a new configuration")
         else:
-            settings = prepared.settings
-            self._take(prepared)
-            log.reconfigure(settings)
             self._counters.reloads += 1
-            log.note(
-                log.Event.RELOAD, log.INFO, "the new configuration is in force", file=settings.config_filename or "-"
-            )
+            file = loaded.settings.config_filename or "-"
+            log.note(log.Event.RELOAD, log.INFO, "the new configuration is in force", file=file)
+        finally:
+            self._settled.set()
         self._notifier.ready("serving")
 
     def _reload_failed(self, why: str) -> None:
@@ -276,6 +303,7 @@ class Server:
 
     def _drain(self) -> int:
         """Accept nothing more, let what is open finish within `drain_timeout`, reset the rest."""
+        self._settled.wait()  # a reload that is just putting new doors in force: they would be left open
         timeout = self.services.settings.drain_timeout
         self._notifier.stopping("draining", 3 * _EXTEND_EVERY)
         self._doors.finish()
@@ -349,6 +377,12 @@ class Server:
 class _Prepared(NamedTuple):
     """New settings with what they need, had but not yet used."""
 
-    settings: Settings
-    identity: tls.ServerIdentity | None
+    services: Services
     opened: Opened
+    authorities: tls.Contexts
+
+
+def _tell_doubts(loaded: Loaded, breathe: Breathe) -> None:
+    """What `--check-config` would warn of."""
+    for line in check_config.sentences(check_config.doubts(loaded, breathe=breathe), loaded.origins, marked=False):
+        log.note(log.Event.CONFIG, log.WARNING, line)

@@ -34,7 +34,7 @@ class House:
     def __init__(self, more: str = "") -> None:
         text = program.config(more)
         loaded = load.load(["--config-filename=f"], {}, lambda path: text)
-        self.server = Server(lambda breathe: loaded, loaded)
+        self.server = Server(lambda *_: loaded, loaded)
         self.services = self.server._wire(loaded.settings, None)
         self.doors = {name: Door(name, Endpoint("127.0.1.2", 1)) for name in ("socks5", "proxy_protocol")}
 

@@ -240,7 +240,7 @@ def test_files_that_are_of_no_use(tmp_path: Path) -> None:
         serialization.BestAvailableEncryption(b"password"),
     )
     for certificate, private in ((chain, other.private_key_pem.bytes()), (chain, b""), (b"", b""), (chain, locked)):
-        with pytest.raises((OSError, ValueError)):
+        with pytest.raises(tls.UnfitIdentity):
             tls.load_identity(*files(tmp_path, certificate, private))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(tls.UnfitIdentity, match="nowhere: No such file"):
         tls.load_identity(str(tmp_path / "nowhere"), str(tmp_path / "key.pem"))

@@ -32,7 +32,7 @@ class House:
     def __init__(self, more: str = "") -> None:
         text = program.config(more)
         loaded = load.load(["--config-filename=f"], {}, lambda path: text)
-        self.server = Server(lambda breathe: loaded, loaded)
+        self.server = Server(lambda *_: loaded, loaded)
         self.services = self.server._wire(loaded.settings, None)
         self.client, ours = tcp_pair()
         self.guest = SimpleNamespace(stream=SimpleNamespace(socket=ours), client=Endpoint("127.0.0.1", 9))
