@@ -47,8 +47,8 @@ from proxy.model import (
 )
 from proxy.net import redirect
 from proxy.net.alarm import Alarm
-from proxy.net.conversation import farewell, has_gone
-from proxy.net.relay import GONE, RawSocket
+from proxy.net.conversation import farewell, has_gone, watch_over
+from proxy.net.relay import GONE, UNSURE, RawSocket
 from proxy.net.tls import PlainStream
 from proxy.protocols.proxy_protocol import ProxyProtocol
 from proxy.protocols.recognise import SILENT, wrong_door
@@ -209,7 +209,7 @@ class Visit:
     def _greet(self, handshake: Handshake) -> Connect | None:
         """Read until the request is there; None for a health check. One deadline covers all of it."""
         services = self.services
-        services.engine.register(self.socket.fileno())
+        watch_over(services.engine, self.socket)
         services.newcomers.enter(self, self.socket, self.client.host)
         alarm = services.engine.alarms.start(services.settings.auth_timeout)
         first = b""
@@ -537,7 +537,7 @@ class Visit:
         two. It saves nothing where the first bytes come with the connection (on loopback, 19 times in 20).
         """
         while True:
-            if not self.missed and self._wait() & GONE:
+            if not self.missed and self._wait() & UNSURE:
                 self.missed = True  # no other event will tell of the end
             try:
                 data = self.socket.recv(_READ_SIZE)

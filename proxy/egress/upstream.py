@@ -17,15 +17,18 @@ from _socket import (
     SOCK_DGRAM,
     SOCK_NONBLOCK,
     SOCK_STREAM,
+    SOL_SOCKET,
 )
 from collections.abc import Callable
 from functools import lru_cache
 from select import EPOLLERR, EPOLLHUP, EPOLLOUT
+from socket import SO_OOBINLINE
 from time import monotonic
 
 from proxy.errors import Overloaded, Step, UpstreamError
 from proxy.model import Endpoint
 from proxy.net.alarm import Alarm
+from proxy.net.conversation import watch_over
 from proxy.net.relay import TCP_NODELAY, Engine, RawSocket
 from proxy.policy.access import Access
 
@@ -50,6 +53,7 @@ def bind(source: str) -> RawSocket:
     sock = _open(AF_INET6 if ":" in source else AF_INET, _STREAM)
     try:
         sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+        sock.setsockopt(SOL_SOCKET, SO_OOBINLINE, 1)
         sock.setsockopt(IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
         sock.bind((source, 0))
     except OSError as error:
@@ -82,12 +86,13 @@ def connect(
         The epoll events that came with the connection: the peer's first bytes, or its end; 0: none of these.
 
     Raises:
+        Overloaded: no memory to watch over one more socket.
         UpstreamError: step `connect`, with the errno; a timeout is ETIMEDOUT, no free port is EADDRNOTAVAIL.
     """
     number = sock.connect_ex(destination)
     if begun is not None:
         begun(sock)
-    engine.register(sock.fileno())
+    watch_over(engine, sock)
     events = 0
     if number == errno.EINPROGRESS:
         alarm = engine.alarms.start(timeout)

@@ -39,7 +39,9 @@ cdef extern from *:
     #define RELAY_RDHUP EPOLLRDHUP
     #define RELAY_DEAD (EPOLLERR | EPOLLHUP)
     #define RELAY_CLOSING (EPOLLERR | EPOLLHUP | EPOLLRDHUP)
-    #define RELAY_REGISTERED (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLET)
+    #define RELAY_URGENT EPOLLPRI
+    #define RELAY_UNSURE (RELAY_CLOSING | EPOLLPRI)
+    #define RELAY_REGISTERED (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLPRI | EPOLLET)
     #define RELAY_SPLICE_FLAGS (SPLICE_F_MOVE | SPLICE_F_NONBLOCK)
 
     static void relay_linger_reset(int fd) {
@@ -59,6 +61,7 @@ cdef extern from *:
     }
     """
     unsigned RELAY_IN, RELAY_OUT, RELAY_ERR, RELAY_DEAD, RELAY_CLOSING, RELAY_RDHUP, RELAY_REGISTERED, RELAY_SPLICE_FLAGS
+    unsigned RELAY_URGENT, RELAY_UNSURE
     int EPOLL_CLOEXEC, EPOLL_CTL_ADD, MSG_MORE, MSG_NOSIGNAL, SHUT_WR, O_NONBLOCK, O_CLOEXEC, F_SETPIPE_SZ
     ctypedef union epoll_data_t:
         int fd
@@ -131,6 +134,7 @@ cdef struct Half:
     int source
     long long moved  # bytes received
     unsigned char full_reads
+    bint unsure  # there may be a mark of urgent data ahead
     bint done
     bint queued
 
@@ -260,7 +264,13 @@ cdef class Engine:
         if self._busy:
             self._graveyard.append(sock)
         else:
+            self._bury(sock)
+
+    cdef void _bury(self, object sock):
+        try:
             sock.close()
+        except OSError:  # the descriptor is gone all the same
+            pass
 
     cdef int _make_room(self, int fd) except -1:
         cdef int size = fd + 64
@@ -325,6 +335,8 @@ cdef class Engine:
         pair.up.pipe.read_end = pair.down.pipe.read_end = -1
         pair.idle_timeout = idle_timeout
         pair.moved_before = -1
+        pair.up.unsure = client_readable
+        pair.down.unsure = upstream_events & RELAY_UNSURE != 0
         Py_INCREF(owner)
         pair.owner = <PyObject *> owner
         self._pairs += 1
@@ -382,8 +394,14 @@ cdef class Engine:
         return end
 
     cdef void _sweep_pair(self, Pair *pair, double now):
-        cdef bint half_closed = pair.up.done or pair.down.done
-        cdef long long moved = _delivered(&pair.up) + _delivered(&pair.down) + half_closed
+        cdef bint half_closed
+        cdef long long moved
+        self._push_on(&pair.up)
+        self._push_on(&pair.down)
+        if pair.dead:
+            return
+        half_closed = pair.up.done or pair.down.done
+        moved = _delivered(&pair.up) + _delivered(&pair.down) + half_closed
         if pair.moved_before < 0:
             relay_keep_alive(pair.down.source, pair.idle_timeout)
         if moved != pair.moved_before:
@@ -398,6 +416,10 @@ cdef class Engine:
                 self._give_pipe(&pair.up)
             if not pair.down.in_pipe:
                 self._give_pipe(&pair.down)
+
+    cdef void _push_on(self, Half *half) noexcept nogil:
+        if not half.pair.dead and (half.pending != NULL or half.in_pipe):
+            self._writable(half)
 
     # ---------------------------------------------------------------- the hot path: with Python ...
 
@@ -420,9 +442,9 @@ cdef class Engine:
                 callback = None
         self._busy = False
         if self._graveyard:
-            for sock in self._graveyard:
-                sock.close()
-            self._graveyard.clear()
+            graveyard, self._graveyard = self._graveyard, []
+            for sock in graveyard:
+                self._bury(sock)
         self._settle()
 
     def _go_on(self):
@@ -490,8 +512,10 @@ cdef class Engine:
     cdef void _on_event(self, Half *half, unsigned events) noexcept nogil:
         if events & RELAY_OUT and (half.peer.pending != NULL or half.peer.in_pipe):
             self._writable(half.peer)
-        if half.pair.dead or not events & (RELAY_IN | RELAY_CLOSING):
+        if half.pair.dead or not events & (RELAY_IN | RELAY_UNSURE):
             return
+        if events & RELAY_URGENT:
+            half.unsure = True
         if half.pending != NULL or half.in_pipe:
             if events & RELAY_ERR:  # reset; must not wait until the other side reads again
                 self._reset_by(half)
@@ -505,8 +529,9 @@ cdef class Engine:
 
     cdef void _pump(self, Half *half, unsigned events) noexcept nogil:
         """Read until there is nothing more, within the budget. A short read is the end of it, unless the events tell of
-        an end, which no other event will tell of; RELAY_CLOSING stands for events that went by unseen."""
-        cdef int more = MSG_MORE if events & RELAY_CLOSING == RELAY_RDHUP else 0
+        an end, which no other event will tell of, or of urgent data; RELAY_CLOSING stands for events that went by
+        unseen."""
+        cdef int more = MSG_MORE if events & RELAY_UNSURE == RELAY_RDHUP else 0
         cdef int turn
         cdef ssize_t count, sent
         for turn in range(self.reads_a_turn):
@@ -530,7 +555,7 @@ cdef class Engine:
                 return
             if count < BUFFER_SIZE:
                 half.full_reads = 0
-                if not events & RELAY_CLOSING:
+                if not events & RELAY_UNSURE:
                     return
             else:
                 half.full_reads += 1
@@ -556,11 +581,12 @@ cdef class Engine:
         for turn in range(self.splices_a_turn):
             count = splice(half.source, NULL, half.pipe.write_end, NULL, self.pipe_size, RELAY_SPLICE_FLAGS)
             if count <= 0:
-                if count == 0:
-                    self._give_pipe(half)
-                    self._end_of_file(half)
-                elif not _for_now():
+                if count < 0 and not _for_now():
                     self._reset_by(half)
+                elif count == 0 or half.unsure:  # the end, or the mark of urgent data: only a read tells
+                    half.unsure = False
+                    self._give_pipe(half)
+                    self._pump(half, RELAY_CLOSING)
                 return
             half.moved += count
             half.in_pipe = <unsigned> count

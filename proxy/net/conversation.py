@@ -6,12 +6,15 @@ the caller's: one `gevent.Timeout` around a phase. Relays in progress do not use
 
 from __future__ import annotations
 
+import errno
+import os
 import select
 from _socket import SHUT_WR
 from time import monotonic
 
 from gevent import Timeout
 
+from proxy.errors import Overloaded
 from proxy.net.framed import FramedStream
 from proxy.net.relay import Engine, RawSocket
 from proxy.net.tls import Stream, TlsStream
@@ -23,6 +26,20 @@ READ_SIZE = 16384
 #: closed.
 FAREWELL_SECONDS = 2.0
 _FAREWELL_BYTES = 65536
+
+
+def watch_over(engine: Engine, sock: RawSocket) -> None:
+    """Register a socket with the engine.
+
+    Raises:
+        Overloaded: no memory, or more sockets than one user may watch (fs.epoll.max_user_watches, epoll_ctl(2)).
+    """
+    try:
+        engine.register(sock.fileno())
+    except OSError as error:
+        number = error.errno or 0
+        why = "more than fs.epoll.max_user_watches" if number == errno.ENOSPC else os.strerror(number)
+        raise Overloaded(f"no socket more can be watched: {why}") from None
 
 
 def receive(engine: Engine, stream: Stream | FramedStream, size: int = READ_SIZE) -> bytes:

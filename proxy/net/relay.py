@@ -10,6 +10,8 @@ Rules that keep it right (each was broken once, each has a test in tests/loopbac
   system call and waits again on EAGAIN, so a spurious wake-up is harmless everywhere, and a missed edge is the one
   thing to fear. After a read that filled the buffer, or with a peer that has closed, we read on; when the budget is
   used up, the half is queued to go on (`_again`), since no new edge will come for what is already there.
+- A read stops at the mark of urgent data, and a splice does not get past it at all: with a FIN behind the mark it even
+  says 0. So a short read is not the last one after EPOLLPRI, and where a splice finds nothing a read has to confirm it.
 - A direction with bytes that the kernel did not take (`pending`, `in_pipe`) reads nothing: that is the back-pressure,
   and it is what keeps a queued continuation from overwriting those bytes.
 - A descriptor is closed at the end of the batch, so that no event of this batch meets a successor with its number.
@@ -56,15 +58,30 @@ from gevent import get_hub, getcurrent
 from proxy.model import Ending
 from proxy.net.alarm import Alarms
 
-__all__ = ["GONE", "IPPROTO_TCP", "TCP_NODELAY", "Engine", "Owner", "Pair", "RawSocket", "engine_name", "make_engine"]
+__all__ = [
+    "GONE",
+    "IPPROTO_TCP",
+    "TCP_NODELAY",
+    "UNSURE",
+    "Engine",
+    "Owner",
+    "Pair",
+    "RawSocket",
+    "engine_name",
+    "make_engine",
+]
 
 _IN, _OUT, _ERR, _HUP, _RDHUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLERR, select.EPOLLHUP, select.EPOLLRDHUP
-_REGISTERED = _IN | _OUT | _RDHUP | select.EPOLLET
+_URGENT = select.EPOLLPRI
+_REGISTERED = _IN | _OUT | _RDHUP | _URGENT | select.EPOLLET
 _READABLE = _IN | _RDHUP | _HUP | _ERR
 _CLOSING = _RDHUP | _HUP | _ERR
 _DEAD = _HUP | _ERR
 #: Events of a peer that has closed, at least its sending side, or is gone.
 GONE = _CLOSING
+#: Events after which a short read need not be the last one: a peer's end comes without another edge, and a read stops
+#: at the mark of urgent data, wherever that is (tcp(7); SO_OOBINLINE keeps the urgent byte itself in its place).
+UNSURE = _CLOSING | _URGENT
 
 _LINGER_RESET = struct.pack("ii", 1, 0)
 _CLOSED = b""  # as `Half.pending`: not None, so nothing is read any more; empty, so nothing is written
@@ -111,7 +128,7 @@ class Half:
 
     __slots__ = (
         *("source", "target", "recv_into", "send", "pair", "peer"),
-        *("pending", "pipe", "in_pipe", "moved", "full_reads", "done", "queued"),
+        *("pending", "pipe", "in_pipe", "moved", "full_reads", "unsure", "done", "queued"),
     )
 
     def __init__(self, source: RawSocket, target: RawSocket, pair: Pair) -> None:
@@ -126,6 +143,7 @@ class Half:
         self.in_pipe = 0  # bytes in that pipe
         self.moved = 0  # bytes received
         self.full_reads = 0  # reads running that filled the buffer
+        self.unsure = False  # there may be a mark of urgent data ahead, at which a splice finds nothing
         self.done = False  # the source has said FIN and the target was told
         self.queued = False  # in the engine's `_again`
 
@@ -249,7 +267,7 @@ class Engine:
         if self._in_batch:
             self._graveyard.append(sock)
         else:
-            sock.close()
+            self._bury(sock)
 
     # ---------------------------------------------------------------- pairs
 
@@ -275,6 +293,8 @@ class Engine:
         pair = Pair(client, upstream, owner, idle_timeout)
         self._pairs[pair] = None
         up = pair.up
+        up.unsure = client_readable
+        pair.down.unsure = bool(upstream_events & UNSURE)
         table = self._table
         table[upstream.fileno()] = pair.down
         if not client_registered:
@@ -316,6 +336,8 @@ class Engine:
             self._watcher.start(self._drain)
         for number, pair in enumerate(list(self._pairs), 1):
             if pair in self._pairs:
+                self._push_on(pair)
+            if pair in self._pairs:
                 idle = pair.idle_for(now)
                 if idle >= pair.idle_timeout:
                     self._abort(pair, Ending.IDLE_TIMEOUT)
@@ -353,7 +375,7 @@ class Engine:
                     if half.pending is not None or half.pipe is not None:
                         self._readable(half, events)
                         continue
-                    if events & _CLOSING:
+                    if events & UNSURE:
                         self._last_words(half, events)
                         continue
                     count = half.recv_into(_BUFFER)
@@ -377,14 +399,20 @@ class Engine:
                     self._fault(half)
         finally:
             self._in_batch = False
-            graveyard = self._graveyard
-            if graveyard:
-                for sock in graveyard:
-                    sock.close()
-                graveyard.clear()
+            graveyard, self._graveyard = self._graveyard, []
+            for sock in graveyard:
+                self._bury(sock)
+
+    def _bury(self, sock: RawSocket) -> None:
+        """Close for good. Some errors of close(2) are those of older writes, and nobody can act on them any more: the
+        descriptor is gone all the same."""
+        with contextlib.suppress(OSError):
+            sock.close()
 
     def _readable(self, half: Half, events: int) -> None:
         """The source of a direction that holds bytes back, or splices, has something to say."""
+        if events & _URGENT:
+            half.unsure = True
         if half.pending is not None or half.in_pipe:
             if events & _ERR:  # it was reset; must not wait until the other side reads again
                 self._abort(half.pair, self._reset_ending(half))
@@ -392,7 +420,9 @@ class Engine:
             self._splice(half)
 
     def _last_words(self, half: Half, events: int) -> None:
-        """The source has closed, or is gone."""
+        """The source has closed, or is gone, or has said something urgent."""
+        if events & _URGENT:
+            half.unsure = True
         if half.done:
             if events & _DEAD:  # it said FIN before and is gone altogether now
                 self._abort(half.pair, self._reset_ending(half))
@@ -403,13 +433,13 @@ class Engine:
         """Read until there is nothing more, within the budget; then queue the half to go on.
 
         Args:
-            events: what the source has told. GONE: unknown, so a short read is not known to be the last one. A FIN that
+            events: what the source has told. UNSURE: a short read is not known to be the last one. A FIN that
                 is read next leaves in one segment with what was said before it: hence MSG_MORE (send(2)).
         """
         recv_into = half.recv_into
         send = half.send
-        closing = events & _CLOSING
-        more = MSG_MORE if closing == _RDHUP else 0
+        unsure = events & UNSURE
+        more = MSG_MORE if unsure == _RDHUP else 0
         for _ in range(self.reads_a_turn):
             count = recv_into(_BUFFER)
             if not count:
@@ -430,7 +460,7 @@ class Engine:
                     return
             else:
                 half.full_reads = 0
-                if not closing:
+                if not unsure:
                     return
         self._go_on_later(half)
 
@@ -440,10 +470,16 @@ class Engine:
         read_end, write_end = half.pipe
         source, target, size = half.source.fileno(), half.target.fileno(), self.pipe_size
         for _ in range(self.splices_a_turn):
-            count = os.splice(source, write_end, size, flags=_SPLICE_FLAGS)
-            if not count:
+            try:
+                count = os.splice(source, write_end, size, flags=_SPLICE_FLAGS)
+            except BlockingIOError:
+                if not half.unsure:
+                    raise
+                count = 0
+            if not count:  # the end, or the mark of urgent data: only a read tells
+                half.unsure = False
                 self._give_pipe(half)
-                self._end_of_file(half)
+                self._pump(half)
                 return
             half.moved += count
             half.in_pipe = count
@@ -493,6 +529,13 @@ class Engine:
                 self._splice(half)
             else:
                 self._pump(half)
+
+    def _push_on(self, pair: Pair) -> None:
+        """Try bytes that are held back once more. The kernel refuses some for want of memory while nothing is in flight
+        to that target, and then no edge tells that it would take them again."""
+        for half in (pair.up, pair.down):
+            if half.pending is not None or half.in_pipe:
+                self._guarded(self._writable, half)
 
     def _go_on_later(self, half: Half) -> None:
         if half.queued:  # an event came first and used up a budget of its own

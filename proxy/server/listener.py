@@ -25,6 +25,8 @@ from proxy.services import Door
 _BACKLOG = 4096
 #: Errors of one connection, not of the listener: the next accept may work at once (accept(2)).
 _THIS_CONNECTION_ONLY = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EINTR, errno.EPERM})
+#: So many of them running are the listener's all the same: a packet filter may say EPERM for ever.
+_FAILURES_A_TURN = 64
 
 #: Takes an accepted, non-blocking socket; must not raise or wait. False: there is no memory to serve it now.
 Admit = Callable[["Listener", RawSocket, tuple[Any, ...]], bool]
@@ -100,11 +102,12 @@ class Listener(StreamServer):  # type: ignore[misc]
     def set_options(self, idle_timeout: float) -> None:
         """Options that accepted sockets inherit; again after a reload."""
         self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         keep_alive(self.socket, idle_timeout)
 
     def do_read(self) -> tuple[int, tuple[Any, ...]] | None:
         """Accept one connection; None when there is none, or after an error."""
-        while True:
+        for left in reversed(range(_FAILURES_A_TURN)):
             try:
                 accepted = self._accept()
                 self._pause = self.min_delay
@@ -112,10 +115,11 @@ class Listener(StreamServer):  # type: ignore[misc]
             except BlockingIOError:
                 return None
             except OSError as error:
-                if error.errno in _THIS_CONNECTION_ONLY:
+                if left and error.errno in _THIS_CONNECTION_ONLY:
                     continue
                 self._back_off(error)
                 return None
+        raise AssertionError("the last failure backs off")
 
     def _accept(self) -> tuple[int, tuple[Any, ...]]:
         accept: Callable[[], tuple[int, tuple[Any, ...]]] = self.socket._accept

@@ -19,7 +19,7 @@ from proxy.doors.failures import wrong_secret
 from proxy.errors import BadCredentials, ClientNotAllowed, HandshakeTimeout, PeerError, ProxyError, Refused
 from proxy.log import lines as log
 from proxy.model import Endpoint
-from proxy.net.conversation import farewell, receive, send_all, shake_hands
+from proxy.net.conversation import farewell, receive, send_all, shake_hands, watch_over
 from proxy.net.relay import RawSocket
 from proxy.net.tls import NoPlaintext, PlainStream, ServerIdentity, Stream, TlsStream
 from proxy.policy.access import Access
@@ -128,7 +128,7 @@ class _Entrance:
         services, host = self._services, self._client.host
         if not services.access.client_allowed(host, "native"):
             raise ClientNotAllowed(f"{host} is not in allow_from")
-        services.engine.register(self._stream.socket.fileno())
+        watch_over(services.engine, self._stream.socket)
         services.newcomers.enter(self, self._stream.socket, host)
         timer = Timeout.start_new(services.settings.auth_timeout)
         try:

@@ -18,7 +18,7 @@ from proxy.doors.native.entrance import Guest
 from proxy.errors import PeerError, ProxyError
 from proxy.model import Ending
 from proxy.net.conversation import farewell, has_gone, rest_for
-from proxy.net.relay import GONE, Engine
+from proxy.net.relay import GONE, UNSURE, Engine
 from proxy.net.turns import TurnOver
 from proxy.policy.turns import READ
 from proxy.protocols.native import frames
@@ -214,6 +214,8 @@ class Link:
             self.readable = True
             if events & GONE:  # no other event will tell of it
                 self._note_end(events)
+            elif events & UNSURE:
+                self._missed = True
             self._handle(client_step, events)
 
         def other_event(events: int) -> None:
@@ -281,6 +283,8 @@ class Link:
         if events & GONE:
             self._note_end(events)
             self._cancel()
+        elif events & UNSURE:
+            self._missed = True
 
     def _cancel(self) -> None:
         if self._cancellable:

@@ -20,7 +20,7 @@ from proxy.egress.receiver import Receiver
 from proxy.errors import PeerError
 from proxy.model import Discard, Ending
 from proxy.net.conversation import has_gone
-from proxy.net.relay import GONE
+from proxy.net.relay import GONE, UNSURE
 from proxy.net.turns import TurnOver
 from proxy.policy.turns import FRAME, READ
 from proxy.protocols.native import frames
@@ -112,7 +112,7 @@ class Transfer:
     def _receiver_event(self, events: int) -> bool:
         """The same the other way."""
         self._readable = True
-        if events & GONE:  # no other event will tell of it
+        if events & UNSURE:  # no other event will tell of it
             self._missed = True
             return True
         if self._link.blocked or self._blocked:

@@ -15,7 +15,7 @@ from gevent import get_hub, getcurrent
 from proxy.doors.smtp.egress import LineStream
 from proxy.errors import PeerError
 from proxy.net.conversation import has_gone
-from proxy.net.relay import GONE, Engine
+from proxy.net.relay import GONE, UNSURE, Engine
 from proxy.net.turns import TurnOver
 from proxy.policy.turns import READ, Turn
 
@@ -45,6 +45,7 @@ class End:
         self.stream = stream
         self.readable = True
         self.gone = False
+        self._unsure = False
         self.broken = False
         self.moved = 0
         self._engine = engine
@@ -83,10 +84,10 @@ class End:
             turn.end()
             return None
         except BlockingIOError:
-            self.readable = False
+            self.readable = self._unsure = False
             return None
         self.moved += len(data)
-        self.readable = self.gone or not self.stream.drained  # no other event will tell of the end
+        self.readable = self._unsure or not self.stream.drained
         if self.stream.unsent:  # TLS has something to say of its own
             self._blocked = True
         return data
@@ -126,6 +127,7 @@ class End:
     def _event(self, events: int) -> None:
         self.readable = True
         self.gone = self.gone or bool(events & GONE)
+        self._unsure = self._unsure or bool(events & UNSURE)  # a short read need not be the last one
         self.broken = self.broken or bool(events & _RESET)
         self._happened(self, events)
 

@@ -191,3 +191,12 @@ def test_without_memory_to_serve_it_backs_off(opened):
         opened.memory = True
         until(lambda: len(opened.accepted) == 2, what="both accepted")
     assert set(opened.errors) == {errno.ENOMEM}
+
+
+@pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.EINTR])
+def test_an_error_of_one_connection_that_never_ends_is_the_listeners(opened, number):
+    """So many tries a turn, then it backs off as after any other error."""
+    opened.listener.socket = Failing(opened.listener.socket, [number] * 1000)
+    assert opened.listener.do_read() is None
+    assert opened.errors == [number]
+    assert len(opened.listener.socket._errors) == 1000 - 64
