@@ -185,6 +185,23 @@ class Outcomes:
         self.rejected += rejected
 
 
+class Fate(NamedTuple):
+    """One message.
+
+    Args:
+        sender: the domain in MAIL, "" for bounces. recipients: the domains in RCPT, each once, the first ones.
+        rcpts: how many RCPT commands there were, refused ones included.
+        size: bytes between DATA and the end, as on the wire.
+        reply: the receiver's last line about it: to the end, or to the MAIL or DATA that it refused.
+    """
+
+    sender: str
+    recipients: tuple[str, ...]
+    rcpts: int
+    size: int
+    reply: str
+
+
 class Counters:
     """Everything that is counted since the start. Plain integers: the hot path adds to them directly.
 

@@ -27,7 +27,7 @@ import msgspec
 from proxy.errors import BadCredentials, ClientNotAllowed, Overloaded, PeerError, ProxyError, Refused, UpstreamError
 from proxy.log.writer import Writer
 from proxy.model import Ending, Endpoint, owner_of
-from proxy.stats import Limiter, Outcomes
+from proxy.stats import Fate, Limiter, Outcomes
 
 __all__ = [
     "DEBUG",
@@ -61,6 +61,7 @@ class Event(enum.StrEnum):
     STOP = "stop"
     STATUS = "status"
     CONNECTION = "connection"
+    MESSAGE = "message"
     REFUSED = "refused"
     FAILED = "failed"
     SUPPRESSED = "suppressed"
@@ -89,6 +90,8 @@ class LogSettings(Protocol):
 FIELD_LIMIT = 200
 MESSAGE_LIMIT = 1000
 
+#: Lines that look like the closing line, with the message last.
+_ABOUT_CONNECTIONS = frozenset((Event.REFUSED, Event.FAILED, Event.MESSAGE))
 _PLAIN_WORD = re.compile(r"[A-Za-z0-9._:/@\[\]+,-]{1,200}")
 
 
@@ -158,7 +161,7 @@ class _TextFormatter(colorlog.ColoredFormatter):
     def format(self, record: logging.LogRecord) -> str:
         event, message, fields = _parts(record)
         figures = "".join(f" {key}={_figure(value)}" for key, value in fields.items())
-        if event in (Event.REFUSED, Event.FAILED):
+        if event in _ABOUT_CONNECTIONS:
             line = f"{event}{figures} message={_quoted(message, MESSAGE_LIMIT)}"
         else:
             text = printable(message, MESSAGE_LIMIT)
@@ -354,6 +357,32 @@ def connection(
         f"{stamp}connection id={id} instance={word(instance)} protocol={protocol} client={client} "
         f"source={source or '-'} destination={destination or '-'} reused={'yes' if reused else 'no'} tls={tls or '-'} "
         f"up={bytes_up} down={bytes_down} seconds={seconds:.3f} outcome={outcome}{said}"
+    )
+
+
+def message(
+    id: int, instance: str, source: str, destination: Endpoint, local: Endpoint | None, tls: str, fate: Fate
+) -> None:
+    """The line of one message, for `log_messages`.
+
+    Args:
+        id: of its connection's line. instance, source, destination, tls: as in `connection`.
+        local: of the connection to the receiver that carried it.
+    """
+    note(
+        Event.MESSAGE,
+        INFO,
+        fate.reply,
+        id=id,
+        instance=instance,
+        source=source,
+        destination=destination,
+        local=local or "",
+        tls=tls,
+        sender=fate.sender,
+        recipients=",".join(fate.recipients),
+        rcpts=fate.rcpts,
+        size=fate.size,
     )
 
 

@@ -31,8 +31,10 @@ from proxy.policy.idleness import Idleness
 from proxy.policy.turns import Refusals
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
+from proxy.protocols.smtp.fates import FateTracker
 from proxy.protocols.smtp.tracker import Tracker
 from proxy.services import Door, Services, numbers
+from proxy.stats import Fate, Outcomes
 
 #: Bytes of OPENED's longest parts: all of them together, with what else is in it, fit in one frame.
 _MAX_CERTIFICATE = 32_768
@@ -229,7 +231,9 @@ class Channel:
         tracked = request.ehlo_name is not None and (request.reuse or request.throttles)
         place = taken.receiver.place
         gate = Gate(services.admission, place, link.wake) if tracked and place is not None and place.flows else None
-        transfer = Transfer(link, taken.receiver, Tracker() if tracked else None, taken.reused, gate)
+        transfer = Transfer(
+            link, taken.receiver, self._tracker(services, number, taken) if tracked else None, taken.reused, gate
+        )
         session = _Session(number, request, taken, transfer, started, services, gate)
         ending, reset = Ending.CLIENT_RESET, True
         self._receiver, self._transfer = taken.receiver, transfer
@@ -368,7 +372,7 @@ class Channel:
         """Close, count, log."""
         services, transfer, receiver = session.services, session.transfer, session.taken.receiver
         services.gauges.outgoing -= 1
-        self._count_messages(session)
+        outcomes = self._count_messages(session)
         if ending is Ending.KEPT:
             services.keeper.give(receiver, session.taken.key)
         elif session.parting is not None and not reset:
@@ -392,14 +396,27 @@ class Channel:
             transfer.down,
             monotonic() - session.started,
             ending,
+            outcomes,
         )
 
-    def _count_messages(self, session: _Session) -> None:
-        """What the tracker saw, else what the client says."""
+    def _tracker(self, services: Services, number: int, taken: Taken) -> Tracker:
+        """The judge of a session, which also tells what becomes of each message where that is wanted."""
+        if not services.settings.log_messages:
+            return Tracker()
+        receiver, instance = taken.receiver, self._peer.instance
+        tls = receiver.tls.version if receiver.tls else ""
+
+        def tell(fate: Fate) -> None:
+            log.message(number, instance, receiver.source, receiver.destination, receiver.local, tls, fate)
+
+        return FateTracker(tell)
+
+    def _count_messages(self, session: _Session) -> Outcomes | None:
+        """What the tracker saw, else what the client says; what became of messages, where that was seen."""
         services, transfer, receiver = session.services, session.transfer, session.taken.receiver
         if transfer.tracker is None:
             services.counters.messages += transfer.end.messages if transfer.end is not None else 0
-            return
+            return None
         mails = transfer.tracker.mails
         receiver.messages += mails
         receiver.errors += transfer.tracker.errors
@@ -410,6 +427,10 @@ class Channel:
             session.gate.leave()
             if in_vain:
                 session.gate.in_vain()
+        outcomes, tracker = Outcomes(), transfer.tracker
+        outcomes.add(mails, tracker.accepted, tracker.deferred, tracker.rejected)
+        services.counters.count_outcomes(self._peer.instance, receiver.source, outcomes)
+        return outcomes
 
     # ---------------------------------------------------------------- refusals
 

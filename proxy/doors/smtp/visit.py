@@ -25,10 +25,11 @@ from proxy.net.tls import Stream, TlsStream
 from proxy.policy.idleness import Idleness
 from proxy.policy.modes import Terms
 from proxy.protocols.smtp.commands import own
+from proxy.protocols.smtp.fates import FateTracker
 from proxy.protocols.smtp.mediator import Mediator, State, Want
 from proxy.protocols.smtp.tracker import Tracker
 from proxy.services import Door, Services
-from proxy.stats import Outcomes
+from proxy.stats import Fate, Outcomes
 
 #: Read of a message at a time, and of commands and replies, each of which is looked at.
 _MESSAGE_SIZE = 65536
@@ -72,7 +73,8 @@ class Visit:
         self._wires = Wires(services.engine, self._stream)
         terms = facts.terms
         starttls = terms.offer_starttls and services.mta_context is not None
-        self._mediator = Mediator(services.host_name, own, starttls, terms.show_auth)
+        judge = Tracker if not services.settings.log_messages else self._fate_tracker
+        self._mediator = Mediator(services.host_name, own, starttls, terms.show_auth, judge)
         self._turn = self._stream.turn
         self._turn.key = facts.client.host
         self._outcomes = Outcomes()
@@ -217,7 +219,7 @@ class Visit:
     def _read_receiver(self) -> bool:
         mediator, receiver = self._mediator, self._wires.receiver
         assert receiver is not None
-        if mediator.dead:
+        if mediator.death is not None:
             return False
         try:
             data = receiver.read(_LINES_SIZE, self._turn)
@@ -381,6 +383,22 @@ class Visit:
             error,
         )
 
+    def _fate_tracker(self) -> Tracker:
+        return FateTracker(self._tell_fate)
+
+    def _tell_fate(self, fate: Fate) -> None:
+        """The line of one message; called in the middle of reading its reply."""
+        facts, line = self._facts, self._line
+        log.message(
+            facts.number,
+            facts.terms.instance,
+            facts.terms.source,
+            facts.terms.destination,
+            line.local if line is not None else None,
+            self._tls,
+            fate,
+        )
+
     # ---------------------------------------------------------------- ends
 
     def _leave(self) -> None:
@@ -393,10 +411,10 @@ class Visit:
         self._wires.detach()
         line.messages, line.errors = tracker.mails, tracker.errors
         self._count(tracker)
-        if mediator.dead or verdict in _DIRTY or mediator.state is State.RAW or line.greeting is None:
-            if line.shared:
-                self._services.counters.discarded.count(verdict or Discard.PEER_CLOSED)
-            self._egress.drop(line, verdict in _DIRTY and not mediator.dead)
+        if mediator.death or verdict in _DIRTY or mediator.state is State.RAW or line.greeting is None:
+            if line.shared and verdict is not None:
+                self._services.keeper.decline(verdict)
+            self._egress.drop(line, verdict in _DIRTY)
         elif verdict is None and line.shared and line.hello:
             self._kept = True
             self._egress.give(line)
@@ -404,10 +422,9 @@ class Visit:
             self._egress.part(line, verdict or Discard.NOT_OFFERED)
 
     def _count(self, tracker: Tracker) -> None:
-        vain = int(self._mediator.in_vain)
-        deferred = tracker.deferred - (vain and tracker.verdict() is Discard.SAID_421)
-        self._outcomes.add(tracker.mails - vain, tracker.accepted, deferred, tracker.rejected)
-        self._services.counters.messages += tracker.mails - vain
+        mails = tracker.mails - self._mediator.in_vain
+        self._outcomes.add(mails, tracker.accepted, tracker.deferred, tracker.rejected)
+        self._services.counters.messages += mails
 
     def _part(self) -> None:
         """Leave the receiver to others, and let the client read our last words."""

@@ -64,7 +64,7 @@ class Want(enum.Enum):
     HELLO = "hello"  # bring the session up under `name`: `attached_to` or `failed`
     SLOT = "slot"  # wait for a message's slot: `slot_granted` or `failed`
     LINE = "line"  # a session under `name`, `fresh` or not: `attached_to` or `failed`
-    LEAVE = "leave"  # the receiver is not needed any more, see `verdict` and `dead`: `left`
+    LEAVE = "leave"  # the receiver is not needed any more, see `verdict` and `death`: `left`
     START_TLS = "start_tls"  # with the client: `tls_started`
     END = "end"  # close the client; the receiver, if one is `attached`, as for LEAVE
 
@@ -94,7 +94,7 @@ class Mediator:
     Attributes:
         name: what the client said in EHLO; None: nothing yet.
         fresh: what kind of connection LINE asks for.
-        attached: there is a receiver; dead: and it is of no more use.
+        attached: there is a receiver; death: why it is of no more use.
         refused: messages that we refused at MAIL.
     """
 
@@ -113,7 +113,7 @@ class Mediator:
         self.name: str | None = None
         self.fresh = False
         self.attached = True
-        self.dead = False
+        self.death: Discard | None = None
         self.refused = 0
         self.tracker = tracker()
         self.host = host
@@ -162,12 +162,12 @@ class Mediator:
     @property
     def verdict(self) -> Discard | None:
         """What speaks against keeping the receiver's connection; see `Tracker.verdict`."""
-        return self.tracker.verdict()
+        return self.death or self.tracker.verdict()
 
     @property
     def in_vain(self) -> bool:
         """What was said last on the present connection is said again on another."""
-        return self.fresh and self.dead
+        return self.fresh and self.death is not None
 
     @property
     def mails_left(self) -> int | None:
@@ -184,7 +184,7 @@ class Mediator:
             self.state = State.HELLO
             self._run()
         else:
-            self.dead = True
+            self.death = Discard.PEER_SPOKE
             self._end()
 
     def attached_to(self, hello: Sequence[str], left: int | None, may_change: bool, reused: bool) -> None:
@@ -194,7 +194,7 @@ class Mediator:
             hello: the receiver's lines. left: MAIL commands that it takes.
             may_change: another one would do as well. reused: somebody else had it before.
         """
-        self.want, self.attached, self.dead = None, True, False
+        self.want, self.attached, self.death = None, True, None
         self.tracker = self._make_tracker()
         self._lines.take_rest()
         self._mails_left, self._may_change, self._old = left, may_change, reused
@@ -242,7 +242,7 @@ class Mediator:
 
     def left(self) -> None:
         """The receiver is gone, one way or the other."""
-        self.want, self.attached, self.dead = None, False, False
+        self.want, self.attached, self.death = None, False, None
         self.begun = self.open = False
         self.to_receiver.clear()
         if self.state is State.HELD or (self.state is State.HELLO and self.name is not None):
@@ -469,10 +469,10 @@ class Mediator:
         if self.state is not State.HELLO:
             self.state = State.HELD
 
-    def _replace(self) -> None:
+    def _replace(self, why: Discard) -> None:
         """The connection was dead before our first word reached it: the same is said on a fresh one, once."""
         self._lines.take_rest()
-        self.state, self.dead, self.fresh, self.want = State.HELD, True, True, Want.LEAVE
+        self.state, self.death, self.fresh, self.want = State.HELD, why, True, Want.LEAVE
 
     def _say_again(self) -> None:
         self.fresh = False
@@ -500,7 +500,7 @@ class Mediator:
             return
         for line in self._lines.feed(data):
             self._reply_line(line)
-            if self.dead:  # of that connection nothing more is of use
+            if self.death is not None:  # of that connection nothing more is of use
                 self._lines.take_rest()
                 return
             if self._gave_up():
@@ -512,12 +512,12 @@ class Mediator:
         return self.state is State.RAW
 
     def _reply_line(self, line: Line) -> None:
-        self.tracker.server_bytes(line.data)
         if self.state in _SILENT and self._may_change:  # it speaks although nobody asked it anything
-            self._lost_line()
+            self._lost_line(Discard.SAID_421 if line.code == 421 else Discard.PEER_SPOKE)
         elif line.code == 421 and self._group.repeatable:
-            self._replace()
+            self._replace(Discard.SAID_421)
         else:
+            self.tracker.server_bytes(line.data)
             self.to_client.append(line.data)
             if not line.code:
                 self._give_up()
@@ -527,7 +527,7 @@ class Mediator:
     def _on_reply(self, code: int) -> None:
         verb = self._group.answered()
         if code == 421:
-            self.dead = True
+            self.death = Discard.SAID_421
             self._end()
         elif not verb:
             self._give_up()
@@ -555,18 +555,18 @@ class Mediator:
 
     def receiver_done(self) -> None:
         """The receiver has closed, or is broken."""
-        self.dead = True
+        self.death = self.death or Discard.PEER_CLOSED
         if self.state in _SILENT and self._may_change:
-            self._lost_line()
+            self._lost_line(self.death)
         elif self._group.repeatable:
-            self._replace()
+            self._replace(self.death)
         elif self.want is None:
             self.to_client.append(self._lines.take_rest())
             self._end()
 
-    def _lost_line(self) -> None:
+    def _lost_line(self, why: Discard) -> None:
         """Between two messages that is nobody's harm."""
-        self.dead, self.want = True, Want.LEAVE
+        self.death, self.want = why, Want.LEAVE
 
     def _end(self) -> None:
         self.state, self.want = State.OVER, Want.END

@@ -27,8 +27,8 @@ MOST_OUTSTANDING = 100_000
 _END_OF_DATA = b"\r\n.\r\n"
 
 #: What an outstanding reply will answer, as far as it matters.
-_MAIL, _RCPT, _DOT, _OTHER = "mail", "rcpt", "dot", ""
-_KINDS = {b"MAIL": _MAIL, b"RCPT": _RCPT}
+MAIL, RCPT, DOT, _OTHER = "mail", "rcpt", "dot", ""
+_KINDS = {b"MAIL": MAIL, b"RCPT": RCPT}
 
 #: Verbs that change nothing which RSET does not undo.
 _HARMLESS = frozenset((b"MAIL", b"RCPT", b"DATA", b"RSET", b"NOOP", b"VRFY", b"EXPN", b"HELP"))
@@ -254,7 +254,7 @@ class Tracker:
         if line_feed != end + 1 or carriage_return >= 0 or nul:
             self._check_lone_dots(data[: end + 2])
         self._tail = b""
-        self._outstanding.append(_DOT)
+        self._outstanding.append(DOT)
         self._client = _Client.COMMAND
         return data[end + len(_END_OF_DATA) :]
 
@@ -302,15 +302,15 @@ class Tracker:
             self._blame(Discard.PROTOCOL_ERROR)
 
     def _count(self, kind: str, code: int) -> None:
-        if kind is _MAIL:
+        if kind is MAIL:
             self._mail_refused = code >= 400
-        elif kind is _RCPT and self._mail_refused:
+        elif kind is RCPT and self._mail_refused:
             return  # the refusal was counted; this is only what was pipelined behind it
         if code >= 500:
             self.rejected += 1
         elif code >= 400:
             self.deferred += 1
-        elif kind is _DOT and code < 300:
+        elif kind is DOT and code < 300:
             self.accepted += 1
 
     def _on_switch(self, code: int) -> None:

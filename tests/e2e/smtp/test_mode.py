@@ -450,3 +450,15 @@ def test_half_a_dialogue_in_single_bytes(proxy, mx):
         sock.sendall(bytes((byte,)))
     assert [line[:3] for line in file] == [b"250", b"221"]
     assert mx.messages[0].wire == b"x"
+
+
+def test_one_line_a_message_where_it_is_wanted(mx):
+    with Proxy(SMTP + "log_messages yes\n") as proxy, sharing.instances(proxy, "python") as (python,):
+        send(socks5(proxy.socks5, mx.endpoint, SOURCE), b"x\r\n")
+        sharing.send(python, mx, 1)
+        lines = [proxy.wait_line(rf"^message .*instance={name} .*").string for name in ("mta-1", "python")]
+        assert "sender=example.com recipients=example.net rcpts=1 " in lines[0]
+        assert lines[0].endswith('size=6 message="250 2.0.0 queued as 0"')
+        assert f"local={mx.sessions[0].peer[0]}:{mx.sessions[0].peer[1]} tls=TLSv1.3 " in lines[0]
+        assert "to@" not in "".join(lines)
+        proxy.wait_line(r"^connection .*protocol=native.* messages=1 accepted=1 deferred=0 rejected=0 waited=0.000$")

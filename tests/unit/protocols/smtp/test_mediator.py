@@ -387,7 +387,7 @@ def test_nothing_is_said_again_after_a_whole_message():
     world = opened(scripts=[{b".": [None]}], reused=True)
     assert codes(world.say(message(1))) == [250, 250, 354]
     assert (len(world.mxs), world.over) == (1, True)
-    assert world.verdicts == [Discard.OUTSTANDING]
+    assert world.verdicts == [Discard.PEER_CLOSED]
 
 
 def test_no_connection_for_the_replacement():
