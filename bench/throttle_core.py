@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, thread_time
 
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from proxy.server.process import Collector
 from proxy.throttling.flows import Places, Ticket
 from proxy.throttling.limits import Part
 from proxy.throttling.manager import Manager
@@ -122,6 +125,70 @@ def many_throttles(count: int) -> None:
     print(f"end of that session: {calls} calls, the longest {longest * 1e3:.1f} ms")
 
 
+def pauses(count: int) -> None:
+    """The longest single step of a manager with so many throttles, the garbage collector's work in it included.
+
+    A step is what the program does before it looks at its sockets again: 50 records of a frame, one delivery, one turn
+    of the wheels.
+    """
+    now = 10_000 * SECOND
+    collector = Collector(lambda: True)
+    collector.begin()
+    manager, made = manager_with(-(-count // 100_000), now)
+    steps: list[float] = []
+    phases: list[str] = []
+
+    def timed(work: Callable[[], object]) -> None:
+        begin = thread_time()  # what others do on the machine meanwhile is no pause of ours
+        work()
+        steps.append(thread_time() - begin)
+
+    def done(phase: str) -> None:
+        phases.append(f"{phase} {max(steps) * 1e3:.1f}")
+        steps.clear()
+
+    def deliver() -> None:
+        for session in made:
+            while session.parked_records:
+                timed(partial(manager.take, session, now))
+
+    def each(record: Callable[[Session, int], None]) -> None:
+        def batch(session: Session, first: int) -> None:
+            for id in range(first, first + 50):
+                record(session, id)
+
+        for session in made:
+            for first in range(0, count // len(made), 50):
+                timed(partial(batch, session, first))
+            manager.take_ready()
+
+    def register(session: Session, id: int) -> None:
+        manager.register(session, id, [(Key(session.name, f"rule-{id:06}"), Part((Limit(1000, 3600),), 20))], now)
+
+    each(register)
+    done("register")
+    deliver()
+    each(lambda session, id: manager.demand(session, id, 5, 0, 5, 0, 0, now))
+    done("demand")
+    deliver()
+    done("deliver")
+    for _ in range(2_000):
+        now = max(now, manager.next_wakeup() or now)
+        for session in made:
+            session.pong_at = now
+        timed(partial(manager.advance, now))
+        manager.take_ready()
+        deliver()
+    done("slots")
+    for session in made:
+        timed(partial(manager.bye, session, now))
+    while manager.next_wakeup() == 0:
+        timed(partial(manager.advance, now))
+    done("end")
+    collector.end()
+    print(f"longest pause with {count} throttles, in ms (goal: 20): {', '.join(phases)}")
+
+
 def places() -> None:
     now = 10_000 * SECOND
     for owners in (10, 1000):
@@ -165,3 +232,5 @@ if __name__ == "__main__":
     one_by_one(50)
     places()
     many_throttles(100_000)
+    pauses(100_000)
+    pauses(500_000)

@@ -48,6 +48,8 @@ EXIT_OK, EXIT_FORCED, EXIT_CANNOT_LISTEN = 0, 1, 69
 
 #: Descriptors that are not for connections: listeners, log, epoll, pipes of the relay (64), files read at a reload.
 _OTHER_DESCRIPTORS = 160
+#: So many that the garbage collector should not look at them again and again.
+_MANY_THROTTLES = 1_000
 #: Connections that have not said who they are, and those that wait for the answer to a wrong secret.
 _MAX_NEWCOMERS = 1024
 _MAX_SLOWED = 256
@@ -142,7 +144,7 @@ class Server:
         gevent.spawn(self._keeper.run)
         gevent.spawn(self._watchdog_forever)
         process.load_codecs()
-        process.freeze_garbage()
+        process.Collector(lambda: len(self._admission.manager.throttles) >= _MANY_THROTTLES).begin()
         self._notifier.ready("serving")
         self._stop.wait()
         return self._drain()

@@ -30,10 +30,11 @@ class MessageTicket:
         slot, last: which it is, and its last moment; None before.
     """
 
-    __slots__ = ("clerk", "last", "slot")
+    __slots__ = ("clerk", "last", "path", "slot")
 
     def __init__(self, clerk: Clerk) -> None:
         self.clerk = clerk
+        self.path = clerk.flow.path
         self.slot: int | None = None
         self.last = 0
 
@@ -43,7 +44,7 @@ class MessageTicket:
 
     @property
     def throttles(self) -> tuple[Throttle, ...]:
-        return self.clerk.flow.path.throttles
+        return self.path.throttles
 
 
 class Clerk(Receiver):
@@ -104,23 +105,23 @@ class Desk:
 
         Under the proxy's own throttles a slot has no life beyond its moment: then it is lost.
         """
-        clerk, flow = ticket.clerk, ticket.clerk.flow
+        clerk = ticket.clerk
         if ticket.slot is not None:
-            self._reuse(flow.path, ticket.slot, ticket.last, now)
+            self._reuse(ticket.path, ticket.slot, ticket.last, now)
         elif ticket in clerk.tickets:
             del clerk.tickets[ticket]
             if len(clerk.slots) > len(clerk.tickets):
                 slot, last = max(clerk.slots)
                 clerk.slots.remove((slot, last))
-                self._reuse(flow.path, slot, last, now)
+                self._reuse(ticket.path, slot, last, now)
             else:
-                flow.want -= 1
-        self._dismiss(clerk, now)
+                clerk.flow.want -= 1
+            self._dismiss(clerk, now)
         self.settle(now)
 
     def refusal(self, ticket: MessageTicket, now: int) -> Throttled:
         """Why it got no slot in time, and when to come back."""
-        return message_refusal(ticket.clerk.flow.path, now)
+        return message_refusal(ticket.path, now)
 
     def expire(self, now: int, most: int) -> None:
         """Hand out the slots whose time has come."""
@@ -178,20 +179,19 @@ class Desk:
 
     def _dismiss(self, clerk: Clerk, now: int) -> None:
         """A clerk with nobody to serve goes, but not out of the middle of a queue."""
-        flow = clerk.flow
         if clerk.tickets:
             return
+        flow = clerk.flow
         if flow.queued is not None:
             self._dispenser.serve(flow.queued, now)
         if flow.queued is not None:
             self.wheel.arm(clerk, now + 1_000 * MILLISECOND)  # it may be needed again before it can go
             return
         path = flow.path
-        if self._clerks.get((clerk.name, path.throttles)) is clerk:
-            del self._clerks[clerk.name, path.throttles]
-            self.wheel.disarm(clerk)
-            assert path.desk is not None, "it was listed when it was made"
-            del path.desk[flow]
-            if not path.desk:
-                path.desk = None
-            self._registry.let_go(path, now)
+        del self._clerks[clerk.name, path.throttles], clerk.flow  # no circle is left behind
+        self.wheel.disarm(clerk)
+        assert path.desk is not None, "it was listed when it was made"
+        del path.desk[flow]
+        if not path.desk:
+            path.desk = None
+        self._registry.let_go(path, now)

@@ -56,7 +56,7 @@ class Manager:
         self._desk = Desk(self._dispenser, self._registry)
         self._adviser = Adviser()
         self._pings: Wheel[Session] = Wheel(TICK)
-        self._departed: list[tuple[Iterator[Flow], int | None]] = []
+        self._departed: list[tuple[Session, Iterator[Flow], int | None]] = []
         self._stretching: dict[Session, Iterator[Flow]] = {}  # sessions that need more slack, and flows not looked at
         self._active: dict[Throttle, None] = {}
         self._debts: Wheel[Throttle] = Wheel(SECOND)  # throttles that are active, as far as is known, for debt alone
@@ -528,7 +528,7 @@ class Manager:
         if reason in (End.SILENT, End.FENCED, End.REPLACED):
             self._ended.append(session)
         lease = None if reason is End.BYE else session.pong_at + LEASE
-        self._departed.append((iter(session.flows.values()), lease))
+        self._departed.append((session, iter(session.flows.values()), lease))
         self._sweep(now)
         self._settle(now)
 
@@ -551,7 +551,7 @@ class Manager:
         """Clear away some flows of sessions that ended."""
         left = SWEEP
         while self._departed and left:
-            flows, lease = self._departed[0]
+            session, flows, lease = self._departed[0]
             for flow in flows:
                 self._registry.leave(flow, now, lease)
                 left -= 1
@@ -559,6 +559,7 @@ class Manager:
                     break
             else:
                 del self._departed[0]
+                session.forget()
 
     def _settle(self, now: int) -> None:
         """Pass on what one part's work means for another."""

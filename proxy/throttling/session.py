@@ -181,6 +181,12 @@ class Session(Receiver):
         if ram or bounce or disk:
             self.backlogs[id] = (ram, bounce, disk)
 
+    def forget(self) -> None:
+        """It is over: it and its flows must not keep each other alive (see `server.process.Collector`)."""
+        for each in (self.flows, self.backlogs, self.parked, self.limits, self.caps):
+            each.clear()
+        self.runs.clear()
+
     def figures(self, now: int) -> Figures:
         return Figures(
             self.name,

@@ -1,0 +1,85 @@
+"""What throttling makes is gone when nobody needs it, without the help of the garbage collector.
+
+The program sets objects that live long apart from it (`server.process.Collector`): a circle among them would never be
+found.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+
+from proxy.throttling.flows import Places, Ticket
+from proxy.throttling.throttle import SECOND, Key, Limit
+from tests.unit.throttling.benches import SOURCE, Bench, part
+
+MX = "198.51.100.1"
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.set_debug(0)
+    gc.garbage.clear()
+    gc.enable()
+
+
+def lives(bench: Bench, rng: random.Random) -> None:
+    """Sessions come, use all there is, and go: in order, by a break, replaced by the next of their name."""
+    for round in range(12):
+        name = f"mta{round % 3}"
+        session = bench.session(name, run=bytes([round]))
+        for id in range(5):
+            keys = [Key(SOURCE, f"rule{id}"), Key(SOURCE, "all")]
+            bench.register(session, *[(key, part(Limit(20, 1), places=3)) for key in keys], id=id)
+            bench.want(session, rng.randrange(1, 30), 0, id)
+        bench.run(SECOND)
+        flows = bench.manager.flows(session, (0, 1))
+        held = [bench.manager.admit(name, 1.0, SOURCE, MX, flows, bench.now) for _ in range(5)]
+        tickets = [bench.manager.ask_message(f"other{n}", 1.0, SOURCE, MX, flows[:1], bench.now) for n in range(3)]
+        for each in held:
+            if isinstance(each, Places):
+                bench.mails(each, 4)
+        bench.register(session, (Key(SOURCE, "another"), part(Limit(5, 1))), id=0)
+        bench.manager.outcome(session, 1, 1, 0, 30, True, bench.now)
+        bench.manager.give_back(session, 1, 0, 2, bench.now)
+        for ticket in tickets[:2]:
+            if ticket is not None and not ticket.granted:
+                bench.manager.cancel_message(ticket, bench.now)
+        bench.run(SECOND)
+        for each in held:
+            if isinstance(each, Ticket):
+                bench.manager.cancel(each, bench.now)
+            else:
+                bench.manager.release(each, bench.now)
+        if round % 4 == 0:
+            bench.manager.bye(session, bench.now)
+        elif round % 4 == 1:
+            bench.manager.lost(session, bench.now)
+    for session in list(bench.manager.sessions.values()):
+        bench.manager.bye(session, bench.now)
+
+
+def test_throttling_makes_no_circles(no_collector: None) -> None:
+    bench = Bench()
+    lives(bench, random.Random(1))
+    for each in (bench.got, bench.caps, bench.quiet):
+        each.clear()  # type: ignore[attr-defined]
+    bench.run(10_000 * SECOND)
+    manager = bench.manager
+    for take in (manager.take_blocked, manager.take_granted, manager.take_admitted, manager.take_ended):
+        take()
+    assert not manager.throttles
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    gc.collect()
+    assert Counter(type(each).__name__ for each in gc.garbage) == {}
+    ours = Counter(
+        type(each).__name__ for each in gc.get_objects() if type(each).__module__ == "proxy.throttling.flows"
+    )
+    assert ours == {}, "they are still known to somebody"
