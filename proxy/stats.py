@@ -7,6 +7,7 @@ do not belong here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -95,6 +96,25 @@ def whole_seconds(seconds: float) -> str:
     return duration(int(seconds))
 
 
+_BARE = re.compile(r"[A-Za-z0-9._:/@\[\]+,-]+")
+_LONGEST_NAME = 200
+
+
+def bare(name: str) -> str:
+    """A name that an instance gave itself, as one word: what could end it, or pass for a figure, is escaped.
+
+    `x): backlog(ram=9` becomes `x\\x29:\\x20backlog\\x28ram\\x3d9`.
+    """
+    cut = name[:_LONGEST_NAME]
+    if _BARE.fullmatch(cut):
+        return cut
+    return "".join(c if _BARE.fullmatch(c) else _escaped(ord(c)) for c in cut)
+
+
+def _escaped(code: int) -> str:
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
 def listener_line(endpoint: Endpoint, open_connections: int) -> str:
     return f"listener({endpoint}): open_connections={open_connections}"
 
@@ -108,7 +128,7 @@ def manager_line(manager: ManagerFigures) -> str:
 
 def session_line(session: SessionFigures) -> str:
     return (
-        f"throttle: session({session.name}): timeconnected={whole_seconds(session.connected)} "
+        f"throttle: session({bare(session.name)}): timeconnected={whole_seconds(session.connected)} "
         f"ping={duration(session.ping)}({whole_seconds(session.ping_age)} ago) "
         f"{session.backlog} forward{session.forward} back{session.back}"
     )

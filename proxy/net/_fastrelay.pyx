@@ -31,6 +31,7 @@ cdef extern from *:
     #include <netinet/in.h>
     #include <netinet/tcp.h>
     #include <sys/epoll.h>
+    #include <sys/ioctl.h>
     #include <sys/socket.h>
     #include <unistd.h>
     #define RELAY_IN EPOLLIN
@@ -47,6 +48,12 @@ cdef extern from *:
     static void relay_linger_reset(int fd) {
         struct linger now = {1, 0};
         (void) setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
+    }
+
+    static int relay_in_flight(int fd) {
+        int bytes = 0;
+        (void) ioctl(fd, TIOCOUTQ, &bytes);
+        return bytes;
     }
 
     static void relay_keep_alive(int fd, double idle_timeout) {
@@ -78,6 +85,7 @@ cdef extern from *:
     int close(int fd) nogil
     int pipe2(int *ends, int flags) nogil
     int fcntl(int fd, int command, int argument) nogil
+    int relay_in_flight(int fd) nogil
     void relay_linger_reset(int fd) nogil
     void relay_keep_alive(int fd, double idle_timeout) nogil
 
@@ -418,7 +426,7 @@ cdef class Engine:
                 self._give_pipe(&pair.down)
 
     cdef void _push_on(self, Half *half) noexcept nogil:
-        if not half.pair.dead and (half.pending != NULL or half.in_pipe):
+        if not half.pair.dead and (half.pending != NULL or half.in_pipe) and not relay_in_flight(half.peer.source):
             self._writable(half)
 
     # ---------------------------------------------------------------- the hot path: with Python ...

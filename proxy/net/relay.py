@@ -35,6 +35,7 @@ import os
 import select
 import struct
 import sys
+import termios
 from _socket import (
     IPPROTO_TCP,
     MSG_MORE,
@@ -534,7 +535,7 @@ class Engine:
         """Try bytes that are held back once more. The kernel refuses some for want of memory while nothing is in flight
         to that target, and then no edge tells that it would take them again."""
         for half in (pair.up, pair.down):
-            if half.pending is not None or half.in_pipe:
+            if (half.pending or half.in_pipe) and not _in_flight(half.target):
                 self._guarded(self._writable, half)
 
     def _go_on_later(self, half: Half) -> None:
@@ -682,6 +683,11 @@ class Engine:
             os.close(pipe[1])
         self.pipes -= len(self._free_pipes)
         self._free_pipes.clear()
+
+
+def _in_flight(sock: RawSocket) -> int:
+    """Bytes that were taken and are not acknowledged: as long as there are some, an edge will come."""
+    return int.from_bytes(fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
 
 
 def _has_peer(sock: RawSocket) -> bool:

@@ -16,9 +16,11 @@ from proxy.stats import (
     SessionFigures,
     Snapshot,
     Table,
+    bare,
     duration,
     listener_line,
     remote_line,
+    session_line,
     whole_seconds,
 )
 
@@ -155,3 +157,21 @@ def test_a_limiter_holds_a_bounded_number_of_keys() -> None:
     admitted = sum(limiter.admit(f"key-{n}", 0) for n in range(1000))
     assert admitted == 10 + 2
     assert dict(limiter.expired(60)) == {"others": 988}
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("mta-1.example.net", "mta-1.example.net"),
+        ("x): backlog(ram=9", r"x\x29:\x20backlog\x28ram\x3d9"),
+        ("a\nthrottle: manager(", r"a\x0athrottle:\x20manager\x28"),
+        (r"a\x29", r"a\x5cx29"),
+        ("m\u00fcnchen\u202e\U0001f600", r"m\xfcnchen\u202e\U0001f600"),
+        ("x" * 300, "x" * 200),
+    ],
+)
+def test_a_name_forges_no_figures(name: str, shown: str) -> None:
+    assert bare(name) == shown
+    line = session_line(SessionFigures(name, 1.0, 0.0, 0.0))
+    assert line.startswith(f"throttle: session({shown}): timeconnected=1s ")
+    assert line.count("backlog(") == 1

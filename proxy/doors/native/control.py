@@ -72,6 +72,7 @@ class Control(Client):
         self._leaving = False
         self._doom: ProxyError | SessionOver | None = None
         self._key_id = b""
+        self._holds_name = False
         self._greenlet: Any = None
         self._waiting = False
 
@@ -118,6 +119,7 @@ class Control(Client):
         """
         instances, peer = services.instances, self._peer
         fenced = instances.fences.claim(peer.instance, peer.run_id, self._guest.client.host)
+        self._holds_name = True
         key = b""
         if services.identity is not None:
             self._key_id, key = os.urandom(8), os.urandom(32)
@@ -229,6 +231,8 @@ class Control(Client):
         """Whatever the reason: its key is void, its permits are not given out again."""
         self._greenlet = None
         services.instances.channel_keys.pop(self._key_id, None)
+        if self._holds_name:
+            services.instances.fences.release(self._peer.instance)
         session = self._session
         if session is not None:
             self._admission.clients.pop(session, None)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -103,14 +104,18 @@ class Fences:
     """Which run of each instance name holds the name. A new run fences the old one, which stays fenced.
 
     Two machines cloned with the same name would otherwise throw each other out for ever: so the older one is refused
-    for good, and told where the name is in use.
+    for good, and told where the name is in use. Names without a session are forgotten when many others have come since.
     """
 
     #: Fenced runs remembered for each name; a name restarted more often than this has forgotten its oldest runs.
     REMEMBERED = 64
+    #: Names without a session that are remembered; the one whose last session ended first goes first.
+    MOST_IDLE = 1024
 
     def __init__(self) -> None:
         self._current: dict[str, tuple[bytes, str]] = {}
+        self._sessions: Counter[str] = Counter()
+        self._idle: OrderedDict[str, None] = OrderedDict()
         self._fenced: dict[str, dict[bytes, None]] = {}
 
     def check(self, instance: str, run_id: bytes) -> None:
@@ -123,7 +128,7 @@ class Fences:
             raise NameInUse(f"name in use by {self._current[instance][1]}")
 
     def claim(self, instance: str, run_id: bytes, address: str) -> bytes | None:
-        """A session of this run has authenticated from `address`.
+        """A session of this run has authenticated from `address`; `release` follows when it is over.
 
         Returns:
             The run that is fenced by it from now on, whose session and channels are to be closed; None: there is none.
@@ -134,6 +139,8 @@ class Fences:
         self.check(instance, run_id)
         previous = self._current.get(instance, (run_id, ""))[0]
         self._current[instance] = run_id, address
+        self._sessions[instance] += 1
+        self._idle.pop(instance, None)
         if previous == run_id:
             return None
         fenced = self._fenced.setdefault(instance, {})
@@ -141,6 +148,22 @@ class Fences:
         if len(fenced) > self.REMEMBERED:
             del fenced[next(iter(fenced))]
         return previous
+
+    def release(self, instance: str) -> None:
+        """A session that has claimed the name is over."""
+        self._sessions[instance] -= 1
+        if self._sessions[instance]:
+            return
+        del self._sessions[instance]
+        self._idle[instance] = None
+        if len(self._idle) > self.MOST_IDLE:
+            forgotten, _ = self._idle.popitem(last=False)
+            del self._current[forgotten]
+            self._fenced.pop(forgotten, None)
+
+    def __len__(self) -> int:
+        """Names remembered."""
+        return len(self._current)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,7 @@
 """Who gets in and who does not: both sides of the handshake against each other and against everything in between."""
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -393,6 +395,26 @@ def test_a_new_run_fences_the_old_one_for_good():
 
 def test_a_channel_of_a_run_without_session_passes():
     Fences().check("a", b"1" * 16)
+
+
+def test_names_without_a_session_are_forgotten_when_there_are_many():
+    fences = Fences()
+    fences.claim("lives", b"1" * 16, "192.0.2.1")
+    fences.claim("lives", b"1" * 16, "192.0.2.1")
+    fences.release("lives")  # one of two sessions of this run
+    fences.claim("clone", b"1" * 16, "192.0.2.1")
+    fences.claim("clone", b"2" * 16, "192.0.2.2")
+    fences.release("clone")
+    fences.release("clone")
+    for number in range(Fences.MOST_IDLE + 50):
+        with contextlib.suppress(NameInUse):
+            fences.claim("back", b"3" * 16, "192.0.2.3")
+        name = f"name-{number}"
+        fences.claim(name, b"4" * 16, "192.0.2.4")
+        fences.release(name)
+        assert len(fences) <= Fences.MOST_IDLE + 2
+    assert fences.claim("lives", b"5" * 16, "192.0.2.5") == b"1" * 16, "who is connected is not forgotten"
+    assert fences.claim("clone", b"1" * 16, "192.0.2.1") is None, "who has long been gone is"
 
 
 def test_fences_remember_a_bounded_number():
