@@ -163,7 +163,7 @@ class Session:
             ehlo_name: this MTA's name for EHLO.
             source_ip: address of the proxy's machine to leave from; None: the proxy's default.
             tls: "none", "opportunistic", "required" (STARTTLS) or "implicit"; it ends at the proxy.
-            tls_server_name: for SNI and verification.
+            tls_server_name: for SNI and verification: a host name, U-labels too, or an IP address.
             tls_verify: fail unless the receiver's certificate is valid for that name.
             reuse: take a shared connection if there is one, and be able to `release` this one.
             smtputf8, requiretls, tenant: shared only with connections opened with the same.
