@@ -36,7 +36,11 @@ _NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052 section 2.1
 _NAT64_LOCAL = IPv6Network("64:ff9b:1::/48")  # RFC 8215
 _6TO4 = IPv6Network("2002::/16")  # RFC 3056 section 2
 _V4_COMPATIBLE = IPv6Network("::/96")  # RFC 4291 section 2.5.5.1
-_TRANSLATED = (_NAT64, _NAT64_LOCAL, _6TO4)
+_SIIT = IPv6Network("::ffff:0:0:0/96")  # RFC 2765 section 2.1, "IPv4-translated"
+_TEREDO = IPv6Network("2001::/32")  # RFC 4380 section 2.6
+_TRANSLATED = (_NAT64, _NAT64_LOCAL, _6TO4, _SIIT, _TEREDO)
+#: RFC 5214 section 6.1: the interface identifier of a private and of a public IPv4 address, in any network.
+_ISATAP = (b"\0\0\x5e\xfe", b"\2\0\x5e\xfe")
 #: RFC 6052 section 2.2: the bytes of the IPv4 address for prefixes of 48, 56, 64 and 96 bits.
 _NAT64_LAYOUTS = ((6, 7, 9, 10), (7, 9, 10, 11), (9, 10, 11, 12), (12, 13, 14, 15))
 
@@ -358,10 +362,14 @@ def _forms(address: _Address) -> list[_Address]:
     if address.version == 4:
         return forms
     packed = address.packed
-    if address in _NAT64 or (address in _V4_COMPATIBLE and int(address) > 1):
+    if packed[8:12] in _ISATAP:
+        forms.append(IPv4Address(packed[12:]))
+    if address in _NAT64 or address in _SIIT or (address in _V4_COMPATIBLE and int(address) > 1):
         forms.append(IPv4Address(packed[12:]))
     elif address in _6TO4:
         forms.append(IPv4Address(packed[2:6]))
+    elif address in _TEREDO:  # the server, and the client with all its bits turned round
+        forms += [IPv4Address(packed[4:8]), IPv4Address(bytes(byte ^ 0xFF for byte in packed[12:]))]
     elif address in _NAT64_LOCAL:
         # The prefix in use is the network's secret: each reading counts, but for those that read its zeros.
         readings = (bytes(packed[index] for index in layout) for layout in _NAT64_LAYOUTS)

@@ -25,7 +25,7 @@ from proxy.config.rules import listeners
 from proxy.doors.front import ANSWER_WITHIN
 from proxy.model import Breathe, Endpoint, hold_breath
 from proxy.net import tls
-from proxy.settings import Network, Settings
+from proxy.settings import InstanceSettings, Network, Settings
 
 #: RFC 5321, section 4.5.3.2.6: a client waits ten minutes for the reply to the final dot.
 SHORTEST_IDLE_TIMEOUT = 600.0
@@ -240,6 +240,11 @@ def _blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
             if within and not all(map(within.holds, getattr(block, directive))):
                 message = f"{block.name}: its {directive} goes beyond the global {directive}, which holds as well"
                 yield Finding(False, "instance", block.name, message)
+        if _looks_like_a_border(block, settings):
+            message = f"{block.name}: no border without an auth_shared_secret of its own"
+            yield Finding(
+                False, "instance", block.name, f"{message}: who has the global one may take another name, or none"
+            )
     for throttle in settings.throttle:
         breathe()
         if not throttle.max_delivery_rate and not throttle.max_concurrent_connections:
@@ -247,6 +252,12 @@ def _blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
         if throttle.wait > ANSWER_WITHIN:
             message = f"{throttle.name}: wait is cut to {ANSWER_WITHIN:.0f} s, within which clients must have an answer"
             yield Finding(False, "throttle", throttle.name, f"{message}; only an OPEN's own deadline may be longer")
+
+
+def _looks_like_a_border(block: InstanceSettings, settings: Settings) -> bool:
+    """Whether the block has lists, and clients prove with the global secret that they have its name."""
+    proven = bool(settings.auth_shared_secret) and bool(settings.listen or settings.listen_socks5)
+    return proven and not block.auth_shared_secret and bool(block.source_ip or block.allow_from)
 
 
 class _Within:

@@ -201,6 +201,10 @@ def test_secrets_that_everybody_can_read(tmp_path):
     assert warning == f"F:4: warning: auth_shared_secret_file: {secret} is readable by every user of this machine"
 
 
+#: In a block: its own secret.
+OWN = " auth_shared_secret 0f9c2b7e54d1a8637bb04e1d92c6f3a5\n"
+
+
 @pytest.mark.parametrize(
     ("text", "warning"),
     [
@@ -216,7 +220,8 @@ def test_secrets_that_everybody_can_read(tmp_path):
         ("allow_destination 127.0.0.0/8\n", "F:4: warning: allow_destination: loopback"),
         ("throttle a {\n}\n", "F:4: warning: throttle: a: no limit"),
         ("throttle a {\n max_delivery_rate 1/hr\n wait 2m\n}\n", "F:4: warning: throttle: a: wait is cut to 50 s"),
-        ("instance a {\n allow_from 127.0.0.2\n}\n", "F:4: warning: instance: a: its allow_from goes beyond"),
+        (f"instance a {{\n allow_from 127.0.0.2\n{OWN}}}\n", "F:4: warning: instance: a: its allow_from goes beyond"),
+        ("instance a {\n source_ip 127.0.0.2\n}\n", "F:4: warning: instance: a: no border without an auth_shared_sec"),
         (
             "listen_proxy_protocol 127.0.0.2:0\nlisten_proxy_protocol_allow_from ::/0\n",
             "F:4: warning: listen_proxy_protocol: everybody",
@@ -262,7 +267,8 @@ def test_the_work_grows_with_the_number_of_findings_and_not_with_its_square(tmp_
         "source_ip 127.0.0.0/8, 192.0.2.0/24\ndefault_source_ip same\n",
         "listen_tls no\nlisten 127.0.0.2:0\n",
         "idle_timeout 10m\n",
-        "instance a {\n allow_from 127.0.0.1\n source_ip 10.0.0.0/8\n}\n",
+        f"instance a {{\n allow_from 127.0.0.1\n source_ip 10.0.0.0/8\n{OWN}}}\n",
+        "instance a {\n weight 2\n}\n",
         "throttle a {\n max_delivery_rate 1/hr\n wait 50s\n}\n",
     ],
 )

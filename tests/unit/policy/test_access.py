@@ -300,7 +300,7 @@ ALLOWED_V4 = ["198.51.100.7", "8.8.8.8", "172.32.0.1", "192.169.0.1", "100.128.0
 
 
 def disguises(ip: str) -> list[str]:
-    """The IPv6 addresses that lead to an IPv4 address: by RFC 4291, 6052, 8215 and 3056."""
+    """The IPv6 addresses that lead to an IPv4 address: by RFC 4291, 6052, 8215, 2765, 5214, 4380 and 3056."""
     a, b, c, d = IPv4Address(ip).packed
     high, low = f"{a:02x}{b:02x}", f"{c:02x}{d:02x}"
     return [
@@ -311,6 +311,11 @@ def disguises(ip: str) -> list[str]:
         f"64:ff9b:1:{high}:{c:x}:{d:02x}00::1",  # … whose suffix is not zero, which translators ignore
         f"64:ff9b:1:00{a:02x}:{b:x}:{low}::",  # prefix of 56 bits
         f"64:ff9b:1:0:{a:x}:{b:02x}{c:02x}:{d:02x}00:0",  # prefix of 64 bits
+        f"::ffff:0:{ip}",  # RFC 2765 section 2.1
+        f"2001:db8::5efe:{ip}",  # RFC 5214 section 6.1, a private address
+        f"2001:db8:1:2:200:5efe:{ip}",  # … a public one
+        f"2001:0:{high}:{low}:8000:63bf:3fff:fdd2",  # RFC 4380 section 4, behind this server
+        f"2001:0:4136:e378:8000:63bf:{a ^ 255:02x}{b ^ 255:02x}:{c ^ 255:02x}{d ^ 255:02x}",  # … this client
         f"2002:{high}:{low}::1",  # RFC 3056 section 2
     ]
 
@@ -328,7 +333,7 @@ def test_denied_range_in_every_disguise(ip: str) -> None:
 def test_allowed_address_in_its_usual_disguises(ip: str) -> None:
     rules = access()
     assert reaches(rules, ip)
-    usual = [f"::ffff:{ip}", f"64:ff9b::{ip}", f"64:ff9b:1::{ip}", disguises(ip)[-1]]
+    usual = [f"::ffff:{ip}", f"64:ff9b::{ip}", f"64:ff9b:1::{ip}", *disguises(ip)[-6:]]
     assert [form for form in usual if not reaches(rules, form)] == []
 
 
@@ -341,7 +346,17 @@ def test_denied_ipv6(ip: str) -> None:
 
 @pytest.mark.parametrize(
     "ip",
-    ["2001:db8::25", "2a00:1450::1", "64:ff9a::7f00:1", "64:ff9b:2::7f00:1", "2003:7f00:1::1", "64:ff9b:0:1::7f00:1"],
+    [
+        "2001:db8::25",
+        "2001:db8::5eff:7f00:1",
+        "2001:db8::1:5efe:7f00:1",
+        "::fffe:0:7f00:1",
+        "2a00:1450::1",
+        "64:ff9a::7f00:1",
+        "64:ff9b:2::7f00:1",
+        "2003:7f00:1::1",
+        "64:ff9b:0:1::7f00:1",
+    ],
 )
 def test_ipv6_that_only_looks_like_a_disguise(ip: str) -> None:
     assert reaches(access(), ip)
