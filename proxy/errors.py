@@ -178,6 +178,7 @@ class Throttled(Refused):
 _SOCKS_REPLY_OF_ERRNO = {
     _errno.ENETUNREACH: 0x03,
     _errno.ENETDOWN: 0x03,
+    _errno.EAFNOSUPPORT: 0x03,  # this machine knows no IPv6 at all
     _errno.EHOSTUNREACH: 0x04,
     _errno.EHOSTDOWN: 0x04,
     _errno.ECONNREFUSED: 0x05,
@@ -218,6 +219,18 @@ class ViaUnavailable(ProxyError):
 
     code = "via_unavailable"
     retry = True
+
+
+class SourceMissing(UpstreamError):
+    """The source address is allowed, and not on this machine: its administrator must act.
+
+    Attributes:
+        source: the address.
+    """
+
+    def __init__(self, source: str) -> None:
+        super().__init__(f"bind {source}: not an address of this machine", Step.BIND, _errno.EADDRNOTAVAIL)
+        self.source = source
 
 
 class ConfigError(ProxyError):

@@ -242,4 +242,5 @@ class Discard(enum.StrEnum):
     MAX_CACHED_PER_DESTINATION = "max_cached_per_destination"
     YIELDED = "yielded"
     OVERLOADED = "overloaded"
+    SOURCE_GONE = "source_gone"
     DRAINING = "draining"

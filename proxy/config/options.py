@@ -32,11 +32,13 @@ from proxy.config.values import (
 
 LOOPBACK = "127.0.0.0/8, ::1/128"
 
-#: Where mail never has to go: unspecified, private (RFC 1918, RFC 6598, ULA), loopback, link-local, multicast,
-#: broadcast.
+#: Where mail never has to go: all that the IANA's registries of special-purpose addresses (RFC 6890) do not call
+#: globally reachable, multicast, and site-local addresses (RFC 3879). Translators and tunnels (64:ff9b::/96,
+#: 64:ff9b:1::/48, 2002::/16) are judged by what lies behind them; see `policy.access`.
 DENIED = (
-    "0.0.0.0/8, 10.0.0.0/8, 100.64.0.0/10, 127.0.0.0/8, 169.254.0.0/16, 172.16.0.0/12, 192.168.0.0/16, 224.0.0.0/4, "
-    "255.255.255.255/32, ::/128, ::1/128, fc00::/7, fe80::/10, ff00::/8"
+    "0.0.0.0/8, 10.0.0.0/8, 100.64.0.0/10, 127.0.0.0/8, 169.254.0.0/16, 172.16.0.0/12, 192.0.0.0/24, 192.0.2.0/24, "
+    "192.168.0.0/16, 198.18.0.0/15, 198.51.100.0/24, 203.0.113.0/24, 224.0.0.0/4, 240.0.0.0/4, ::/128, ::1/128, "
+    "100::/64, 100:0:0:1::/64, 2001::/23, 2001:db8::/32, 3fff::/20, 5f00::/16, fc00::/7, fe80::/10, fec0::/10, ff00::/8"
 )
 
 POSITIVE = duration(minimum=0.001)

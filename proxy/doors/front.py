@@ -253,7 +253,7 @@ class Visit:
         if event.__class__ is Login:
             self.instance = self._authenticate(event)
         elif event.__class__ is BindSource:
-            source = event.source
+            source = self.source = event.source
             instance = self.instance or self._instance_of_address()
             if services.via is None or services.access.has_source_lists(instance):
                 services.access.check_source(instance, source)

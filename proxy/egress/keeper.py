@@ -22,6 +22,7 @@ from gevent.event import Event
 from proxy.egress.pool import Discarded, Entry, Pool, PoolKey, PoolSettings
 from proxy.egress.receiver import Receiver
 from proxy.model import Discard
+from proxy.net.addresses import own_addresses
 from proxy.net.conversation import receive, send_all
 from proxy.net.crew import Crew
 from proxy.net.relay import Engine
@@ -124,7 +125,7 @@ class Keeper:
             if entry is None:
                 return None
             receiver = _receiver(entry)
-            reason = _look(receiver) or self._probe(entry, min(seconds, _PROBE_SECONDS))
+            reason = _look(receiver) or _homeless(receiver) or self._probe(entry, min(seconds, _PROBE_SECONDS))
             if reason is not None:
                 self._part([self._pool.reject(entry, reason)])
                 if reason is Discard.TIMED_OUT:  # so will the others that lead there: nobody shall wait for each
@@ -194,6 +195,12 @@ class Keeper:
         """New settings hold for what is held already, too."""
         self._part(self._pool.apply(settings, monotonic()))
         self._changed.set()
+
+    def forsake(self, source: str) -> int:
+        """An address of this machine is gone: close what leaves from it; how many that were."""
+        gone = self._pool.forsake(source)
+        self._part(gone)
+        return len(gone)
 
     def shed(self, count: int) -> None:
         """Descriptors are short: close `count` connections now."""
@@ -347,6 +354,11 @@ class Keeper:
             receiver.stream.finish()
         self._engine.close(receiver.stream.socket)
         self._office.leave(receiver.place)
+
+
+def _homeless(receiver: Receiver) -> Discard | None:
+    """Whether the address that the connection leaves from has gone: then no answer would ever come."""
+    return None if receiver.source in own_addresses() else Discard.SOURCE_GONE
 
 
 def _receiver(entry: Entry) -> Receiver:

@@ -200,6 +200,11 @@ class Pool:
         older = [each for each in mates if each.key.source == entry.key.source and each.idle_since <= entry.idle_since]
         return [self._discard(each, reason) for each in older]
 
+    def forsake(self, source: str) -> list[Discarded]:
+        """The address that these leave from is not on this machine any more."""
+        gone = [entry for entry in self._idle if entry.key.source == source]
+        return [self._discard(entry, Discard.SOURCE_GONE) for entry in gone]
+
     def yield_for(self, limit: Hashable) -> Discarded | None:
         """Somebody waits under this throttle: the connection idle longest that holds a place there gives it up."""
         queue = self._by_limit.get(limit)

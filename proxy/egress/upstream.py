@@ -25,8 +25,9 @@ from select import EPOLLERR, EPOLLHUP, EPOLLOUT
 from socket import SO_OOBINLINE
 from time import monotonic
 
-from proxy.errors import Overloaded, Step, UpstreamError
+from proxy.errors import Overloaded, SourceMissing, Step, UpstreamError
 from proxy.model import Endpoint
+from proxy.net.addresses import own_addresses
 from proxy.net.alarm import Alarm
 from proxy.net.conversation import watch_over
 from proxy.net.relay import TCP_NODELAY, Engine, RawSocket
@@ -47,7 +48,8 @@ def bind(source: str) -> RawSocket:
     a timer of the kernel, and the connect has a deadline of its own.
 
     Raises:
-        UpstreamError: step `bind`; the address is not on this machine (EADDRNOTAVAIL), or may not be used.
+        SourceMissing: the address is not on this machine, whatever bind() says.
+        UpstreamError: step `bind`; it may not be used.
         Overloaded: no descriptor or memory for one more socket.
     """
     sock = _open(AF_INET6 if ":" in source else AF_INET, _STREAM)
@@ -59,11 +61,15 @@ def bind(source: str) -> RawSocket:
     except OSError as error:
         sock.close()
         number = error.errno or 0
-        why = "not an address of this machine" if number == errno.EADDRNOTAVAIL else os.strerror(number)
-        raise UpstreamError(f"bind {source}: {why}", Step.BIND, number) from None
+        if number == errno.EADDRNOTAVAIL:
+            raise SourceMissing(source) from None
+        raise UpstreamError(f"bind {source}: {os.strerror(number)}", Step.BIND, number) from None
     except BaseException:
         sock.close()
         raise
+    if source not in own_addresses():
+        sock.close()
+        raise SourceMissing(source)
     return sock
 
 
@@ -144,12 +150,13 @@ def system_source(destination: Endpoint) -> str:
         UpstreamError: step `connect`; there is no route.
         Overloaded: no descriptor.
     """
-    sock = _open(AF_INET6 if destination.is_ipv6 else AF_INET, SOCK_DGRAM | SOCK_CLOEXEC)
+    sock = _open(AF_INET6 if destination.is_ipv6 else AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, Step.CONNECT)
     try:
         sock.connect(destination)
         host: str = sock.getsockname()[0]
     except OSError as error:
-        number = error.errno or 0
+        # Without a single address of this family, as where IPv6 is switched off, there is no way either.
+        number = errno.ENETUNREACH if error.errno == errno.EADDRNOTAVAIL else error.errno or 0
         raise UpstreamError(f"route to {destination.host}: {os.strerror(number)}", Step.CONNECT, number) from None
     finally:
         sock.close()
@@ -163,10 +170,12 @@ def source_for(access: Access, instance: str, client: RawSocket, wanted: str | N
         client: the client's socket; its local address is the one that was dialled (`default_source_ip same`).
 
     Raises:
+        DestinationNotAllowed: no source is looked for, for what is denied.
         UpstreamError, Overloaded: as `system_source`.
     """
     if wanted is not None:
         return wanted
+    access.check_destination(destination)
     default = access.default_source(instance, destination, local_endpoint(client).host)
     return default or _route(destination.host, int(monotonic()))
 
@@ -181,26 +190,11 @@ def _route(host: str, _second: int) -> str:
     return system_source(Endpoint(host, _ANY_PORT))
 
 
-class LocalAddresses:
-    """The addresses of this machine, as a container: whether one can be bound now, which no list of them could tell."""
-
-    def __contains__(self, host: object) -> bool:
-        assert isinstance(host, str)
-        sock = _open(AF_INET6 if ":" in host else AF_INET, SOCK_DGRAM | SOCK_CLOEXEC)
-        try:
-            sock.bind((host, 0))
-        except OSError:
-            return False
-        finally:
-            sock.close()
-        return True
-
-
-def _open(family: int, kind: int) -> RawSocket:
+def _open(family: int, kind: int, step: Step = Step.BIND) -> RawSocket:
     try:
         return RawSocket(family, kind, 0)
     except OSError as error:
         if error.errno in _OUT_OF_DESCRIPTORS:
             raise Overloaded(f"no outgoing socket: {os.strerror(error.errno or 0)}") from None
         number = error.errno or 0
-        raise UpstreamError(f"no outgoing socket: {os.strerror(number)}", Step.BIND, number) from None
+        raise UpstreamError(f"no outgoing socket: {os.strerror(number)}", step, number) from None

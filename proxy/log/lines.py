@@ -24,7 +24,16 @@ from typing import Any, Protocol
 import colorlog
 import msgspec
 
-from proxy.errors import BadCredentials, ClientNotAllowed, Overloaded, PeerError, ProxyError, Refused, UpstreamError
+from proxy.errors import (
+    BadCredentials,
+    ClientNotAllowed,
+    Overloaded,
+    PeerError,
+    ProxyError,
+    Refused,
+    SourceMissing,
+    UpstreamError,
+)
 from proxy.log.writer import Writer
 from proxy.model import Ending, Endpoint, owner_of
 from proxy.stats import Fate, Limiter, Outcomes
@@ -57,6 +66,7 @@ class Event(enum.StrEnum):
     RELOAD = "reload"
     RELOAD_FAILED = "reload_failed"
     CONFIG = "config"
+    ADDRESS = "address"
     DRAIN = "drain"
     STOP = "stop"
     STATUS = "status"
@@ -228,6 +238,8 @@ _json = False
 _stamped = True
 _connections = "all"
 _limiter = Limiter()
+#: A missing source address: told once a minute for each, since every connection from it fails.
+_sources = Limiter(lines=1)
 _slowed = Limiter(lines=1)
 
 
@@ -410,15 +422,21 @@ def refused(
     """The one line of a connection that never got to its relay, whoever was the reason.
 
     `refused` when we said no, `failed` when the network or the receiver did. A no that only its administrator can turn
-    into a yes is a warning. Lines that cost a stranger nothing to cause are limited per address.
+    into a yes is a warning, and so is a source address that this machine does not have, once a minute. Lines that cost
+    a stranger nothing to cause are limited per address.
     """
     now = time.monotonic()
     _tell_suppressed(now)
     if _connections == "none" or (isinstance(error, _CHEAP) and not _limiter.admit(owner_of(client.host), now)):
         return
+    if isinstance(error, SourceMissing):
+        source = error.source
+        if not _sources.admit(source, now):
+            return
     fields: dict[str, object] = {"id": id, "instance": instance, "protocol": protocol, "client": client}
     fields |= {"source": source, "destination": destination or "", "seconds": round(seconds, 3), "reason": error.code}
-    event, level = Event.REFUSED, WARNING if isinstance(error, Refused) and not error.retry else INFO
+    for_administrators = (isinstance(error, Refused) and not error.retry) or isinstance(error, SourceMissing)
+    event, level = Event.REFUSED, WARNING if for_administrators else INFO
     if isinstance(error, UpstreamError):
         event = Event.FAILED
         fields |= {"step": error.step, "errno": _errno.errorcode.get(error.errno, "-")}
@@ -436,6 +454,8 @@ def slowed(host: str) -> None:
 def _tell_suppressed(now: float) -> None:
     for key, count in _limiter.expired(now):
         note(Event.SUPPRESSED, WARNING, "lines about refused connections left out", client=key, lines=count)
+    for key, count in _sources.expired(now):
+        note(Event.SUPPRESSED, WARNING, "lines about a missing source address left out", source=key, lines=count)
 
 
 def _lost_line(handler: int, lost: int, total: int) -> str:

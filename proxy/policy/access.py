@@ -156,6 +156,16 @@ class Access:
                 return source
         return None
 
+    def check_destination(self, destination: Endpoint) -> None:
+        """The destination alone, where no source is known yet: what is denied is not asked a route for.
+
+        Raises:
+            DestinationNotAllowed: as `check_route`.
+        """
+        if reason := self._destination_verdict(destination.host, destination.port):
+            raise DestinationNotAllowed(reason)
+        self._refuse_own_listener(destination)
+
     def check_route(self, instance: str, source: str | None, destination: Endpoint) -> None:
         """Source, families and destination of one connection.
 

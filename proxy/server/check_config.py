@@ -70,6 +70,7 @@ def doubts(loaded: Loaded, now: datetime | None = None, breathe: Breathe = hold_
     for found in (
         (Finding(False, _ENVIRONMENT, None, doubt) for doubt in loaded.doubts),
         _expiry(settings, now or datetime.now(UTC)),
+        _absent(settings, breathe),
         _sources(settings, breathe),
         _descriptors(settings),
         _permissions(settings, origins),
@@ -112,9 +113,7 @@ def _listeners(settings: Settings) -> Iterator[Finding]:
             yield Finding(False, door, endpoint, message)
         elif number == errno.EADDRINUSE:  # perhaps by the very proxy whose new configuration is looked at
             yield Finding(False, door, endpoint, f"{endpoint} is in use now")
-        elif number == errno.EADDRNOTAVAIL:
-            yield Finding(False, door, endpoint, f"{endpoint} {_NOT_HERE}: nobody can connect to it before it is")
-        elif number:
+        elif number and number not in _NOT_OURS:  # these are told below
             yield Finding(True, door, endpoint, f"{endpoint}: {os.strerror(number)}")
 
 
@@ -150,6 +149,14 @@ def _expiry(settings: Settings, now: datetime) -> Iterator[Finding]:
         return  # an error of its own
     if end < now:
         yield Finding(False, "tls_certificate_file", None, f"{path}: expired on {end:%Y-%m-%d}")
+
+
+def _absent(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
+    """Listeners on addresses that may come later, or never."""
+    for door, endpoint in listeners(settings):
+        breathe()
+        if _bind_errno(Endpoint(endpoint.host, 0), socket.SOCK_DGRAM) in _NOT_OURS:
+            yield Finding(False, door, endpoint, f"{endpoint} {_NOT_HERE}: nobody can connect to it before it is")
 
 
 def _sources(settings: Settings, breathe: Breathe) -> Iterator[Finding]:

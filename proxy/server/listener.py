@@ -23,6 +23,7 @@ from proxy.net.relay import IPPROTO_TCP, TCP_NODELAY, RawSocket, keep_alive
 from proxy.services import Door
 
 _BACKLOG = 4096
+_IP_FREEBIND, _IPV6_FREEBIND = 15, 78  # linux/in.h, linux/in6.h; no privilege is needed
 #: Errors of one connection, not of the listener: the next accept may work at once (accept(2)).
 _THIS_CONNECTION_ONLY = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EINTR, errno.EPERM})
 #: So many of them running are the listener's all the same: a packet filter may say EPERM for ever.
@@ -41,8 +42,10 @@ class ListenError(ProxyError):
 def open_socket(endpoint: Endpoint) -> socket.socket:
     """A listening, non-blocking socket; IPv6 ones serve IPv6 only.
 
+    The address need not be on this machine yet: at boot, and where it moves between machines, it comes when it comes.
+
     Raises:
-        ListenError: the address is taken, not ours, or not permitted.
+        ListenError: the address is taken or not permitted.
     """
     sock = socket.socket(socket.AF_INET6 if endpoint.is_ipv6 else socket.AF_INET, socket.SOCK_STREAM)
     try:
@@ -50,6 +53,9 @@ def open_socket(endpoint: Endpoint) -> socket.socket:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if endpoint.is_ipv6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
+        else:
+            sock.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
         sock.bind(endpoint)
         sock.listen(_BACKLOG)
     except OSError as error:

@@ -19,7 +19,7 @@ from gevent.event import Event
 
 from proxy import __version__
 from proxy.config.load import Loaded
-from proxy.egress import upstream, via
+from proxy.egress import via
 from proxy.egress.admission import Admission, clock_ns
 from proxy.egress.broken_tls import BrokenTls
 from proxy.egress.keeper import Keeper
@@ -27,6 +27,7 @@ from proxy.errors import ConfigError
 from proxy.log import lines as log
 from proxy.model import Breathe, Ending, Endpoint, hold_breath
 from proxy.net import tls
+from proxy.net.addresses import own_addresses
 from proxy.net.crew import Crew
 from proxy.net.relay import make_engine
 from proxy.net.turns import Breather, rest
@@ -138,6 +139,7 @@ class Server:
         _tell_doubts(self._first, hold_breath)
         self._doors.close_unclaimed()
         self._signals.watch()
+        own_addresses().watch(self._source_gone, self._source_came)
         process.log_what_the_hub_catches(self._counters)
         gevent.spawn(self._report_forever)
         gevent.spawn(self._sweep_forever)
@@ -184,7 +186,7 @@ class Server:
     ) -> Services:
         return Services(
             settings=settings,
-            access=Access(settings, upstream.LocalAddresses(), own, breathe),
+            access=Access(settings, own_addresses(), own, breathe),
             modes=Modes(settings),
             engine=self._engine,
             counters=self._counters,
@@ -217,6 +219,14 @@ class Server:
             self._generated = self._generated or tls.generated_identity(socket.gethostname())
             return self._generated
         return tls.load_identity(certificate, key)
+
+    def _source_gone(self, host: str) -> None:
+        """No answer can come to it any more, so nobody shall wait for one."""
+        dropped = self._keeper.forsake(host)
+        log.note(log.Event.ADDRESS, log.WARNING, "an address is gone from this machine", source=host, dropped=dropped)
+
+    def _source_came(self, host: str) -> None:
+        log.note(log.Event.ADDRESS, log.INFO, "an address is on this machine now", source=host)
 
     def _status_door(self) -> StatusDoor:
         return StatusDoor(

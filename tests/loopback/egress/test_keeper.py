@@ -62,6 +62,24 @@ def test_the_one_used_last_is_handed_out_first(house, mx):
     assert [house.open(key_of(mx)) for _ in range(3)] == users[::-1]
 
 
+def test_one_whose_source_address_is_gone_is_not_handed_out(house, mx, monkeypatch):
+    """No answer can come to it: its next user would wait for the whole of its own time-out."""
+    house.cache(mx)
+    monkeypatch.setattr(keeper_room, "own_addresses", lambda: {"127.0.0.99"})
+    assert house.take(key_of(mx)) is None
+    assert house.discarded() == {Discard.SOURCE_GONE: 1}
+    assert house.keeper.cached == 0
+
+
+def test_what_leaves_from_an_address_that_goes_is_closed_at_once(house, mx):
+    house.cache(mx)
+    assert house.keeper.forsake("127.0.0.99") == 0
+    assert house.keeper.cached == 1
+    assert house.keeper.forsake(SOURCE) == 1
+    assert house.keeper.cached == 0
+    assert house.discarded() == {Discard.SOURCE_GONE: 1}
+
+
 def test_another_key_does_not_get_it(house, mx):
     house.cache(mx)
     assert house.take(key_of(mx, tenant="somebody else")) is None

@@ -11,7 +11,7 @@ import pytest
 from gevent import Timeout
 
 from proxy.egress import upstream
-from proxy.errors import Overloaded, Step, UpstreamError
+from proxy.errors import DestinationNotAllowed, Overloaded, Step, UpstreamError
 from proxy.model import Endpoint
 from proxy.net.relay import Engine, RawSocket
 from tests.loopback.net.relays import open_descriptors, run
@@ -240,13 +240,16 @@ def test_no_route():
     assert fake.return_value.close.called
 
 
-def test_the_machines_addresses():
-    addresses = upstream.LocalAddresses()
-    assert [host in addresses for host in ("127.0.0.1", "127.9.9.9", "::1")] == [True] * 3
-    assert [host in addresses for host in ("192.0.2.9", "2001:db8::9", "8.8.8.8")] == [False] * 3
-    before = open_descriptors()
-    assert "192.0.2.9" not in addresses
-    assert open_descriptors() == before
+def test_a_denied_destination_is_asked_no_route_for():
+    """fe80::1 without a zone is EINVAL to the system, a general failure, where policy says no."""
+    access = mock.Mock()
+    access.check_destination.side_effect = DestinationNotAllowed("no")
+    with listening() as (server, _), mock.patch.object(upstream, "system_source") as asked:
+        for host in ("fe80::1", "ff02::1"):
+            with pytest.raises(DestinationNotAllowed):
+                upstream.source_for(access, "", server, None, Endpoint(host, 25))
+    assert not asked.called
+    assert not access.default_source.called
 
 
 def test_the_systems_choice_is_asked_for_once_a_second_and_a_failure_each_time():

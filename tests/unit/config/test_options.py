@@ -1,6 +1,8 @@
 """The option table against what users read: sample file, manual pages, docs/configuration.md, --help."""
 
+import ipaddress
 import re
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,48 @@ def test_a_start_refuses_every_secret_that_is_published():
     shown += [path.read_text(encoding="utf-8") for path in sorted((ROOT / "etc/clients").iterdir())]
     secrets = [secret for text in shown for secret in re.findall(r'auth_shared_secret "(.*?)"', text)]
     assert {secret.encode() for secret in secrets} == PUBLISHED_SECRETS
+
+
+def test_what_is_not_globally_reachable_is_denied():
+    """Held against the registries that Python keeps, at the edges of each network that it knows."""
+    (option,) = [option for option in OPTIONS if option.name == "deny_destination"]
+    denied = option.default_items()
+    #: Judged by what lies behind them, see `policy.access`; mapped ones are folded; of the last the registry says N/A.
+    judged = [ip_network(text) for text in ("::/96", "::ffff:0:0/96", "64:ff9b:1::/48", "2002::/16")]
+    edges = [ip for network in denied for ip in (network[0], network[-1])]
+    known = [*ipaddress._IPv4Constants._private_networks, *ipaddress._IPv6Constants._private_networks]
+    edges += [ip for network in known for ip in (network[0], network[-1])]
+    for ip in [neighbour for edge in edges for neighbour in _near(edge)]:
+        if not ip.is_global and not any(ip in network for network in judged if ip.version == 6):
+            assert any(ip in network for network in denied if network.version == ip.version), ip
+    for text in (
+        "fec0::1",
+        "ff0e::1",
+        "224.0.1.1",
+        "240.0.0.1",
+        "255.255.255.255",
+        "2001:db8::1",
+        "198.18.0.1",
+        "192.0.0.1",
+    ):
+        ip = ip_address(text)
+        assert any(ip in network for network in denied if network.version == ip.version), text
+    for text in (
+        "8.8.8.8",
+        "192.0.1.1",
+        "198.20.0.1",
+        "223.255.255.255",
+        "2001:200::1",
+        "2a00::1",
+        "2606::1",
+        "3ffe::1",
+    ):
+        ip = ip_address(text)
+        assert not any(ip in network for network in denied if network.version == ip.version), text
+
+
+def _near(ip):
+    return [type(ip)(value) for value in (int(ip) - 1, int(ip), int(ip) + 1) if 0 <= value < 1 << ip.max_prefixlen]
 
 
 @pytest.mark.parametrize(("section", "option"), EVERYTHING, ids=IDS)
