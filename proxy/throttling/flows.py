@@ -211,10 +211,12 @@ class Places:
 class Ticket(Request):
     """A request that waits. `places` is set when it got in; `blocker` is what it waits for until then.
 
-    `rated`: it also takes a slot of the throttles that count connections.
+    Attributes:
+        rated: it also takes a slot of the throttles that count connections.
+        number: who came first has the smaller one. turns: throttles where it has had its turn.
     """
 
-    __slots__ = ("blocker", "flows", "places", "rated", "throttles", "waiting")
+    __slots__ = ("blocker", "flows", "number", "places", "rated", "throttles", "turns", "waiting")
 
     def __init__(
         self,
@@ -228,6 +230,8 @@ class Ticket(Request):
         self.throttles = throttles
         self.flows = flows
         self.rated = rated
+        self.number = 0
+        self.turns: set[Throttle] = set()
         self.places: Places | None = None
         self.blocker: Throttle | Flow | None = None
         self.waiting = True

@@ -149,6 +149,8 @@ class Manager:
         if not flow.paused:
             self._dispenser.activate(flow, now)
             self._book.retry(flow, now)
+        else:
+            self._book.shut(flow, now)
         registry.announce(flow)
         self._settle(now)
 
@@ -357,6 +359,7 @@ class Manager:
             return
         payer.fine += 1
         payer.want += 1
+        self._book.shut(payer, now)
         self._dispenser.activate(payer, now)
 
     # --- time, settings, results ---

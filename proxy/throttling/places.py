@@ -2,14 +2,19 @@
 
 A place belongs to a socket of the proxy: connecting, open, being cleaned, cached and draining ones all hold theirs, and
 give them back when the socket is closed. `admit` decides and takes in one call, all throttles of a request or none.
-Who does not get in holds a ticket, which stands in the line of the first throttle that is in its way and takes nothing
-anywhere. When a place comes free, the owner with the fewest places relative to its weight is served; among equals the
-one served longest ago, so that fewer places than owners go round.
+
+Who does not get in holds a ticket, which stands in the line of one throttle that is in its way and takes nothing
+anywhere. When a place comes free, it is the turn of the owner who has fewest with one more, relative to its weight;
+among equals of the one served longest ago, so that fewer places than owners go round. A ticket whose turn it is goes on
+to the next throttle that is in its way, and keeps the turns that it has had. When it has had them all, the next place
+that comes free at each of its throttles is kept for it: for whoever came first, where two want the same, so that no two
+wait for each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import count
 from typing import Protocol
 
 from proxy.throttling.flows import Flow, Places, Throttle, Ticket
@@ -42,6 +47,8 @@ class PlaceBook:
         self.idle: dict[Throttle, None] = {}
         self.wheel: Wheel[Throttle] = Wheel(MILLISECOND)
         self._shut = shut
+        self._numbers = count()
+        self._freed: list[Throttle] = []  # where places are kept no longer
 
     def admit(
         self,
@@ -59,6 +66,7 @@ class PlaceBook:
                 wait for slots only; but once it waits for a place, it stands in the same line.
         """
         ticket = Ticket(owner, weight, tuple(dict.fromkeys(throttles)), flows, rated)
+        ticket.number = next(self._numbers)
         self._try(ticket, now)
         return ticket.places or ticket
 
@@ -106,33 +114,57 @@ class PlaceBook:
             self.release(ticket.places, now)
         elif ticket.waiting:
             self._unline(ticket)
+            self._unclaim(ticket)
+            self._pump([], now)
         ticket.waiting = False
 
     def pump(self, throttle: Throttle, now: int) -> None:
         """Let in who can get in under `throttle` now."""
-        while (line := throttle.line) is not None and not self._full(throttle, now):
-            ticket = line.next(throttle)
-            self._drop_empty(throttle)
-            if ticket is None:
-                return
-            self._moved(ticket, -1)
-            if self._try(ticket, now, passed=throttle):
-                self.admitted.append(ticket)
-        if throttle.line is not None:
-            self.crowded[throttle] = None
+        self._pump([throttle], now)
+
+    def shut(self, flow: Flow, now: int) -> None:
+        """`flow` keeps its connections waiting from now on: what was kept for them is free for others."""
+        for throttle in flow.path.throttles:
+            claim = throttle.line.claim if throttle.line is not None else None
+            if claim is not None and flow in claim.flows:
+                self._unclaim(claim)
+        self._pump([], now)
 
     def retry(self, flow: Flow, now: int) -> None:
         """`flow` is open again: its tickets go on to the throttles."""
         tickets, flow.gated = flow.gated or [], None
         for ticket in tickets:
             self._moved(ticket, -1)
-            if self._try(ticket, now):
-                self.admitted.append(ticket)
+            self._try(ticket, now)
 
     # --- steps ---
 
-    def _try(self, ticket: Ticket, now: int, passed: Throttle | None = None) -> bool:
-        """Take all places for `ticket`, or put it where it has to wait; `passed`: its turn in that line has come."""
+    def _pump(self, throttles: list[Throttle], now: int) -> None:
+        """Let in who can get in under these, and where a place is no longer kept for somebody."""
+        while throttles or self._freed:
+            throttle = (throttles or self._freed).pop()
+            while (line := throttle.line) is not None:
+                claim = line.claim
+                if claim is not None and not any(self._full(each, now, claim, claim.rated) for each in claim.throttles):
+                    self._unline(claim)
+                    self._try(claim, now)
+                elif line.size and not self._full(throttle, now):
+                    self._next_in_line(throttle, line, now)
+                else:
+                    break
+            if throttle.line is not None:
+                self.crowded[throttle] = None
+
+    def _next_in_line(self, throttle: Throttle, line: Line[Ticket], now: int) -> None:
+        ticket = line.next(throttle)
+        self._drop_empty(throttle)
+        if ticket is not None:
+            self._moved(ticket, -1)
+            ticket.turns.add(throttle)
+            self._try(ticket, now)
+
+    def _try(self, ticket: Ticket, now: int) -> None:
+        """Take all places for `ticket`, or put it where it has to wait."""
         for flow in ticket.flows:
             if self._shut(flow):
                 ticket.blocker = flow
@@ -140,39 +172,103 @@ class PlaceBook:
                     flow.gated = []
                 flow.gated.append(ticket)
                 self._moved(ticket, +1)
-                return False
+                self._unclaim(ticket)
+                ticket.turns.clear()
+                return
         for throttle in ticket.throttles:
-            passes = throttle is passed
-            if self._full(throttle, now, ticket.rated) if passes else self._busy(throttle, now, ticket.rated):
-                ticket.blocker = throttle
-                if throttle.line is None:
-                    throttle.line = Line(now)
-                throttle.line.add(ticket, throttle)
-                self._moved(ticket, +1)
-                self.crowded[throttle] = None
-                if throttle.full():
-                    self.blocked[throttle] = None
-                return False
+            if throttle not in ticket.turns and not self._comes_first(ticket, throttle):
+                self._stand(ticket, throttle, now)
+                return
+        blocker = next((each for each in ticket.throttles if self._full(each, now, ticket, ticket.rated)), None)
+        if blocker is not None:
+            if ticket.turns:
+                blocker = self._claim(ticket, now) or blocker
+            self._stand(ticket, blocker, now)
+            return
+        self._unclaim(ticket)
         ticket.places = self._enter(ticket, ticket.throttles, now)
+        if ticket.blocker is not None:
+            self.admitted.append(ticket)
         ticket.waiting, ticket.blocker = False, None
-        return True
 
-    def _full(self, throttle: Throttle, now: int, rated: bool = True) -> bool:
+    def _comes_first(self, ticket: Ticket, throttle: Throttle) -> bool:
+        """Whether nobody who stands in line at `throttle` goes before `ticket`, which has had its turn elsewhere."""
+        line = throttle.line
+        if line is None or not line.size or (throttle.counts and not ticket.rated):
+            return True
+        return bool(ticket.turns) and line.goes_before(ticket, throttle)
+
+    def _stand(self, ticket: Ticket, throttle: Throttle, now: int) -> None:
+        """`ticket` stands in line at `throttle`."""
+        ticket.blocker = throttle
+        if throttle.line is None:
+            throttle.line = Line(now)
+        throttle.line.add(ticket, throttle)
+        self._moved(ticket, +1)
+        self.crowded[throttle] = None
         if throttle.full():
+            self.blocked[throttle] = None
+
+    def _claim(self, ticket: Ticket, now: int) -> Throttle | None:
+        """It is the turn of `ticket` everywhere: have the next free place kept for it at each of its throttles.
+
+        Who came first goes first: one that came later loses all that was kept for it, and stands in line here.
+
+        Returns:
+            where it has to stand for somebody who came earlier, if anywhere; then nothing is kept for it.
+        """
+        ticket.turns.update(ticket.throttles)
+        others = [(each, each.line.claim) for each in ticket.throttles if each.line is not None]
+        for throttle, claim in others:
+            if claim is not None and claim.number < ticket.number:
+                self._unclaim(ticket)
+                return throttle if self._full(throttle, now, ticket, ticket.rated) else None
+        for throttle, claim in others:
+            if claim is not None and claim is not ticket:
+                self._unline(claim)
+                self._unclaim(claim)
+                self._stand(claim, throttle, now)
+        for throttle in ticket.throttles:
+            if throttle.line is None:
+                throttle.line = Line(now)
+            throttle.line.claim = ticket
+            if throttle.full():
+                self.blocked[throttle] = None
+        return None
+
+    def _unclaim(self, ticket: Ticket) -> None:
+        """Nothing is kept for `ticket` any more."""
+        for throttle in ticket.throttles:
+            line = throttle.line
+            if line is not None and line.claim is ticket:
+                line.claim = None
+                self._freed.append(throttle)
+                self._drop_empty(throttle)
+
+    def _full(self, throttle: Throttle, now: int, ticket: Ticket | None = None, rated: bool = True) -> bool:
+        """Whether `throttle` has no place or slot for `ticket`, or for those who stand in line (None)."""
+        claim = throttle.line.claim if throttle.line is not None else None
+        kept = claim is not None and claim is not ticket and not any(map(self._shut, claim.flows))
+        if 0 < throttle.cap <= throttle.used + kept:
             return True
-        if rated and throttle.counts and (slot := throttle.earliest(now)) > now + 999:
-            self.wheel.arm(throttle, slot)
-            return True
+        if rated and throttle.counts:
+            if (slot := throttle.earliest(now)) > now + 999:
+                self.wheel.arm(throttle, slot)
+                return True
+            # A slot is kept only for somebody who waits for slots: a place may take its time.
+            return kept and claim is not None and claim.rated and not any(each.full() for each in claim.throttles)
         return False
 
     def _busy(self, throttle: Throttle, now: int, rated: bool = True) -> bool:
         """Full, or others came first."""
-        others_first = throttle.line is not None and (rated or not throttle.counts)
-        return others_first or self._full(throttle, now, rated)
+        others_first = throttle.line is not None and throttle.line.size > 0 and (rated or not throttle.counts)
+        return others_first or self._full(throttle, now, None, rated)
 
     def _enter(self, ticket: Ticket, fresh: Iterable[Throttle], now: int) -> Places:
         for throttle in ticket.throttles:
             throttle.take_place(ticket.owner)
+            if throttle.line is not None:
+                throttle.line.got_in(ticket)
             self._ranked(throttle, ticket.owner)
         for throttle in fresh:
             if ticket.rated and throttle.counts:
@@ -215,7 +311,7 @@ class PlaceBook:
             self._drop_empty(blocker)
 
     def _drop_empty(self, throttle: Throttle) -> None:
-        if throttle.line is not None and throttle.line.size == 0:
+        if throttle.line is not None and throttle.line.size == 0 and throttle.line.claim is None:
             throttle.line = None
             self.idle[throttle] = None
             self.crowded[throttle] = None
