@@ -231,7 +231,7 @@ class Ticket(Request):
         self.flows = flows
         self.rated = rated
         self.number = 0
-        self.turns: set[Throttle] = set()
+        self.turns: frozenset[Throttle] = frozenset()
         self.places: Places | None = None
         self.blocker: Throttle | Flow | None = None
         self.waiting = True

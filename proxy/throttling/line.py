@@ -9,7 +9,7 @@ who gets in, is decided in `places`.
 from __future__ import annotations
 
 from collections import deque
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heapreplace
 from typing import Generic, TypeVar
 
 from proxy.throttling.throttle import Meter
@@ -53,7 +53,7 @@ class Line(Generic[Waiting]):
         self._weight = 0.0  # of all owners in the line
         self._clock = 0.0  # grows with each turn by its part of all weights, so by 1/w while w of them pass
         self._due: dict[str, float] = {}  # when it is the turn of an owner who has no place
-        self._poor: list[tuple[float, str]] = []  # a heap of those
+        self._poor: list[tuple[float, str]] = []  # a heap of all who may be such, each once
         self.size = 0
         self.claim: Waiting | None = None
 
@@ -66,7 +66,9 @@ class Line(Generic[Waiting]):
             if ticket.owner not in self._served:  # a newcomer comes after those who wait
                 self._turn += 1
                 self._served[ticket.owner] = self._turn
+            if ticket.owner not in self._due:
                 self._due[ticket.owner] = self._clock + 1 / ticket.weight
+                heappush(self._poor, (self._due[ticket.owner], ticket.owner))
         owner.append(ticket)
         self.size += 1
         self.rank(ticket.owner, meter)
@@ -75,26 +77,22 @@ class Line(Generic[Waiting]):
         """Note the owner's order anew: it joined, or its number of places changed."""
         if owner in self._owners:
             heappush(self._heap, self._key(owner, meter))
-            if not meter.holds(owner):
-                heappush(self._poor, (self._due[owner], owner))
             if len(self._heap) > 64 + 4 * len(self._owners):
                 self._compact(meter)
 
     def _compact(self, meter: Meter) -> None:
         """Drop the entries that are out of date, and the turns of owners who do not wait."""
         self._served = {owner: turn for owner, turn in self._served.items() if owner in self._owners}
-        self._due = {owner: due for owner, due in self._due.items() if owner in self._owners}
         self._heap = sorted(self._key(owner, meter) for owner in self._owners)
-        self._poor = sorted((self._due[owner], owner) for owner in self._owners if not meter.holds(owner))
 
     def _key(self, owner: str, meter: Meter) -> tuple[float, int, str]:
-        return _with_one_more(owner, self._owners[owner][0].weight, meter), self._served.get(owner, 0), owner
+        held = meter.held.get(owner, 0) if meter.held else 0
+        return (held + 1) / self._owners[owner][0].weight, self._served.get(owner, 0), owner
 
     def _first(self, meter: Meter) -> str | None:
-        """Whose turn it is. Entries of the heaps that are out of date are dropped: newer ones say it better."""
-        owner = self._overdue(meter)
-        if owner is not None:
-            return owner
+        """Whose turn it is. Entries of the heap that are out of date are dropped: newer ones say it better."""
+        if self._poor and self._poor[0][0] <= self._clock and (overdue := self._overdue(meter)) is not None:
+            return overdue
         while self._heap:
             owner = self._heap[0][2]
             if owner in self._owners and self._heap[0] == self._key(owner, meter):
@@ -104,11 +102,18 @@ class Line(Generic[Waiting]):
 
     def _overdue(self, meter: Meter) -> str | None:
         """An owner without a place that has waited for as many turns as it should at most."""
-        while self._poor and self._poor[0][0] <= self._clock:
-            due, owner = self._poor[0]
-            if owner in self._owners and due == self._due[owner] and not meter.holds(owner):
+        poor = self._poor
+        while poor and poor[0][0] <= self._clock:
+            due, owner = poor[0]
+            if owner not in self._owners:
+                heappop(poor)
+                del self._due[owner]
+            elif self._due[owner] > due:
+                heapreplace(poor, (self._due[owner], owner))
+            elif meter.holds(owner):
+                self._due[owner] = self._clock + 1 / self._weights[owner]
+            else:
                 return owner
-            heappop(self._poor)
         return None
 
     def goes_before(self, ticket: Waiting, meter: Meter) -> bool:
@@ -116,8 +121,7 @@ class Line(Generic[Waiting]):
         first = self._first(meter)
         if first is None or first == self._overdue(meter):
             return first is None or first == ticket.owner
-        own = _with_one_more(ticket.owner, ticket.weight, meter)
-        return own <= _with_one_more(first, self._owners[first][0].weight, meter)
+        return (meter.holds(ticket.owner) + 1) / ticket.weight <= self._key(first, meter)[0]
 
     def next(self, meter: Meter) -> Waiting | None:
         """The ticket whose turn it is; it leaves the line."""
@@ -136,8 +140,9 @@ class Line(Generic[Waiting]):
         self._passed += 1
         if self._owners:
             self._clock += 1 / self._weight
-        if ticket.owner in self._due:
-            self._due[ticket.owner] = max(self._clock, self._due[ticket.owner]) + 1 / ticket.weight
+        due = self._due.get(ticket.owner)
+        if due is not None:
+            self._due[ticket.owner] = max(self._clock, due) + 1 / ticket.weight
 
     def remove(self, ticket: Waiting, meter: Meter) -> None:
         self._owners[ticket.owner].remove(ticket)
@@ -157,8 +162,3 @@ class Line(Generic[Waiting]):
     def waiting(self) -> dict[str, tuple[int, float]]:
         """Owner → number of its tickets, and its weight."""
         return {owner: (len(tickets), tickets[0].weight) for owner, tickets in self._owners.items()}
-
-
-def _with_one_more(owner: str, weight: float, meter: Meter) -> float:
-    """The owner's places after the next one, relative to its weight."""
-    return (meter.holds(owner) + 1) / weight

@@ -105,8 +105,7 @@ class PlaceBook:
             return
         places.open = False
         self._leave(places)
-        for throttle in places.throttles:
-            self.pump(throttle, now)
+        self._pump([throttle for throttle in reversed(places.throttles) if throttle.line is not None], now)
 
     def cancel(self, ticket: Ticket, now: int) -> None:
         """Nobody waits for `ticket` any more; places that it got meanwhile are given back."""
@@ -159,12 +158,13 @@ class PlaceBook:
         ticket = line.next(throttle)
         self._drop_empty(throttle)
         if ticket is not None:
-            self._moved(ticket, -1)
-            ticket.turns.add(throttle)
-            self._try(ticket, now)
+            if len(ticket.throttles) > 1:
+                ticket.turns |= {throttle}
+            self._try(ticket, now, throttle)
+            self._moved(ticket, -1)  # last, so that its flows are not taken for idle in between
 
-    def _try(self, ticket: Ticket, now: int) -> None:
-        """Take all places for `ticket`, or put it where it has to wait."""
+    def _try(self, ticket: Ticket, now: int, passed: Throttle | None = None) -> None:
+        """Take all places for `ticket`, or put it where it has to wait; `passed`: its turn in that line has come."""
         for flow in ticket.flows:
             if self._shut(flow):
                 ticket.blocker = flow
@@ -173,28 +173,29 @@ class PlaceBook:
                 flow.gated.append(ticket)
                 self._moved(ticket, +1)
                 self._unclaim(ticket)
-                ticket.turns.clear()
+                ticket.turns = frozenset()
                 return
         for throttle in ticket.throttles:
-            if throttle not in ticket.turns and not self._comes_first(ticket, throttle):
+            if throttle.line is None or throttle is passed or throttle in ticket.turns:
+                continue
+            if not self._comes_first(ticket, throttle, throttle.line):
                 self._stand(ticket, throttle, now)
                 return
-        blocker = next((each for each in ticket.throttles if self._full(each, now, ticket, ticket.rated)), None)
-        if blocker is not None:
-            if ticket.turns:
-                blocker = self._claim(ticket, now) or blocker
-            self._stand(ticket, blocker, now)
-            return
-        self._unclaim(ticket)
+        for throttle in ticket.throttles:
+            if self._full(throttle, now, ticket, ticket.rated):
+                earlier = self._claim(ticket, now) if ticket.turns else None
+                self._stand(ticket, earlier or throttle, now)
+                return
+        if ticket.turns:
+            self._unclaim(ticket)
         ticket.places = self._enter(ticket, ticket.throttles, now)
         if ticket.blocker is not None:
             self.admitted.append(ticket)
         ticket.waiting, ticket.blocker = False, None
 
-    def _comes_first(self, ticket: Ticket, throttle: Throttle) -> bool:
-        """Whether nobody who stands in line at `throttle` goes before `ticket`, which has had its turn elsewhere."""
-        line = throttle.line
-        if line is None or not line.size or (throttle.counts and not ticket.rated):
+    def _comes_first(self, ticket: Ticket, throttle: Throttle, line: Line[Ticket]) -> bool:
+        """Whether nobody who stands in line at `throttle` goes before `ticket`, which may have had turns elsewhere."""
+        if not line.size or (throttle.counts and not ticket.rated):
             return True
         return bool(ticket.turns) and line.goes_before(ticket, throttle)
 
@@ -217,7 +218,7 @@ class PlaceBook:
         Returns:
             where it has to stand for somebody who came earlier, if anywhere; then nothing is kept for it.
         """
-        ticket.turns.update(ticket.throttles)
+        ticket.turns = frozenset(ticket.throttles)
         others = [(each, each.line.claim) for each in ticket.throttles if each.line is not None]
         for throttle, claim in others:
             if claim is not None and claim.number < ticket.number:
@@ -247,9 +248,11 @@ class PlaceBook:
 
     def _full(self, throttle: Throttle, now: int, ticket: Ticket | None = None, rated: bool = True) -> bool:
         """Whether `throttle` has no place or slot for `ticket`, or for those who stand in line (None)."""
+        if 0 < throttle.cap <= throttle.used:
+            return True
         claim = throttle.line.claim if throttle.line is not None else None
         kept = claim is not None and claim is not ticket and not any(map(self._shut, claim.flows))
-        if 0 < throttle.cap <= throttle.used + kept:
+        if kept and 0 < throttle.cap <= throttle.used + 1:
             return True
         if rated and throttle.counts:
             if (slot := throttle.earliest(now)) > now + 999:
@@ -275,7 +278,8 @@ class PlaceBook:
                 throttle.take_slot(throttle.earliest(now))
         for flow in ticket.flows:
             flow.places += 1
-            _list(flow)
+            if not flow.listed:
+                _list(flow)
         return Places(ticket.owner, ticket.weight, ticket.throttles, ticket.flows)
 
     def _leave(self, places: Places) -> None:
@@ -297,7 +301,8 @@ class PlaceBook:
     def _moved(self, ticket: Ticket, by: int) -> None:
         for flow in ticket.flows:
             flow.waiting_places += by
-            _list(flow)
+            if flow.listed != (flow.waiting_places > 0 or flow.places > 0):
+                _list(flow)
 
     def _unline(self, ticket: Ticket) -> None:
         blocker = ticket.blocker
