@@ -224,13 +224,13 @@ class Dialogue:
         if not ready and len(lease):
             returns += [s.SlotRun(throttle.id, first, n) for first, n in lease.give_back(now)]
         want = max(0, ready - lease.at_hand(now))
-        later = throttle._demand.due_at(want, lease.got, now)
+        later = throttle._demand.due_at(want, lease.got, now, lease.voided)
         if throttle._backlog != throttle._told_backlog:  # for the status: no need to hurry
             stale_at = now if not ready else throttle._told_at + REPORT_EVERY
             later = stale_at if later is None else min(later, stale_at)
         if later is not None and later <= now:
-            wants.append(s.Want(throttle.id, want, lease.got % 2**32, *throttle._backlog))
-            throttle._demand.sent(want, lease.got, now)
+            wants.append(s.Want(throttle.id, want, lease.got % 2**32, *throttle._backlog, lease.voided % 2**32))
+            throttle._demand.sent(want, lease.got, now, lease.voided)
             throttle._told_backlog, throttle._told_at = throttle._backlog, now
             later = None
         tally = throttle._tally

@@ -16,6 +16,7 @@ from bisect import bisect_right
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 
+from proxy.throttling.doubt import Doubt
 from proxy.throttling.flows import WORD, Flow, Path, Receiver, Run, Slots, Throttle
 from proxy.throttling.throttle import MICROSECOND, MILLISECOND, TICK
 from proxy.throttling.wheel import Wheel
@@ -55,12 +56,13 @@ class Dispenser:
 
     # --- demand ---
 
-    def demand(self, flow: Flow, want: int, got: int, now: int) -> None:
+    def demand(self, flow: Flow, want: int, got: int, now: int, doubt: Doubt | None = None) -> None:
         """`want` messages wait without a permit after the flow's first `got` permits (modulo 2**32) arrived."""
         in_flight = (flow.granted - got) % WORD
         if in_flight >= WORD // 2:  # more got than granted: a liar gains nothing by it
             in_flight = 0
-        flow.want = max(0, want - in_flight) + flow.fine
+        want = max(0, want - in_flight)
+        flow.want = (want if doubt is None else doubt.hold(flow, want)) + flow.fine
         self.activate(flow, now)
 
     def activate(self, flow: Flow, now: int) -> None:

@@ -16,6 +16,8 @@ MICROSECOND = 1_000
 WORD = 1 << 32
 #: Changes of demand are sent at most this often, except to and from zero.
 COALESCE = 10_000_000
+#: Permits that lapsed are told this often.
+TELL_LAPSED = 1_000_000_000
 
 
 class Permit(NamedTuple):
@@ -112,7 +114,7 @@ class Lease:
 
     def reconnected(self) -> None:
         """A new session: its counts begin anew. Permits at hand stay usable, but can no longer be returned."""
-        self.got = 0
+        self.got = self.voided = 0
         self._runs = [run._replace(returnable=False) for run in self._runs]
         heapify(self._runs)
 
@@ -139,17 +141,32 @@ def _serial(run: _Run) -> int:
 
 
 class Demand:
-    """When to send a DEMAND for one path: at once to and from zero, else when the manager is more than 25 % off."""
+    """When to send a DEMAND for one path: at once to and from zero, else when the manager is more than 25 % off.
 
-    __slots__ = ("_got", "_sent_at", "_want")
+    And within a second when more permits have lapsed than it has been told.
+    """
+
+    __slots__ = ("_got", "_lapsed", "_sent_at", "_want")
 
     def __init__(self) -> None:
+        self._lapsed = 0
         self._want = 0
         self._got = 0
         self._sent_at: int | None = None
 
-    def due_at(self, want: int, got: int, now: int) -> int | None:
-        """When to send: `want` messages are ready without a permit, `got` permits were received. None: not at all."""
+    def due_at(self, want: int, got: int, now: int, lapsed: int = 0) -> int | None:
+        """When to send; None: not at all.
+
+        Args:
+            want: messages that are ready without a permit. got: permits received. lapsed: how many of them for nothing.
+        """
+        due = self._figures_due_at(want, got, now)
+        if lapsed == self._lapsed or self._sent_at is None:
+            return due
+        telling = max(now, self._sent_at + TELL_LAPSED)
+        return telling if due is None else min(due, telling)
+
+    def _figures_due_at(self, want: int, got: int, now: int) -> int | None:
         believed = max(0, self._want - (got - self._got))
         if want == believed or (want and believed and abs(want - believed) * 4 <= believed):
             return None
@@ -157,10 +174,10 @@ class Demand:
             return now
         return max(now, self._sent_at + COALESCE)
 
-    def sent(self, want: int, got: int, now: int) -> None:
-        self._want, self._got, self._sent_at = want, got, now
+    def sent(self, want: int, got: int, now: int, lapsed: int = 0) -> None:
+        self._want, self._got, self._sent_at, self._lapsed = want, got, now, lapsed
 
     def reconnected(self) -> None:
         """A new manager or session knows of no demand."""
-        self._want = self._got = 0
+        self._want = self._got = self._lapsed = 0
         self._sent_at = None

@@ -10,6 +10,7 @@ arithmetic is in `throttle`, `dispenser`, `places` and `limits`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 from proxy.errors import Throttled
 from proxy.throttling.advice import Adviser
@@ -17,7 +18,8 @@ from proxy.throttling.audit import Audit, Mail, Spent, Verdict
 from proxy.throttling.blocks import Block, Blocks
 from proxy.throttling.desk import Desk, MessageTicket
 from proxy.throttling.dispenser import Dispenser
-from proxy.throttling.flows import Flow, Places, Run, Throttle, Ticket
+from proxy.throttling.doubt import Doubt, lapsed_too_many, since
+from proxy.throttling.flows import WORD, Flow, Places, Run, Throttle, Ticket
 from proxy.throttling.limits import BackoffRule, Part
 from proxy.throttling.places import PlaceBook
 from proxy.throttling.refusals import refusal
@@ -86,6 +88,7 @@ class Manager:
         """The client's ping: answered, and from now on its grants count from it."""
         if session.end is None:
             session.pinged(t, now)
+            self._look_at_doubts(session, now)
             self._dispenser.touched[session] = None
             self._unpark(session, now)
 
@@ -142,6 +145,7 @@ class Manager:
         else:
             old, flow = flow, registry.join(session, id, throttles, said, now)
             session.flows[id] = flow
+            session.lapses.pop(id, None)
             if old is not None:  # last, so that no throttle is without limits in between
                 registry.leave(old, now, None)
                 session.backlog(id, 0, 0, 0)
@@ -155,16 +159,29 @@ class Manager:
         self._settle(now)
 
     def demand(
-        self, session: Session, id: int, want: int, got: int, ram: int, bounce: int, disk: int, now: int
+        self,
+        session: Session,
+        id: int,
+        want: int,
+        got: int,
+        ram: int,
+        bounce: int,
+        disk: int,
+        now: int,
+        lapsed: int = 0,
     ) -> None:
-        """`want` messages of path `id` are ready without a permit, after `got` permits (modulo 2**32) have arrived."""
+        """`want` messages of path `id` are ready without a permit, after `got` permits (modulo 2**32) have arrived.
+
+        `lapsed`: so many of them (modulo 2**32) came too late or grew too old.
+        """
         flow = session.flows.get(id)
         if flow is None or session.end is not None:
             return
         session.backlog(id, ram, bounce, disk)
         if session.slack > SMALLEST_SLACK:
             self._registry.stretch(flow.path, session.slack, now)
-        self._dispenser.demand(flow, want, got, now)
+        self._judge(session, flow, got, lapsed, now)
+        self._dispenser.demand(flow, want, got, now, session.doubted.get(flow))
         if want:
             for throttle in flow.path.throttles:
                 self._active[throttle] = None
@@ -514,6 +531,41 @@ class Manager:
         session.ping_due = now // MICROSECOND
         self._dispenser.touched[session] = None
         self._pings.arm(session, now + PING_EVERY)
+
+    # --- permits that lapse ---
+
+    def _judge(self, session: Session, flow: Flow, got: int, lapsed: int, now: int) -> None:
+        """What an instance says of its permits, or its distance: does it use what it gets?"""
+        too_many = False
+        if lapsed:
+            last_got, last_lapsed = session.lapses.get(flow.id, (0, 0))
+            session.lapses[flow.id] = got, lapsed
+            too_many = lapsed_too_many(since(last_lapsed, lapsed), since(last_got, got))
+        if too_many or session.rtt > flow.path.slack:
+            doubt = session.doubted.get(flow)
+            if doubt is None:
+                if not any(throttle.windows for throttle in flow.path.throttles):
+                    return
+                doubt = session.doubted[flow] = Doubt(flow, now)
+                self._registry.announce(flow)
+            doubt.halve(flow, flow.granted - (flow.granted - got) % WORD)
+
+    def _look_at_doubts(self, session: Session, now: int) -> None:
+        """Give the flows in doubt what time has earned them; some at a time, each second."""
+        for flow, doubt in list(islice(session.doubted.items(), DELIVERY)):
+            del session.doubted[flow]
+            if session.flows.get(flow.id) is not flow:
+                continue
+            want = flow.want - flow.fine + doubt.held
+            if doubt.refresh(flow, now, session.worst_rtt):
+                self._registry.announce(flow)
+            else:
+                session.doubted[flow] = doubt
+                if session.rtt > flow.path.slack:
+                    doubt.halve(flow, flow.granted)
+                want = doubt.hold(flow, want)
+            flow.want = want + flow.fine
+            self._dispenser.activate(flow, now)
 
     def _unpark(self, session: Session, now: int) -> None:
         if session.parked and session.may_receive(now):

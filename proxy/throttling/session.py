@@ -11,6 +11,7 @@ from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
+from proxy.throttling.doubt import Doubt
 from proxy.throttling.flows import Flow, Path, Receiver, Run
 from proxy.throttling.limits import Effective
 from proxy.throttling.throttle import MICROSECOND, SECOND
@@ -111,7 +112,7 @@ class Session(Receiver):
     __slots__ = (
         *("run", "address", "since", "end", "flows", "backlogs", "ram", "bounce", "disk", "congested"),
         *("ping_t", "ping_at", "pong_at", "rtt", "worst_rtt", "pongs", "ping_due", "caps", "unpermitted"),
-        *("slack", "named"),
+        *("slack", "named", "doubted", "lapses"),
     )
 
     def __init__(self, name: str, run: bytes, address: str, weight: float, now: int) -> None:
@@ -121,6 +122,9 @@ class Session(Receiver):
         self.since = now
         self.flows: dict[int, Flow] = {}
         self.named = 0
+        #: Flows that let permits lapse; and what was last said of a path, once it was not 0: permits received, lapsed.
+        self.doubted: dict[Flow, Doubt] = {}
+        self.lapses: dict[int, tuple[int, int]] = {}
         self.backlogs: dict[int, tuple[int, int, int]] = {}
         self.ram = self.bounce = self.disk = 0
         self.ping_t: int | None = None
@@ -265,6 +269,8 @@ class Session(Receiver):
             warnings.append(
                 f"round trip of {self.worst_rtt // 1_000_000} ms is too long for permits of {slack // 1_000_000} ms"
             )
+        if flow in self.doubted:
+            warnings.append("permits lapse: fewer are given until they are used")
         return LimitRecord(
             flow.id,
             tuple(Effective(tuple(window.limit for window in each.windows), each.cap) for each in throttles),

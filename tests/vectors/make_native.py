@@ -276,7 +276,7 @@ def session(maker: Maker) -> None:
     maker.message("cert", "CERT", 0x22, **inc, hashes=[CERT])
     rule = ["yahoo", [[1000, 3600, 0]], 20, "average", False, [50, None, 1800, 30]]
     maker.message("reg", "REG", 0x23, **inc, paths=[[7, "192.0.2.1", [rule]]])
-    maker.message("demand", "DEMAND", 0x24, **inc, records=[[7, 120, 45, 100, 0, 20]])
+    maker.message("demand", "DEMAND", 0x24, **inc, records=[[7, 120, 45, 100, 0, 20, 3]])
     maker.message("return", "RETURN", 0x25, **inc, records=[[7, 43, 2]])
     maker.message("outcome", "OUTCOME", 0x26, **inc, records=[[7, 41, 2, 0, False]])
     maker.message("bye", "BYE", 0x27, **inc)

@@ -68,7 +68,8 @@ class Acts:
             manager.pong(session, message.t, message.hold_us, now)
         elif isinstance(message, s.Demand):
             for want in self._slowly(message.records):
-                manager.demand(session, want.id, want.want, want.got_cum, want.ram, want.bounce, want.disk, clock_ns())
+                figures = (want.want, want.got_cum, want.ram, want.bounce, want.disk)
+                manager.demand(session, want.id, *figures, clock_ns(), want.lapsed_cum)
         elif isinstance(message, s.Return):
             for run in self._slowly(message.records):
                 manager.give_back(session, run.id, run.first, run.n, clock_ns())

@@ -111,7 +111,10 @@ class Reg(Message, frozen=True):
 
 
 class Want(Part, frozen=True):
-    """Demand of a path: messages ready now without a permit, permits got so far (modulo 2**32), backlog by kind."""
+    """Demand of a path: messages ready now without a permit, permits got so far (modulo 2**32), backlog by kind.
+
+    `lapsed_cum`: how many of the permits came too late or grew too old (modulo 2**32).
+    """
 
     id: PathId
     want: U32
@@ -119,6 +122,7 @@ class Want(Part, frozen=True):
     ram: U32 = 0
     bounce: U32 = 0
     disk: U32 = 0
+    lapsed_cum: U32 = 0
 
 
 class Demand(Message, frozen=True):

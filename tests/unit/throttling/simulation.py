@@ -96,6 +96,8 @@ class Client:
     clock_offset: int
     delay: tuple[int, int]
     naughty: bool = False
+    #: Its senders hang: nobody comes for its permits.
+    hung: bool = False
     run: int = 0
     link: Link | None = None
     incarnation: int = 0
@@ -355,7 +357,7 @@ class World:
         clock = self.now + client.clock_offset
         soonest: int | None = None
         for path, grip in [*client.old, *client.grips.items()]:
-            while client.ready[path] and (permit := grip.lease.take(clock)):
+            while client.ready[path] and not client.hung and (permit := grip.lease.take(clock)):
                 client.ready[path] -= 1
                 number = grip.numbers[permit.serial]
                 # Between the permit and MAIL FROM some time passes, during which the process may be stopped.
@@ -365,19 +367,21 @@ class World:
                 else:
                     self._send(client, path, permit, number)
             due = grip.lease.next_at(clock)
+            if client.hung:
+                due = grip.lease.lapses_at()
             if due is not None and client.ready[path]:
                 soonest = due if soonest is None else min(soonest, due)
         client.old = [(path, grip) for path, grip in client.old if len(grip.lease)]
         for id, (path, grip) in enumerate(client.grips.items()):
-            want = max(0, client.ready[path] - len(grip.lease))
-            due = grip.demand.due_at(want, grip.lease.got, clock)
+            want = max(0, client.ready[path] - grip.lease.at_hand(clock))
+            due = grip.demand.due_at(want, grip.lease.got, clock, grip.lease.voided)
             if due is not None and due <= clock:
-                grip.demand.sent(want, grip.lease.got, clock)
-                got = grip.lease.got
+                grip.demand.sent(want, grip.lease.got, clock, grip.lease.voided)
+                got, lapsed = grip.lease.got, grip.lease.voided
                 self.up(
                     client,
-                    lambda manager, session, id=id, want=want, got=got: manager.demand(  # type: ignore[misc]
-                        session, id, want, got % 2**32, want, 0, 0, self.now
+                    lambda manager, session, id=id, want=want, got=got, lapsed=lapsed: manager.demand(  # type: ignore[misc]
+                        session, id, want, got % 2**32, want, 0, 0, self.now, lapsed % 2**32
                     ),
                 )
             elif due is not None:

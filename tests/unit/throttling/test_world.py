@@ -207,6 +207,29 @@ def test_a_session_200_ms_away_gets_its_share() -> None:
     assert clients[1].sent >= 0.99 * total / 2
 
 
+@pytest.mark.parametrize(("path", "seconds"), [("fast", 60), ("minute", 900)])
+@pytest.mark.parametrize("fault", ["far", "hung"])
+def test_what_one_cannot_use_the_others_get(path: str, seconds: int, fault: str) -> None:
+    """600 ms away, or with senders that hang: it was half of the limit for ever. And it comes back when it is well."""
+    clients = near(2)
+    ill = clients[1]
+    ill.hung, ill.delay = fault == "hung", ((300 * MS, 301 * MS) if fault == "far" else ill.delay)
+    world = saturated(9, seconds // 3, clients, path)  # until it is known
+    sent = clients[0].sent
+    world.run_for(seconds * SECOND)
+    (limit,) = LIMITS[path]
+    full = limit.amount * seconds / limit.seconds
+    assert clients[0].sent - sent >= 0.95 * full
+    ill.hung, ill.delay = False, (MS // 10, MS)
+    world.run_for(seconds * SECOND)
+    before = [client.sent for client in clients]
+    world.run_for(seconds * SECOND)
+    gained = [client.sent - old for client, old in zip(clients, before, strict=True)]
+    assert min(gained) >= 0.95 * sum(gained) / 2
+    assert sum(gained) >= 0.98 * full
+    world.oracle.finish()
+
+
 def test_a_trickle_beside_a_backlog_does_not_wait() -> None:
     """2 messages/s beside 10**6 waiting: equal weights, the backlog is a cap and no weight."""
     clients = near(2)
