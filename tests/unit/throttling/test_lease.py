@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.throttling.lease import COALESCE, Demand, Lease, Permit
+from proxy.throttling.lease import COALESCE, TELL_LAPSED, Demand, Lease, Permit
 
 MS = 1_000_000
 SLACK_US = 100_000
@@ -189,3 +189,31 @@ def test_frames_stay_few_while_demand_grows() -> None:
             sent.append(now)
     assert all(later - earlier >= COALESCE for earlier, later in pairwise(sent[1:]))
     assert len(sent) <= 30
+
+
+def test_what_the_manager_believes_after_grants_that_crossed() -> None:
+    """It wanted 10 when nothing had come; 4 arrive before the next look, and 6 are believed to be wanted."""
+    one = Demand()
+    one.sent(10, 0, 0)
+    assert one.due_at(6, 4, COALESCE) is None
+    assert one.due_at(8, 4, COALESCE) == COALESCE  # two more messages: a third off
+    assert one.due_at(7, 4, COALESCE) is None
+    one.sent(8, 4, COALESCE)
+    assert one.due_at(4, 8, 2 * COALESCE) is None
+    assert one.due_at(8, 12, 2 * COALESCE) == 2 * COALESCE  # all of it has come, and as much is wanted again
+    one.sent(2, 12, 2 * COALESCE)
+    assert one.due_at(0, 20, 3 * COALESCE) is None  # more than it wanted: nothing is believed to be, not less
+
+
+def test_lapsed_permits_are_told_within_a_second() -> None:
+    one = Demand()
+    assert one.due_at(0, 5, 7, 5) is None  # nothing was ever said: nothing is wanted
+    one.sent(100, 0, 7)
+    assert one.due_at(95, 5, 8, 0) is None
+    assert one.due_at(95, 5, 8, 5) == 7 + TELL_LAPSED
+    assert one.due_at(95, 5, 9 + TELL_LAPSED, 5) == 9 + TELL_LAPSED
+    assert one.due_at(0, 5, 8, 5) == 8  # at once, for another reason
+    one.sent(95, 5, 8, 5)
+    assert one.due_at(95, 5, 9, 5) is None
+    one.reconnected()
+    assert one.due_at(0, 0, 10, 0) is None

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.throttling.flows import Throttle
+from proxy.throttling.flows import Path, Slots, Throttle
+from proxy.throttling.line import Line
 from proxy.throttling.throttle import (
     AHEAD,
     FREE_SLACK,
+    LATENESS,
     MICROSECOND,
     SECOND,
     TICK,
@@ -116,6 +118,38 @@ def test_one_an_hour() -> None:
     assert len(slots) == 3  # an hour after the start, and each hour and two seconds
     assert slots[0] >= START + 3602 * SECOND
     assert all(b - a == 3602 * SECOND for a, b in pairwise(slots))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "smallest", "largest"),
+    [(1, 100, 500), (29, 100, 500), (30, 250, 500), (60, 250, 500), (599, 250, 500), (600, 2000, 2000)],
+)
+def test_slack_by_length_of_window(seconds: int, smallest: int, largest: int) -> None:
+    assert slack_range(seconds) == (smallest * SECOND // 1000, largest * SECOND // 1000)
+    one = throttle(Limit(5, seconds))
+    assert one.slack == smallest * SECOND // 1000
+    one.stretch(9 * SECOND, START, START)
+    assert one.slack == largest * SECOND // 1000
+
+
+def test_connections_have_the_slack_of_the_call_that_takes_them() -> None:
+    """A minute and an hour alike; it does not stretch, and the interval pays for it."""
+    one = Throttle(KEY, counts=True)
+    one.limit_to((Limit(6, 60), Limit(100, 3600)), START, START)
+    assert one.slack == LATENESS
+    assert not one.stretch(SECOND, START, START)
+    assert [window.interval for window in one.windows] == [
+        -(-(60 * SECOND + LATENESS) // 6000) * MICROSECOND,
+        -(-(3600 * SECOND + LATENESS) // 100_000) * MICROSECOND,
+    ]
+
+
+def test_tau_follows_a_burst_that_changes() -> None:
+    one = throttle(Limit(100, 60, 5))
+    for burst in (20, 1, 50):
+        one.limit_to((Limit(100, 60, burst),), START, START)
+        (window,) = one.windows
+        assert (window.tau, window.interval) == ((burst - 1) * window.interval, interval(window.limit, window.slack))
 
 
 @pytest.mark.parametrize(
@@ -292,6 +326,39 @@ def test_slack_grows_within_its_range_and_never_shrinks() -> None:
 
 
 # --- places ---
+
+
+def test_no_cap_is_no_limit_of_places() -> None:
+    one = Throttle(KEY)
+    assert not one.full()
+    for _ in range(100):
+        one.take_place("a")
+    assert not one.full()
+    one.cap = 100
+    assert one.full()
+    one.cap = 101
+    assert not one.full()
+
+
+def test_in_use_while_somebody_waits_or_holds_a_place() -> None:
+    one = Throttle(KEY)
+    assert not one.in_use()
+    one.take_place("a")
+    assert one.in_use()
+    assert one.busy(START)
+    one.free_place("a")
+    assert not one.in_use()
+    one.line = Line(START)
+    assert one.in_use()
+    one.line = None
+    one.slots = Slots(Path((one,)))
+    assert one.in_use()
+    one.slots = None
+    one.limit_to((Limit(1, 60),), START, START)
+    one.take_slot(one.earliest(START))
+    assert not one.in_use()
+    assert one.busy(START)  # in debt
+    assert not one.busy(START + 200 * SECOND)
 
 
 def test_places_by_owner() -> None:
