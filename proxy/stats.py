@@ -7,10 +7,11 @@ do not belong here.
 
 from __future__ import annotations
 
+import heapq
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from proxy.errors import ProxyError, UpstreamError
 from proxy.model import Endpoint
@@ -18,6 +19,10 @@ from proxy.model import Endpoint
 #: A table of named counters never holds more names than this; what comes later is counted under OTHER.
 MAX_NAMES = 64
 OTHER = "other"
+#: Listeners, and sessions, that have a status line of their own every `stats_interval`.
+MOST_LINES = 100
+
+_Item = TypeVar("_Item")
 
 
 class Backlog(NamedTuple):
@@ -155,14 +160,37 @@ class Snapshot:
     active: int
     cached: int
 
-    def lines(self) -> list[str]:
-        """The documented status lines, in their documented order."""
-        lines = [listener_line(endpoint, count) for endpoint, count in self.listeners]
+    def lines(self, most: int | None = None) -> list[str]:
+        """The documented status lines, in their documented order.
+
+        Args:
+            most: of listeners, and of sessions; those with most to show are told, and one line sums the others up.
+                None: all of them.
+        """
+        listeners, others = _first(self.listeners, most, lambda listener: listener[1])
+        lines = [listener_line(endpoint, count) for endpoint, count in listeners]
+        if others:
+            lines.append(f"listeners({len(others)} more): open_connections={sum(count for _, count in others)}")
         if self.manager is not None:
             lines.append(manager_line(self.manager))
-            lines += [session_line(session) for session in self.manager.sessions]
+            sessions, rest = _first(self.manager.sessions, most, lambda session: sum(session.backlog))
+            lines += [session_line(session) for session in sessions]
+            if rest:
+                backlog = Backlog(*(sum(column) for column in zip(*(each.backlog for each in rest), strict=True)))
+                lines.append(f"throttle: sessions({len(rest)} more): {backlog}")
         lines.append(remote_line(self.active, self.cached))
         return lines
+
+
+def _first(
+    items: tuple[_Item, ...], most: int | None, weight: Callable[[_Item], int]
+) -> tuple[list[_Item], list[_Item]]:
+    """The `most` heaviest in their order, and the others."""
+    if most is None or len(items) <= most:
+        return list(items), []
+    heaviest = set(heapq.nlargest(most, range(len(items)), key=lambda index: (weight(items[index]), -index)))
+    chosen = [item for index, item in enumerate(items) if index in heaviest]
+    return chosen, [item for index, item in enumerate(items) if index not in heaviest]
 
 
 class Table(dict[str, int]):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from time import monotonic
 from typing import NamedTuple
@@ -41,7 +41,7 @@ from proxy.server.reception import Reception
 from proxy.server.signals import Signals
 from proxy.services import Gauges, Instances, Newcomers, Services
 from proxy.settings import Settings
-from proxy.stats import Counters, Snapshot
+from proxy.stats import MOST_LINES, Counters, Snapshot
 from proxy.status.http import House, StatusDoor
 from proxy.throttling.manager import Manager
 
@@ -358,12 +358,13 @@ class Server:
         return figures.snapshot(self.services, self._doors)
 
     def _report(self) -> None:
-        log.status(self.snapshot().lines())
+        """SIGUSR1: all status lines, in turns with all else: there may be thousands."""
+        log.status(_in_turns(self.snapshot().lines()))
 
     def _report_forever(self) -> None:
         while True:
             gevent.sleep(self.services.settings.stats_interval)
-            self._report()
+            log.status(self.snapshot().lines(MOST_LINES))
 
     def _watchdog_forever(self) -> None:
         interval = self._notifier.watchdog_interval
@@ -392,6 +393,13 @@ class _Prepared(NamedTuple):
     services: Services
     opened: Opened
     authorities: tls.Contexts
+
+
+def _in_turns(lines: Iterable[str]) -> Iterator[str]:
+    breathe = Breather("report")
+    for line in lines:
+        breathe()
+        yield line
 
 
 def _tell_doubts(loaded: Loaded, breathe: Breathe) -> None:

@@ -7,6 +7,7 @@ import pytest
 from proxy.model import Ending, Endpoint
 from proxy.stats import (
     MAX_NAMES,
+    MOST_LINES,
     OTHER,
     Backlog,
     Counters,
@@ -90,6 +91,27 @@ def test_flow_and_backlog_figures_stand_in_their_places() -> None:
         "throttle: manager(00000001): throttles=2 sessions=2 backlog(ram=11 bounce=22 disk=33) "
         "forward(in=1/16 out=2/16 buf=3) back(in=4/32 out=5/32 buf=6)"
     )
+
+
+def test_many_listeners_and_sessions_are_summed_up_and_nothing_is_lost() -> None:
+    """4,096 listeners wrote 4,097 lines every ten seconds. The busiest keep their lines, in their order."""
+    listeners = tuple((Endpoint("127.0.0.1", 1 + number), number % 7) for number in range(4096))
+    sessions = tuple(SessionFigures(f"s{number}", 1, 0, 0, Backlog(number, 1, 2)) for number in range(300))
+    snapshot = Snapshot(listeners, ManagerFigures("0543b19c", 0, sessions), 1, 2)
+    lines = snapshot.lines(MOST_LINES)
+    assert len(lines) == 2 * MOST_LINES + 4
+    busy = [endpoint for endpoint, count in listeners if count == 6][:MOST_LINES]
+    assert lines[:MOST_LINES] == [listener_line(endpoint, 6) for endpoint in busy]
+    rest = sum(count for _, count in listeners) - 6 * MOST_LINES
+    assert lines[MOST_LINES] == f"listeners(3996 more): open_connections={rest}"
+    assert lines[MOST_LINES + 2].startswith("throttle: session(s200): ")
+    assert lines[-2] == f"throttle: sessions(200 more): backlog(ram={sum(range(200))} bounce=200 disk=400)"
+    assert lines[-1] == remote_line(1, 2)
+    everything = snapshot.lines()
+    assert len(everything) == 4096 + 1 + 300 + 1
+    assert set(lines) - set(everything) == {lines[MOST_LINES], lines[-2]}
+    few = Snapshot(listeners[:MOST_LINES], None, 1, 2)
+    assert few.lines(MOST_LINES) == few.lines()
 
 
 def test_without_a_manager_no_throttle_line() -> None:
