@@ -5,6 +5,7 @@
 #   make check        formatting, lint, types
 #   make bench-quick  a few minutes: a first look at the cost against HAProxy and others
 #   make bench        the full tables of docs/performance.md
+#   make bench-stalls the longest stall of an innocent connection under each attack
 #   make soak         the slow tests: leaks, long fuzzing
 #   make run          the proxy in the foreground; CONFIG=file (default: etc/greenarrow_proxy.conf)
 #   make clean        everything that was made here, the virtual environment too
@@ -18,7 +19,7 @@ PYTEST_ARGS ?=
 # The tests wait for kernels, peers and processes most of the time: several run beside each other on one core.
 WORKERS ?= $(shell echo $$(( 3 * $$(nproc) )))
 
-.PHONY: help demo test check bench bench-quick soak run clean
+.PHONY: help demo test check bench bench-quick bench-stalls soak run clean
 .DEFAULT_GOAL := help
 
 help:
@@ -45,6 +46,9 @@ check: $(READY)
 bench: $(READY)
 	@$(BIN)/python bench/run.py
 	@$(BIN)/python bench/sharing.py
+
+bench-stalls: $(READY)
+	@ulimit -n $$(ulimit -H -n); $(BIN)/python bench/stalls.py
 
 bench-quick: $(READY)
 	@$(BIN)/python bench/run.py --quick

@@ -24,8 +24,8 @@ from tests.tls_records import KeyLog, Records
 
 Address = tuple[str, int]
 Attack = Generator[None, None, None]
-_PONG, _PING, _REG, _OUTCOME = 0x21, 0x20, 0x23, 0x26
-_REFUSED = ("192.0.2.25", 25)  # not in allow_destination
+_PONG, _PING, _REG, _OUTCOME, _LIMIT = 0x21, 0x20, 0x23, 0x26, 0x2A
+_REFUSED = ("10.0.0.25", 25)  # private
 _HERE = "127.0.0.1"
 #: Seconds that an attacker stays, or goes on, so that what it sent has its effect.
 _WATCHED = 3.0
@@ -217,7 +217,7 @@ def _session(
     """A session that answers pings, with so many paths registered and answered."""
     with independent_client.session(doors.native, instance=instance, tls=doors.tls) as peer:
         incarnation = peer.welcome[1]
-        answered = threading.Event()
+        news = threading.Semaphore(0)
         seen: list[int] = []
 
         def listen() -> None:
@@ -226,16 +226,16 @@ def _session(
                     kind, payload = peer.raw()
                     if kind == _PING:
                         _say_frame(peer, _PONG, incarnation, msgspec.msgpack.decode(payload)[1], 0)
-                    elif kind == 0x2A and not answered.is_set():
+                    elif kind == _LIMIT and len(seen) < paths:
                         seen.extend(record[0] for record in msgspec.msgpack.decode(payload)[1])
-                        if len(seen) >= paths:
-                            answered.set()
+                        news.release()
 
         threading.Thread(target=listen, daemon=True).start()
         for at in range(0, paths, 1000):
             batch = range(at, min(at + 1000, paths))
             _say_frame(peer, _REG, incarnation, [_path(number, names(number)) for number in batch])
-        assert answered.wait(60), len(seen)
+            while len(seen) < batch.stop:
+                assert news.acquire(timeout=60), len(seen)
         yield peer, incarnation
 
 

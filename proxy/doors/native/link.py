@@ -197,11 +197,17 @@ class Link:
         Raises:
             ClientGone: as `wait`.
         """
-        ends = monotonic() + seconds
+        over = False
+
+        def end() -> None:
+            nonlocal over
+            over = True
+            self._resume()
+
         timer = get_hub().loop.timer(seconds)
-        timer.start(self._resume)
+        timer.start(end)
         try:
-            while monotonic() < ends:
+            while not over:
                 self.wait()
         finally:
             timer.close()

@@ -7,6 +7,9 @@ import socket
 
 import pytest
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from proxy.config import load
 from proxy.config.values import Kind
@@ -145,6 +148,21 @@ def test_certificate_and_key_that_are_swapped(tmp_path, pair):
         f"F:4: tls_certificate_file: {pair[1]}: there is no certificate (PEM) in it; it has a private key: "
         "are the two files swapped?"
     )
+
+
+@pytest.mark.parametrize(("bits", "warned"), [(2048, False), (3072, True)])
+def test_a_long_rsa_key(tmp_path, bits, warned):
+    key = rsa.generate_private_key(65537, bits)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "proxy.example")])
+    begin, end = datetime.datetime(2020, 1, 1), datetime.datetime(2100, 1, 1)
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, begin, end).sign(key, hashes.SHA256())
+    path = tmp_path / "pem"
+    pem = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    path.write_bytes(key.private_bytes(*pem) + made.public_bytes(serialization.Encoding.PEM))
+    path.chmod(0o600)
+    errors, warnings = look(tmp_path, f"tls_certificate_file {path}\ntls_private_key_file {path}\n")
+    assert not errors
+    assert [f"an RSA key of {bits} bits" in warning for warning in warnings] == [True] * warned
 
 
 def test_certificate_and_key_in_one_file(tmp_path, pair):
