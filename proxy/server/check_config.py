@@ -26,8 +26,10 @@ from proxy.config.rules import listeners
 from proxy.doors.front import ANSWER_WITHIN
 from proxy.model import Breathe, Endpoint, hold_breath
 from proxy.net import tls
+from proxy.policy.modes import Modes
 from proxy.settings import InstanceSettings, Network, Settings
 
+_AN_MX = Endpoint("192.0.2.1", 25)
 #: RFC 5321, section 4.5.3.2.6: a client waits ten minutes for the reply to the final dot.
 SHORTEST_IDLE_TIMEOUT = 600.0
 #: A random secret of 32 characters has more different ones than this; those in the examples do not.
@@ -79,6 +81,7 @@ def doubts(loaded: Loaded, now: datetime | None = None, breathe: Breathe = hold_
         _permissions(settings, origins),
         _secrets(settings, breathe),
         _advice(settings),
+        _dialogues(settings),
         _blocks(settings, breathe),
     ):
         findings += found
@@ -250,6 +253,24 @@ def _advice(settings: Settings) -> Iterator[Finding]:
         yield Finding(False, "source_ip", None, message)
 
 
+def _dialogues(settings: Settings) -> Iterator[Finding]:
+    """Mode smtp: mail that is in clear on its way, and connections that nobody can share."""
+    modes = Modes(settings)
+    if not modes.any_smtp:
+        return
+    names = ["", *(block.name for block in settings.instance if block.mode == "smtp")]
+    doors = (*settings.listen_socks5, *settings.listen_proxy_protocol, *settings.listen_redirect)
+    for door in doors:
+        seen = not ip_address(door.host).is_loopback and any(modes.is_smtp(name, door, _AN_MX) for name in names)
+        if seen and not settings.mode_smtp_starttls:
+            message = f"smtp on {door}: mail that was encrypted from end to end is in clear on the way to the proxy; "
+            yield Finding(
+                False, "mode", None, message + "trust that network, or mode_smtp_starttls yes, or an agent (via)"
+            )
+    if not any(block.ehlo for block in settings.source):
+        yield Finding(False, "mode", None, "smtp, and no source block has an ehlo: no connection will be shared")
+
+
 def _blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
     outer = {name: _Within(getattr(settings, name)) for name in ("allow_from", "source_ip")}
     for block in settings.instance:
@@ -269,7 +290,12 @@ def _blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
             yield Finding(False, "throttle", throttle.name, f"{throttle.name}: no limit is set in it")
         if throttle.wait > ANSWER_WITHIN:
             message = f"{throttle.name}: wait is cut to {ANSWER_WITHIN:.0f} s, within which clients must have an answer"
-            yield Finding(False, "throttle", throttle.name, f"{message}; only an OPEN's own deadline may be longer")
+            yield Finding(
+                False,
+                "throttle",
+                throttle.name,
+                f"{message}; only an OPEN's own deadline, and a message's in mode smtp, may be longer",
+            )
 
 
 def _looks_like_a_border(block: InstanceSettings, settings: Settings) -> bool:

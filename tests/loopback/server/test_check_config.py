@@ -299,3 +299,24 @@ def test_it_changes_nothing(tmp_path):
     look(tmp_path, "listen 127.0.0.2:0\n")
     assert set(os.listdir("/proc/self/fd")) == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["f.conf"]
+
+
+def test_mode_smtp_over_a_network_that_can_be_listened_to(tmp_path):
+    shared = "source a {\n ip 192.0.2.1\n ehlo a.example\n}\n"
+    door = "listen_proxy_protocol 0.0.0.0:0\n"
+    text = "mode: smtp on 0.0.0.0:0: mail that was encrypted from end to end is in clear"
+
+    def warned(more):
+        return [line for line in look(tmp_path, more + shared)[1] if text in line]
+
+    assert len(warned("mode smtp\n" + door)) == 1
+    assert len(warned("instance a {\n mode smtp\n}\n" + door)) == 1
+    assert len(warned("listener 0.0.0.0:0 {\n mode smtp\n}\n" + door)) == 1
+    assert warned("mode smtp\nmode_smtp_starttls yes\n" + door) == []
+    assert warned("mode smtp\n") == [], "loopback"
+    assert warned("listener 127.0.0.1:0 {\n mode smtp\n}\n" + door) == [], "the other door"
+
+
+def test_mode_smtp_that_shares_nothing(tmp_path):
+    assert any("no connection will be shared" in line for line in look(tmp_path, "mode smtp\n")[1])
+    assert look(tmp_path, "mode smtp\nsource a {\n ip 192.0.2.1\n ehlo a.example\n}\n")[1] == []
