@@ -155,6 +155,8 @@ class Channel:
         ending = self._idleness.over(self._link.moved, half_closed, settings, now, busy=self._opening)
         if ending is not None:
             self.cut(ending)
+        elif self._link.blocked or (self._transfer is not None and self._transfer.blocked):
+            self._link.wake()  # refused for want of memory with nothing in flight: no edge would tell of more room
 
     def cut(self, ending: Ending) -> None:
         """End the session in progress, and the channel; must not wait."""

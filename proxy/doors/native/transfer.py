@@ -74,6 +74,11 @@ class Transfer:
         self._said: m.End | m.Eof | None = None  # what comes behind bytes that are held back
         self._write_error: OSError | None = None
 
+    @property
+    def blocked(self) -> bool:
+        """Whether bytes wait until the receiver takes them."""
+        return self._blocked
+
     def carry(self) -> None:
         """Move bytes both ways until END.
 

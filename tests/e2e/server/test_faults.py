@@ -152,6 +152,17 @@ def test_bytes_refused_for_want_of_memory_are_tried_again(
         assert len(exactly(sock, size)) == size
 
 
+def test_the_same_on_a_channel(engine: dict[str, str], faults: Faults, receiver: Raw) -> None:
+    with Proxy("idle_timeout 4s\n", environ=engine | faults.environ) as proxy, mta.channel(proxy.native) as peer:
+        peer.opened(receiver.endpoint)
+        peer.data(b"?")
+        assert peer.hear_until(b"?") == b"?"
+        with faults.failing("send", errno.EAGAIN):
+            peer.data(b"more\n")
+            faults.wait_hit()
+        assert peer.hear_until(b"\n") == b"more\n"
+
+
 # -- urgent data
 
 URGENT = [
