@@ -36,6 +36,7 @@ demo: $(READY)
 
 test: $(READY)
 	@tests/fetch_smtp_sink.sh
+	@tests/fetch_node_peers.sh
 	@$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadscope $(PYTEST_ARGS)
 
 check: $(READY)
@@ -55,6 +56,7 @@ bench-quick: $(READY)
 
 soak: $(READY)
 	@tests/fetch_smtp_sink.sh
+	@tests/fetch_node_peers.sh
 	@$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
 
 run: $(READY)

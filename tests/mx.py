@@ -324,7 +324,7 @@ class Session:
 
 
 class Mx:
-    """The server, on port 0 of `host`; a context manager that ends every session and thread on leaving.
+    """The server; a context manager that ends every session and thread on leaving.
 
     Args:
         script: see the head of this file.
@@ -335,7 +335,7 @@ class Mx:
         certificate: see `server_context`.
         extensions: what EHLO offers beside STARTTLS, e.g. "LIMITS MAILMAX=2".
         idle_timeout: seconds until an idle session is told 421 and closed; None: never.
-        backlog: of the listener.
+        backlog: of the listener. port: 0: any.
 
     Attributes:
         sessions: of all connections so far, in order.
@@ -354,6 +354,7 @@ class Mx:
         extensions: tuple[str, ...] = EXTENSIONS,
         idle_timeout: float | None = None,
         backlog: int = 128,
+        port: int = 0,
     ) -> None:
         self.script = script or {}
         self.starttls = starttls
@@ -368,7 +369,7 @@ class Mx:
         self.handshakes = 0
         self._threads: list[threading.Thread] = []
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._listener = socket.create_server((host, 0), family=family, backlog=backlog)
+        self._listener = socket.create_server((host, port), family=family, backlog=backlog)
         self.endpoint: tuple[str, int] = self._listener.getsockname()[:2]
         self.host, self.port = self.endpoint
 

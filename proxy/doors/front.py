@@ -15,7 +15,7 @@ from select import EPOLLERR, EPOLLHUP, EPOLLRDHUP
 from time import monotonic
 from typing import Any
 
-from gevent import get_hub, getcurrent
+from gevent import get_hub, getcurrent, sleep
 
 from proxy.doors.failures import wrong_secret
 from proxy.doors.smtp import visit as smtp
@@ -65,6 +65,10 @@ ANSWER_WITHIN = 50.0
 _HALF_CLOSED = 1.0
 _RESET = EPOLLERR | EPOLLHUP
 _READ_SIZE = 4096
+#: Seconds between a SOCKS reply and a greeting that is at hand, since its connection was parked. A receiver's own takes
+#: a round trip, and there are libraries (socks of npm, as Nodemailer uses it) that lose what they read in one go with
+#: the reply.
+_GREETING_AFTER = 0.02
 _YES = Accepted()
 
 
@@ -438,6 +442,8 @@ class Visit:
         try:
             answer = handshake.send(Accepted(line.local) if handshake.tells_local else _YES)
             self._write(answer)
+            if answer and line.greeting is not None:
+                sleep(_GREETING_AFTER)
         except BaseException:
             egress.drop(line, False)
             raise

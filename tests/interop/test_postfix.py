@@ -13,6 +13,7 @@ import pytest
 
 from tests import clients, peers
 from tests.interop.test_haproxy import SOURCE, haproxy
+from tests.mx import Mx
 from tests.peers import MESSAGE, Daemon
 from tests.program import Proxy
 from tests.sinks import Sink, closed_port
@@ -137,6 +138,41 @@ def test_to_every_mx(tmp_path):
 def test_to_every_mx_without_haproxy():
     """postfix.nft and listen_redirect: the same, on IPv6 too, from the address that Postfix is bound to."""
     peers.in_network_namespace(to_every_mx_by_redirection)
+
+
+def test_mode_smtp():
+    """Five messages of a Postfix that was told nothing: one connection, one handshake, under limits."""
+    peers.in_network_namespace(mode_smtp)
+
+
+def mode_smtp():
+    network()
+    text = """\
+mode smtp
+source mail1 {
+    ip 192.0.2.1
+    ehlo mta.example
+}
+throttle one {
+    max_concurrent_connections 1
+    wait 60s
+}
+listen_redirect 127.0.0.1:2525
+allow_from 127.0.0.0/8, 192.0.2.0/24
+source_ip 192.0.2.1
+allow_destination 198.51.100.0/24
+"""
+    with (
+        Mx(host="198.51.100.7", port=25, starttls=True) as mx,
+        Proxy(text),
+        running(more="smtp_bind_address = 192.0.2.1\n") as (hand_in, log),
+    ):
+        for _ in range(5):
+            hand_in("to@[198.51.100.7]")
+        wait_for(lambda: log.exists() and log.read_text().count("status=sent") == 5, 60.0, "five are sent")
+        assert [content(message) == MESSAGE for message in mx.messages] == [True] * 5
+        assert all(message.encrypted and message.peer[0] == "192.0.2.1" for message in mx.messages)
+        assert mx.handshakes == mx.connects == 1
 
 
 def network():

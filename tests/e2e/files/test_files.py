@@ -22,7 +22,7 @@ from tests.sinks import Sink
 
 ROOT = Path(__file__).resolve().parents[3]
 INIT = ROOT / "etc" / "greenarrow_proxy.init"
-SHELL_SCRIPTS = ["etc/greenarrow_proxy.init", "tests/fetch_smtp_sink.sh", ".ci/run"]
+SHELL_SCRIPTS = ["etc/greenarrow_proxy.init", "tests/fetch_smtp_sink.sh", "tests/fetch_node_peers.sh", ".ci/run"]
 
 
 def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
