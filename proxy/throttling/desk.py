@@ -139,8 +139,9 @@ class Desk:
     # --- steps ---
 
     def _receive(self, clerk: Clerk, now: int) -> None:
-        flow, runs = clerk.flow, clerk.runs
-        clerk.runs, flow.open = [], None
+        flow, runs = clerk.flow, list(clerk.runs)
+        clerk.runs.clear()
+        flow.open = None
         slack = flow.path.slack
         for run in runs:
             for slot in range(run.first, run.first + run.n * max(run.step, 1), max(run.step, 1)):

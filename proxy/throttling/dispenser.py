@@ -13,6 +13,7 @@ Pure: the runs that a receiver gets pile up in its `runs`. Sessions, their pings
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import deque
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
 
@@ -520,7 +521,7 @@ class Dispenser:
                     flow = run.flow
                     flow.granted -= run.n
                     flow.want += run.n
-            receiver.runs = [run for run in receiver.runs if run.flow not in these]
+            receiver.runs = deque([run for run in receiver.runs if run.flow not in these])
 
 
 def _waits(flow: Flow, throttle: Throttle, now: int) -> bool:

@@ -7,6 +7,7 @@ file. Only data and what follows from it at once; who is served is decided elsew
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
 from proxy.throttling.limits import Backoff, BackoffRule, Effective, Part, reconcile
@@ -74,7 +75,7 @@ class Receiver:
     def __init__(self, name: str, weight: float) -> None:
         self.name = name
         self.weigh(weight)
-        self.runs: list[Run] = []
+        self.runs: deque[Run] = deque()  # one for life: a list of 100,000 made anew is looked at by each collection
         self.parked: dict[Flow, None] = {}
         self.limits: dict[Flow, None] = {}
 

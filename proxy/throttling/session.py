@@ -236,21 +236,19 @@ class Session(Receiver):
     def _take_runs(self, most: int, owes: Callable[[Flow], bool]) -> list[Run]:
         """The runs that may leave now: none before the limits of its path, which say how long it is usable."""
         runs, later = self.runs, self.limits
-        for run in runs[:_LOOKED_AT]:
+        for run in islice(runs, _LOOKED_AT):
             if owes(run.flow):
                 later[run.flow] = None  # now, and not when it is its turn
-        if not later and len(runs) <= most:
-            self.runs = []
-            return runs
         ready: list[Run] = []
+        if not later and len(runs) <= most:
+            ready += runs
+            runs.clear()
+            return ready
         held: list[Run] = []
-        seen = 0
-        for run in runs:
-            if len(ready) == most or seen == _LOOKED_AT:
-                break
-            seen += 1
+        while runs and len(ready) < most and len(ready) + len(held) < _LOOKED_AT:
+            run = runs.popleft()
             (held if run.flow in later else ready).append(run)
-        self.runs = held + runs[seen:]
+        runs.extendleft(reversed(held))
         return ready
 
     def _limit(self, flow: Flow, now: int) -> LimitRecord:
