@@ -47,7 +47,8 @@ from proxy.model import (
 )
 from proxy.net import redirect
 from proxy.net.alarm import Alarm
-from proxy.net.conversation import farewell, has_gone, watch_over
+from proxy.net.conversation import farewell, watch_over
+from proxy.net.peer import has_gone
 from proxy.net.relay import GONE, UNSURE, RawSocket
 from proxy.net.tls import PlainStream
 from proxy.protocols.proxy_protocol import ProxyProtocol

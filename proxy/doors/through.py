@@ -14,7 +14,8 @@ from gevent import getcurrent
 
 from proxy.egress.via import Channel, Via
 from proxy.model import Ending, Route
-from proxy.net.conversation import has_gone, send_all
+from proxy.net.conversation import send_all
+from proxy.net.peer import has_gone
 from proxy.net.pump import Pump
 from proxy.net.relay import GONE, RawSocket
 from proxy.net.tls import PlainStream

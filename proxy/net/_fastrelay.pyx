@@ -23,6 +23,7 @@ from gevent import get_hub, getcurrent
 
 from proxy.net.alarm import Alarms
 from proxy.model import Ending
+from proxy.net.peer import has_gone
 
 cdef extern from *:
     """
@@ -408,7 +409,7 @@ cdef class Engine:
         self._push_on(&pair.down)
         if pair.dead:
             return
-        half_closed = pair.up.done or pair.down.done
+        half_closed = self._closed(&pair.up) or self._closed(&pair.down)
         moved = _delivered(&pair.up) + _delivered(&pair.down) + half_closed
         if pair.moved_before < 0:
             relay_keep_alive(pair.down.source, pair.idle_timeout)
@@ -424,6 +425,10 @@ cdef class Engine:
                 self._give_pipe(&pair.up)
             if not pair.down.in_pipe:
                 self._give_pipe(&pair.down)
+
+    cdef bint _closed(self, Half *half):
+        """Whether the source has said FIN; it may stand unread behind bytes that the target does not take."""
+        return half.done or ((half.pending != NULL or half.in_pipe) and has_gone(half.source))
 
     cdef void _push_on(self, Half *half) noexcept nogil:
         if not half.pair.dead and (half.pending != NULL or half.in_pipe) and not relay_in_flight(half.peer.source):

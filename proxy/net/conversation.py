@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 from _socket import SHUT_WR
 from time import monotonic
 
@@ -100,13 +99,6 @@ def send_all(engine: Engine, stream: Stream | FramedStream, data: bytes) -> None
         except BlockingIOError:
             pass
         engine.wait(stream.socket.fileno())
-
-
-def has_gone(sock: RawSocket) -> bool:
-    """Whether the peer has closed, at least its sending side; what it sent before may still be unread."""
-    poll = select.poll()
-    poll.register(sock, select.POLLRDHUP)
-    return bool(poll.poll(0))
 
 
 def farewell(engine: Engine, stream: Stream, data: bytes) -> None:

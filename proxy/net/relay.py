@@ -58,6 +58,7 @@ from gevent import get_hub, getcurrent
 
 from proxy.model import Ending
 from proxy.net.alarm import Alarms
+from proxy.net.peer import has_gone
 
 __all__ = [
     "GONE",
@@ -153,6 +154,11 @@ class Half:
         """Bytes that the kernel has taken for the target."""
         return self.moved - self.in_pipe - len(self.pending or b"")
 
+    @property
+    def closed(self) -> bool:
+        """Whether the source has said FIN; it may stand unread behind bytes that the target does not take."""
+        return self.done or ((self.pending is not None or self.in_pipe > 0) and has_gone(self.source))
+
 
 _NO_HALF = Half.__new__(Half)  # in the place of those of a pair that has ended
 
@@ -160,7 +166,7 @@ _NO_HALF = Half.__new__(Half)  # in the place of those of a pair that has ended
 class Pair:
     """A client's socket and an upstream socket that are joined until both directions are done."""
 
-    __slots__ = ("_idle_since", "_moved_before", "down", "first_done", "idle_timeout", "owner", "up")
+    __slots__ = ("_idle_since", "_moved_before", "down", "first_done", "half_closed", "idle_timeout", "owner", "up")
 
     def __init__(self, client: RawSocket, upstream: RawSocket, owner: Owner, idle_timeout: float) -> None:
         self.owner = owner
@@ -170,16 +176,13 @@ class Pair:
         self.up.peer = self.down
         self.down.peer = self.up
         self.first_done: Half | None = None
+        self.half_closed = False  # one side has closed, and the other has not, when it was last looked at
         self._moved_before = -1
         self._idle_since = 0.0
 
-    @property
-    def half_closed(self) -> bool:
-        """Whether one side has closed, and the other has not."""
-        return self.up.done or self.down.done
-
     def idle_for(self, now: float) -> float:
         """Seconds (at the sweep's granularity) since a byte was delivered, or a side closed; called by the sweep."""
+        self.half_closed = self.up.closed or self.down.closed
         moved = self.up.delivered + self.down.delivered + self.half_closed
         if self._moved_before < 0:  # most are gone before a sweep sees them, and never need this
             keep_alive(self.down.source, self.idle_timeout)

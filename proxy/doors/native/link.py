@@ -17,7 +17,8 @@ from gevent import get_hub, getcurrent
 from proxy.doors.native.entrance import Guest
 from proxy.errors import PeerError, ProxyError
 from proxy.model import Ending
-from proxy.net.conversation import farewell, has_gone, rest_for
+from proxy.net.conversation import farewell, rest_for
+from proxy.net.peer import has_gone
 from proxy.net.relay import GONE, UNSURE, Engine
 from proxy.net.turns import TurnOver
 from proxy.policy.turns import READ

@@ -19,7 +19,7 @@ from proxy.doors.native.link import ClientGone, Link
 from proxy.egress.receiver import Receiver
 from proxy.errors import PeerError
 from proxy.model import Discard, Ending
-from proxy.net.conversation import has_gone
+from proxy.net.peer import has_gone
 from proxy.net.relay import GONE, UNSURE
 from proxy.net.turns import TurnOver
 from proxy.policy.turns import FRAME, READ

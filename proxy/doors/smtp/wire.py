@@ -14,7 +14,7 @@ from gevent import get_hub, getcurrent
 
 from proxy.doors.smtp.egress import LineStream
 from proxy.errors import PeerError
-from proxy.net.conversation import has_gone
+from proxy.net.peer import has_gone
 from proxy.net.relay import GONE, UNSURE, Engine
 from proxy.net.turns import TurnOver
 from proxy.policy.turns import READ, Turn

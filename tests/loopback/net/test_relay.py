@@ -25,6 +25,7 @@ from greenlet import greenlet
 
 from proxy.model import Ending
 from proxy.net import relay
+from proxy.net.peer import has_gone
 from proxy.net.relay import RawSocket
 from tests.loopback.net.relays import (
     ENGINES,
@@ -421,6 +422,37 @@ def test_what_one_side_has_closed_ends_sooner(engine: relay.Engine, side: str) -
     assert not whole.owner.told
     list(engine.sweep(200))
     assert whole.owner.ending()[0] == Ending.IDLE_TIMEOUT
+
+
+def stays_unread(fd: int) -> bool:
+    """Whether bytes wait there that the relay does not read, however often it has its turn."""
+    for _ in range(50):
+        gevent.sleep(0.001)
+        if not unread(fd):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("splicing", [False, True])
+def test_a_close_behind_bytes_that_nobody_takes_is_seen(engine: relay.Engine, splicing: bool) -> None:
+    """Nothing is read any more, the FIN neither; without a close it is the idle timeout's business."""
+    engine.half_close_timeout = 10
+    if not splicing:
+        engine.max_pipes = 0
+    pair, whole = Relayed(engine, idle_timeout=100), Relayed(engine, idle_timeout=100)
+    for each in (pair, whole):
+        while not stays_unread(each.fds[0]):  # more, and the FIN would stay on the client's own side
+            each.client.send(bytes(65536))
+    list(engine.sweep(100))
+    list(engine.sweep(150))
+    pair.client.shutdown(socket.SHUT_WR)
+    until(lambda: has_gone(pair.fds[0]))
+    list(engine.sweep(151))
+    list(engine.sweep(160.9))
+    assert not pair.owner.told
+    list(engine.sweep(161))
+    assert pair.owner.ending()[0] == Ending.HALF_CLOSE_TIMEOUT
+    assert not whole.owner.told
 
 
 def test_an_idle_timeout_that_is_shorter_still_holds(engine: relay.Engine) -> None:
