@@ -1,6 +1,6 @@
 """A demonstration on one machine, and a check: several MTAs share one proxy, and each leaves from its own address.
 
-Everything runs on loopback addresses: an MX on 127.0.0.2, the proxy on 127.0.0.3 to .5, sources 127.0.0.11 to .14.
+Everything runs on loopback addresses: an MX on 127.0.0.2, the proxy on 127.0.0.3 to .5, sources 127.0.0.11 to .15.
 The MX records who connected and what arrived; at the end both are compared with what was sent, byte by byte.
 Exit code 0 only if all of it is right. Started by `make demo`.
 """
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import socks
 
+from demo import mixed
 from demo.program import CONFIGURATION, ROOT, SECRET, Address, Failure, Proxy, say
 from demo.queues import NAMES, check_queues
 from demo.receiver import MX_ADDRESS, Mailbox, mail_exchanger
@@ -122,7 +123,7 @@ def demonstrate(program: list[str]) -> list[str]:
     mailbox = Mailbox()
     with mail_exchanger(mailbox) as mx_port, tempfile.TemporaryDirectory() as directory:
         say(f"MX listens on {MX_ADDRESS}:{mx_port}. Starting the proxy ...")
-        configuration = CONFIGURATION.format(secret=SECRET, port=mx_port, mx=MX_ADDRESS)
+        configuration = CONFIGURATION.format(secret=SECRET, port=mx_port, mx=MX_ADDRESS) + mixed.CONFIGURATION
         proxy = Proxy(program, configuration, Path(directory))
         try:
             doors = {protocol: proxy.address(protocol) for protocol in ("socks5", "proxy_protocol", "native")}
@@ -136,6 +137,8 @@ def demonstrate(program: list[str]) -> list[str]:
             wrong = check_refusal(doors["socks5"])
             say("\nThree MTAs (etc/clients/queue_sender.py) drain their queues from one address, within common limits:")
             wrong += check_queues(proxy, mailbox, mx_port, Path(directory))
+            say("\nA KumoMTA, by its bytes (mode smtp), and a Python MTA (native protocol) send in turns:")
+            wrong += mixed.check_mixed(proxy, mailbox, mx_port)
         finally:
             code = proxy.stop()
     wrong += check(senders, mailbox)
@@ -179,7 +182,7 @@ def main() -> int:
         say("\nFAILED\n  " + "\n  ".join(wrong))
         return 1
     spent = time.monotonic() - began
-    say(f"\nAll right: four source addresses, every byte as sent, one limit kept by three; {spent:.1f} s.")
+    say(f"\nAll right: five source addresses, every byte as sent, one limit kept by three; {spent:.1f} s.")
     return 0
 
 

@@ -20,7 +20,7 @@ listen_proxy_protocol 127.0.0.4:0
 listen 127.0.0.5:0
 allow_from 127.0.0.0/8
 auth_shared_secret "{secret}"
-source_ip 127.0.0.11, 127.0.0.12, 127.0.0.13, 127.0.0.14
+source_ip 127.0.0.11, 127.0.0.12, 127.0.0.13, 127.0.0.14, 127.0.0.15
 default_source_ip 127.0.0.13
 destination_port {port}
 allow_destination {mx}
@@ -63,14 +63,14 @@ class Proxy:
                 self.lines.append(line.rstrip("\n"))
                 self._changed.notify_all()
 
-    def wait_for(self, pattern: str) -> re.Match[str]:
-        """The first log line that matches; waits for it."""
+    def wait_for(self, pattern: str, count: int = 1) -> re.Match[str]:
+        """The first log line that matches, or the `count`th; waits for it."""
         deadline = time.monotonic() + PATIENCE
         with self._changed:
             while True:
-                for line in self.lines:
-                    if match := re.search(pattern, line):
-                        return match
+                found = [match for line in self.lines if (match := re.search(pattern, line))]
+                if len(found) >= count:
+                    return found[count - 1]
                 left = deadline - time.monotonic()
                 if left <= 0 or self._process.poll() is not None:
                     log = "\n".join(self.lines) or "(nothing)"

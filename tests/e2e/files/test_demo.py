@@ -33,6 +33,11 @@ def test_the_demonstration_works() -> None:
     assert re.search(r"^  connection A: one TLS handshake, \d+ messages: server-\w -> server-", done.stdout, re.M)
     assert "for all together: 2 at a time, by the MX's own count" in done.stdout
     assert re.search(r"600 a minute for all together: 24 messages in", done.stdout)
+    rows = re.findall(
+        r"^  mixed\d@(server-[gh])\.example +(\w+) +left from 127\.0\.0\.15:\d+, TLS: yes$", done.stdout, re.M
+    )
+    assert rows == [("server-g", "socks5"), ("server-h", "native")] * 2
+    assert "all over one connection and one TLS handshake" in done.stdout
     assert "All right" in done.stdout
 
 
