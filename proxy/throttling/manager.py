@@ -158,6 +158,18 @@ class Manager:
         registry.announce(flow)
         self._settle(now)
 
+    def unregister(self, session: Session, id: int, now: int) -> None:
+        """`id` names nothing any more: no grants, and no part in the limits."""
+        flow = session.flows.get(id)
+        if flow is None or session.end is not None:
+            return
+        session.backlog(id, 0, 0, 0)
+        del session.flows[id]
+        session.lapses.pop(id, None)
+        session.named -= len(flow.path.throttles)
+        self._registry.leave(flow, now, None)
+        self._settle(now)
+
     def demand(
         self,
         session: Session,

@@ -24,7 +24,7 @@ from proxy.doors.native.link import ClientGone, Link
 from proxy.doors.native.open import Attempts, Opener, Taken
 from proxy.doors.native.transfer import Transfer
 from proxy.egress.receiver import Receiver
-from proxy.errors import Draining, PeerError, ProxyError, UpstreamError
+from proxy.errors import Draining, PeerError, ProxyError, Refused, UpstreamError
 from proxy.log import lines as log
 from proxy.model import Discard, Ending, Endpoint
 from proxy.policy.idleness import Idleness
@@ -352,6 +352,14 @@ class Channel:
             return transfer.broken, True
         return Ending.UPSTREAM_CLOSED if transfer.receiver_done else Ending.CLIENT_CLOSED, not delivered
 
+    def _is_welcome(self, services: Services) -> bool:
+        """Whether a reload has left the instance its place, and its source."""
+        try:
+            check_still_welcome(services.access, self._peer, self._guest.client.host)
+        except Refused:
+            return False
+        return True
+
     def _why_not_kept(self, session: _Session, end: m.End) -> Discard | None:
         """Only what the tracker has found clean is kept, and only when the client says so."""
         services, taken = self._current(), session.taken
@@ -360,7 +368,7 @@ class Channel:
         reason = session.transfer.unclean()
         if reason is not None:
             return reason
-        if not services.settings.reuse_connections:
+        if not services.settings.reuse_connections or not self._is_welcome(services):
             return Discard.DISABLED
         if self._link.goes_at is not None:
             return Discard.DRAINING

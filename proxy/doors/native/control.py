@@ -71,6 +71,7 @@ class Control(Client):
         self._congested = False
         self._leaving = False
         self._doom: ProxyError | SessionOver | None = None
+        self._recheck = False  # after a reload
         self._key_id = b""
         self._holds_name = False
         self._greenlet: Any = None
@@ -160,6 +161,10 @@ class Control(Client):
         self._turn.begin(monotonic())
         while True:
             self._flush()
+            if self._recheck:
+                self._recheck = False
+                self._acts.recheck_sources()
+                self._admission.settle()
             self._speak(_MANY)  # what did not fit before
             self._take_frames()
             if self._incoming and len(self._outgoing) < QUEUE:
@@ -269,6 +274,8 @@ class Control(Client):
             self._admission.manager.weigh(self._session, services.access.weight_of(self.instance))
             if announcement := self._certificates(services):
                 self._queue([announcement])
+            self._recheck = True
+            self._wake()
 
     def figures(self) -> SessionFigures | None:
         """For the status lines; None before the session has begun."""

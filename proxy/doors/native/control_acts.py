@@ -103,6 +103,28 @@ class Acts:
         if refused:
             self._queue(control_frames.refusals(refused, self._current().incarnation))
 
+    def recheck_sources(self) -> None:
+        """After a reload: paths of a source address that the instance may not use any more are unbound, and it is told.
+        Else they would go on having their part of all slots, for connections that are refused."""
+        verdicts: dict[str, str] = {}
+        refused: dict[int, str] = {}
+        for id, flow in self._slowly(list(self._session.flows.items())):
+            source = flow.path.throttles[0].key.source
+            if source not in verdicts:
+                verdicts[source] = self._why_not(source)
+            if verdicts[source]:
+                self._manager.unregister(self._session, id, clock_ns())
+                refused[id] = verdicts[source]
+        if refused:
+            self._queue(control_frames.refusals(refused, self._current().incarnation))
+
+    def _why_not(self, source: str) -> str:
+        try:
+            self._current().access.check_source(self._instance, source)
+        except Refused as error:
+            return str(error)
+        return ""
+
     def _cached(self, source_ip: str | None) -> s.Cached:
         """Idle connections that the instance could take over now."""
         services = self._current()
@@ -111,9 +133,7 @@ class Acts:
             key = listed.key
             if key.tenant or (source_ip is not None and key.source != source_ip):
                 continue
-            try:
-                services.access.check_source(self._instance, key.source)
-            except Refused:
+            if self._why_not(key.source):
                 continue
             address = m.Address(*key.destination)
             entries.append(s.CachedEntry(key.source, address, key.ehlo_name, key.tls, listed.cached))

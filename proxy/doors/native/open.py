@@ -111,19 +111,24 @@ class Opener:
             flows = manager.flows(session, request.throttles)
         except KeyError as error:
             raise UnknownPath(f"path {error.args[0]} is not registered") from None
+        leaves_from = self._source_for(request.destinations[0].endpoint)
         for flow in flows:
             source = flow.path.throttles[0].key.source
-            if source != request.source_ip:
-                raise UnknownPath(f"path {flow.id} is for source {source}")
+            if source != leaves_from:
+                raise UnknownPath(f"path {flow.id} is for source {source}, and this OPEN leaves from {leaves_from}")
         return flows
+
+    def _source_for(self, destination: Endpoint) -> str:
+        """The address to leave from: what the OPEN says, else the default."""
+        services, wanted = self._services, self._request.source_ip
+        client = self._guest.stream.socket
+        return upstream.source_for(services.access, self._peer.instance, client, wanted, destination)
 
     def _one(self, destination: Endpoint, left: int) -> Taken:
         """One destination, of which `left` are still to be tried, this one included."""
         services, request, instance = self._services, self._request, self._peer.instance
-        client = self._guest.stream.socket
         self._source = request.source_ip or ""
-        source = upstream.source_for(services.access, instance, client, request.source_ip, destination)
-        self._source = source
+        source = self._source = self._source_for(destination)
         if request.source_ip is None:
             services.access.check_route(instance, source, destination)
         wish = Wish(request.ehlo_name, request.tls, self._server_name, request.tls_verify)

@@ -241,6 +241,10 @@ class List(Message, frozen=True):
     incarnation: Incarnation
     source_ip: Annotated[str, Meta(max_length=45)] | None = None
 
+    def __post_init__(self) -> None:
+        if self.source_ip is not None:
+            msgspec.structs.force_setattr(self, "source_ip", canonical_host(self.source_ip))
+
 
 class CachedEntry(Part, frozen=True):
     """`count` cached connections that are alike."""

@@ -13,6 +13,7 @@ import urllib.request
 import pytest
 
 from greenarrow_proxy_client import Limits, ProxyRefused, Session
+from proxy.protocols.native import messages as m
 from tests.mx import Mx
 from tests.program import ROOT, SECRET, Proxy
 from tests.waiting import wait_for
@@ -288,3 +289,24 @@ def test_a_signal_for_the_status_changes_nothing(proxy):
         assert "sessions=1" in manager
         assert re.search(r"session\(a\).*forward\(in=0/16 out=0/16 buf=0\) back\(in=0/16 out=0/16 buf=0\)", session)
         proxy.signal(signal.SIGUSR1)
+
+
+def test_an_open_without_a_source_takes_the_path_of_the_default_one():
+    text = f"listen_tls no\ndefault_source_ip {SOURCE}\n"
+    with Proxy(text) as proxy, Mx() as mx, Session(proxy.native, SECRET, "a", tls=False) as session:
+        throttle = session.throttle(SOURCE, Limits("one", max_connections=1))
+        throttle.wait_until_registered(10)
+        request = m.Open(None, [m.Address(*mx.endpoint)], "a.example", throttles=[throttle.id])
+        channel, opened = session._open(request)
+        assert opened.local.host == SOURCE
+        channel.end(False, 0)
+        channel.retire()
+
+
+def test_what_an_instance_that_was_removed_had_is_not_kept():
+    secret = "of its own: " + SECRET[::-1]
+    block = f'listen_tls no\ninstance gone {{\n    auth_shared_secret "{secret}"\n}}\n'
+    with Proxy(block) as proxy, Mx() as mx, Session(proxy.native, secret, "gone", tls=False) as session:
+        smtp = session.smtp([mx.endpoint], "a.example", source_ip=SOURCE)
+        proxy.hup("listen_tls no\n")
+        assert smtp.release(wait=True) == "disabled"

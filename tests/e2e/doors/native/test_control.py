@@ -322,3 +322,32 @@ def test_bye_is_answered_by_closing(proxy):
         assert a.closed()
     proxy.wait_line(r"session is over.*instance=leaves.*reason=bye")
     wait_for(lambda: not any("session(leaves)" in line for line in proxy.status()))
+
+
+def test_a_source_that_a_reload_takes_away_takes_its_paths_along():
+    """Else they would have half of all slots, for connections that are refused; the other one gets everything now."""
+    both = "source_ip 127.0.0.0/8\n"
+    with Proxy(PLAIN + both) as proxy, instance(proxy, "a") as a, instance(proxy, "b") as b:
+        for peer in (a, b):
+            peer.ping()
+            peer.register((1, "r", (10, 1, 1)))
+            assert peer.limit()[1]
+        proxy.hup(PLAIN + "source_ip 127.0.0.0/8\ninstance a {\n    source_ip 127.0.0.6\n}\n")
+        id, throttles, *_, warning = a.limit()
+        assert (id, throttles) == (1, [])
+        assert f"source {SOURCE} is not in source_ip" in warning
+        a.want(1, 1000)
+        b.want(1, 5)
+        granted = 0
+        while granted < 5:
+            granted += sum(record[1] for record in b.next(GRANT)[1][3])
+        assert not [kind for kind, _ in a.heard if kind == GRANT]
+        # It can be bound again, to an address that is left.
+        a.tell(REG, [[1, "127.0.0.6", [["r", [[10, 1, 1]]]]]])
+        assert a.limit()[1]
+
+
+def test_list_names_an_address_or_nothing(proxy):
+    with instance(proxy) as a:
+        a.tell(LIST, "x")
+        assert error_of(a) == "bad_protocol"
