@@ -17,11 +17,11 @@ from proxy.stats import Counters
 
 #: Held back so that a reload, a status request and the log work when connections have used up all others.
 _RESERVED_DESCRIPTORS = 16
-#: Young objects before a collection, and collections of each kind before one of the next: at most 35,000 are new to a
+#: Young objects before a collection, and collections of each kind before one of the next: at most 21,000 are new to a
 #: full one.
-_THRESHOLDS = (700, 10, 4)
+_THRESHOLDS = (700, 10, 2)
 #: Objects that have lived through a full collection and are few enough to be looked at again.
-_MANY = 10_000
+_MANY = 5_000
 
 
 class Reserve:

@@ -37,6 +37,8 @@ def _nothing(_path: Path) -> bool:
     return False
 
 
+_WORD = 2**32 - 1
+
 K = TypeVar("K")
 V = TypeVar("V")
 
@@ -125,7 +127,7 @@ class Session(Receiver):
         #: Flows that let permits lapse; and what was last said of a path, once it was not 0: permits received, lapsed.
         self.doubted: dict[Flow, Doubt] = {}
         self.lapses: dict[int, tuple[int, int]] = {}
-        self.backlogs: dict[int, tuple[int, int, int]] = {}
+        self.backlogs: dict[int, int] = {}  # three figures in one number: the collector never looks at such a dict
         self.ram = self.bounce = self.disk = 0
         self.ping_t: int | None = None
         self.ping_at = now
@@ -178,16 +180,16 @@ class Session(Receiver):
 
     def backlog(self, id: int, ram: int, bounce: int, disk: int) -> None:
         """The latest figures of one path; the session's are the sums."""
-        old = self.backlogs.pop(id, (0, 0, 0))
-        self.ram += ram - old[0]
-        self.bounce += bounce - old[1]
-        self.disk += disk - old[2]
+        old = self.backlogs.pop(id, 0)
+        self.ram += ram - (old >> 64)
+        self.bounce += bounce - (old >> 32 & _WORD)
+        self.disk += disk - (old & _WORD)
         if ram or bounce or disk:
-            self.backlogs[id] = (ram, bounce, disk)
+            self.backlogs[id] = ram << 64 | bounce << 32 | disk
 
     def forget(self) -> None:
         """It is over: it and its flows must not keep each other alive (see `server.process.Collector`)."""
-        for each in (self.flows, self.backlogs, self.parked, self.limits, self.caps):
+        for each in (self.flows, self.doubted, self.lapses, self.backlogs, self.parked, self.limits, self.caps):
             each.clear()
         self.runs.clear()
 

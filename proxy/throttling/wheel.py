@@ -12,6 +12,10 @@ from heapq import heappop, heappush
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item", bound=Hashable)
+#: A bucket is kept in lists of so many items: one of 100,000 would be looked at whole by each collection of garbage.
+_PIECE = 1_000
+#: Entries looked at for one item wanted: those that were moved have left theirs behind.
+_LOOKS = 8
 
 
 class Wheel(Generic[Item]):
@@ -26,7 +30,7 @@ class Wheel(Generic[Item]):
     def __init__(self, tick_ns: int) -> None:
         self._tick = tick_ns
         self._bucket_of: dict[Item, int] = {}
-        self._buckets: dict[int, list[Item]] = {}
+        self._buckets: dict[int, list[list[Item]]] = {}  # in pieces, see `_PIECE`
         self._live: dict[int, int] = {}  # bucket → items that are really in it: moved ones leave a stale entry behind
         self._order: list[int] = []
 
@@ -47,11 +51,13 @@ class Wheel(Generic[Item]):
         self._bucket_of[item] = index
         bucket = self._buckets.get(index)
         if bucket is None:
-            self._buckets[index] = [item]
+            self._buckets[index] = [[item]]
             self._live[index] = 1
             heappush(self._order, index)
         else:
-            bucket.append(item)
+            if len(bucket[-1]) >= _PIECE:
+                bucket.append([])
+            bucket[-1].append(item)
             self._live[index] += 1
 
     def arm_earlier(self, item: Item, due_ns: int) -> None:
@@ -70,17 +76,23 @@ class Wheel(Generic[Item]):
         """The items that are due, each once; they are no longer armed.
 
         Args:
-            most: that many of them; the others stay due, so that `next_wakeup` is in the past.
+            most: that many of them at most; the others stay due, so that `next_wakeup` is in the past.
         """
         due: list[Item] = []
         bucket_of = self._bucket_of
+        looks = None if most is None else _LOOKS * most
         while self._order and self._order[0] * self._tick <= now_ns:
             index = self._order[0]
             bucket = self._buckets[index]
             while bucket:
-                if len(due) == most:
+                if len(due) == most or looks == 0:
                     return due
-                item = bucket.pop()
+                piece = bucket[-1]
+                item = piece.pop()
+                if not piece:
+                    bucket.pop()
+                if looks is not None:
+                    looks -= 1
                 if bucket_of.get(item) == index:
                     del bucket_of[item]
                     self._live[index] -= 1

@@ -110,7 +110,7 @@ class ThrottleMachine(RuleBasedStateMachine):
         for session in manager.sessions.values() if manager is not None else ():
             figures = session.figures(self.world.now)
             assert min(figures[1:]) >= 0
-            assert figures.ram == sum(entry[0] for entry in session.backlogs.values())
+            assert figures.ram == sum(entry >> 64 for entry in session.backlogs.values())
 
     @invariant()
     def nobody_is_forgotten(self) -> None:
