@@ -70,7 +70,7 @@ def test_a_session_that_runs_keeps_what_it_began_with(proxy):
         "auth_shared_secret short\n",
         "tls_certificate_file /nowhere.crt\ntls_private_key_file /nowhere.key\n",
         "auth_shared_secret_file /nowhere/secret\n",
-        "listen_socks5 127.0.1.2:0, 224.0.0.1:2525\n",  # cannot be listened on
+        "listen_socks5 127.0.1.2:0, [fe80::1]:2525\n",  # cannot be listened on
         "instance a {\n",
         "\x00",
     ],

@@ -143,10 +143,18 @@ def test_a_taken_port_is_exit_69():
     assert line.startswith(f"ERROR listen: cannot listen on 127.0.1.4:{port}: Address already in use; 'ss ")
 
 
-def test_an_address_of_another_machine_is_exit_69():
-    with Proxy("listen_socks5 192.0.2.1:2525\n", ready=False, exit_code=69) as proxy:
+def test_a_listeners_address_may_come_after_the_start(receiver):
+    """A start that failed for it would fail for good; it is told, and served when it is there."""
+    with Proxy("listen_socks5 127.0.1.2:0, 198.51.100.1:2525\n") as proxy:
+        proxy.wait_line(r"^WARNING config: .* listen_socks5: 198\.51\.100\.1:2525 is not an address of this machine")
+        with socks5(proxy.door("socks5", "127.0.1.2"), receiver.endpoint, "127.0.0.5"):
+            pass
+
+
+def test_an_address_that_cannot_be_listened_on_is_exit_69():
+    with Proxy("listen_socks5 [fe80::1]:2525\n", ready=False, exit_code=69) as proxy:
         proxy.wait_exit()
-    assert "no interface of this machine has 192.0.2.1" in proxy.matching("^ERROR listen: ")[0]
+    assert "cannot listen on [fe80::1]:2525: Invalid argument" in proxy.matching("^ERROR listen: ")[0]
 
 
 def unprivileged():

@@ -500,14 +500,15 @@ def test_the_command_takes_the_address_from_the_configuration():
     assert (code, out) == (78, ""), "its file is gone"
 
 
-WRONG = ["nonsense", "localhost:809", "127.0.0.1", "127.0.0.1:x", "127.0.0.1:0", "[::1]", "::1"]
+WRONG = ["nonsense", "example.com:809", "127.0.0.1", "127.0.0.1:x", "127.0.0.1:0", "[::1]", "::1"]
 
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_is_no_address_is_a_usage_error(wrong):
     code, out, err = command(f"--status={wrong}")
     assert (code, out) == (64, "")
-    assert err == "greenarrow_proxy: --status: not IP:PORT or [IPv6]:PORT\nSee greenarrow_proxy --help.\n"
+    told = "--status: not IP:PORT, [IPv6]:PORT, localhost:PORT or PORT"
+    assert err == f"greenarrow_proxy: {told}\nSee greenarrow_proxy --help.\n"
 
 
 def test_a_configuration_without_a_status_listener(tmp_path):
