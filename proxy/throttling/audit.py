@@ -72,6 +72,17 @@ class _Holding:
         self.last += n * self.step
         self.n -= n
 
+    def grow(self, run: Run, slack: int) -> bool:
+        """One permit more, if it follows these at their pace; whether it did."""
+        if run.flow is not self.flow or run.serial != self.serial + self.n or self.last - self.slot != slack:
+            return False
+        step = run.first - self.slot - self.step * (self.n - 1)
+        if step <= 0 or (self.n > 1 and step != self.step):
+            return False
+        self.step = step
+        self.n += 1
+        return True
+
     def cut(self, low: int, high: int) -> list[_Holding]:
         """What is left without the permits [low, high) of it."""
         left = []
@@ -102,6 +113,8 @@ class Account:
     def granted(self, run: Run, slack: int) -> None:
         if not run.flow.path.limited:
             self.free_until = run.first + slack
+            return
+        if self._holdings and run.n == 1 and self._holdings[-1].grow(run, slack):
             return
         self._holdings.append(_Holding(run.flow, run.serial, run.first, run.first + slack, run.n, run.step))
 
