@@ -123,6 +123,11 @@ class Line(Generic[Waiting]):
             return first is None or first == ticket.owner
         return (meter.holds(ticket.owner) + 1) / ticket.weight <= self._key(first, meter)[0]
 
+    def peek(self, meter: Meter) -> Waiting | None:
+        """The ticket whose turn it is; it stays."""
+        owner = self._first(meter)
+        return None if owner is None else self._owners[owner][0]
+
     def next(self, meter: Meter) -> Waiting | None:
         """The ticket whose turn it is; it leaves the line."""
         owner = self._first(meter)

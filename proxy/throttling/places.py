@@ -147,7 +147,7 @@ class PlaceBook:
                 if claim is not None and not any(self._full(each, now, claim, claim.rated) for each in claim.throttles):
                     self._unline(claim)
                     self._try(claim, now)
-                elif line.size and not self._full(throttle, now):
+                elif (first := line.peek(throttle)) and not self._full(throttle, now, None, first.rated):
                     self._next_in_line(throttle, line, now)
                 else:
                     break

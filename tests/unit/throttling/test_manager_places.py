@@ -797,3 +797,21 @@ def test_books_are_right_after_each_call(actions: list[tuple[str, int]]) -> None
         tickets = [ticket for ticket in tickets if ticket.places is None or ticket.places.open]
     assert tickets == []
     assert all(throttle.used == 0 and throttle.line is None for throttle in doors.manager.throttles.values())
+
+
+def test_a_place_that_comes_free_goes_to_who_needs_no_slot_though_there_is_none(doors: Doors) -> None:
+    """Connections whose messages are counted: the rate is the messages' business, the place goes on at once."""
+    block = ThrottleSettings(
+        name="b", source=(), destination=(), max_concurrent_connections=1, max_delivery_rate=(Rate(1, 3600),), wait=20.0
+    )
+    manager = doors.manager
+    manager.reload(False, (block,), doors.now)
+    doors.run(3700 * SECOND)
+    first = manager.admit("a", 1.0, SOURCE, MX, (), doors.now, rated=False)
+    assert isinstance(first, Places)
+    asked = manager.ask_message("a", 1.0, SOURCE, MX, (), doors.now)
+    assert asked is None or asked.granted, "the hour's only slot"
+    second = manager.admit("b", 1.0, SOURCE, MX, (), doors.now, rated=False)
+    assert isinstance(second, Ticket)
+    assert manager.release(first, doors.now) == [second]
+    assert second.places is not None
