@@ -205,9 +205,19 @@ class Admission:
     # ---------------------------------------------------------------- messages
 
     def message(
-        self, owner: str, weight: float, source: str, destination: str, flows: tuple[Flow, ...], seconds: float
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+        seconds: float,
+        waits: Callable[[], object] = lambda: None,
     ) -> None:
         """Wait for `ask_message` in the running greenlet.
+
+        Args:
+            waits: called when the slot is not there at once; must not wait.
 
         Raises:
             Throttled: not in time.
@@ -222,6 +232,7 @@ class Admission:
         if ticket is None:
             return
         try:
+            waits()
             while not answers:
                 self._hub.switch()
         except BaseException:

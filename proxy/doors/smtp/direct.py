@@ -136,9 +136,9 @@ class Direct:
                 return kept
         return self._fresh(name, places, self._tls)
 
-    def slot(self) -> None:
+    def slot(self, waits: Callable[[], None]) -> None:
         """See `Egress`."""
-        self._services.admission.message(*self._who, _ANSWER_WITHIN)
+        self._services.admission.message(*self._who, _ANSWER_WITHIN, waits)
 
     # ---------------------------------------------------------------- leaving it
 

@@ -102,8 +102,11 @@ class Egress(Protocol):
             ProxyError: as `hello`; Throttled: no place in time.
         """
 
-    def slot(self) -> None:
+    def slot(self, waits: Callable[[], None]) -> None:
         """Wait for the slot of one message under every limit that applies.
+
+        Args:
+            waits: called when it is not there at once; must not wait.
 
         Raises:
             Throttled: not in time.

@@ -11,7 +11,7 @@ import contextlib
 from time import monotonic
 from typing import NamedTuple
 
-from gevent import Timeout
+from gevent import Timeout, get_hub
 
 from proxy.doors.smtp.egress import Egress, Line
 from proxy.doors.smtp.wire import ClientGone, Wires
@@ -315,7 +315,9 @@ class Visit:
         """
         mediator, egress, line, name = self._mediator, self._egress, self._line, self._mediator.name or ""
         if want is Want.SLOT:
-            egress.slot()
+            egress.slot(self._lend_while_held)
+            if self._line is not None:
+                egress.keep(self._line)
             mediator.slot_granted(monotonic() - started >= _OUT_OF_SIGHT)
             return
         if want is Want.GREETING:
@@ -335,6 +337,19 @@ class Visit:
         self._tls = line.tls or self._tls
         self._attach()
         mediator.attached_to(line.hello, line.left, True, line.reused)
+
+    def _lend_while_held(self) -> None:
+        """A MAIL waits for its slot: meanwhile its connection, and its place, may be somebody else's."""
+        if self._line is not None and self._mediator.may_lend:
+            self._egress.lend(self._line, self._give_soon)
+
+    def _give_soon(self) -> None:
+        get_hub().loop.run_callback(self._give_while_held)
+
+    def _give_while_held(self) -> None:
+        if self._mediator.want is Want.SLOT and self._line is not None:  # else the slot was faster
+            self._leave()
+            self._mediator.left()
 
     def _attach(self) -> None:
         assert self._line is not None

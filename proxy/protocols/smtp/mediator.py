@@ -160,6 +160,11 @@ class Mediator:
         return self.state is State.READY or (self.state is State.TRANSACTION and not self._group and not self.open)
 
     @property
+    def may_lend(self) -> bool:
+        """While a slot is waited for: another connection would do as well, and nothing is in progress on this one."""
+        return self.want is Want.SLOT and self.attached and self._may_change and not self.open
+
+    @property
     def verdict(self) -> Discard | None:
         """What speaks against keeping the receiver's connection; see `Tracker.verdict`."""
         return self.death or self.tracker.verdict()
@@ -241,11 +246,14 @@ class Mediator:
             self._run()
 
     def left(self) -> None:
-        """The receiver is gone, one way or the other."""
-        self.want, self.attached, self.death = None, False, None
+        """The receiver is gone, one way or the other; also while a slot is waited for, without having been wanted."""
+        held, self.want = self.want is Want.SLOT, None
+        self.attached, self.death = False, None
         self.begun = self.open = False
         self.to_receiver.clear()
-        if self.state is State.HELD or (self.state is State.HELLO and self.name is not None):
+        if held:
+            self.want = Want.SLOT
+        elif self.state is State.HELD or (self.state is State.HELLO and self.name is not None):
             self._ask_line()
         elif self.state is not State.HELLO:
             self.state = State.DETACHED

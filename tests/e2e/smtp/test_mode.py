@@ -335,6 +335,26 @@ def test_the_rate_counts_messages_and_not_connections(mx):
         assert float(line[1]) > 1.0, "two of them had to wait"
 
 
+def test_a_message_that_waits_for_its_slot_holds_no_place_that_others_want(mx):
+    """One block has the place, another the rate: whoever waits under the second must not block the first."""
+    blocks = """\
+throttle slow {
+    destination 127.0.0.1
+    max_delivery_rate 1/hr
+    wait 15s
+}
+throttle places {
+    max_concurrent_connections 1
+    wait 15s
+}
+"""
+    with Mx(host="127.0.0.2") as other, Proxy(SMTP + blocks) as proxy:
+        smtp = client(proxy, mx)
+        smtp.putcmd("MAIL FROM:<a@example.com>")
+        assert send(socks5(proxy.socks5, other.endpoint, SOURCE), b"x\r\n")[0] == 250
+        assert smtp.getreply()[0] == 451
+
+
 def test_who_waits_at_mail_and_goes_away_leaves_its_turn(mx):
     block = "throttle t {\n    max_delivery_rate 1/hr\n    wait 60s\n}\n"
     with Proxy(SMTP + block) as proxy:

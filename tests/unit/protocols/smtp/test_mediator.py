@@ -728,3 +728,27 @@ def test_any_cut_and_any_order_gives_the_same_dialogue(commands, slots, scripts,
             fast.give(stream[at : at + 11])
             at += 11
     assert outcome(fast) == outcome(slow)
+
+
+def test_a_connection_that_is_taken_while_its_mail_is_held():
+    world = opened()
+    world.automatic = False
+    world.mediator.client(message(1))
+    assert world.mediator.want is Want.SLOT
+    assert world.mediator.may_lend
+    world.mediator.left()
+    assert world.mediator.want is Want.SLOT, "it waits on"
+    assert not world.mediator.may_lend
+    world.automatic = True
+    world.settle()
+    assert codes(world.client_sees) == [250, 250, 354, 250]
+    assert [bool(mx.messages) for mx in world.mxs] == [False, True]
+
+
+def test_after_auth_it_stays_while_a_mail_is_held():
+    world = opened(scripts=[{b"AUTH": [b"235 ok\r\n"]}])
+    world.say(b"AUTH PLAIN x\r\n")
+    world.automatic = False
+    world.mediator.client(b"MAIL FROM:<a@b.example>\r\n")
+    assert world.mediator.want is Want.SLOT
+    assert not world.mediator.may_lend
