@@ -6,6 +6,15 @@
 --     source_ip 192.0.2.1, 192.0.2.2
 --
 -- and for the second source below: listen_proxy_protocol "10.0.0.1:808". What goes over the wire: kumomta_bytes.py.
+-- In mode smtp messages are counted and connections shared (docs/smtp-mode.md). The proxy needs besides
+--
+--     mode smtp
+--     source mail1 {
+--         ip 192.0.2.1
+--         ehlo mail1.example.com       # as ehlo_domain here
+--     }
+--
+-- and enable_tls of make_egress_path stays "Opportunistic", its default: TLS to the receiver is the proxy's then.
 -- Leave connect_timeout of make_egress_path at its default of 60 s: the proxy answers within 50 s.
 
 local SOURCES = {

@@ -257,6 +257,7 @@ class StatusDoor:
             newcomers=len(services.newcomers),
             newcomers_dropped=services.newcomers.dropped,
             channels=len(services.instances.channels),
+            dialogues=len(services.instances.dialogues),
             active=snapshot.active,
             cached=snapshot.cached,
         )

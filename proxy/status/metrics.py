@@ -100,6 +100,7 @@ def _connections(view: Overview) -> Iterator[Metric]:
         _PREFIX + "newcomers_dropped", "Newcomers cut off because there were too many", connections.newcomers_dropped
     )
     yield _gauge("channels", "Native channels", connections.channels)
+    yield _gauge("smtp_dialogues", "Clients of mode smtp", connections.dialogues)
     outgoing = GaugeMetricFamily(_PREFIX + "remote_connections", "Connections to receivers", labels=["state"])
     outgoing.add_metric(["active"], connections.active)
     outgoing.add_metric(["cached"], connections.cached)

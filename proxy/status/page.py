@@ -80,6 +80,7 @@ def _overview(view: Status) -> str:
         ("clients", f"{connections.open} of {connections.limit}"),
         ("not yet known", connections.newcomers),
         ("native channels", connections.channels),
+        ("mode smtp clients", connections.dialogues),
         ("to receivers", f"{connections.active} active, {connections.cached} cached"),
         ("throttles in use", f"{view.manager.throttles} of {view.manager.known} known"),
         ("messages without a permit", view.manager.without_permit),

@@ -36,7 +36,8 @@ class ListenerRow(Struct):
 
 
 class Connections(Struct):
-    """Clients' connections and those to receivers. `newcomers`: clients that have not said yet who they are."""
+    """Clients' connections and those to receivers. `newcomers`: clients that have not said yet who they are.
+    `dialogues`: clients of mode smtp, whether a receiver is theirs at the moment or not."""
 
     open: int
     limit: int
@@ -45,6 +46,7 @@ class Connections(Struct):
     channels: int
     active: int
     cached: int
+    dialogues: int = 0
 
 
 class Rate(Struct):

@@ -49,7 +49,7 @@ class Room:
             crew=Crew(),
             host_name="mta1",
             incarnation=7,
-            instances=SimpleNamespace(channels={}),
+            instances=SimpleNamespace(channels={}, dialogues={}),
             keeper=SimpleNamespace(pool=Pool(None)),
             newcomers=Newcomers(10),
             settings=SimpleNamespace(throttle_enforce=False),
