@@ -160,6 +160,9 @@ class HostedDialogue(Protocol):
     def goaway(self) -> None:
         """Tell the client between two messages that the proxy stops."""
 
+    def reloaded(self, services: Services) -> None:
+        """The settings are new: they decide about connections that are made from now on."""
+
     def cut(self, ending: Ending) -> None:
         """End it now, whatever is in progress."""
 

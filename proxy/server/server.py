@@ -261,6 +261,8 @@ class Server:
         self._admission.settle()
         for session in list(self._instances.sessions):
             session.reloaded()
+        for dialogue in list(self._instances.dialogues):
+            dialogue.reloaded(self.services)
         spare = self._descriptors - _OTHER_DESCRIPTORS
         self._reception.set_limit(settings.max_connections or max(1, spare // 2))
 

@@ -122,6 +122,8 @@ class Direct:
 
     def renew(self, name: str, fresh: bool) -> Line:
         """See `Egress`."""
+        terms = self._terms
+        self._services.access.check_route(terms.instance, terms.source, terms.destination)  # a reload may have come
         shares = self._may_share(name)
         if shares and not fresh and (kept := self._kept(name, self._swap)) is not None:
             return kept
@@ -139,6 +141,10 @@ class Direct:
     def slot(self, waits: Callable[[], None]) -> None:
         """See `Egress`."""
         self._services.admission.message(*self._who, _ANSWER_WITHIN, waits)
+
+    def reloaded(self, services: Services) -> None:
+        """See `Egress`."""
+        self._services = services
 
     # ---------------------------------------------------------------- leaving it
 

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from proxy.model import Discard, Endpoint
 from proxy.net.relay import RawSocket
+from proxy.services import Services
 
 
 class LineStream(Protocol):
@@ -111,6 +112,9 @@ class Egress(Protocol):
         Raises:
             Throttled: not in time.
         """
+
+    def reloaded(self, services: Services) -> None:
+        """New settings decide about what `renew` and `slot` are asked for from now on. Does not wait."""
 
     def lend(self, line: Line, taken: Callable[[], None]) -> None:
         """The client has nothing in progress: whoever waits for a connection may have this one.

@@ -124,6 +124,10 @@ class Visit:
         self._mediator.drain()
         self._wires.wake()
 
+    def reloaded(self, services: Services) -> None:
+        """See `services.HostedDialogue`."""
+        self._egress.reloaded(services)
+
     def cut(self, ending: Ending) -> None:
         """See `services.HostedDialogue`."""
         self._ending = ending

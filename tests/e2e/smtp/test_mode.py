@@ -459,6 +459,18 @@ def test_a_reload_changes_the_mode_for_new_connections(mx):
         smtp.quit()
 
 
+def test_a_reload_that_forbids_the_source_holds_for_the_next_message_of_an_idle_client(mx):
+    with Proxy(SMTP) as proxy:
+        smtp = client(proxy, mx)
+        assert deliver(smtp) == GOOD
+        cached(proxy, 1, mx)  # the client has been silent for a while
+        proxy.hup(SMTP + "source_ip 127.0.0.7\n")
+        code, text = smtp.mail("a@example.com")
+        assert (code, b"is not in source_ip" in text) == (421, True)
+        proxy.wait_line(r"^WARNING refused .*reason=source_not_allowed")
+        assert len(mx.messages) == 1
+
+
 def test_half_a_dialogue_in_single_bytes(proxy, mx):
     sock = socks5(proxy.socks5, mx.endpoint, SOURCE)
     for byte in b"EHLO client.example\r\nMAIL FROM:<1@example.com>\r\nRCPT TO:<b@example.com>\r\nDATA\r\n":
