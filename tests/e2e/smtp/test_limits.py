@@ -67,8 +67,8 @@ def judge(messages: int) -> None:
         # One carries 100 messages at most (reuse_connections_max_messages).
         assert mx.handshakes == mx.connects <= 2 * PLACES + messages // 50
         times.sort()
-        # A slot is used when there is a connection for it, which may be a little later, and the receiver's clock adds its
-        # own delays: seen here, the border of a window is not sharp to the last message.
+        # A slot is used when there is a connection for it, which may be a little later, and the receiver's clock adds
+        # its own delays: seen here, the border of a window is not sharp to the last message.
         busiest = max(bisect_left(times, at + 60) - number for number, at in enumerate(times))
         assert busiest <= RATE * 1.01
         assert (len(times) - 1) / (times[-1] - times[0]) < RATE / 60 * 1.2, "evenly, not in one burst"
