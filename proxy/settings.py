@@ -113,6 +113,7 @@ class Settings:
     mode_smtp_auth: bool
     smtp_tls: SmtpTls
     throttle_enforce: bool
+    throttle_close_timeout: float
     throttle_store: str = field(repr=False)  # a redis:// address may hold a password
     workers: int | Literal["auto"]
     log_verbose: bool

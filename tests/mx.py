@@ -164,6 +164,7 @@ class Session:
     """
 
     def __init__(self, mx: Mx, sock: socket.socket, number: int, script: Script) -> None:
+        self.is_open = True
         self.mx = mx
         self.sock = sock
         self.number = number
@@ -228,6 +229,7 @@ class Session:
         except OSError as error:
             ended = "stopped" if self.mx.stopping else f"{type(error).__name__}: {error}"
         self.rest += bytes(self._buffer)
+        self.is_open = False  # before the FIN, which others may see before this thread goes on
         for sock in (self.sock, self._bell, self._button):
             sock.close()
         self.ended = ended
@@ -376,6 +378,11 @@ class Mx:
     @property
     def connects(self) -> int:
         return len(self.sessions)
+
+    @property
+    def open(self) -> int:
+        """How many connections there are, by our own count: each from its accept until we close it."""
+        return sum(session.is_open for session in list(self.sessions))
 
     @property
     def running(self) -> int:

@@ -149,6 +149,7 @@ OPTIONS: tuple[Option, ...] = (
     _one("mode_smtp_auth", BOOLEAN, "no", "YES|NO", "mode smtp: show a receiver's AUTH to clients"),
     _one("smtp_tls", SMTP_TLS, "opportunistic", "WORD", "mode smtp: TLS to receivers"),
     _one("throttle_enforce", BOOLEAN, "no", "YES|NO", "an instance that sent without a permit waits"),
+    _one("throttle_close_timeout", duration(), "1s", "DURATION", "how long a place waits for a receiver to close, too"),
     _one("throttle_store", STORE, "memory", "STORE", "where the throttles live; only memory in this version", True),
     _one("workers", WORKERS, "1", "NUMBER", "processes; only 1 in this version"),
     _one("log_verbose", BOOLEAN, "no", "YES|NO", "log details for debugging"),

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from gevent import Timeout, get_hub
 from gevent.event import Event
 
+from proxy.egress.leaving import Leaving
 from proxy.egress.pool import Discarded, Entry, Pool, PoolKey, PoolSettings
 from proxy.egress.receiver import Receiver
 from proxy.model import Discard
@@ -75,6 +76,9 @@ class PlaceOffice(Protocol):
     def wanted(self, places: Places | None) -> bool:
         """Whether somebody waits for one of these places."""
 
+    def awaited(self, key: Hashable) -> bool:
+        """Whether one who waits for places, anywhere, asks for this key."""
+
     def pass_on(self, places: Places, key: Hashable) -> bool:
         """Give places back; whether one who waited for them and asks for this key got in by that."""
 
@@ -93,6 +97,7 @@ class Keeper:
         self._cleaning = 0
         self._parting: dict[Receiver, None] = {}  # QUIT is said or will be; in this order
         self._lent: dict[Receiver, Callable[[], object]] = {}  # of idle clients, those idle longest first
+        self._leaving = Leaving(engine, office, settings.throttle_close_timeout)
         self._armed: float | None = None  # when the sweeper wakes up; None: when it is told to
         self._changed = Event()
         self._loop: Any = get_hub().loop
@@ -156,6 +161,10 @@ class Keeper:
         """Close a connection whose receiver waits for a command, with QUIT; counts nothing, see `decline`."""
         self._say_quit(receiver, reason)
 
+    def close(self, receiver: Receiver, reset: bool = False) -> None:
+        """Close a connection that is of no more use; its places are given back, see `leaving`."""
+        self._leaving.close(receiver.stream, receiver.place, reset)
+
     def lend(self, receiver: Receiver, taken: Callable[[], object]) -> None:
         """The client of this connection is idle: should somebody wait for its place, `taken` is called, once, and the
         connection is to be given as soon as may be. It must not wait."""
@@ -168,7 +177,10 @@ class Keeper:
     # ---------------------------------------------------------------- housekeeping
 
     def make_way(self, throttle: Throttle) -> bool:
-        """Somebody waits under this throttle: a connection that holds a place there is closed now; False: none does."""
+        """Somebody waits under this throttle: a connection that holds a place there is closed now; False: none does, or
+        as many are being closed already as wait."""
+        if throttle.line is not None and throttle.line.size <= self._leaving.under(throttle):
+            return False
         for receiver in self._parting:
             if receiver.place is not None and throttle in receiver.place.throttles:
                 self._parted(receiver)
@@ -193,6 +205,7 @@ class Keeper:
 
     def apply(self, settings: PoolSettings) -> None:
         """New settings hold for what is held already, too."""
+        self._leaving.seconds = settings.throttle_close_timeout
         self._part(self._pool.apply(settings, monotonic()))
         self._changed.set()
 
@@ -204,7 +217,7 @@ class Keeper:
 
     def shed(self, count: int) -> None:
         """Descriptors are short: close `count` connections now."""
-        self._part(self._pool.shed(count))
+        self._part(self._pool.shed(count - self._leaving.hurry(count)))
 
     def drain(self) -> None:
         """Say QUIT to all; nothing is kept from now on. `cached` falls to zero."""
@@ -219,7 +232,7 @@ class Keeper:
         self._cleaning -= 1
         if reason is not None:
             self.decline(reason)
-            self._close(receiver)
+            self.close(receiver)
             return
         receiver.guard()
         self._engine.watch(receiver.stream.socket.fileno(), partial(self._idle_event, receiver))
@@ -281,8 +294,12 @@ class Keeper:
     def _pass_on(self, receiver: Receiver, key: PoolKey) -> None:
         """Somebody waits for this connection's place: it gets the place, and the connection if it wants just this one.
 
-        Otherwise the socket is closed in this very call, so at no time do more sockets exist than places allow.
+        Otherwise the socket is closed in this very call, so at no time do more sockets exist than places allow; and its
+        place stays taken until the receiver has closed, too, unless who gets it might have wanted the connection.
         """
+        if not self._office.awaited(key):
+            self._unclaimed(receiver)
+            return
         places, receiver.place = receiver.place, None
         self._pool.free_limits(receiver)
         if places is not None and self._office.pass_on(places, key):
@@ -292,7 +309,7 @@ class Keeper:
             self._unclaimed(receiver)
 
     def _unclaimed(self, receiver: Receiver) -> None:
-        """Its place is somebody else's now, so unless that one has taken the connection too, it must go."""
+        """It must go, unless the one who has its place now has taken the connection, too."""
         discarded = self._pool.remove(receiver, Discard.YIELDED)
         if discarded is not None:
             self._part([discarded])
@@ -320,7 +337,7 @@ class Keeper:
         if reason in _PRESSED:
             with contextlib.suppress(OSError):
                 receiver.stream.send(Quit.command)
-        self._close(receiver)
+        self.close(receiver)
 
     def _quit(self, receiver: Receiver) -> None:
         """QUIT, and its answer."""
@@ -347,13 +364,7 @@ class Keeper:
         """Close a connection that QUIT was said to; a second time does nothing."""
         if receiver in self._parting:
             del self._parting[receiver]
-            self._close(receiver)
-
-    def _close(self, receiver: Receiver) -> None:
-        with contextlib.suppress(OSError):
-            receiver.stream.finish()
-        self._engine.close(receiver.stream.socket)
-        self._office.leave(receiver.place)
+            self.close(receiver)
 
 
 def _homeless(receiver: Receiver) -> Discard | None:

@@ -195,7 +195,7 @@ def test_all_of_them_together_under_one_limit(mx: Mx, user: str) -> None:  # noq
     def watch() -> None:
         nonlocal most
         while not over.is_set():
-            most = max(most, mx.running)
+            most = max(most, mx.open)
             over.wait(0.001)
 
     with Proxy(CONFIG + LIMITED) as proxy:

@@ -37,7 +37,8 @@ SETTINGS = {
 def limits(**changes):
     """Settings of the pool; names without `connections_max_`."""
     changed = {name if name == "connections" else f"connections_max_{name}": value for name, value in changes.items()}
-    return SimpleNamespace(**{f"reuse_{name}": value for name, value in (SETTINGS | changed).items()})
+    reuse = {f"reuse_{name}": value for name, value in (SETTINGS | changed).items()}
+    return SimpleNamespace(**reuse, throttle_close_timeout=1.0)
 
 
 def block(name, destination="127.0.0.0/8", connections=1):

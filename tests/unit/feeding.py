@@ -158,6 +158,7 @@ def settings(**changes: object) -> Settings:
         "mode_smtp_auth": False,
         "smtp_tls": "opportunistic",
         "throttle_enforce": False,
+        "throttle_close_timeout": 1.0,
         "throttle_store": "memory",
         "workers": 1,
         "log_verbose": False,

@@ -388,7 +388,7 @@ class Channel:
         elif session.parting is not None and not reset:
             services.keeper.part(receiver, session.parting)
         else:
-            _close(services, receiver, reset)
+            services.keeper.close(receiver, reset)
         counters = services.counters
         counters.bytes_up += transfer.up
         counters.bytes_down += transfer.down
@@ -468,14 +468,6 @@ class Channel:
             monotonic() - started if started else 0.0,
             error,
         )
-
-
-def _close(services: Services, receiver: Receiver, reset: bool) -> None:
-    if not reset:
-        with contextlib.suppress(OSError):
-            receiver.stream.finish()
-    services.engine.close(receiver.stream.socket, reset)
-    services.admission.leave(receiver.place)
 
 
 def _opened(taken: Taken, attempts: Attempts) -> m.Opened:

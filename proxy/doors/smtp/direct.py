@@ -6,7 +6,6 @@ handed what the other has left.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple
@@ -182,12 +181,7 @@ class Direct:
 
     def drop(self, line: Line, reset: bool) -> None:
         """See `Egress`."""
-        receiver = self._leaving(line)
-        if not reset:
-            with contextlib.suppress(OSError):
-                receiver.stream.finish()
-        self._services.engine.close(receiver.stream.socket, reset)
-        self._services.admission.leave(receiver.place)
+        self._services.keeper.close(self._leaving(line), reset)
 
     def close(self) -> None:
         """See `Egress`."""
