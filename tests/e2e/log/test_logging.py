@@ -198,9 +198,10 @@ def test_on_a_terminal_it_is_coloured(tmp_path):
     import pty
 
     path = tmp_path / "f.conf"
-    path.write_text(config("listen_socks5 192.0.2.1:1\n"))
-    path.chmod(0o600)
     master, terminal = pty.openpty()
+    taken = socket.create_server(("127.0.1.2", 0))
+    path.write_text(config(f"listen_socks5 127.0.1.2:{taken.getsockname()[1]}\n"))
+    path.chmod(0o600)
     try:
         done = subprocess.run(
             [sys.executable, str(ROOT / "greenarrow_proxy.py"), f"--config-filename={path}"],
@@ -213,6 +214,7 @@ def test_on_a_terminal_it_is_coloured(tmp_path):
         )
         written = os.read(master, 65536)
     finally:
+        taken.close()
         os.close(master)
         os.close(terminal)
     assert done.returncode == 69
