@@ -179,7 +179,9 @@ class Keeper:
     def make_way(self, throttle: Throttle) -> bool:
         """Somebody waits under this throttle: a connection that holds a place there is closed now; False: none does, or
         as many are being closed already as wait."""
-        if throttle.line is not None and throttle.line.size <= self._leaving.under(throttle):
+        leaving = self._leaving.under(throttle)
+        waiting = throttle.line.size if throttle.line is not None else 0
+        if leaving and throttle.used - leaving + waiting <= throttle.cap:
             return False
         for receiver in self._parting:
             if receiver.place is not None and throttle in receiver.place.throttles:
