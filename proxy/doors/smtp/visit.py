@@ -24,9 +24,9 @@ from proxy.net.framed import FramedStream
 from proxy.net.tls import Stream, TlsStream
 from proxy.policy.idleness import Idleness
 from proxy.policy.modes import Terms
-from proxy.protocols.smtp.commands import own
 from proxy.protocols.smtp.fates import FateTracker
-from proxy.protocols.smtp.mediator import Mediator, State, Want
+from proxy.protocols.smtp.mediator import Mediator
+from proxy.protocols.smtp.states import State, Want
 from proxy.protocols.smtp.tracker import Tracker
 from proxy.services import Door, Services
 from proxy.stats import Fate, Outcomes
@@ -74,7 +74,7 @@ class Visit:
         terms = facts.terms
         starttls = terms.offer_starttls and services.mta_context is not None
         judge = Tracker if not services.settings.log_messages else self._fate_tracker
-        self._mediator = Mediator(services.host_name, own, starttls, terms.show_auth, judge)
+        self._mediator = Mediator(services.host_name, starttls, terms.show_auth, judge)
         self._turn = self._stream.turn
         self._turn.key = facts.client.host
         self._outcomes = Outcomes()

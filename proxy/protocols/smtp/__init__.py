@@ -4,5 +4,7 @@ Sans-IO like its parent. `dialogue` speaks it as a client does: greeting, EHLO, 
 a dialogue that passes by and says whether the connection is fit for the next user. Message content is never looked at,
 but for its end.
 
-Read `dialogue` for replies and commands, then `tracker`.
+`mediator` takes part in one; `states`, `course`, `commands` and `answers` are its parts.
+
+Read `dialogue` for replies and commands, then `tracker`, then `mediator`.
 """

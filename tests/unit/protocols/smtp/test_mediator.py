@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from proxy.errors import Overloaded, Step, UpstreamError
 from proxy.model import Discard
-from proxy.protocols.smtp.mediator import MOST_IDLE_COMMANDS, MOST_INPUT, MOST_MISTAKES, MOST_OUTSTANDING, State, Want
+from proxy.protocols.smtp.course import MOST_IDLE_COMMANDS, MOST_MISTAKES
+from proxy.protocols.smtp.mediator import MOST_INPUT, MOST_OUTSTANDING
+from proxy.protocols.smtp.states import State, Want
 from proxy.protocols.smtp.tracker import MAX_COMMAND_LINE
 from tests.unit.protocols.smtp.world import GREETING, HELLO, NAME, World, message, opened, throttled, unreachable
 
@@ -69,7 +71,7 @@ def test_a_megabyte_before_the_greeting_is_not_read():
     world = World(automatic=False)
     world.give(b"NOOP\r\n" * 200_000)
     assert not world.mediator.reads_client
-    assert not world.mediator._input
+    assert not world.mediator.unread
 
 
 def test_a_refusal_of_ehlo_passes_as_it_is_and_helo_gets_it_again():
@@ -648,8 +650,8 @@ def test_pipelined_commands_are_taken_as_fast_as_they_are_answered():
     while world.mediator.reads_client:
         world.mediator.client(b"RCPT TO:<c@d.example>\r\n" * 100)
         taken += 1
-    assert len(world.mediator._input) < MOST_INPUT + 2400
-    assert len(world.mediator._group) == MOST_OUTSTANDING
+    assert len(world.mediator.unread) < MOST_INPUT + 2400
+    assert len(world.mediator.group) == MOST_OUTSTANDING
     world.settle()
     assert len(codes(world.client_sees)) == 1 + taken * 100
 

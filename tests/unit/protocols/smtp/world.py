@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 from proxy.errors import ProxyError, Step, Throttled, UpstreamError
 from proxy.model import Discard
-from proxy.protocols.smtp.commands import own
-from proxy.protocols.smtp.mediator import Mediator, State, Want
+from proxy.protocols.smtp.mediator import Mediator
+from proxy.protocols.smtp.states import State, Want
 
 HOST = "proxy.example"
 NAME = "mail.example.com"
@@ -116,7 +116,7 @@ class World:
         automatic: bool = True,
         **options: bool,
     ) -> None:
-        self.mediator = Mediator(HOST, own, **options)
+        self.mediator = Mediator(HOST, **options)
         self.scripts = list(scripts or [])
         self.reused = reused
         self.shared = shared
