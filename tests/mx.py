@@ -316,6 +316,8 @@ class Session:
         context = server_context(self.mx.certificate)
         context.sni_callback = self._note_server_name
         self.sock = context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
+        if self.mx.stopping:  # what was shut down may have been the old socket, which has no descriptor any more
+            raise Over("stopped")
         self.sock.do_handshake()
         self.encrypted = True
         with self.mx.lock:

@@ -88,7 +88,7 @@ def test_a_permit_for_a_message(proxy):
         ((id, n, offset, _),) = records
         assert (id, n) == (7, 1)
         assert ping_t + hold <= at // 1000
-        assert offset <= 25_000
+        assert offset <= 30_000  # no slot is given out earlier before its time
 
 
 def test_without_a_ping_there_are_no_permits_and_without_pongs_no_session(proxy):
