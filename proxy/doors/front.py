@@ -19,6 +19,7 @@ from gevent import get_hub, getcurrent, sleep
 
 from proxy.doors.failures import wrong_secret
 from proxy.doors.smtp import visit as smtp
+from proxy.doors.smtp.books import Facts
 from proxy.doors.smtp.direct import egress_for
 from proxy.doors.through import Through
 from proxy.egress import upstream
@@ -449,7 +450,7 @@ class Visit:
             egress.drop(line, False)
             raise
         self.handshake = None
-        facts = smtp.Facts(self.number, self.client, terms, self.started)
+        facts = Facts(self.number, self.client, terms, self.started)
         visit = smtp.Visit(services, self.door, PlainStream(self.socket), facts, egress, line)
         visit.serve(handshake.trailing)
         if visit.resets:

@@ -10,8 +10,9 @@ from time import monotonic
 
 from proxy.doors.native.entrance import Guest
 from proxy.doors.native.link import ClientGone, Link
+from proxy.doors.smtp.books import Facts
 from proxy.doors.smtp.direct import egress_for
-from proxy.doors.smtp.visit import Facts, Visit
+from proxy.doors.smtp.visit import Visit
 from proxy.egress import upstream
 from proxy.errors import PeerError
 from proxy.model import Ending, Endpoint

@@ -1,0 +1,107 @@
+"""What one client of mode smtp comes to: counters, and its lines in the log."""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import NamedTuple
+
+from proxy.doors.smtp.egress import Line
+from proxy.errors import ProxyError
+from proxy.log import lines as log
+from proxy.model import Ending, Endpoint
+from proxy.policy.modes import Terms
+from proxy.protocols.smtp.tracker import Tracker
+from proxy.services import Door, Services
+from proxy.stats import Fate, Outcomes
+
+
+class Facts(NamedTuple):
+    """What the log says of a client; `started` on the monotonic clock."""
+
+    number: int
+    client: Endpoint
+    terms: Terms
+    started: float
+
+
+class Books:
+    """Of one client.
+
+    Args:
+        line: its first connection.
+
+    Attributes:
+        up, down: bytes to the receiver, and to the client.
+        reused: its first connection was somebody else's before.
+        tls: the version with the receiver, of the last connection that had any.
+        ending: how it ended.
+    """
+
+    def __init__(self, services: Services, door: Door, facts: Facts, line: Line) -> None:
+        self.outcomes = Outcomes()
+        self.up = self.down = 0
+        self.reused = line.reused
+        self.tls = line.tls
+        self.ending = Ending.CLIENT_CLOSED
+        self._services = services
+        self._door = door
+        self._facts = facts
+
+    def count(self, tracker: Tracker, in_vain: bool) -> None:
+        """A connection to a receiver is over; `in_vain`: its last message is said again on another."""
+        mails = tracker.mails - in_vain
+        self.outcomes.add(mails, tracker.accepted, tracker.deferred, tracker.rejected)
+        self._services.counters.messages += mails
+
+    def note_failure(self, error: ProxyError) -> None:
+        """A line of its own: the client goes on, or is told by SMTP."""
+        counters, terms = self._services.counters, self._facts.terms
+        counters.note(error)
+        log.refused(
+            self._facts.number,
+            terms.instance,
+            self._door.protocol,
+            self._facts.client,
+            terms.source,
+            terms.destination,
+            monotonic() - self._facts.started,
+            error,
+        )
+
+    def tell_fate(self, fate: Fate, local: Endpoint | None) -> None:
+        """The line of one message; called in the middle of reading its reply."""
+        facts = self._facts
+        log.message(
+            facts.number,
+            facts.terms.instance,
+            facts.terms.source,
+            facts.terms.destination,
+            local,
+            self.tls,
+            fate,
+        )
+
+    def close(self, refused: int) -> None:
+        """Count and log; `refused`: messages that we refused at MAIL."""
+        services, facts, terms = self._services, self._facts, self._facts.terms
+        outcomes, counters = self.outcomes, services.counters
+        outcomes.deferred += refused
+        counters.bytes_up += self.up
+        counters.bytes_down += self.down
+        counters.ended.count(self.ending)
+        counters.count_outcomes(terms.instance, terms.source, outcomes)
+        log.connection(
+            facts.number,
+            terms.instance,
+            self._door.protocol,
+            facts.client,
+            terms.source,
+            terms.destination,
+            self.reused,
+            self.tls,
+            self.up,
+            self.down,
+            monotonic() - facts.started,
+            self.ending,
+            outcomes,
+        )

@@ -1,0 +1,132 @@
+"""Errands of a dialogue of mode smtp: what it wants next is done here, waiting as long as it takes, and told to it."""
+
+from __future__ import annotations
+
+from time import monotonic
+
+from gevent import Timeout
+
+from proxy.doors.smtp.books import Books
+from proxy.doors.smtp.holding import Holding
+from proxy.doors.smtp.wire import ClientGone, Wires
+from proxy.errors import ProxyError
+from proxy.net.conversation import shake_hands
+from proxy.net.framed import FramedStream
+from proxy.net.tls import Stream, TlsStream
+from proxy.protocols.smtp.mediator import Mediator
+from proxy.protocols.smtp.states import Want
+from proxy.services import Services
+
+#: A receiver that was out of sight for so long may have closed meanwhile.
+_OUT_OF_SIGHT = 0.5
+
+
+class Errands:
+    """Of one client, in its greenlet.
+
+    Attributes:
+        stream: the client's; another one once TLS has begun.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        stream: Stream | FramedStream,
+        mediator: Mediator,
+        wires: Wires,
+        holding: Holding,
+        books: Books,
+    ) -> None:
+        self.stream = stream
+        self._services = services
+        self._mediator = mediator
+        self._wires = wires
+        self._holding = holding
+        self._books = books
+
+    def run(self, want: Want) -> None:
+        """Do what is wanted, and tell.
+
+        Raises:
+            ClientGone, OSError: the client is gone.
+        """
+        if want is Want.LEAVE:
+            self._holding.leave()
+            self._mediator.left()
+            return
+        if want is Want.START_TLS:
+            self._start_tls()
+            return
+        started = monotonic()
+        self._wires.begin_errand()
+        try:
+            self._fetch(want, started)
+        except ClientGone:
+            raise
+        except ProxyError as error:
+            if want is not Want.SLOT:
+                self._holding.lose()
+                self._books.note_failure(error)
+            self._mediator.failed(error)
+        finally:
+            self._wires.end_errand()
+            self._books.outcomes.waited += monotonic() - started if want is Want.SLOT else 0.0
+
+    def _fetch(self, want: Want, started: float) -> None:
+        """What only the egress has.
+
+        Raises:
+            ProxyError: it has not.
+        """
+        mediator, holding = self._mediator, self._holding
+        egress, line, name = holding.egress, holding.line, mediator.name or ""
+        if want is Want.SLOT:
+            egress.slot(holding.lend_while_held)
+            if holding.line is not None:
+                egress.keep(holding.line)
+            mediator.slot_granted(monotonic() - started >= _OUT_OF_SIGHT)
+            return
+        if want is Want.GREETING:
+            assert line is not None
+            if line.greeting is None:
+                egress.greet(line)
+            holding.attach()
+            mediator.greeted(line.greeting or "", line.reused)
+            return
+        if want is Want.HELLO:
+            assert line is not None
+            holding.lose()
+            holding.line = line = egress.hello(line, name)
+        else:
+            holding.line = line = egress.renew(name, mediator.fresh)
+        self._books.tls = line.tls or self._books.tls
+        holding.attach()
+        mediator.attached_to(line.hello, line.left, True, line.reused)
+
+    def _start_tls(self) -> None:
+        """TLS with the client, under the deadline of a login.
+
+        Raises:
+            ClientGone: it failed.
+        """
+        wires, services = self._wires, self._services
+        assert services.mta_context is not None
+        stream = TlsStream(self.stream.socket, services.mta_context, server_side=True)
+        timer = Timeout.start_new(services.settings.auth_timeout)
+        try:
+            while wires.client.blocked:
+                wires.wait()
+                wires.client.push()
+            stream.turn = self.stream.turn
+            shake_hands(services.engine, stream)
+        except OSError:
+            raise ClientGone("TLS failed") from None
+        except Timeout as fired:
+            if fired is not timer:
+                raise
+            raise ClientGone("TLS took too long") from None
+        finally:
+            timer.close()
+        self.stream = stream
+        wires.secure(stream)
+        self._mediator.tls_started()
