@@ -2,15 +2,14 @@
 
 One greenlet serves a channel, top to bottom: wait for OPEN, open a connection, answer OPENED or FAILED, carry bytes
 both ways until END, answer ENDED, and again. It has a greenlet of its own, unlike a raw relay: its frames and its TLS
-need the CPU anyway, and the TLS state outweighs the greenlet. How it waits and is interrupted is `channel_link`'s; how
-a receiver is had, `channel_open`'s; how bytes move, `channel_transfer`'s.
+need the CPU anyway, and the TLS state outweighs the greenlet. How it waits and is interrupted is `link`'s; how
+a receiver is had, `open`'s; how bytes move, `transfer`'s; what a session comes to, `session`'s.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any
 
@@ -19,34 +18,22 @@ from gevent import get_hub
 from proxy import __version__
 from proxy.doors.native.dialogue import Dialogue
 from proxy.doors.native.entrance import Guest, check_still_welcome
-from proxy.doors.native.gate import Gate
 from proxy.doors.native.link import ClientGone, Link
 from proxy.doors.native.open import Attempts, Opener, Taken
+from proxy.doors.native.session import Session, opened
 from proxy.doors.native.transfer import Transfer
 from proxy.egress.receiver import Receiver
-from proxy.errors import Draining, PeerError, ProxyError, Refused, UpstreamError
+from proxy.errors import Draining, PeerError, ProxyError, UpstreamError
 from proxy.log import lines as log
-from proxy.model import Discard, Ending, Endpoint
+from proxy.model import Ending, Endpoint
 from proxy.policy.idleness import Idleness
 from proxy.policy.turns import Refusals
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
-from proxy.protocols.smtp.fates import FateTracker
-from proxy.protocols.smtp.tracker import Tracker
 from proxy.services import Door, Services, numbers
-from proxy.stats import Fate, Outcomes
 
-#: Bytes of OPENED's longest parts: all of them together, with what else is in it, fit in one frame.
-_MAX_CERTIFICATE = 32_768
-_MAX_GREETING = 4_096
-_MAX_EHLO = 16_384
-_MAX_EHLO_LINES = 256
-_MAX_ATTEMPT_MESSAGE = 100
-_MAX_ATTEMPT_REPLY = 128
-_MAX_TLS_FAILURE = 512
 #: Seconds; the shortest time of a timer.
 _AT_ONCE = 1e-9
-_DEAD = frozenset({Discard.PEER_CLOSED, Discard.SAID_421})
 
 
 class _Impatient(PeerError):
@@ -54,20 +41,6 @@ class _Impatient(PeerError):
 
     def __init__(self) -> None:
         super().__init__("a frame before the answer to an OPEN")
-
-
-@dataclass(slots=True, eq=False)
-class _Session:
-    """One SMTP session on a channel, from OPENED to ENDED; `services` are those it began with."""
-
-    number: int
-    request: m.Open
-    taken: Taken
-    transfer: Transfer
-    started: float
-    services: Services
-    gate: Gate | None
-    parting: Discard | None = None  # nobody may have it, and its receiver waits for a command: it hears QUIT
 
 
 class Channel:
@@ -230,21 +203,16 @@ class Channel:
             self._answer_failed(frames.encode(frames.failed(error, attempts)), error, started)
             return
         self._refusals.served()
-        tracked = request.ehlo_name is not None and (request.reuse or request.throttles)
-        place = taken.receiver.place
-        gate = Gate(services.admission, place, link.wake) if tracked and place is not None and place.flows else None
-        transfer = Transfer(
-            link, taken.receiver, self._tracker(services, number, taken) if tracked else None, taken.reused, gate
-        )
-        session = _Session(number, request, taken, transfer, started, services, gate)
+        session = Session(services, self._door, self._guest, link, request, taken, number, started)
+        transfer = session.transfer
         ending, reset = Ending.CLIENT_RESET, True
         self._receiver, self._transfer = taken.receiver, transfer
         try:
             if link.has_spoken():
                 raise _Impatient
-            link.send(frames.encode(_opened(taken, attempts)))
+            link.send(frames.encode(opened(taken, attempts)))
             transfer.carry()
-            ending, reset = self._finish(session)
+            ending, reset = session.finish(self._current())
         except ClientGone:
             ending = link.doom or ending
             raise
@@ -253,7 +221,7 @@ class Channel:
             raise
         finally:
             self._receiver = self._transfer = None
-            self._over(session, ending, reset)
+            session.over(ending, reset)
 
     def _answer_failed(self, failed: bytes, error: ProxyError, started: float) -> None:
         """Answer FAILED. Who asks again and again for what we refuse must rest before it is heard again.
@@ -334,114 +302,6 @@ class Channel:
         finally:
             self._opening = False
 
-    def _finish(self, session: _Session) -> tuple[Ending, bool]:
-        """Answer END: keep the connection for the next one, or close it; how it ended, and whether by a reset."""
-        link, transfer = self._link, session.transfer
-        assert transfer.end is not None
-        reason = self._why_not_kept(session, transfer.end)
-        if reason is None:
-            link.send(frames.encode(m.Ended(True, "kept")))
-            return Ending.KEPT, False
-        if transfer.end.keep:
-            session.services.keeper.decline(reason)
-        if transfer.at_rest:
-            session.parting = reason
-        delivered = transfer.flush()
-        link.send(frames.encode(m.Ended(False, reason)))
-        if transfer.broken is not None:
-            return transfer.broken, True
-        return Ending.UPSTREAM_CLOSED if transfer.receiver_done else Ending.CLIENT_CLOSED, not delivered
-
-    def _is_welcome(self, services: Services) -> bool:
-        """Whether a reload has left the instance its place, and its source."""
-        try:
-            check_still_welcome(services.access, self._peer, self._guest.client.host)
-        except Refused:
-            return False
-        return True
-
-    def _why_not_kept(self, session: _Session, end: m.End) -> Discard | None:
-        """Only what the tracker has found clean is kept, and only when the client says so."""
-        services, taken = self._current(), session.taken
-        if not end.keep or not session.request.reuse or session.transfer.tracker is None:
-            return Discard.NOT_OFFERED
-        reason = session.transfer.unclean()
-        if reason is not None:
-            return reason
-        if not services.settings.reuse_connections or not self._is_welcome(services):
-            return Discard.DISABLED
-        if self._link.goes_at is not None:
-            return Discard.DRAINING
-        admission = services.admission
-        # Who waits for its place may want this very connection; whose turn it is turns out when it is clean.
-        if admission.wanted(taken.receiver.place) and not admission.awaited(taken.key):
-            return Discard.YIELDED
-        return None
-
-    def _over(self, session: _Session, ending: Ending, reset: bool) -> None:
-        """Close, count, log."""
-        services, transfer, receiver = session.services, session.transfer, session.taken.receiver
-        services.gauges.outgoing -= 1
-        outcomes = self._count_messages(session)
-        if ending is Ending.KEPT:
-            services.keeper.give(receiver, session.taken.key)
-        elif session.parting is not None and not reset:
-            services.keeper.part(receiver, session.parting)
-        else:
-            services.keeper.close(receiver, reset)
-        counters = services.counters
-        counters.bytes_up += transfer.up
-        counters.bytes_down += transfer.down
-        counters.ended.count(ending)
-        log.connection(
-            session.number,
-            self._peer.instance,
-            self._door.protocol,
-            self._guest.client,
-            receiver.source,
-            receiver.destination,
-            session.taken.reused,
-            receiver.tls.version if receiver.tls else "failed" if session.taken.in_clear else "",
-            transfer.up,
-            transfer.down,
-            monotonic() - session.started,
-            ending,
-            outcomes,
-        )
-
-    def _tracker(self, services: Services, number: int, taken: Taken) -> Tracker:
-        """The judge of a session, which also tells what becomes of each message where that is wanted."""
-        if not services.settings.log_messages:
-            return Tracker()
-        receiver, instance = taken.receiver, self._peer.instance
-        tls = receiver.tls.version if receiver.tls else ""
-
-        def tell(fate: Fate) -> None:
-            log.message(number, instance, receiver.source, receiver.destination, receiver.local, tls, fate)
-
-        return FateTracker(tell)
-
-    def _count_messages(self, session: _Session) -> Outcomes | None:
-        """What the tracker saw, else what the client says; what became of messages, where that was seen."""
-        services, transfer, receiver = session.services, session.transfer, session.taken.receiver
-        if transfer.tracker is None:
-            services.counters.messages += transfer.end.messages if transfer.end is not None else 0
-            return None
-        mails = transfer.tracker.mails
-        receiver.messages += mails
-        receiver.errors += transfer.tracker.errors
-        services.counters.messages += mails
-        # What a shared connection that turned out to be dead was told is said again elsewhere, with the same permit.
-        in_vain = session.taken.reused and not transfer.tracker.accepted and transfer.unclean() in _DEAD
-        if session.gate is not None:
-            session.gate.leave()
-            if in_vain:
-                session.gate.in_vain()
-        outcomes, tracker = Outcomes(), transfer.tracker
-        outcomes.add(mails, tracker.accepted, tracker.deferred, tracker.rejected)
-        services.counters.count_outcomes(self._peer.instance, receiver.source, outcomes)
-        return outcomes
-
     # ---------------------------------------------------------------- refusals
 
     def _failed(
@@ -468,37 +328,3 @@ class Channel:
             monotonic() - started if started else 0.0,
             error,
         )
-
-
-def _opened(taken: Taken, attempts: Attempts) -> m.Opened:
-    receiver = taken.receiver
-    facts = receiver.tls
-    tls = None
-    if facts is not None:
-        certificate = facts.certificate if len(facts.certificate) <= _MAX_CERTIFICATE else b""
-        tls = m.TlsInfo(facts.version, facts.cipher, facts.verified, facts.verdict, certificate)
-    return m.Opened(
-        reused=taken.reused,
-        destination=m.Address(*receiver.destination),
-        local=m.Address(*receiver.local),
-        messages=receiver.messages,
-        age_ms=int((monotonic() - receiver.opened_at) * 1000),
-        greeting=receiver.greeting.encode()[:_MAX_GREETING] if receiver.greeting is not None else None,
-        ehlo=_bounded(receiver.hello),
-        tls=tls,
-        attempts=frames.attempts_of(attempts, _MAX_ATTEMPT_MESSAGE, _MAX_ATTEMPT_REPLY),
-        tls_failure=taken.in_clear.why[:_MAX_TLS_FAILURE] if taken.in_clear else "",
-    )
-
-
-def _bounded(lines: Iterable[str]) -> list[bytes]:
-    """As many lines as fit."""
-    bounded: list[bytes] = []
-    left = _MAX_EHLO
-    for line in lines:
-        text = line.encode()[:_MAX_GREETING]
-        left -= len(text)
-        if left < 0 or len(bounded) == _MAX_EHLO_LINES:
-            break
-        bounded.append(text)
-    return bounded

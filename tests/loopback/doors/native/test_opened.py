@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from proxy.doors.native import channel
+from proxy.doors.native import session
 from proxy.doors.native.open import Taken
 from proxy.egress.pool import PoolKey
 from proxy.egress.receiver import InClear, Receiver, TlsFacts
@@ -25,7 +25,7 @@ def test_the_longest_opened_fits_in_a_frame() -> None:
     receiver.messages = 2**32 - 1
     error = UpstreamError("m" * 300, Step.STARTTLS, 65535, reply)
     taken = Taken(receiver, PoolKey(HERE.host, HERE, "x", TlsMode.NONE), True, InClear("starttls", reply))
-    frame = frames.encode(channel._opened(taken, [(m.Address(*HERE), error)] * 32))
+    frame = frames.encode(session.opened(taken, [(m.Address(*HERE), error)] * 32))
     decoder = frames.FrameDecoder()
     decoder.receive(frame)
     opened = frames.decode(decoder.next_frame(), frames.CHANNEL_FROM_PROXY)

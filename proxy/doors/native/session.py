@@ -1,0 +1,219 @@
+"""One SMTP session on a native channel, from OPENED to its closing log line.
+
+What OPENED says, whether the connection may be kept at END, and what is counted; bytes are `transfer`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from time import monotonic
+
+from proxy.doors.native.entrance import Guest, check_still_welcome
+from proxy.doors.native.gate import Gate
+from proxy.doors.native.link import Link
+from proxy.doors.native.open import Attempts, Taken
+from proxy.doors.native.transfer import Transfer
+from proxy.errors import Refused
+from proxy.log import lines as log
+from proxy.model import Discard, Ending
+from proxy.protocols.native import frames
+from proxy.protocols.native import messages as m
+from proxy.protocols.smtp.fates import FateTracker
+from proxy.protocols.smtp.tracker import Tracker
+from proxy.services import Door, Services
+from proxy.stats import Fate, Outcomes
+
+#: Bytes of OPENED's longest parts: all of them together, with what else is in it, fit in one frame.
+_MAX_CERTIFICATE = 32_768
+_MAX_GREETING = 4_096
+_MAX_EHLO = 16_384
+_MAX_EHLO_LINES = 256
+_MAX_ATTEMPT_MESSAGE = 100
+_MAX_ATTEMPT_REPLY = 128
+_MAX_TLS_FAILURE = 512
+_DEAD = frozenset({Discard.PEER_CLOSED, Discard.SAID_421})
+
+
+class Session:
+    """One of them.
+
+    Args:
+        services: those it begins, and is counted, with.
+        number: in the log. started: when its OPEN came.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        door: Door,
+        guest: Guest,
+        link: Link,
+        request: m.Open,
+        taken: Taken,
+        number: int,
+        started: float,
+    ) -> None:
+        assert guest.handshake.peer is not None
+        self._services = services
+        self._door = door
+        self._guest = guest
+        self._peer = guest.handshake.peer
+        self._link = link
+        self._request = request
+        self._taken = taken
+        self._number = number
+        self._started = started
+        self._parting: Discard | None = None  # nobody may have it, and its receiver waits for a command: it hears QUIT
+        tracked = request.ehlo_name is not None and (request.reuse or request.throttles)
+        place = taken.receiver.place
+        gated = tracked and place is not None and place.flows
+        self._gate = Gate(services.admission, place, link.wake) if gated and place is not None else None
+        tracker = self._tracker() if tracked else None
+        self.transfer = Transfer(link, taken.receiver, tracker, taken.reused, self._gate)
+
+    def finish(self, current: Services) -> tuple[Ending, bool]:
+        """Answer END: keep the connection for the next one, or close it; how it ended, and whether by a reset.
+
+        Args:
+            current: the services of the moment, which decide whether it is kept.
+        """
+        link, transfer = self._link, self.transfer
+        assert transfer.end is not None
+        reason = self._why_not_kept(current, transfer.end)
+        if reason is None:
+            link.send(frames.encode(m.Ended(True, "kept")))
+            return Ending.KEPT, False
+        if transfer.end.keep:
+            self._services.keeper.decline(reason)
+        if transfer.at_rest:
+            self._parting = reason
+        delivered = transfer.flush()
+        link.send(frames.encode(m.Ended(False, reason)))
+        if transfer.broken is not None:
+            return transfer.broken, True
+        return Ending.UPSTREAM_CLOSED if transfer.receiver_done else Ending.CLIENT_CLOSED, not delivered
+
+    def _why_not_kept(self, services: Services, end: m.End) -> Discard | None:
+        """Only what the tracker has found clean is kept, and only when the client says so."""
+        taken = self._taken
+        if not end.keep or not self._request.reuse or self.transfer.tracker is None:
+            return Discard.NOT_OFFERED
+        reason = self.transfer.unclean()
+        if reason is not None:
+            return reason
+        if not services.settings.reuse_connections or not self._is_welcome(services):
+            return Discard.DISABLED
+        if self._link.goes_at is not None:
+            return Discard.DRAINING
+        admission = services.admission
+        # Who waits for its place may want this very connection; whose turn it is turns out when it is clean.
+        if admission.wanted(taken.receiver.place) and not admission.awaited(taken.key):
+            return Discard.YIELDED
+        return None
+
+    def _is_welcome(self, services: Services) -> bool:
+        """Whether a reload has left the instance its place, and its source."""
+        try:
+            check_still_welcome(services.access, self._peer, self._guest.client.host)
+        except Refused:
+            return False
+        return True
+
+    def over(self, ending: Ending, reset: bool) -> None:
+        """Close, count, log."""
+        services, transfer, receiver = self._services, self.transfer, self._taken.receiver
+        services.gauges.outgoing -= 1
+        outcomes = self._count_messages()
+        if ending is Ending.KEPT:
+            services.keeper.give(receiver, self._taken.key)
+        elif self._parting is not None and not reset:
+            services.keeper.part(receiver, self._parting)
+        else:
+            services.keeper.close(receiver, reset)
+        counters = services.counters
+        counters.bytes_up += transfer.up
+        counters.bytes_down += transfer.down
+        counters.ended.count(ending)
+        log.connection(
+            self._number,
+            self._peer.instance,
+            self._door.protocol,
+            self._guest.client,
+            receiver.source,
+            receiver.destination,
+            self._taken.reused,
+            receiver.tls.version if receiver.tls else "failed" if self._taken.in_clear else "",
+            transfer.up,
+            transfer.down,
+            monotonic() - self._started,
+            ending,
+            outcomes,
+        )
+
+    def _tracker(self) -> Tracker:
+        """The judge of a session, which also tells what becomes of each message where that is wanted."""
+        if not self._services.settings.log_messages:
+            return Tracker()
+        number, receiver, instance = self._number, self._taken.receiver, self._peer.instance
+        tls = receiver.tls.version if receiver.tls else ""
+
+        def tell(fate: Fate) -> None:
+            log.message(number, instance, receiver.source, receiver.destination, receiver.local, tls, fate)
+
+        return FateTracker(tell)
+
+    def _count_messages(self) -> Outcomes | None:
+        """What the tracker saw, else what the client says; what became of messages, where that was seen."""
+        services, transfer, receiver = self._services, self.transfer, self._taken.receiver
+        if transfer.tracker is None:
+            services.counters.messages += transfer.end.messages if transfer.end is not None else 0
+            return None
+        mails = transfer.tracker.mails
+        receiver.messages += mails
+        receiver.errors += transfer.tracker.errors
+        services.counters.messages += mails
+        # What a shared connection that turned out to be dead was told is said again elsewhere, with the same permit.
+        in_vain = self._taken.reused and not transfer.tracker.accepted and transfer.unclean() in _DEAD
+        if self._gate is not None:
+            self._gate.leave()
+            if in_vain:
+                self._gate.in_vain()
+        outcomes, tracker = Outcomes(), transfer.tracker
+        outcomes.add(mails, tracker.accepted, tracker.deferred, tracker.rejected)
+        services.counters.count_outcomes(self._peer.instance, receiver.source, outcomes)
+        return outcomes
+
+
+def opened(taken: Taken, attempts: Attempts) -> m.Opened:
+    """The answer to an OPEN that succeeded, within the bounds of a frame."""
+    receiver = taken.receiver
+    facts = receiver.tls
+    tls = None
+    if facts is not None:
+        certificate = facts.certificate if len(facts.certificate) <= _MAX_CERTIFICATE else b""
+        tls = m.TlsInfo(facts.version, facts.cipher, facts.verified, facts.verdict, certificate)
+    return m.Opened(
+        reused=taken.reused,
+        destination=m.Address(*receiver.destination),
+        local=m.Address(*receiver.local),
+        messages=receiver.messages,
+        age_ms=int((monotonic() - receiver.opened_at) * 1000),
+        greeting=receiver.greeting.encode()[:_MAX_GREETING] if receiver.greeting is not None else None,
+        ehlo=_bounded(receiver.hello),
+        tls=tls,
+        attempts=frames.attempts_of(attempts, _MAX_ATTEMPT_MESSAGE, _MAX_ATTEMPT_REPLY),
+        tls_failure=taken.in_clear.why[:_MAX_TLS_FAILURE] if taken.in_clear else "",
+    )
+
+
+def _bounded(lines: Iterable[str]) -> list[bytes]:
+    """As many lines as fit."""
+    bounded: list[bytes] = []
+    left = _MAX_EHLO
+    for line in lines:
+        text = line.encode()[:_MAX_GREETING]
+        left -= len(text)
+        if left < 0 or len(bounded) == _MAX_EHLO_LINES:
+            break
+        bounded.append(text)
+    return bounded
