@@ -63,7 +63,7 @@ class Limits:
         max_connections: 0 is unlimited.
         mode: "average" (the limits describe the whole cluster) or "sum" (they are this instance's part of it).
         paused: nothing is sent under this throttle by this instance.
-        burst: messages at once; 0: the proxy's default.
+        burst: messages at once, less than each amount and at most 10,000; 0: the proxy's default.
         backoff_percent, return_after, backoff_threshold: when `backoff_threshold` percent of the outcomes are bad, or
             `Throttle.report` says so, all instances slow down to that percentage for so many seconds.
     """

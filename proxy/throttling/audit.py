@@ -77,7 +77,7 @@ class _Holding:
         if run.flow is not self.flow or run.serial != self.serial + self.n or self.last - self.slot != slack:
             return False
         step = run.first - self.slot - self.step * (self.n - 1)
-        if step <= 0 or (self.n > 1 and step != self.step):
+        if step < 0 or (self.n > 1 and step != self.step):
             return False
         self.step = step
         self.n += 1

@@ -144,7 +144,7 @@ class Desk:
         flow.open = None
         slack = flow.path.slack
         for run in runs:
-            for slot in range(run.first, run.first + run.n * max(run.step, 1), max(run.step, 1)):
+            for slot in [run.first + run.step * i for i in range(run.n)]:
                 if slot < now + MICROSECOND:  # never too late in the call that gives it out
                     self._give(clerk, slot, slot + slack)
                 else:

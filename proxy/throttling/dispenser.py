@@ -37,6 +37,10 @@ FRONT = -1
 EVERYWHERE = -1
 #: Who was held up elsewhere may catch up so many slots at once.
 LAG = 4
+#: Slots that are given out in one turn (some 20 ms); what is left is done in the next, when others had theirs.
+SLOTS_IN_A_TURN = 4_000
+#: So many of them for one throttle, however many others wait with it.
+SMALLEST_PART = 50
 
 
 class Dispenser:
@@ -45,6 +49,7 @@ class Dispenser:
     Attributes:
         touched: receivers that got something. paid: flows without a fine. idle: throttles that nobody waits under now.
         wheel, fine: throttles by their next turn; the fine one has those that give out nothing ahead.
+        unfinished: throttles that are to be served as soon as others had their turn, see `resume`.
     """
 
     def __init__(self) -> None:
@@ -53,6 +58,8 @@ class Dispenser:
         self.touched: dict[Receiver, None] = {}
         self.paid: list[Flow] = []
         self.idle: dict[Throttle, None] = {}
+        self.unfinished: dict[Throttle, None] = {}
+        self._left = SLOTS_IN_A_TURN
         self._order = count()
 
     # --- demand ---
@@ -148,6 +155,19 @@ class Dispenser:
         if due:
             self._serve(due, now)
 
+    def resume(self, now: int) -> None:
+        """A new turn begins: go on where the last one ended, with a part of it for each throttle that is unfinished."""
+        left, waiting = SLOTS_IN_A_TURN, len(self.unfinished)
+        part = max(SLOTS_IN_A_TURN // max(waiting, 1), SMALLEST_PART)
+        while waiting and left > 0:
+            throttle = next(iter(self.unfinished))
+            del self.unfinished[throttle]
+            self._left = part = min(part, left)
+            self._serve([throttle], now)  # what is not done of it stands behind the others now
+            left -= part - self._left + 1
+            waiting -= 1
+        self._left = left
+
     def _serve(self, throttles: list[Throttle], now: int) -> None:
         """Serve these and whom they lead to, in the order of their slots.
 
@@ -157,13 +177,18 @@ class Dispenser:
         heapify(agenda)
         while agenda:
             throttle = heappop(agenda)[2]
-            if throttle.slots is not None:
+            if self._left <= 0:
+                self.unfinished[throttle] = None
+            elif throttle.slots is not None:
                 self._take_turn(throttle, throttle.slots, agenda, now)
 
     def _take_turn(self, throttle: Throttle, slots: Slots, agenda: list[Turn], now: int) -> None:
         """Serve the queue of `throttle` while its slots are the next ones and near."""
         queue, times = slots.queue, slots.times
         while queue:
+            if self._left <= 0:
+                self.unfinished[throttle] = None
+                return
             time, order, flow = queue[0]
             receiver = flow.receiver
             if (
@@ -374,6 +399,7 @@ class Dispenser:
 
     def _give(self, flow: Flow, slot: int) -> None:
         """One slot to `flow`, charged at every throttle of its path; the caller has taken it from them."""
+        self._left -= 1
         receiver = flow.receiver
         name, cost = receiver.name, receiver.cost
         for throttle in flow.path.throttles:
@@ -397,7 +423,7 @@ class Dispenser:
         run = flow.open
         if run is not None:
             n = run.n
-            if n == 1 and 0 < slot - run.first <= MAX_STEP:
+            if n == 1 and 0 <= slot - run.first <= MAX_STEP:
                 run.step = slot - run.first
                 run.n = 2
                 return
@@ -416,7 +442,7 @@ class Dispenser:
         flow.want = flow.fine = 0
         if n > 0:
             flow.open = None
-            flow.receiver.runs.append(Run(flow, flow.granted, -(-now // MICROSECOND) * MICROSECOND, n))
+            flow.receiver.runs.append(Run(flow, flow.granted, -(-now // MICROSECOND) * MICROSECOND, n, free=True))
             flow.granted += n
             self.touched[flow.receiver] = None
 
@@ -426,8 +452,8 @@ class Dispenser:
         """`run` has left for its receiver; from now on it may come back."""
         flow = run.flow
         flow.open = None
-        if run.n > 1 and run.step == 0:
-            return  # unlimited: there is nothing to recycle
+        if run.free:
+            return  # there is nothing to recycle
         held = flow.held
         if held is None:
             flow.held = [run]

@@ -48,16 +48,20 @@ class Throttle(Meter):
 
 
 class Run:
-    """`n` slots of a flow, the first at `first` and then each `step`; the first is the flow's `serial`th permit."""
+    """`n` slots of a flow, the first at `first` and then each `step`; the first is the flow's `serial`th permit.
 
-    __slots__ = ("first", "flow", "n", "serial", "step")
+    Step 0: all at once, those of a burst; or `free`, when no rate limits the path and there are no slots at all.
+    """
 
-    def __init__(self, flow: Flow, serial: int, first: int, n: int = 1, step: int = 0) -> None:
+    __slots__ = ("first", "flow", "free", "n", "serial", "step")
+
+    def __init__(self, flow: Flow, serial: int, first: int, n: int = 1, step: int = 0, free: bool = False) -> None:
         self.flow = flow
         self.serial = serial
         self.first = first
         self.n = n
         self.step = step
+        self.free = free
 
 
 class Receiver:

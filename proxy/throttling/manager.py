@@ -414,6 +414,7 @@ class Manager:
         self._sweep(now)
         self._stretch(now)
         self._registry.teller.step()
+        self._dispenser.resume(now)
         self._serve_counted(now)
         self._dispenser.expire(now, SWEEP)
         self._desk.expire(now, SWEEP)
@@ -427,7 +428,7 @@ class Manager:
 
     def next_wakeup(self) -> int | None:
         """When `advance` is due, in nanoseconds; in the past: at once; None: not before the next call."""
-        if self._departed or self._stretching or self._registry.teller:
+        if self._departed or self._stretching or self._registry.teller or self._dispenser.unfinished:
             return 0
         wheels = (
             self._dispenser.wheel,

@@ -25,6 +25,8 @@ AHEAD = TICK + 5_000_000
 STRICT_FROM_SECONDS = 60
 #: No limit gives more than 100,000 slots a second: one that did could keep the proxy busy with nothing else.
 SHORTEST_INTERVAL = 10 * MICROSECOND
+#: Permits for more messages at once lapse before any MTA has used them: they live 0.1 to 2 s (see `slack_range`).
+LARGEST_BURST = 10_000
 #: Windows of limits that are gone are remembered for their debt, this many; a later one owes what they did.
 MAX_DORMANT = 4
 #: A connection's slot is used in the call that takes it, which comes as late as the hub is busy: so late may it be.
@@ -52,12 +54,17 @@ def check(limit: Limit) -> None:
     """Refuse a limit that would not hold.
 
     Raises:
-        ValueError: a figure below 1, or a burst as large as the amount: up to 2·amount - 1 would pass in one window.
+        ValueError: a figure below 1; a burst as large as the amount: up to 2·amount - 1 would pass in one window;
+            or one that nobody could use.
     """
     if limit.amount < 1 or limit.seconds < 1 or limit.burst < 1:
         raise ValueError(f"amount, seconds and burst are at least 1, not {tuple(limit)}")
     if limit.burst >= limit.amount > 1:
         raise ValueError(f"burst {limit.burst} must be smaller than the amount {limit.amount}")
+    if limit.burst > LARGEST_BURST:
+        raise ValueError(
+            f"burst {limit.burst} must be at most {LARGEST_BURST}: permits for more at once lapse before they are used"
+        )
 
 
 def slack_range(seconds: int) -> tuple[int, int]:
