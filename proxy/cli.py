@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import glob
 import os
 import signal
 import sys
@@ -77,7 +78,7 @@ def _main(argv: list[str]) -> int:
     _refuse_two(flags)
     if flags.ping is not None:
         return _ping(argv, flags.ping, flags.ping_instance)
-    load = functools.partial(config.load, argv, os.environ, read_file)
+    load = functools.partial(config.load, argv, os.environ, read_file, find=find_files)
     if flags.status is not None:
         return _status(flags.status, lambda: load().settings)
     if flags.check_config:
@@ -86,7 +87,8 @@ def _main(argv: list[str]) -> int:
     from proxy.server import server  # late: --help and a wrong configuration need no gevent
 
     def again(breathe: Breathe, lent: Lent) -> config.Loaded:
-        return config.load(argv, os.environ, functools.partial(read_file, lent=lent), breathe)
+        read, find = functools.partial(read_file, lent=lent), functools.partial(find_files, lent=lent)
+        return config.load(argv, os.environ, read, breathe, find)
 
     return server.run(again, loaded)
 
@@ -113,7 +115,7 @@ def _ping(argv: list[str], address: str, instance: str | None) -> int:
 
     # Only the secret is needed. An MTA's machine has no listener and allows nobody.
     nobody = ["--listen=127.0.0.1:807", "--allow-from=127.0.0.1"]
-    settings = config.load([*argv, *nobody], os.environ, read_file).settings
+    settings = config.load([*argv, *nobody], os.environ, read_file, find=find_files).settings
     to = ping.target(address, instance, settings)
     return ping.run(to, lambda line: _print(line, sys.stdout), lambda line: _print(line, sys.stderr))
 
@@ -159,6 +161,16 @@ def read_file(path: str, lent: Lent = contextlib.nullcontext) -> str:
     if len(content) > LONGEST_FILE:
         raise OSError(errno.EFBIG, f"larger than {LONGEST_FILE} bytes", path)
     return content.decode()
+
+
+def find_files(pattern: str, lent: Lent = contextlib.nullcontext) -> list[str]:
+    """The files that a pattern with wildcards stands for, in the order of their names.
+
+    Args:
+        lent: as for `read_file`.
+    """
+    with lent():
+        return sorted(glob.glob(pattern))
 
 
 def _print(text: str, stream: TextIO) -> None:

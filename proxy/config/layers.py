@@ -14,10 +14,11 @@ from typing import Any
 
 import configargparse
 
-from proxy.config import file as config_file
 from proxy.config.hints import did_you_mean, shown
+from proxy.config.includes import INCLUDE, Find, Piece, Texts, assemble
 from proxy.config.options import BLOCKS, OPTIONS, Option
 from proxy.config.origins import Given
+from proxy.config.reading import read, shown_path
 from proxy.errors import ConfigError, UsageError
 from proxy.model import Breathe, hold_breath
 
@@ -125,70 +126,34 @@ class Parser(configargparse.ArgumentParser):  # type: ignore[misc]  # the librar
 
 
 class File(configargparse.ConfigFileParser):  # type: ignore[misc]  # the library is not typed
-    """ConfigArgParse's view of the file: directive → its values with their lines. Mistakes are gathered."""
+    """ConfigArgParse's view of the file: directive → its values with their lines. Mistakes are gathered.
 
-    def __init__(self, read_file: Callable[[str], str], breathe: Breathe = hold_breath) -> None:
+    Attributes:
+        texts: what the file and those that it includes say; unreadable: those of them that have no text.
+    """
+
+    def __init__(
+        self, read_file: Callable[[str], str], breathe: Breathe = hold_breath, find: Find = lambda pattern: (pattern,)
+    ) -> None:
         self.name = ""
-        self.readable = True
-        self.blocks: list[config_file.Block] = []
+        self.texts = Texts()
+        self.unreadable: list[ConfigError] = []
         self.mistakes: list[ConfigError] = []
         self._read_file = read_file
         self._breathe = breathe
+        self._find = find
 
     def open(self, path: str) -> StringIO:
         self.name = path
-        text = read(path, self._read_file, "", self.mistakes)
-        self.readable = text is not None
+        text = read(path, self._read_file, "", self.unreadable)
         return StringIO(text or "", newline="")
 
     def parse(self, stream: StringIO) -> dict[str, list[Given]]:
         text = stream.read()
-        self.readable &= len(text) <= config_file.LONGEST_FILE
-        document = config_file.parse(text, self.name, self._breathe)
-        self.mistakes += document.mistakes
-        self.blocks = document.blocks
-        return collect(document.directives, BY_NAME, "", self.name, self.mistakes, self._breathe)
-
-
-def read(
-    path: str, read_file: Callable[[str], str], prefix: str, mistakes: list[ConfigError], given: Given | None = None
-) -> str | None:
-    """A file's text; None, and a mistake, if it has none.
-
-    Args:
-        prefix: begins the message.
-        given: where the file is named; None: it is the configuration itself.
-    """
-    name = path if path.isprintable() else shown(path)
-    where = given or Given("", "")
-    try:
-        text = read_file(path)
-    except OSError as error:
-        mistakes.append(where.mistake(f"{prefix}{name}: {error.strerror or type(error).__name__}"))
-    except UnicodeDecodeError as error:
-        reason, line = _not_utf8(error)
-        mistakes.append(ConfigError(prefix + reason, name, line))
-    except ValueError:
-        mistakes.append(where.mistake(f"{prefix}{name}: not a valid file name"))
-    else:
-        if "\0" not in text[:2]:
-            return text
-        mistakes.append(ConfigError(f"{prefix}{_UTF16}", name, 1))
-    return None
-
-
-_UTF16 = "the file is UTF-16; save it as UTF-8"
-
-
-def _not_utf8(error: UnicodeDecodeError) -> tuple[str, int]:
-    """Why bytes are not text, and in which line."""
-    data, at = error.object, error.start
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return _UTF16, 1
-    line_start = data.rfind(b"\n", 0, at) + 1
-    column = len(data[line_start:at].decode(errors="replace")) + 1
-    text = f"column {column}: byte 0x{data[at]:02X} is not UTF-8; if the file is Latin-1, save it as UTF-8"
-    return text, data.count(b"\n", 0, at) + 1
+        self.texts = assemble(text, self.name, self._read_file, self._find, self._breathe)
+        self.unreadable += self.texts.unreadable
+        self.mistakes += self.texts.mistakes
+        return collect(self.texts.directives, BY_NAME, "", self.mistakes, self._breathe)
 
 
 def gather(parser: Parser, argv: Sequence[str], environ: Mapping[str, str], file: File) -> dict[str, list[Given]]:
@@ -232,44 +197,52 @@ def _split(option: Option, text: str, source: str, mistakes: list[ConfigError]) 
 
 
 def collect(
-    directives: Iterable[config_file.Directive],
+    pieces: Iterable[Piece],
     options: Mapping[str, Option],
     prefix: str,
-    file: str,
     mistakes: list[ConfigError],
     breathe: Breathe = hold_breath,
 ) -> dict[str, list[Given]]:
-    """A file's or a block's directives by name: unknown and duplicate ones are mistakes."""
+    """The directives of all files, or of a block, by name: unknown and duplicate ones are mistakes."""
     given: dict[str, list[Given]] = {}
-    first_line: dict[str, int] = {}
-    for name, values, line, problem in directives:
-        breathe()
-        if problem and (name in options or name in BLOCKS):
-            mistakes.append(ConfigError(f"{prefix}{name}: {problem}", file, line))
-        elif name not in options:
-            # The hint takes a while, and nobody will see it.
-            text = _unknown(name, options) if len(mistakes) < MOST_MISTAKES else "unknown directive"
-            mistakes.append(ConfigError(prefix + text, file, line))
-        if name not in options:
-            continue
-        single = not options[name].repeatable
-        if single and name in first_line:
-            text = f"{prefix}{name}: given twice, in line {first_line[name]} and in line {line}"
-            mistakes.append(ConfigError(text, file, line))
-            continue
-        if single and len(values) > 1:
-            mistakes.append(ConfigError(f"{prefix}{name}: takes one value, not a list", file, line))
-        first_line.setdefault(name, line)
-        known = given.setdefault(name, [])
-        for value in values:
-            known.append(Given(value, file, line))
+    first: dict[str, tuple[str, int]] = {}
+    for file, directives in pieces:
+        for name, values, line, problem in directives:
             breathe()
+            if problem and (name in options or name in BLOCKS):
+                mistakes.append(ConfigError(f"{prefix}{name}: {problem}", file, line))
+            elif name not in options:
+                # The hint takes a while, and nobody will see it.
+                text = _unknown(name, options) if len(mistakes) < MOST_MISTAKES else "unknown directive"
+                mistakes.append(ConfigError(prefix + text, file, line))
+            if name not in options:
+                continue
+            single = not options[name].repeatable
+            if single and name in first:
+                text = f"{prefix}{name}: given twice, {two_places(first[name], (file, line))}"
+                mistakes.append(ConfigError(text, file, line))
+                continue
+            if single and len(values) > 1:
+                mistakes.append(ConfigError(f"{prefix}{name}: takes one value, not a list", file, line))
+            first.setdefault(name, (file, line))
+            known = given.setdefault(name, [])
+            for value in values:
+                known.append(Given(value, file, line))
+                breathe()
     return given
+
+
+def two_places(first: tuple[str, int], second: tuple[str, int]) -> str:
+    """`in line 3 and in line 7`; where they stand in two files, the first is named."""
+    file = f"{shown_path(first[0])} " if first[0] != second[0] else ""
+    return f"in {file}line {first[1]} and in line {second[1]}"
 
 
 def _unknown(name: str, options: Mapping[str, Option]) -> str:
     hint = did_you_mean(name.lower().replace("-", "_"), options)
     homes = [kind for kind, block in BLOCKS.items() if any(option.name == name for option in block)]
+    if name == INCLUDE:
+        return f"{name}: stands outside of blocks (is a line `}}` missing above?)"
     if name in BLOCKS:
         return f"{name}: this is a block: `{name} NAME {{`"
     if name in BY_NAME:

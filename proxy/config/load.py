@@ -11,9 +11,20 @@ from typing import Any, NamedTuple
 
 from proxy.config import rules
 from proxy.config.hints import did_you_mean, shown
-from proxy.config.layers import BY_NAME, MOST_MISTAKES, File, build_parser, collect, gather, read, unknown_variables
+from proxy.config.includes import Find, Texts
+from proxy.config.layers import (
+    BY_NAME,
+    MOST_MISTAKES,
+    File,
+    build_parser,
+    collect,
+    gather,
+    two_places,
+    unknown_variables,
+)
 from proxy.config.options import BLOCKS, OPTIONS, Option
 from proxy.config.origins import Given, Origins
+from proxy.config.reading import read
 from proxy.config.values import parse_endpoint, parse_text
 from proxy.errors import ConfigError
 from proxy.model import Breathe, hold_breath
@@ -38,11 +49,13 @@ class Loaded(NamedTuple):
     Args:
         origins: where its values stand.
         doubts: what was given and has no effect, one sentence each.
+        files: the configuration file and those that it includes, in the order in which they were read.
     """
 
     settings: Settings
     origins: Origins
     doubts: tuple[str, ...]
+    files: tuple[str, ...] = ()
 
 
 def load(
@@ -50,6 +63,7 @@ def load(
     environ: Mapping[str, str],
     read_file: Callable[[str], str],
     breathe: Breathe = hold_breath,
+    find: Find = lambda pattern: (pattern,),
 ) -> Loaded:
     """Reads and checks the whole configuration; a reload calls it again with the same `argv`.
 
@@ -58,23 +72,24 @@ def load(
         environ: the environment.
         read_file: path → text; raises OSError or ValueError (not UTF-8).
         breathe: called after each small piece of the work.
+        find: a pattern with wildcards → the files that it stands for, in order.
 
     Raises:
         UsageError: the command line cannot be understood.
         ConfigError: every mistake found, one a line, up to `MOST_MISTAKES`.
     """
-    file = File(read_file, breathe)
+    file = File(read_file, breathe, find)
     given = gather(build_parser(file), argv, environ, file)
-    if not file.readable:  # everything else would be a consequence of that
-        raise file.mistakes[0]
-    if not given and not file.blocks and not file.mistakes:
+    _raise_for(file.unreadable)  # everything else would be a consequence of that
+    if not given and not file.texts.blocks and not file.mistakes:
         raise ConfigError(_nothing(file.name), file.name)
     loader = _Loader(file.mistakes, read_file, breathe)
     settings, origins = loader.settings(given, file)
-    file.blocks = []  # argparse's objects hold each other, and this, until the garbage collector finds them
+    names = tuple(file.texts.files)
+    file.texts = Texts()  # argparse's objects hold each other, and this, until the garbage collector finds them
     _raise_for(file.mistakes)
     doubts = tuple(f"{name} is not a variable of ours{hint}" for name, hint in unknown_variables(environ))
-    return Loaded(settings, origins, doubts)
+    return Loaded(settings, origins, doubts, names)
 
 
 def _nothing(file: str) -> str:
@@ -87,7 +102,8 @@ def _raise_for(mistakes: list[ConfigError]) -> None:
     Raises:
         ConfigError: there are mistakes.
     """
-    mistakes.sort(key=lambda mistake: (mistake.line == 0, mistake.line))
+    files = {name: number for number, name in enumerate(dict.fromkeys(mistake.file for mistake in mistakes))}
+    mistakes.sort(key=lambda mistake: (mistake.line == 0, files[mistake.file] if mistake.line else 0, mistake.line))
     if len(mistakes) == 1:
         raise mistakes[0]
     if mistakes:
@@ -122,10 +138,10 @@ class _Loader:
         written: dict[str, list[Given]] = dict(given)
         if of_files:
             written["auth_shared_secret"] = [*given.get("auth_shared_secret", ()), *of_files]
-        for kind, name, _, line in file.blocks:
+        for where, (kind, name, _, line) in file.texts.blocks:
             self._breathe()
             if kind in BLOCKS:
-                written.setdefault(kind, []).append(Given(_canonical(kind, name), file.name, line))
+                written.setdefault(kind, []).append(Given(_canonical(kind, name), where, line))
         origins = Origins(written, _KINDS, Given("", file.name), self._breathe)
         for name, value, message in rules.broken(settings, given, self._breathe):
             self._mistakes.append(origins.place(name, value).mistake(f"{name}: {message}"))
@@ -178,19 +194,19 @@ class _Loader:
 
     def _blocks(self, file: File) -> dict[str, tuple[Any, ...]]:
         built: dict[str, list[Any]] = {kind: [] for kind in BLOCKS}
-        first_line: dict[tuple[str, str], int] = {}
-        for kind, name, directives, line in file.blocks:
+        first: dict[tuple[str, str], tuple[str, int]] = {}
+        for where, (kind, name, directives, line) in file.texts.blocks:
             problem = self._block_problem(kind, name)
             name = _canonical(kind, name)
-            if not problem and (kind, name) in first_line:
-                problem = f"{kind} {shown(name)}: given twice, in line {first_line[kind, name]} and in line {line}"
+            if not problem and (kind, name) in first:
+                problem = f"{kind} {shown(name)}: given twice, {two_places(first[kind, name], (where, line))}"
             if problem:
-                self._mistakes.append(ConfigError(problem, file.name, line))
+                self._mistakes.append(ConfigError(problem, where, line))
             if kind not in BLOCKS:
                 continue
-            first_line.setdefault((kind, name), line)
+            first.setdefault((kind, name), (where, line))
             prefix = f"{kind} {shown(name)}: "
-            given = collect(directives, _BLOCK_OPTIONS[kind], prefix, file.name, self._mistakes, self._breathe)
+            given = collect([(where, directives)], _BLOCK_OPTIONS[kind], prefix, self._mistakes, self._breathe)
             values = {option.name: self._value(option, given.get(option.name), prefix) for option in BLOCKS[kind]}
             built[kind].append(BLOCK_TYPES[kind](name=name, **values))
         return {kind: tuple(items) for kind, items in built.items()}

@@ -78,7 +78,7 @@ def doubts(loaded: Loaded, now: datetime | None = None, breathe: Breathe = hold_
         _absent(settings, breathe),
         _sources(settings, breathe),
         _descriptors(settings),
-        _permissions(settings, origins),
+        _permissions(loaded),
         _secrets(settings, breathe),
         _advice(settings),
         _dialogues(settings),
@@ -192,14 +192,13 @@ def _descriptors(settings: Settings) -> Iterator[Finding]:
         yield Finding(False, "max_connections", None, message)
 
 
-def _permissions(settings: Settings, origins: Origins) -> Iterator[Finding]:
+def _permissions(loaded: Loaded) -> Iterator[Finding]:
     """Secrets in files that every user of the machine can read."""
+    settings, secrets = loaded.settings, loaded.origins.of("auth_shared_secret")
     paths: list[tuple[str, Hashable, str]] = []
     paths += [("auth_shared_secret_file", path, path) for path in settings.auth_shared_secret_file]
-    if settings.config_filename and any(
-        given.file == settings.config_filename for given in origins.of("auth_shared_secret")
-    ):
-        paths.append(("auth_shared_secret", None, settings.config_filename))
+    holding = {given.file: given.text.encode() for given in secrets if given.file in loaded.files}
+    paths += [("auth_shared_secret", secret, path) for path, secret in holding.items()]
     if settings.tls_private_key_file:
         paths.append(("tls_private_key_file", None, settings.tls_private_key_file))
     for directive, value, path in paths:

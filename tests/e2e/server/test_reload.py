@@ -270,3 +270,18 @@ def test_nothing_is_left_open_by_reloads(proxy):
     proxy.hup("")
     assert proxy.fds() == fds
     assert os.path.exists(f"/proc/{proxy.pid}")
+
+
+def test_included_files_are_read_anew(proxy, mx):
+    """By a pattern, relative to the file; a mistake in one is told with its line, and all is as it was."""
+    folder = proxy.path.parent / "more"
+    folder.mkdir()
+    proxy.hup("source_ip 127.0.0.5\ninclude more/*.conf\n")
+    assert works(proxy, mx)
+    assert not works(proxy, mx, "127.0.0.66")
+    (folder / "a.conf").write_text(CHANGED)
+    proxy.hup()
+    assert works(proxy, mx, "127.0.0.66")
+    (folder / "a.conf").write_text("\nidle_timeout 5\n")
+    assert any(f"{folder}/a.conf:2: idle_timeout" in line for line in proxy.bad_hup())
+    assert works(proxy, mx, "127.0.0.66")
