@@ -1,4 +1,4 @@
-"""The text of one file of the configuration, or why it has none. The file itself is read by the caller's `read_file`."""
+"""The text of one file of the configuration, or why it has none. The file is read by the caller's `read_file`."""
 
 from __future__ import annotations
 

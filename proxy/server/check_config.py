@@ -70,7 +70,7 @@ def doubts(loaded: Loaded, now: datetime | None = None, breathe: Breathe = hold_
     Args:
         breathe: called after each small piece of the work.
     """
-    settings, origins = loaded.settings, loaded.origins
+    settings = loaded.settings
     findings: list[Finding] = []
     for found in (
         (Finding(False, _ENVIRONMENT, None, doubt) for doubt in loaded.doubts),
