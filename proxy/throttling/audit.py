@@ -199,10 +199,12 @@ class Audit:
 
     def granted(self, run: Run) -> None:
         """Permits have left for their instance."""
-        flow = run.flow
-        slack = flow.path.slack
-        end = run.first + run.step * (run.n - 1) + slack
-        self._account((flow.receiver.name, flow.path.throttles), end).granted(run, slack)
+        flow, path = run.flow, run.flow.path
+        holder, slack = (flow.receiver.name, path.throttles), path.slack
+        account = self._accounts.get(holder)
+        if account is None:
+            account = self._account(holder, run.first + run.step * (run.n - 1) + slack)
+        account.granted(run, slack)
 
     def _account(self, holder: Holder, until: int) -> Account:
         account = self._accounts.get(holder)

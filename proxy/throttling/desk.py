@@ -82,6 +82,11 @@ class Desk:
         self._registry = registry
         self._clerks: dict[tuple[str, tuple[Throttle, ...]], Clerk] = {}
 
+    @property
+    def open(self) -> bool:
+        """Whether anybody is served here."""
+        return bool(self._clerks)
+
     def ask(self, name: str, weight: float, throttles: tuple[Throttle, ...], now: int) -> MessageTicket | None:
         """A slot under all of `throttles` for the next message of instance `name`; None: nothing limits it."""
         if not any(throttle.windows for throttle in throttles):

@@ -83,6 +83,9 @@ class Dispenser:
             if flow.want <= 0:
                 return
         slot, decider = path.earliest(now)
+        if flow.want == 1 and slot <= now + path.horizon and self._alone(flow, now):
+            self._give_alone(flow, slot, decider, now)
+            return
         throttle = decider or path.throttles[0]
         self._join(flow)
         self._enqueue(flow, throttle)
@@ -90,6 +93,24 @@ class Dispenser:
             self.serve(throttle, now)
         else:
             self._wheel(throttle).arm_earlier(throttle, slot - path.horizon)
+
+    def _alone(self, flow: Flow, now: int) -> bool:
+        """Whether `flow` may receive, and nobody waits at any throttle of its path."""
+        for throttle in flow.path.throttles:
+            if throttle.slots is not None:
+                return False
+        return flow.receiver.may_receive(now)
+
+    def _give_alone(self, flow: Flow, slot: int, decider: Throttle | None, now: int) -> None:
+        """All that `flow` wants is one slot, which is near, and nobody waits for it: no queue is needed."""
+        for throttle in flow.path.throttles:
+            self.idle[throttle] = None
+            if decider is not None:
+                throttle.take_slot(slot)
+        if decider is None:
+            self._give_freely(flow, now)
+        else:
+            self._give(flow, slot)
 
     def _wheel(self, throttle: Throttle) -> Wheel[Throttle]:
         return self.fine if throttle.counts else self.wheel
@@ -204,25 +225,37 @@ class Dispenser:
                 flow = queue[0][2]
                 receiver = flow.receiver
             path = flow.path
-            slot, decider = path.earliest(now)
-            if decider is None:
-                heappop(queue)
-                self._leave(flow)
-                self._give_freely(flow, now)
-            elif len(path.throttles) > 1 or slots.claim is not None:
-                if not self._pass(flow, throttle, slots, slot, decider, agenda, now):
+            if len(path.throttles) > 1 or slots.claim is not None:
+                slot, decider = path.earliest(now)
+                if decider is None:
+                    self._serve_freely(flow, slots, now)
+                elif not self._pass(flow, throttle, slots, slot, decider, agenda, now):
                     return
-            elif slot > now + path.horizon:
+                continue
+            if not throttle.windows:
+                self._serve_freely(flow, slots, now)
+                continue
+            slot = throttle.earliest(now)
+            if slot > now + path.horizon:
                 self._wheel(throttle).arm(throttle, slot - path.horizon)
                 return
-            elif agenda and slots.path is None and agenda[0][0] <= slot << 1:
+            if agenda and slots.path is None and agenda[0][0] <= slot << 1:
                 heappush(agenda, (slot << 1 | 1, next(self._order), throttle))
                 return
-            else:
-                throttle.take_slot(slot)
-                self._give(flow, slot)
+            throttle.take_slot(slot)
+            self._give(flow, slot)
+            if flow.want > 0:
                 flow.order = order = next(self._order)
                 heapreplace(queue, (times[receiver.name], order, flow))
+            else:
+                heappop(queue)
+                self._leave(flow)
+
+    def _serve_freely(self, flow: Flow, slots: Slots, now: int) -> None:
+        """The foremost flow of a queue is limited by nothing any more."""
+        heappop(slots.queue)
+        self._leave(flow)
+        self._give_freely(flow, now)
 
     def _pass(
         self, flow: Flow, throttle: Throttle, slots: Slots, slot: int, decider: Throttle, agenda: list[Turn], now: int
@@ -282,7 +315,11 @@ class Dispenser:
             # Among the flows of its session it counts as served when its turn came, not when it got the slot.
             flow.order = flow.turn
             self._yield_claims(flow)
-            if flow.want <= 0:
+            if flow.want > 0:
+                slots = throttle.slots
+                if slots is not None and slots.queue[0][2] is flow:  # and not a rival, which may queue elsewhere
+                    heapreplace(slots.queue, (slots.times[flow.receiver.name], flow.order, flow))
+            else:
                 # It spoke for those who wait at the other throttles of its path: the next one's turn.
                 for each in throttles:
                     if each is not throttle and each.slots is not None and each.slots.queue:
@@ -331,12 +368,11 @@ class Dispenser:
             for index, other in enumerate(path.throttles):
                 if not flow.turns >> index & 1:
                     slots = other.slots
-                    if (
-                        slots is not None
-                        and slots.path is not path
-                        and self._foremost(other, slots, now)
-                        and slots.queue[0] < (slots.times[name], flow.order)
-                    ):
+                    if slots is None or slots.path is path or not slots.queue:
+                        continue
+                    mine = slots.times[name], flow.order
+                    # An entry that is out of date is never behind its true place.
+                    if slots.queue[0] < mine and self._foremost(other, slots, now) and slots.queue[0] < mine:
                         return other
             flow.turns = EVERYWHERE
         if own < slot:

@@ -127,12 +127,14 @@ class Path:
     @property
     def limited(self) -> bool:
         """Whether its messages need slots."""
-        return any(throttle.windows for throttle in self.throttles)
+        throttles = self.throttles
+        return bool(throttles[0].windows) or any(throttle.windows for throttle in throttles[1:])
 
     @property
     def slack(self) -> int:
         """d of this path's permits: the smallest of its throttles'."""
-        return min(throttle.slack for throttle in self.throttles)
+        throttles = self.throttles
+        return throttles[0].slack if len(throttles) == 1 else min([throttle.slack for throttle in throttles])
 
 
 class Flow:

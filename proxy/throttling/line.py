@@ -128,17 +128,14 @@ class Line(Generic[Waiting]):
         owner = self._first(meter)
         return None if owner is None else self._owners[owner][0]
 
-    def next(self, meter: Meter) -> Waiting | None:
-        """The ticket whose turn it is; it leaves the line."""
-        owner = self._first(meter)
-        if owner is None:
-            return None
-        ticket = self._owners[owner].popleft()
+    def served(self, ticket: Waiting, meter: Meter) -> None:
+        """`ticket`, whose turn it is (see `peek`), leaves the line."""
+        owner = ticket.owner
+        self._owners[owner].popleft()
         self._turn += 1
         self._served[owner] = self._turn
         self._left(owner)
         self.rank(owner, meter)
-        return ticket
 
     def got_in(self, ticket: Waiting) -> None:
         """`ticket` gets a place here, wherever it stood."""

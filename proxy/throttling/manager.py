@@ -192,8 +192,9 @@ class Manager:
         session.backlog(id, ram, bounce, disk)
         if session.slack > SMALLEST_SLACK:
             self._registry.stretch(flow.path, session.slack, now)
-        self._judge(session, flow, got, lapsed, now)
-        self._dispenser.demand(flow, want, got, now, session.doubted.get(flow))
+        if lapsed or session.rtt > SMALLEST_SLACK:
+            self._judge(session, flow, got, lapsed, now)
+        self._dispenser.demand(flow, want, got, now, session.doubted.get(flow) if session.doubted else None)
         if want:
             for throttle in flow.path.throttles:
                 self._active[throttle] = None
@@ -453,7 +454,8 @@ class Manager:
 
         What is left (see `Session.parked_records`) is to be asked for again when this is sent.
         """
-        return session.take(self._sent, now, most, self._registry.teller.owes)
+        teller = self._registry.teller
+        return session.take(self._sent, now, most, teller.owes if teller else None)
 
     def _sent(self, run: Run, now: int) -> None:
         self._dispenser.sent(run, now)
@@ -631,7 +633,8 @@ class Manager:
 
     def _settle(self, now: int) -> None:
         """Pass on what one part's work means for another."""
-        self._desk.settle(now)
+        if self._desk.open:
+            self._desk.settle(now)
         paid = self._dispenser.paid
         while paid:
             self._book.retry(paid.pop(), now)

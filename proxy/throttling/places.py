@@ -142,26 +142,26 @@ class PlaceBook:
         """Let in who can get in under these, and where a place is no longer kept for somebody."""
         while throttles or self._freed:
             throttle = (throttles or self._freed).pop()
-            while (line := throttle.line) is not None:
+            while (line := throttle.line) is not None and not throttle.full():
                 claim = line.claim
                 if claim is not None and not any(self._full(each, now, claim, claim.rated) for each in claim.throttles):
                     self._unline(claim)
                     self._try(claim, now)
                 elif (first := line.peek(throttle)) and not self._full(throttle, now, None, first.rated):
-                    self._next_in_line(throttle, line, now)
+                    self._next_in_line(throttle, line, first, now)
                 else:
                     break
             if throttle.line is not None:
                 self.crowded[throttle] = None
 
-    def _next_in_line(self, throttle: Throttle, line: Line[Ticket], now: int) -> None:
-        ticket = line.next(throttle)
+    def _next_in_line(self, throttle: Throttle, line: Line[Ticket], ticket: Ticket, now: int) -> None:
+        """It is the turn of `ticket`, the first in this line."""
+        line.served(ticket, throttle)
         self._drop_empty(throttle)
-        if ticket is not None:
-            if len(ticket.throttles) > 1:
-                ticket.turns |= {throttle}
-            self._try(ticket, now, throttle)
-            self._moved(ticket, -1)  # last, so that its flows are not taken for idle in between
+        if len(ticket.throttles) > 1:
+            ticket.turns |= {throttle}
+        self._try(ticket, now, throttle)
+        self._moved(ticket, -1)  # last, so that its flows are not taken for idle in between
 
     def _try(self, ticket: Ticket, now: int, passed: Throttle | None = None) -> None:
         """Take all places for `ticket`, or put it where it has to wait; `passed`: its turn in that line has come."""
@@ -250,7 +250,8 @@ class PlaceBook:
         """Whether `throttle` has no place or slot for `ticket`, or for those who stand in line (None)."""
         if 0 < throttle.cap <= throttle.used:
             return True
-        claim = throttle.line.claim if throttle.line is not None else None
+        line = throttle.line
+        claim = line.claim if line is not None else None
         kept = claim is not None and claim is not ticket and not any(map(self._shut, claim.flows))
         if kept and 0 < throttle.cap <= throttle.used + 1:
             return True
@@ -272,9 +273,9 @@ class PlaceBook:
             throttle.take_place(ticket.owner)
             if throttle.line is not None:
                 throttle.line.got_in(ticket)
-            self._ranked(throttle, ticket.owner)
-        for throttle in fresh:
-            if ticket.rated and throttle.counts:
+                throttle.line.rank(ticket.owner, throttle)
+        for throttle in fresh if ticket.rated else ():
+            if throttle.counts:
                 throttle.take_slot(throttle.earliest(now))
         for flow in ticket.flows:
             flow.places += 1
@@ -287,16 +288,13 @@ class PlaceBook:
             throttle.free_place(places.owner)
             if not throttle.used:
                 self.idle[throttle] = None
-            self._ranked(throttle, places.owner)
+            if throttle.line is not None:
+                throttle.line.rank(places.owner, throttle)
             if throttle.terms is not None and throttle.terms.advice is not None:
                 self.crowded[throttle] = None
         for flow in places.flows:
             flow.places -= 1
             _list(flow)
-
-    def _ranked(self, throttle: Throttle, owner: str) -> None:
-        if throttle.line is not None:
-            throttle.line.rank(owner, throttle)
 
     def _moved(self, ticket: Ticket, by: int) -> None:
         for flow in ticket.flows:

@@ -32,11 +32,6 @@ _LOOKED_AT = 2000
 SMALLEST_SLACK = 100_000_000
 
 
-def _nothing(_path: Path) -> bool:
-    """Nothing is to be told first."""
-    return False
-
-
 _WORD = 2**32 - 1
 
 K = TypeVar("K")
@@ -205,13 +200,13 @@ class Session(Receiver):
         )
 
     def take(
-        self, sent: Callable[[Run, int], None], now: int, most: int, owes: Callable[[Path], bool] = _nothing
+        self, sent: Callable[[Run, int], None], now: int, most: int, owes: Callable[[Path], bool] | None = None
     ) -> Output:
         """What waits, `most` records of a kind; `now` is not after the moment of sending.
 
         Args:
             sent: told of each run that leaves.
-            owes: whether the limits of a path are still to be told by somebody else.
+            owes: whether the limits of a path are still to be told by somebody else; None: those of no path.
         """
         pongs, self.pongs = self.pongs, []
         ping, self.ping_due = self.ping_due, None
@@ -219,7 +214,9 @@ class Session(Receiver):
         caps, self.caps = _split(self.caps, most)
         sent_at = now // MICROSECOND * MICROSECOND
         grants = []
-        for run in self._take_runs(most, lambda flow: flow not in limits and owes(flow.path)):
+        if owes is not None:
+            self._limits_first(limits, owes)
+        for run in self._take_runs(most):
             sent(run, now)
             grants.append(
                 GrantRecord(run.flow.id, run.n, (run.first - sent_at) // MICROSECOND, run.step // MICROSECOND)
@@ -235,12 +232,15 @@ class Session(Receiver):
             list(caps.items()),
         )
 
-    def _take_runs(self, most: int, owes: Callable[[Flow], bool]) -> list[Run]:
+    def _limits_first(self, told: dict[Flow, None], owes: Callable[[Path], bool]) -> None:
+        """Limits that somebody else would tell by and by: now, if a permit needs them."""
+        for run in islice(self.runs, _LOOKED_AT):
+            if run.flow not in told and owes(run.flow.path):
+                self.limits[run.flow] = None
+
+    def _take_runs(self, most: int) -> list[Run]:
         """The runs that may leave now: none before the limits of its path, which say how long it is usable."""
         runs, later = self.runs, self.limits
-        for run in islice(runs, _LOOKED_AT):
-            if owes(run.flow):
-                later[run.flow] = None  # now, and not when it is its turn
         ready: list[Run] = []
         if not later and len(runs) <= most:
             ready += runs

@@ -187,18 +187,20 @@ class Meter:
         windows: the limits in force; empty: no rate limit.
         dormant: windows of limits that are gone while their debt is not, the last first: a limit that comes back finds
             it.
+        slack: d, how long after its time a slot of this throttle may be used: the least of its windows.
         opens: no slot is before it: slots were given out ahead up to then, when the limits changed.
         cap: places there are, 0: unlimited. used: places taken. held: places by owner, None when nobody holds one.
         taken: slots given out so far. counts: a place also takes a slot (the proxy's own throttles count connections).
     """
 
-    __slots__ = ("cap", "counts", "dormant", "held", "key", "opens", "taken", "used", "windows")
+    __slots__ = ("cap", "counts", "dormant", "held", "key", "opens", "slack", "taken", "used", "windows")
 
     def __init__(self, key: Key, counts: bool = False) -> None:
         self.key = key
         self.counts = counts
         self.windows: tuple[Window, ...] = ()
         self.dormant: tuple[Window, ...] = ()
+        self.slack = FREE_SLACK
         self.opens = 0
         self.cap = 0
         self.taken = 0
@@ -227,6 +229,9 @@ class Meter:
 
     def after(self, slot: int) -> int:
         """The slot that comes after `slot`, if that is taken."""
+        if len(self.windows) == 1:  # nearly always, and asked for each slot
+            window = self.windows[0]
+            return (window.tat if window.tat > slot else slot) + window.interval - window.tau
         return max(
             [(window.tat if window.tat > slot else slot) + window.interval - window.tau for window in self.windows],
             default=slot,
@@ -238,11 +243,6 @@ class Meter:
         for window in self.windows:
             tat = window.tat
             window.tat = (tat if tat > slot else slot) + window.interval
-
-    @property
-    def slack(self) -> int:
-        """d: how long after its time a slot of this throttle may be used."""
-        return min([window.slack for window in self.windows], default=FREE_SLACK)
 
     def debt_until(self) -> int:
         """When the last debt is paid; what must not be forgotten before."""
@@ -292,6 +292,7 @@ class Meter:
             active.append(window)
         rest = [window for window in known.values() if self._paid_at(window) > now]
         self.windows, self.dormant = tuple(active), tuple(rest[:MAX_DORMANT])
+        self.slack = self._least_slack()
         self.opens = max([begin, *[past.late_until(self.slack, begin) for past in former.values()]])
         return True
 
@@ -316,8 +317,12 @@ class Meter:
                 window.change(window.limit, slack, self.floor(window.limit, start), begin)
                 grew = True
         if grew:
+            self.slack = self._least_slack()
             self.opens = begin
         return grew
+
+    def _least_slack(self) -> int:
+        return min([window.slack for window in self.windows], default=FREE_SLACK)
 
     # --- places ---
 
