@@ -132,6 +132,7 @@ class Dialogue:
             message.hold_us,
             at_us * 1000,
             clock_ns(),
+            grant.use_by,
         )
         throttle._arrived.notify(grant.n)
         self.changed(throttle)

@@ -174,6 +174,29 @@ class Throttled(Refused):
         self.retry_after = retry_after
 
 
+class Replaced(ProxyError):
+    """A session of the same run has come in the place of this one."""
+
+    code = "replaced"
+
+
+class NoPong(ProxyError):
+    """A session's client has answered no ping for too long."""
+
+    code = "no_pong"
+    retry = True
+
+
+class IdleTooLong(ProxyError):
+    """A channel that nobody used for `idle_timeout`."""
+
+    code = "idle_timeout"
+    retry = True
+
+
+#: How a connection ends that did nothing wrong: told to its client, and not counted as refused.
+GOODBYES = (Replaced, NoPong, IdleTooLong, Draining)
+
 #: errno → RFC 1928 reply; everything else is 0x01, general failure. The one such map of the program.
 _SOCKS_REPLY_OF_ERRNO = {
     _errno.ENETUNREACH: 0x03,

@@ -23,7 +23,7 @@ from proxy.egress import via
 from proxy.egress.admission import Admission, clock_ns
 from proxy.egress.broken_tls import BrokenTls
 from proxy.egress.keeper import Keeper
-from proxy.errors import ConfigError
+from proxy.errors import ConfigError, Draining
 from proxy.log import lines as log
 from proxy.model import Breathe, Ending, Endpoint, hold_breath
 from proxy.net import tls
@@ -344,7 +344,7 @@ class Server:
         for dialogue in list(self._instances.dialogues):
             dialogue.cut(Ending.DRAIN_TIMEOUT)
         for session in list(self._instances.sessions):
-            session.cut()
+            session.cut(Draining("the proxy is shutting down"))
         rest()
         log.note(log.Event.STOP, log.INFO, "stopped", reset_connections=cut)
         return EXIT_OK

@@ -65,17 +65,27 @@ class Lease:
         return self._count
 
     def granted(
-        self, n: int, first_offset_us: int, step_us: int, ping_t_us: int, hold_us: int, received: int, now: int
+        self,
+        n: int,
+        first_offset_us: int,
+        step_us: int,
+        ping_t_us: int,
+        hold_us: int,
+        received: int,
+        now: int,
+        use_by_us: int = 0,
     ) -> None:
         """A record of a GRANT frame, in the order of arrival.
 
         Args:
             ping_t_us, hold_us: as the frame says: the time of this side's ping, and how long the manager had it.
             received: when the frame arrived, in nanoseconds.
+            use_by_us: as the record says, for the first of them; 0: it does not, and `slack_us` is needed.
         """
-        use_by = (ping_t_us + hold_us + first_offset_us + self.slack_us) * MICROSECOND
+        known = self.slack_us or use_by_us
+        use_by = (use_by_us or ping_t_us + hold_us + first_offset_us + self.slack_us) * MICROSECOND
         not_before = received + first_offset_us * MICROSECOND
-        if self.slack_us and not_before <= use_by:  # else the frame was under way for longer than d
+        if known and not_before <= use_by:  # else the frame was under way for longer than d
             heappush(self._runs, _Run(use_by, self.got, not_before, n, step_us * MICROSECOND, True))
             self._count += n
         else:

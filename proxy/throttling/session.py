@@ -56,12 +56,16 @@ class PongRecord(NamedTuple):
 
 
 class GrantRecord(NamedTuple):
-    """`n` slots of path `id`: the first `first_offset_us` from now (negative: ago), then each `step_us`."""
+    """`n` slots of path `id`: the first `first_offset_us` from now (negative: ago), then each `step_us`.
+
+    `slack_us`: how long after its time each may be used.
+    """
 
     id: int
     n: int
     first_offset_us: int
     step_us: int
+    slack_us: int
 
 
 class LimitRecord(NamedTuple):
@@ -218,9 +222,8 @@ class Session(Receiver):
             self._limits_first(limits, owes)
         for run in self._take_runs(most):
             sent(run, now)
-            grants.append(
-                GrantRecord(run.flow.id, run.n, (run.first - sent_at) // MICROSECOND, run.step // MICROSECOND)
-            )
+            offset, step = (run.first - sent_at) // MICROSECOND, run.step // MICROSECOND
+            grants.append(GrantRecord(run.flow.id, run.n, offset, step, run.flow.path.slack // MICROSECOND))
         hold = (sent_at - self.ping_at) // MICROSECOND if self.ping_t is not None else 0
         return Output(
             [PongRecord(t, max(0, sent_at - at) // MICROSECOND) for t, at in pongs],

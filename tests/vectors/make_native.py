@@ -159,7 +159,7 @@ def handshake(maker: Maker) -> list[dict[str, object]]:
         retry=False,
         retry_after_ms=0,
     )
-    maker.message("goaway", "GOAWAY", 0x07, deadline_ms=60000, reason="shutting down")
+    maker.message("goaway", "GOAWAY", 0x07, deadline_ms=60000, reason="shutting down", code="draining")
     return exchanges
 
 
@@ -287,7 +287,7 @@ def session(maker: Maker) -> None:
         **inc,
         ping_t=123456789012,
         hold_us=250000,
-        records=[[7, 2, 1500, 3600], [9, 1, -800, 0]],
+        records=[[7, 2, 1500, 3600, 123459040512], [9, 1, -800, 0, 123457138212]],
     )
     maker.message("cap", "CAP", 0x29, **inc, records=[[7, 6]])
     maker.message("limit", "LIMIT", 0x2A, **inc, records=[[7, [[[[1000, 3600, 1]], 20]], 2000000, 0, False, ""]])

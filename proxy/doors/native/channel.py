@@ -23,7 +23,7 @@ from proxy.doors.native.open import Attempts, Opener, Taken
 from proxy.doors.native.session import Session, opened
 from proxy.doors.native.transfer import Transfer
 from proxy.egress.receiver import Receiver
-from proxy.errors import Draining, PeerError, ProxyError, UpstreamError
+from proxy.errors import Draining, IdleTooLong, NameInUse, PeerError, ProxyError, UpstreamError
 from proxy.log import lines as log
 from proxy.model import Ending, Endpoint
 from proxy.policy.idleness import Idleness
@@ -89,8 +89,12 @@ class Channel:
                 self._serve_session(request)
             link.part()
         except ClientGone:
-            with contextlib.suppress(OSError):
-                link.stream.finish()
+            goodbye = self._goodbye()
+            if goodbye is not None:
+                link.part(goodbye)
+            else:
+                with contextlib.suppress(OSError):
+                    link.stream.finish()
         except ProxyError as error:
             self._failed(services, self._guest.number, error)
             link.part(error)
@@ -110,11 +114,21 @@ class Channel:
             software=f"greenarrow_proxy {__version__}",
         )
 
+    def _goodbye(self) -> ProxyError | None:
+        """Why we end the channel; None: the client does."""
+        link = self._link
+        if link.doom in (Ending.IDLE_TIMEOUT, Ending.HALF_CLOSE_TIMEOUT):
+            return IdleTooLong("nothing was said for too long")
+        if link.doom is Ending.DRAIN_TIMEOUT:
+            return Draining(link.goes_why or "the proxy is shutting down")
+        return NameInUse(link.goes_why) if link.doom is Ending.NO_LONGER_ALLOWED else None
+
     def goaway(self, seconds: float, reason: str, ending: Ending) -> None:
         """See `services.HostedChannel`."""
         link = self._link
         if link.goes_at is None:
             link.goes_at, link.goes_why = monotonic() + seconds, reason
+            link.goes_code = NameInUse.code if ending is Ending.NO_LONGER_ALLOWED else Draining.code
             self._deadline = get_hub().loop.timer(max(seconds, _AT_ONCE))
             self._deadline.start(self.cut, ending)
             link.wake()

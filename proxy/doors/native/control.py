@@ -23,7 +23,7 @@ from proxy.doors.native.control_acts import Acts, SessionOver
 from proxy.doors.native.control_queue import Outgoing
 from proxy.doors.native.entrance import Guest, check_still_welcome
 from proxy.egress.admission import Admission, Client, clock_ns
-from proxy.errors import NameInUse, ProxyError, Refused
+from proxy.errors import GOODBYES, NameInUse, NoPong, ProxyError, Refused, Replaced
 from proxy.log import lines as log
 from proxy.model import Ending
 from proxy.net.conversation import farewell, rest_for
@@ -35,7 +35,8 @@ from proxy.protocols.native import session_messages as s
 from proxy.protocols.native.auth import ChannelKey
 from proxy.services import Door, Services
 from proxy.stats import Backlog, Flow, SessionFigures
-from proxy.throttling.session import End, Session
+from proxy.throttling.session import DEAD_AFTER, End, Session
+from proxy.throttling.throttle import SECOND
 
 _READ_SIZE = 65536
 #: Frames in a queue; the figure in the status lines.
@@ -72,6 +73,7 @@ class Control(Client):
         self._leaving = False
         self._doom: ProxyError | SessionOver | None = None
         self._recheck = False  # after a reload
+        self._goodbye = ""
         self._key_id = b""
         self._holds_name = False
         self._greenlet: Any = None
@@ -98,6 +100,9 @@ class Control(Client):
                 self._listen()
             finally:
                 del services.instances.sessions[self]
+        except GOODBYES as error:
+            self._goodbye = error.code
+            farewell(self._engine, self._stream, native.error_frame(error))
         except ProxyError as error:
             services.counters.refused.count(error.code)
             self._log(log.WARNING, f"session ends: {error}", reason=error.code)
@@ -241,10 +246,11 @@ class Control(Client):
         session = self._session
         if session is not None:
             self._admission.clients.pop(session, None)
+            reason = session.end or self._goodbye or End.LOST
             if session.end is None:
                 self._admission.manager.lost(session, clock_ns())
             self._admission.settle()
-            self._log(log.INFO, "session is over", reason=session.end or End.LOST)
+            self._log(log.INFO, "session is over", reason=reason)
 
     # ---------------------------------------------------------------- what others tell it
 
@@ -317,6 +323,10 @@ class Control(Client):
         if reason is End.FENCED:
             newer = self._admission.manager.sessions.get(self.instance)
             self.cut(NameInUse(f"name in use by {newer.address if newer is not None else 'a newer run'}"))
+        elif reason is End.REPLACED:
+            self.cut(Replaced("a newer session of this run has replaced this one"))
+        elif reason is End.SILENT:
+            self.cut(NoPong(f"no PONG for {DEAD_AFTER // SECOND} s"))
         else:
             self.cut()
 

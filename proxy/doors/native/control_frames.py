@@ -12,16 +12,17 @@ from proxy.protocols.native import frames as native
 from proxy.protocols.native import messages as m
 from proxy.protocols.native import session_messages as s
 from proxy.throttling.limits import BackoffRule, Mode, Part
-from proxy.throttling.session import LimitRecord, Output
+from proxy.throttling.session import GrantRecord, LimitRecord, Output
 from proxy.throttling.throttle import SECOND, Limit
 
-#: Grants of at most 21 bytes, and entries of CACHED of at most 376, that fit in a frame.
-MAX_RECORDS = 3000
+#: Grants of at most 30 bytes, and entries of CACHED of at most 376, that fit in a frame.
+MAX_RECORDS = 2000
 MAX_CACHED = 170
 #: LIMIT may hold no more. Its records differ in size by a factor of 100.
 _MAX_LIMITS = 1000
 _MAX_WARNING = 512
 _MAX_RATES = 4
+_LATEST = 2**63 - 1
 
 Record = TypeVar("Record")
 
@@ -59,7 +60,7 @@ def urgent_frames(output: Output, incarnation: int) -> list[bytes]:
 def frames(output: Output, incarnation: int) -> list[bytes]:
     """The rest of what a session is to be sent."""
     limits = [_path_limit(record) for record in output.limits]
-    grants = [s.SlotGrant(*grant) for grant in output.grants]
+    grants = [_grant(record, output) for record in output.grants]
     caps = [s.Share(*cap) for cap in output.caps]
     ping_t, hold_us = output.ping_t, output.hold_us
     return [
@@ -67,6 +68,13 @@ def frames(output: Output, incarnation: int) -> list[bytes]:
         *_fitting(lambda part: s.Grant(incarnation, ping_t, hold_us, part), grants, MAX_RECORDS),
         *_fitting(lambda part: s.Cap(incarnation, part), caps, MAX_RECORDS),
     ]
+
+
+def _grant(record: GrantRecord, output: Output) -> s.SlotGrant:
+    """With the end of its use on the client's own clock, which its ping told."""
+    id, n, offset_us, step_us, slack_us = record
+    use_by = output.ping_t + output.hold_us + offset_us + slack_us
+    return s.SlotGrant(id, n, offset_us, step_us, min(max(1, use_by), _LATEST))
 
 
 def refusals(reasons: dict[int, str], incarnation: int) -> list[bytes]:

@@ -60,6 +60,7 @@ class Link:
         self.doom: Ending | None = None
         self.goes_at: float | None = None
         self.goes_why = ""
+        self.goes_code = ""
         self.blocked = False
         self._told_goaway = False
         self._unsent = b""  # for the client, not yet taken by the stream
@@ -153,7 +154,7 @@ class Link:
         if self.goes_at is not None and not self._told_goaway:
             self._told_goaway = True
             left = max(0.0, self.goes_at - monotonic())  # it may have taken a while until it could be said
-            self.queue(frames.encode(m.Goaway(int(left * 1000), self.goes_why)))
+            self.queue(frames.encode(m.Goaway(int(left * 1000), self.goes_why, self.goes_code)))
 
     def part(self, error: ProxyError | None = None) -> None:
         """The last word, behind what is held back, and a moment for the client to read it."""

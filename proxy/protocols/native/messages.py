@@ -144,11 +144,12 @@ class Error(Message, frozen=True):
 
 
 class Goaway(Message, frozen=True):
-    """Proxy: finish what runs on this connection within the deadline, then close it."""
+    """Proxy: finish what runs on this connection within the deadline, then close it. `code`: why, for programs."""
 
     TYPE = 0x07
     deadline_ms: U32
     reason: Sentence = ""
+    code: Word = "draining"
 
 
 # --- channel ---

@@ -175,12 +175,16 @@ class Bye(Message, frozen=True):
 
 
 class SlotGrant(Part, frozen=True):
-    """`n` slots of a path: the first `first_offset_us` after receipt (or before: negative), then each `step_us`."""
+    """`n` slots of a path: the first `first_offset_us` after receipt (or before: negative), then each `step_us`.
+
+    `use_by`: until when the first may be used, in µs of the client's own clock, that of `ping_t`; 0: not said.
+    """
 
     id: PathId
     n: Annotated[int, Meta(ge=1, le=2**32 - 1)]
     first_offset_us: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
     step_us: U32
+    use_by: U63 = 0
 
 
 class Grant(Message, frozen=True):

@@ -34,7 +34,7 @@ def test_slots_of_one_moment_are_one_record() -> None:
     bench = Bench()
     filled(bench, Limit(1_000, 1, 300))
     (at_once, later) = bench.collect()["a"]
-    assert at_once == GrantRecord(0, 300, 0, 0)
+    assert at_once == GrantRecord(0, 300, 0, 0, 100_000)
     assert (later.first_offset_us, later.step_us) == (1_000, 1_000)
 
 
@@ -88,7 +88,7 @@ def test_permits_of_one_moment_come_back_one_by_one() -> None:
     session = bench.manager.sessions["a"]
     bench.manager.give_back(session, 0, 100, 50, bench.now)
     bench.manager.give_back(session, 0, 120, 10, bench.now)  # again: nothing
-    assert bench.collect()["a"][0] == GrantRecord(0, 50, 0, 0)
+    assert bench.collect()["a"][0] == GrantRecord(0, 50, 0, 0, 100_000)
 
 
 @pytest.mark.parametrize(("burst", "valid"), [(LARGEST_BURST, True), (LARGEST_BURST + 1, False), (99_999, False)])

@@ -34,6 +34,23 @@ def test_not_before_counts_from_receipt_and_use_by_from_the_ping() -> None:
     assert one.take(1_035 * MS) == Permit(1_035 * MS, 1_130 * MS, 0)
 
 
+@pytest.mark.parametrize("slack_us", [SLACK_US, 0])
+def test_the_use_by_that_the_record_carries_is_the_same(slack_us: int) -> None:
+    """And needs no LIMIT; a client that ignores the field reckons the same moment."""
+    told, reckoned = Lease(), lease()
+    told.slack_us = slack_us
+    told.granted(2, 10_000, 500, 1_000_000, 20_000, 1_025 * MS, 1_025 * MS, 1_130_000)
+    reckoned.granted(2, 10_000, 500, 1_000_000, 20_000, 1_025 * MS, 1_025 * MS)
+    for now in (1_035 * MS, 1_036 * MS):
+        assert told.take(now) == reckoned.take(now) is not None
+
+
+def test_a_run_is_late_by_the_use_by_that_it_carries() -> None:
+    one = lease()
+    one.granted(3, 0, 0, 0, 0, 500 * MS, 500 * MS, 499_999)
+    assert (len(one), one.voided) == (0, 3)
+
+
 def test_use_by_exactly_at_the_limit() -> None:
     permit = Permit(5, 10, 0)
     assert [permit.usable(now) for now in (4, 5, 10, 11)] == [False, True, True, False]

@@ -29,7 +29,7 @@ def test_an_idle_throttle_grants_in_the_same_call(bench: Bench) -> None:
     bench.register(session, (KEY, part(Limit(350, 3600))))
     bench.collect()
     bench.want(session, 5)
-    assert bench.collect() == {"a": [GrantRecord(0, 1, 0, 0)]}
+    assert bench.collect() == {"a": [GrantRecord(0, 1, 0, 0, 2_000_000)]}
 
 
 def test_slots_come_at_their_pace_and_a_tick_ahead(bench: Bench) -> None:
@@ -56,7 +56,7 @@ def test_without_a_limit_everything_is_granted(bench: Bench) -> None:
     session = bench.session("a")
     bench.register(session, (KEY, part()))
     bench.want(session, 10**6)
-    assert bench.collect() == {"a": [GrantRecord(0, 10**6, 0, 0)]}
+    assert bench.collect() == {"a": [GrantRecord(0, 10**6, 0, 0, 2_000_000)]}
 
 
 def test_demand_that_crosses_a_grant_is_not_granted_twice(bench: Bench) -> None:

@@ -389,7 +389,7 @@ def test_who_reads_nothing_does_not_live_for_ever() -> None:
 
 def test_an_idle_channel_is_closed() -> None:
     with Proxy("idle_timeout 1s\n") as proxy, channel(proxy.native) as peer:
-        assert peer.closed()
+        assert error_from(peer)[::2] == ("idle_timeout", True)
 
 
 def test_tcp_watches_over_a_receiver_that_serves_for_long(mx: Mx) -> None:
@@ -473,9 +473,9 @@ def test_term_is_told_to_every_channel_and_a_message_is_finished() -> None:
     ):
         busy.opened(mx.endpoint, ehlo_name=EHLO, reuse=True)
         proxy.term()
-        left, reason = idle.expect(mta.GOAWAY)
+        left, reason, code = idle.expect(mta.GOAWAY)
         assert 0 < left <= 20_000
-        assert reason == "the proxy is shutting down"
+        assert (reason, code) == ("the proxy is shutting down", "draining")
         assert idle.closed()
         assert 0 < busy.expect(mta.GOAWAY)[0] <= 20_000
         deliver(busy, b"Subject: last\r\n")
@@ -513,8 +513,11 @@ def test_an_open_that_waits_at_the_end_is_answered() -> None:
 def test_what_does_not_finish_is_cut_off() -> None:
     with Proxy("drain_timeout 500ms\n") as proxy, Mx() as mx, channel(proxy.native) as peer:
         peer.opened(mx.endpoint)
+        peer.hear_until(b"\r\n")
         proxy.term()
-        assert peer.closed()
+        assert peer.expect(mta.GOAWAY)[2] == "draining"
+        assert error_from(peer)[::2] == ("draining", True)
+        peer.sock.close()
         proxy.wait_line("outcome=drain_timeout")
         assert proxy.wait_exit() == 0
         wait_for(lambda: mx.running == 0)

@@ -14,7 +14,20 @@ import pytest
 
 from greenarrow_proxy_client import Limits, Session
 from greenarrow_proxy_client.throttle import ThrottleRejected
-from tests.independent_client import CERT, ERROR, GOAWAY, PING, PONG, Closed, Peer, error_of, frame, pack, session
+from tests.independent_client import (
+    CERT,
+    ERROR,
+    GOAWAY,
+    PING,
+    PONG,
+    Peer,
+    Told,
+    error_from,
+    error_of,
+    frame,
+    pack,
+    session,
+)
 from tests.mta import SECOND, Use, check_uses, clock
 from tests.program import SECRET, Proxy
 from tests.waiting import wait_for
@@ -85,9 +98,10 @@ def test_a_permit_for_a_message(proxy):
         assert a.limit()[:3] == [7, [[[[100, 1, 1]], 0]], 100_000]
         a.want(7, 1)
         _, (_, ping_t, hold, records), at = a.next(GRANT)
-        ((id, n, offset, _),) = records
+        ((id, n, offset, _, use_by),) = records
         assert (id, n) == (7, 1)
         assert ping_t + hold <= at // 1000
+        assert use_by == ping_t + hold + offset + 100_000
         assert offset <= 30_000  # no slot is given out earlier before its time
 
 
@@ -102,9 +116,9 @@ def test_without_a_ping_there_are_no_permits_and_without_pongs_no_session(proxy)
         a.ping()
         a.next(GRANT)
         kinds = []
-        with contextlib.suppress(Closed):  # from here on it answers nothing
-            while True:
-                kinds.append(a.hear()[0])
+        with pytest.raises(Told) as told:  # from here on it answers nothing
+            kinds.extend(kind for kind, _ in iter(a.hear, None))
+        assert told.value.args[::2] == ("no_pong", True)
         assert kinds.count(PING) in (4, 5, 6)
     proxy.wait_line(r"session is over.*reason=silent")
 
@@ -219,7 +233,7 @@ def test_coming_and_going_wins_nothing(proxy):
             slack = a.limit()[2]
             a.want(1, 1000)
             _, (_, ping_t, hold, records), at = a.next(GRANT)
-            for _, n, offset, step in records:
+            for _, n, offset, step, _ in records:
                 for number in range(n):
                     use_by = (ping_t + hold + offset + number * step + slack) * 1000
                     latest = at + (offset + number * step) * 1000
@@ -239,14 +253,14 @@ def test_a_return_goes_to_who_waits_and_only_once(proxy):
             each.register((1, "returned", (4, 1, 1)))
             each.limit()
         a.want(1, 1)
-        _, (_, _, _, ((_, _, offset, _),)), at = a.next(GRANT)
+        _, (_, _, _, ((_, _, offset, *_),)), at = a.next(GRANT)
         slot = at + offset * 1000
         b.want(1, 5)
         a.tell(RETURN, [[1, 0, 1]])
         a.tell(RETURN, [[1, 0, 1]])  # nobody holds it
-        _, (_, _, _, ((_, _, offset, _),)), at = b.next(GRANT)
+        _, (_, _, _, ((_, _, offset, *_),)), at = b.next(GRANT)
         assert abs(at + offset * 1000 - slot) < SECOND // 8, "the same slot, not the next, which is 250 ms later"
-        _, (_, _, _, ((_, n, offset, _),)), at = b.next(GRANT)
+        _, (_, _, _, ((_, n, offset, *_),)), at = b.next(GRANT)
         assert n == 1
         assert at + offset * 1000 - slot > SECOND // 5
 
@@ -276,9 +290,8 @@ def test_goaway_ends_the_permits_at_a_stop():
             proxy.term()
             a.next(GOAWAY)
             a.heard.clear()
-            with contextlib.suppress(Closed):
-                while True:
-                    a.next(ERROR)
+            with pytest.raises(Told, match="draining"):
+                a.next(ERROR)
         assert GRANT not in [kind for kind, _ in a.heard[1:]]
 
 
@@ -314,6 +327,38 @@ def test_list_and_certificates_are_answered(proxy):
     with instance(proxy) as a:
         a.tell(LIST, None)
         assert a.next(CACHED)[1][1:] == [[], False]
+
+
+def test_a_session_that_is_replaced_is_told(proxy):
+    run_id = os.urandom(16)
+    with instance(proxy, "again", run_id=run_id) as old, instance(proxy, "again", run_id=run_id) as new:
+        assert error_from(old)[::2] == ("replaced", False)
+        new.ping()
+        new.next(PONG)
+
+
+def test_a_burst_is_one_record(proxy):
+    """100,000 a second with the largest burst: it had been a record for each permit, and a freeze for all others."""
+    with instance(proxy, "burst") as a, instance(proxy, "slow") as b:
+        for each in (a, b):
+            each.ping()
+        a.register((1, "bursty", (100_000, 1, 10_001)))
+        assert "at most 10000" in a.limit()[5]
+        a.register((1, "bursty", (100_000, 1, 10_000)))
+        b.register((1, "other", (50, 1, 1)))
+        a.limit()
+        b.limit()
+        over = clock() + SECOND // 5  # the burst begins empty
+        wait_for(lambda: clock() > over)
+        a.want(1, 50_000)
+        at_once = records = 0
+        while at_once < 8_000:
+            for _, n, _, step, _ in a.next(GRANT)[1][3]:
+                records += 1
+                at_once += n if step == 0 else 0
+        assert records < 100
+        b.want(1, 1)
+        b.next(GRANT)
 
 
 def test_bye_is_answered_by_closing(proxy):

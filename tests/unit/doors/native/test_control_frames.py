@@ -31,7 +31,7 @@ def output(**fields: list[object]) -> Output:
 
 
 def test_the_longest_grants_and_caps() -> None:
-    grants = [GrantRecord(BIG - number, BIG, -(2**31), BIG) for number in range(10_000)]
+    grants = [GrantRecord(BIG - number, BIG, -(2**31), BIG, BIG) for number in range(10_000)]
     messages = read(control_frames.frames(output(grants=grants, caps=[(BIG, BIG)] * 10_000), BIG))
     assert [r.id for m in messages if isinstance(m, s.Grant) for r in m.records] == [g.id for g in grants]
     assert sum(len(m.records) for m in messages if isinstance(m, s.Cap)) == 10_000
