@@ -26,6 +26,7 @@ from proxy.config.rules import listeners
 from proxy.doors.front import ANSWER_WITHIN
 from proxy.model import Breathe, Endpoint, hold_breath
 from proxy.net import tls
+from proxy.net.addresses import own_addresses
 from proxy.policy.modes import Modes
 from proxy.settings import InstanceSettings, Network, Settings
 
@@ -42,6 +43,7 @@ _NOT_HERE = "is not an address of this machine"
 _ENVIRONMENT = "environment"
 #: From bind: it is no address of this machine, or there is no IPv6 here at all. (Others: no descriptor, say.)
 _NOT_OURS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+_WILDCARDS = ("0.0.0.0", "::")
 
 
 #: Of each kind that are told: a list of 8,000 addresses may be wrong altogether.
@@ -135,6 +137,14 @@ def _bind_errno(endpoint: Endpoint, kind: socket.SocketKind) -> int:
     return 0
 
 
+def _is_here(host: str) -> bool:
+    """As the program finds it (`upstream.bind`): bind() takes it, and the kernel has it."""
+    number = _bind_errno(Endpoint(host, 0), socket.SOCK_DGRAM)
+    if number:
+        return number not in _NOT_OURS
+    return host in _WILDCARDS or host in own_addresses()
+
+
 def _identity(settings: Settings) -> Iterator[Finding]:
     certificate, key = settings.tls_certificate_file, settings.tls_private_key_file
     if certificate is not None and key is not None:
@@ -169,7 +179,7 @@ def _absent(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
     """Listeners on addresses that may come later, or never."""
     for door, endpoint in listeners(settings):
         breathe()
-        if _bind_errno(Endpoint(endpoint.host, 0), socket.SOCK_DGRAM) in _NOT_OURS:
+        if not _is_here(endpoint.host):
             yield Finding(False, door, endpoint, f"{endpoint} {_NOT_HERE}: nobody can connect to it before it is")
 
 
@@ -180,7 +190,7 @@ def _sources(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
     for directive, pairs in (("source_ip", single), ("default_source_ip", chosen)):
         for value, ip in pairs:
             breathe()
-            if _bind_errno(Endpoint(ip, 0), socket.SOCK_DGRAM) in _NOT_OURS:
+            if not _is_here(ip):
                 yield Finding(False, directive, value, f"{ip} {_NOT_HERE}")
 
 

@@ -78,6 +78,29 @@ assert [binds(host) for host in hosts] == [False, True]
 """)
 
 
+def test_the_check_of_a_configuration_asks_the_kernel_as_well():
+    """What a start cannot use is told, whatever bind() takes; a wildcard is no address."""
+    assert (
+        in_namespace("""
+from proxy.config import load
+from proxy.server import check_config
+with open("/proc/sys/net/ipv4/ip_nonlocal_bind", "w") as file:
+    file.write("1")
+ip("address", "add", "198.51.100.8/32", "dev", "lo")
+text = (
+    "listen_socks5 0.0.0.0:0, [::]:0, 198.51.100.9:2525, 198.51.100.8:2525\\n"
+    "allow_from 127.0.0.1\\nsocks5_auth none\\n"
+    "source_ip 198.51.100.8, 198.51.100.9\\ndefault_source_ip 198.51.100.9\\n"
+)
+loaded = load.load(["--config-filename=/f"], {}, lambda name: text)
+for finding in check_config.check(loaded):
+    if "not an address" in finding.message:
+        print(finding.directive, finding.message.split()[0])
+""")
+        == "listen_socks5 198.51.100.9:2525\nsource_ip 198.51.100.9\ndefault_source_ip 198.51.100.9\n"
+    )
+
+
 def test_it_is_told_when_an_address_comes_and_goes():
     """On two interfaces it goes with the second."""
     assert in_namespace("""
