@@ -1,6 +1,6 @@
 // Sends standard input through SOCKS5 with Nodemailer, several messages over its pool:
 //   node nodemailer_send.js PROXY-HOST PROXY-PORT USER PASSWORD RECEIVER-HOST RECEIVER-PORT NAME COUNT
-// Prints the reply to each final dot.
+// Prints the reply to each final dot, and "again" for each connection that it gave up.
 const nodemailer = require('nodemailer');
 const { readFileSync } = require('node:fs');
 
@@ -23,6 +23,7 @@ transport.set('proxy_socks_module', require('socks'));
                 break;
             } catch (error) {
                 if (attempt === 5 || !/Greeting never received/.test(error.message)) throw error;
+                console.log('again');
             }
         }
     }
