@@ -35,7 +35,9 @@ def pack(value: object) -> bytes:
         return b"\xc3" if value else b"\xc2"
     if isinstance(value, int):
         if value < 0:
-            return struct.pack(">b", value) if value >= -32 else b"\xd1" + struct.pack(">h", value)
+            if value >= -32:
+                return struct.pack(">b", value)
+            return b"\xd1" + struct.pack(">h", value) if value >= -(2**15) else b"\xd2" + struct.pack(">i", value)
         if value < 0x80:
             return bytes((value,))
         for limit, code, form in ((8, 0xCC, ">B"), (16, 0xCD, ">H"), (32, 0xCE, ">I"), (64, 0xCF, ">Q")):
@@ -374,10 +376,153 @@ def invalid() -> list[dict[str, str]]:
         "offset out of range": [INCARNATION, 1, 1, [[7, 1, 2**31, 1]]],
         "clock above 63 bits": [INCARNATION, 2**63, 1, [[7, 1, 1, 1]]],
     }
-    return rows + [
+    rows += [
         {"name": f"grant: {name}", "table": "SESSION_FROM_PROXY", "hex": frame(0x28, pack(data)).hex()}
         for name, data in grants.items()
     ]
+    table = "SESSION_FROM_CLIENT"
+    return rows + [{"name": name, "table": table, "hex": data.hex()} for name, data in to_control().items()]
+
+
+def to_control() -> dict[str, bytes]:
+    """Frames of a session that the proxy must refuse."""
+    rule = ["yahoo", [[1000, 3600, 0]], 20, "average", False, [50, None, 1800, 30]]
+
+    def reg(at: int, value: object) -> bytes:
+        return frame(0x23, pack([INCARNATION, [[7, "192.0.2.1", [[*rule[:at], value, *rule[at + 1 :]]]]]]))
+
+    def path(*fields: object) -> bytes:
+        return frame(0x23, pack([INCARNATION, [list(fields)]]))
+
+    return {
+        "a frame of a channel on a session": frame(0x16, pack([True, 1])),
+        "a frame of the proxy": frame(0x28, pack([INCARNATION, 1, 1, [[7, 1, 1, 1]]])),
+        "DATA on a session": frame(0x13, b"x"),
+        "ping: no time": frame(0x20, pack([INCARNATION])),
+        "ping: clock above 63 bits": frame(0x20, pack([INCARNATION, 2**63])),
+        "ping: negative clock": frame(0x20, pack([INCARNATION, -1])),
+        "pong: held for more than 32 bits": frame(0x21, pack([INCARNATION, 1, 2**32])),
+        "reg: no path": frame(0x23, pack([INCARNATION, []])),
+        "reg: no throttle": path(7, "192.0.2.1", []),
+        "reg: nine throttles": path(7, "192.0.2.1", [[f"t{number}", []] for number in range(9)]),
+        "reg: source is no IP address": path(7, "mta.example.com", [rule]),
+        "reg: id above 32 bits": path(2**32, "192.0.2.1", [rule]),
+        "reg: empty name": reg(0, ""),
+        "reg: name with a control character": reg(0, "yahoo\n"),
+        "reg: five rates": reg(1, [[1, seconds, 0] for seconds in (1, 2, 3, 4, 5)]),
+        "reg: window of 0 s": reg(1, [[1000, 0, 0]]),
+        "reg: window above 31 days": reg(1, [[1000, 2_678_401, 0]]),
+        "reg: amount above 32 bits": reg(1, [[2**32, 3600, 0]]),
+        "reg: unknown mode": reg(3, "minimum"),
+        "reg: backoff of 0 percent": reg(5, [0, None, 1800, 30]),
+        "reg: backoff that never ends": reg(5, [50, None, 0, 30]),
+        "demand: no record": frame(0x24, pack([INCARNATION, []])),
+        "demand: negative": frame(0x24, pack([INCARNATION, [[7, -1, 0]]])),
+        "demand: no got_cum": frame(0x24, pack([INCARNATION, [[7, 1]]])),
+        "return: no permit": frame(0x25, pack([INCARNATION, [[7, 43, 0]]])),
+        "outcome: integer for backoff": frame(0x26, pack([INCARNATION, [[7, 41, 2, 0, 1]]])),
+        "bye: no incarnation": frame(0x27, pack([])),
+        "list: source is no IP address": frame(0x2B, pack([INCARNATION, "x"])),
+    }
+
+
+def counters() -> list[dict[str, object]]:
+    """CHANNEL_AUTH counters in the order in which they come with a right proof, and whether each is accepted."""
+    return [
+        {"name": "each once", "steps": [[1, True], [1, False], [2, True], [1, False], [2, False], [3, True]]},
+        {"name": "out of order", "steps": [[5, True], [3, True], [4, True], [3, False], [1, True], [5, False]]},
+        {"name": "1,023 below the highest", "steps": [[2000, True], [977, True], [976, False], [977, False]]},
+        {"name": "what the highest leaves behind", "steps": [[1, True], [1025, True], [1, False], [2, True]]},
+        {"name": "a leap", "steps": [[1, True], [2**63 - 1, True], [2**63 - 2, True], [2, False], [2**63 - 1, False]]},
+    ]  # fmt: skip
+
+
+def sequences() -> list[dict[str, object]]:
+    """What a client does about one path, id 7: see section 12 of the document for the steps."""
+
+    def receive(at: int, kind: int, *fields: object) -> dict[str, object]:
+        return {"at_us": at, "receive": frame(kind, pack([INCARNATION, *fields])).hex()}
+
+    def limit(at: int, slack: int) -> dict[str, object]:
+        return receive(at, 0x2A, [[7, [[[[1000, 3600, 1]], 20]], slack, 0, False, ""]])
+
+    def grant(at: int, ping_t: int, hold: int, *records: list[object]) -> dict[str, object]:
+        return receive(at, 0x28, ping_t, hold, [[7, *record] for record in records])
+
+    def ready(at: int, want: int, due: int | None, got: int = 0, lapsed: int = 0) -> dict[str, object]:
+        """So many messages wait without a permit; the DEMAND that follows, and when."""
+        demand = frame(0x24, pack([INCARNATION, [[7, want, got % 2**32, 0, 0, 0, lapsed]]])).hex()
+        return {"at_us": at, "ready": want, "due_us": due, "demand": None if due is None else demand}
+
+    def permits(at: int, *spans: list[int]) -> dict[str, object]:
+        return {"at_us": at, "permits": list(spans)}
+
+    pinged, held = 1_000_000, 20_000
+    two = [2, 10_000, 5_000, 1_130_000]
+    spans = [1_035_000, 1_130_000], [1_040_000, 1_135_000]
+    return [
+        {"name": "use by", "steps": [
+            limit(1_000_000, 100_000), grant(1_025_000, pinged, held, two),
+            permits(1_025_000, *spans), permits(1_130_000, *spans), permits(1_130_001, spans[1]), permits(1_135_001)]},
+        {"name": "use by, from a proxy that does not say it", "steps": [
+            limit(1_000_000, 100_000), grant(1_025_000, pinged, held, two[:3]), permits(1_025_000, *spans)]},
+        {"name": "use by, without a limit", "steps": [
+            grant(1_025_000, pinged, held, two), permits(1_025_000, *spans)]},
+        {"name": "a burst", "steps": [
+            grant(1_000, 1_000, 0, [3, 0, 0, 101_000]), permits(1_000, *[[1_000, 101_000]] * 3), permits(101_001)]},
+        {"name": "a link that stalled for 300 ms voids a grant", "steps": [
+            limit(1_000_000, 100_000), ready(1_000_000, 2, 1_000_000), grant(1_325_000, pinged, held, two),
+            permits(1_325_000), ready(1_325_000, 2, 1_325_000, 2, 2)]},
+        {"name": "got_cum counts what was void", "steps": [
+            limit(1_000_000, 100_000), ready(1_000_000, 10, 1_000_000),
+            grant(1_010_000, pinged, 0, [4, 0, 1_000, 1_100_000]), ready(1_010_000, 6, None),
+            grant(1_060_000, pinged, 0, [4, -50_000, 1_000, 1_050_000]), ready(1_060_000, 6, 1_060_000, 8, 4)]},
+        {"name": "a demand that changes", "steps": [
+            ready(1_000_000, 100, 1_000_000), ready(1_001_000, 120, None), ready(1_002_000, 126, 1_010_000),
+            ready(1_010_000, 126, 1_010_000), ready(1_011_000, 0, 1_011_000), ready(1_012_000, 1, 1_012_000)]},
+        {"name": "without a limit all is granted, and the count goes on from 0", "steps": [
+            ready(1_000_000, 9, 1_000_000), grant(1_000_000, 1_000_000, 0, [2**32 - 1, 0, 0, 3_000_000]),
+            ready(4_000_000, 9, 4_000_000, 2**32 - 1, 2**32 - 1),
+            grant(4_000_000, 4_000_000, 0, [5, 0, 0, 4_100_000]), ready(4_000_000, 4, None)]},
+    ]  # fmt: skip
+
+
+def dialogues() -> list[dict[str, object]]:
+    """What the proxy says to a session, by the proxy's own clock; nothing else limits the throttle."""
+    inc = INCARNATION
+
+    def client(at: int, kind: int, *fields: object) -> dict[str, object]:
+        return {"at_us": at, "client": frame(kind, pack([inc, *fields])).hex()}
+
+    def proxy(at: int, kind: int, *fields: object) -> dict[str, object]:
+        return {"at_us": at, "proxy": frame(kind, pack([inc, *fields])).hex()}
+
+    def limit(at: int, id: int, rates: list[object], slack: int, warning: str = "") -> dict[str, object]:
+        return proxy(at, 0x2A, [[id, [[rates, 0]] if not warning else [], slack, 0, False, warning]])
+
+    reg = [[7, "192.0.2.1", [["yahoo", [[10, 1, 0]]]]]]
+    large = "burst 10 must be smaller than the amount 10"
+    return [
+        {"name": "a permit, and no more than a rate allows", "steps": [
+            client(0, 0x20, 123_000_000), proxy(0, 0x21, 123_000_000, 0),
+            client(0, 0x23, reg), limit(0, 7, [[10, 1, 1]], 100_000),
+            client(40_000, 0x24, [[7, 1, 0]]), proxy(40_000, 0x28, 123_000_000, 40_000, [[7, 1, 0, 0, 123_140_000]]),
+            client(40_000, 0x24, [[7, 0, 1]])]},
+        {"name": "no limit", "steps": [
+            client(0, 0x20, 5_000), proxy(0, 0x21, 5_000, 0),
+            client(0, 0x23, [[7, "192.0.2.1", [["yahoo", []]]]]), limit(0, 7, [], 2_000_000),
+            client(1_000, 0x24, [[7, 50, 0]]), proxy(1_000, 0x28, 5_000, 1_000, [[7, 50, 0, 0, 2_006_000]])]},
+        {"name": "a limit that cannot hold binds nothing", "steps": [
+            client(0, 0x20, 5_000), proxy(0, 0x21, 5_000, 0),
+            client(0, 0x23, [[7, "192.0.2.1", [["yahoo", [[10, 1, 10]]]]]]), limit(0, 7, [], 0, large),
+            client(1_000, 0x24, [[7, 50, 0]])]},
+        {"name": "a permit that comes back is given out again", "steps": [
+            client(0, 0x20, 5_000), proxy(0, 0x21, 5_000, 0),
+            client(0, 0x23, reg), limit(0, 7, [[10, 1, 1]], 100_000),
+            client(0, 0x24, [[7, 1, 0]]), proxy(0, 0x28, 5_000, 0, [[7, 1, 0, 0, 105_000]]),
+            client(1_000, 0x25, [[7, 0, 1]]), client(1_000, 0x25, [[7, 0, 1]]),
+            client(2_000, 0x24, [[7, 1, 1]]), proxy(2_000, 0x28, 5_000, 2_000, [[7, 1, -2_000, 0, 105_000]])]},
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -403,6 +548,9 @@ def main() -> None:
         "messages": maker.messages,
         "lenient": lenient(),
         "invalid": invalid(),
+        "counters": counters(),
+        "sequences": sequences(),
+        "dialogues": dialogues(),
     }
     path = Path(__file__).with_name("native.json")
     path.write_text(json.dumps(vectors, indent=1, ensure_ascii=True) + "\n")

@@ -168,6 +168,12 @@ def test_channel_auth():
     assert frame.hex() == MESSAGES["channel-auth"]["hex"]
 
 
+@pytest.mark.parametrize("vector", VECTORS["counters"], ids=lambda vector: vector["name"])
+def test_counters(vector):
+    window = auth.ReplayWindow()
+    assert [[counter, window.accept(counter)] for counter, _ in vector["steps"]] == vector["steps"]
+
+
 def document_blocks() -> dict[str, str]:
     text = (ROOT / "docs/protocol.md").read_text()
     blocks = {}
@@ -179,6 +185,11 @@ def document_blocks() -> dict[str, str]:
 
 def test_document_has_every_vector_and_no_other():
     assert document_blocks() == {name: vector["hex"] for name, vector in MESSAGES.items()}
+
+
+def test_document_describes_every_member_of_the_vectors():
+    text = (ROOT / "docs/protocol.md").read_text().partition("## 12.")[2]
+    assert re.findall(r"^\| `(\w+)` \|", text, re.M) == list(VECTORS)
 
 
 def test_document_has_every_transcript_figure():
