@@ -12,7 +12,7 @@ from typing import Any
 
 from gevent import getcurrent
 
-from proxy.egress.via import Channel, Via
+from proxy.egress.via import CalledOff, Channel, Via
 from proxy.model import Ending, Route
 from proxy.net.conversation import send_all
 from proxy.net.peer import has_gone
@@ -75,13 +75,15 @@ class Through:
 
         def client_event(events: int) -> None:
             if events & GONE and opening:
-                self._greenlet.throw(ConnectionResetError())
+                self._greenlet.throw(CalledOff())
 
         engine.watch(fd, client_event)
         if has_gone(self._client):
             raise ConnectionResetError
         try:
             return self._via.open(self._request)
+        except CalledOff:
+            raise ConnectionResetError from None
         finally:
             opening = False
             engine.watch(fd, None)

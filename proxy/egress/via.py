@@ -2,7 +2,8 @@
 
 What goes out leaves from the other proxy's machine. Between the two the native protocol is spoken, as the MTA's library
 speaks it (docs/protocol.md): a channel for each connection that is open at the same time, and used again afterwards.
-Several proxies may be named; the first that can be reached is taken, and one that could not is left alone for a while.
+Several proxies may be named; the first that can be reached is taken, and one that could not, or did not answer, is left
+alone for a while. Who waits may be called off (`CalledOff`), and then no proxy is blamed for it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ssl
 from collections.abc import Sequence
 from time import monotonic
 
+import msgspec
 from gevent import Timeout
 
 from proxy.egress import upstream
@@ -45,12 +47,22 @@ CONNECT_WITHIN = 10.0
 _GRACE = 5.0
 #: A proxy that could not be reached is tried last for so long.
 _AVOIDED = 10.0
+#: What an attempt has at least, though the request's deadline is near.
+_LEAST = 1.0
 _MAX_IDLE_CHANNELS = 100
 _MAX_IDLE = 240.0
 #: FAILED.code → what it is here; all else goes by whether it may succeed later.
 _REFUSALS: dict[str, type[Refused]] = {
     kind.code: kind for kind in (SourceNotAllowed, DestinationNotAllowed, FamilyMismatch, Refused)
 }
+
+
+class CalledOff(Exception):
+    """Thrown into who waits here: nobody wants the connection any more. No OSError, for those are the proxies'."""
+
+
+class _Silent(ViaUnavailable):
+    """The proxy has not answered in time: it is frozen, or cut off from us."""
 
 
 class Channel:
@@ -80,11 +92,11 @@ class Channel:
             send_all(engine, stream, b"")
             answer = self._answer()
         except (OSError, PeerError) as error:
-            raise self._gone(str(error)) from None
+            raise ViaUnavailable(f"via {self.proxy}: {error}") from None
         except Timeout as fired:
             if fired is not timer:
                 raise
-            raise self._gone("no answer to OPEN in time") from None
+            raise _Silent(f"via {self.proxy}: no answer to OPEN in time") from None
         finally:
             timer.close()
         if isinstance(answer, m.Failed):
@@ -139,9 +151,6 @@ class Channel:
         finally:
             timer.close()
 
-    def _gone(self, why: str) -> ViaUnavailable:
-        return ViaUnavailable(f"via {self.proxy}: {why}")
-
 
 def of_settings(engine: Engine, settings: Settings, host_name: str, old: Via | None) -> Via | None:
     """The way out that the settings ask for; the old one, with its idle channels, if nothing has changed."""
@@ -176,22 +185,68 @@ class Via:
         return mine == (other._proxies, other._secret, other._instance, other._context is None)
 
     def open(self, request: m.Open) -> tuple[Channel, m.Opened]:
-        """An SMTP session on an idle channel, or on a new one; waits.
+        """An SMTP session, of the first proxy that answers; waits, no longer than the request's deadline and a little.
 
         Raises:
-            ProxyError: as the proxy says; ViaUnavailable: none of the proxies can be reached.
+            ProxyError: as the proxy says; ViaUnavailable: none of the proxies can be reached, or answers.
         """
-        while (channel := self._take_idle()) is not None:
+        ends_at = monotonic() + request.deadline_ms / 1000
+        reasons: list[str] = []
+        proxies = self._in_order()
+        for number, proxy in enumerate(proxies):
+            # One that does not answer must leave time for those behind it.
+            share = (ends_at - monotonic()) / (len(proxies) - number)
             try:
-                return channel, self._open_on(channel, request)
+                return self._open_at(proxy, request, monotonic() + share)
+            except ViaUnavailable as error:
+                reasons.append(str(error))
+        raise ViaUnavailable("; ".join(reasons))
+
+    def _in_order(self) -> list[Endpoint]:
+        """As configured, but for those that are left alone for now: these come last."""
+        now = monotonic()
+        return sorted(self._proxies, key=lambda proxy: self._avoided.get(proxy, 0.0) > now)
+
+    def _open_at(self, proxy: Endpoint, request: m.Open, ends_at: float) -> tuple[Channel, m.Opened]:
+        """The same of this proxy: on an idle channel, or on a new one.
+
+        Raises:
+            ProxyError: as the proxy says; ViaUnavailable: it cannot be reached, and is left alone for a while.
+        """
+        if proxy in self._avoided:  # one tries, the others go on without it until that is decided
+            self._avoided[proxy] = monotonic() + _AVOIDED
+        try:
+            found = self._ask(proxy, request, ends_at)
+        except ViaUnavailable:
+            self._avoid(proxy)
+            raise
+        except ProxyError:
+            self._avoided.pop(proxy, None)
+            raise
+        self._avoided.pop(proxy, None)
+        return found
+
+    def _ask(self, proxy: Endpoint, request: m.Open, ends_at: float) -> tuple[Channel, m.Opened]:
+        while (channel := self._take_idle(proxy)) is not None:
+            try:
+                return channel, self._open_on(channel, request, ends_at)
+            except _Silent:
+                raise
             except ViaUnavailable:
                 continue  # it had died meanwhile; nothing was opened
-        channel = self._dial()
-        return channel, self._open_on(channel, request)
+        channel = self._reach(proxy, ends_at)
+        return channel, self._open_on(channel, request, ends_at)
 
-    def _open_on(self, channel: Channel, request: m.Open) -> m.Opened:
+    def _avoid(self, proxy: Endpoint) -> None:
+        """Leave it alone for a while; what is idle there is of no use either."""
+        self._avoided[proxy] = monotonic() + _AVOIDED
+        while (channel := self._take_idle(proxy)) is not None:
+            self.close(channel)
+
+    def _open_on(self, channel: Channel, request: m.Open, ends_at: float) -> m.Opened:
+        left = max(ends_at - monotonic(), _LEAST)
         try:
-            return channel.open(request)
+            return channel.open(msgspec.structs.replace(request, deadline_ms=int(left * 1000)))
         except ViaUnavailable:
             self.close(channel)
             raise
@@ -226,42 +281,35 @@ class Via:
         while self._idle:
             self.close(self._idle.pop())
 
-    def _take_idle(self) -> Channel | None:
-        return self._idle.pop() if self._idle else None
+    def _take_idle(self, proxy: Endpoint) -> Channel | None:
+        for at in range(len(self._idle) - 1, -1, -1):
+            if self._idle[at].proxy == proxy:
+                return self._idle.pop(at)
+        return None
 
     # ---------------------------------------------------------------- new channels
 
-    def _dial(self) -> Channel:
-        now = monotonic()
-        reasons: list[str] = []
-        for proxy in sorted(self._proxies, key=lambda proxy: self._avoided.get(proxy, 0.0) > now):
-            try:
-                channel = self._reach(proxy)
-            except ProxyError as error:
-                self._avoided[proxy] = monotonic() + _AVOIDED
-                reasons.append(str(error))
-                continue
-            self._avoided.pop(proxy, None)
-            return channel
-        raise ViaUnavailable("; ".join(reasons))
-
-    def _reach(self, proxy: Endpoint) -> Channel:
+    def _reach(self, proxy: Endpoint, ends_at: float) -> Channel:
         """A new, authenticated channel.
 
         Raises:
-            ProxyError: why not.
+            ViaUnavailable: why not. Overloaded: no descriptor for it; that is not the proxy's fault.
         """
-        timer = Timeout.start_new(CONNECT_WITHIN)
-        source = upstream.system_source(proxy)
-        sock = upstream.bind(source)
+        within = min(CONNECT_WITHIN, max(ends_at - monotonic(), _LEAST))
         try:
-            upstream.connect(self._engine, sock, source, proxy, CONNECT_WITHIN)
+            source = upstream.system_source(proxy)
+            sock = upstream.bind(source)
+        except UpstreamError as error:
+            raise ViaUnavailable(f"via {proxy}: {error}") from None
+        timer = Timeout.start_new(within)
+        try:
+            upstream.connect(self._engine, sock, source, proxy, within)
             keep_alive(sock, 60.0)
             channel = self._log_in(proxy, sock)
         except BaseException as error:
             self._engine.close(sock)
             if error is timer:
-                raise ViaUnavailable(f"via {proxy}: no answer within {CONNECT_WITHIN:.0f}s") from None
+                raise ViaUnavailable(f"via {proxy}: no answer within {within:.0f}s") from None
             if isinstance(error, RefusedByProxy):
                 raise ViaUnavailable(f"via {proxy}: it refuses us as {self._instance}: {error}") from None
             if isinstance(error, ssl.SSLError):
