@@ -48,11 +48,15 @@ class ListenerSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceSettings:
-    """One `source NAME { … }` block: addresses, and what is said in EHLO there; None: the client's own name."""
+    """One `source NAME { … }` block: addresses, and what is said in EHLO there; None: the client's own name.
+
+    A block with a star in its name (`block`) is one of these for each name that it makes.
+    """
 
     name: str
     ip: tuple[Network, ...]
-    ehlo: str | None
+    ehlo: str | None  # with {ip} for the address
+    block: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,8 @@ from proxy.model import Breathe, hold_breath
 LONGEST_FILE = 4 * 1024 * 1024  # characters; 100,000 networks are half of it
 
 _TOKEN = re.compile(
-    r"""(?P<blank>[ \t]+|\#.*)|(?P<json>"(?:[^"\\]|\\.)*")|(?P<raw>`[^`]*`)|(?P<mark>[,{}])|(?P<word>[^\s,{}"`]+)"""
+    r"""(?P<blank>[ \t]+|\#.*)|(?P<json>"(?:[^"\\]|\\.)*")|(?P<raw>`[^`]*`)|"""
+    r"""(?P<mark>[,}]|\{(?!ip\}))|(?P<word>(?:[^\s,{}"`]+|\{ip\})+)"""  # {ip}: see `source` blocks
 )
 #: A name and one ASCII value with nothing special in it, as in nearly all lines of a long file; at a fifth of the cost.
 _PLAIN = re.compile(

@@ -25,6 +25,7 @@ from proxy.config.layers import (
 from proxy.config.options import BLOCKS, OPTIONS, Option
 from proxy.config.origins import Given, Origins
 from proxy.config.reading import read
+from proxy.config.sources import STAR, expand
 from proxy.config.values import parse_endpoint, parse_text
 from proxy.errors import ConfigError
 from proxy.model import Breathe, hold_breath
@@ -209,6 +210,7 @@ class _Loader:
             given = collect([(where, directives)], _BLOCK_OPTIONS[kind], prefix, self._mistakes, self._breathe)
             values = {option.name: self._value(option, given.get(option.name), prefix) for option in BLOCKS[kind]}
             built[kind].append(BLOCK_TYPES[kind](name=name, **values))
+        built["source"] = [each for block in built["source"] for each in expand(block, self._breathe)]
         return {kind: tuple(items) for kind, items in built.items()}
 
     def _block_problem(self, kind: str, name: str) -> str:
@@ -218,6 +220,8 @@ class _Loader:
             parse_text(name)
         except ValueError as error:
             return f"{kind}: {shown(name)} is not a name ({error})"
+        if kind == "source" and name.count(STAR) > 1:
+            return f"{kind}: {shown(name)}: one star at the most"
         if kind == "listener":
             try:
                 parse_endpoint(name)

@@ -5,6 +5,7 @@ A single value's form is the business of `values`; what the machine says of it, 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Hashable, Iterator
 from ipaddress import ip_address
 
@@ -149,14 +150,32 @@ def _listener_blocks(settings: Settings) -> Iterator[Finding]:
 
 def _source_blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
     owner: dict[object, str] = {}
+    names: set[str] = set()
     for block in settings.source:
+        where = block.block or block.name
         if not block.ip:
-            yield "source", block.name, f"{block.name}: `ip` is missing"
+            yield "source", where, f"{block.name}: `ip` is missing"
+        if block.name in names:
+            yield "source", where, f"{block.name} is the name of two sources"
+        elif problem := _unfit_name(block.name):
+            yield "source", where, f"{block.name}: {problem}"
+        names.add(block.name)
         for network in block.ip:
             breathe()
             if owner.setdefault(network, block.name) != block.name:
                 message = f"{network.network_address} is in two blocks, {owner[network]} and {block.name}"
-                yield "source", block.name, message
+                yield "source", where, message
+
+
+def _unfit_name(name: str) -> str:
+    """A source is named beside instances and addresses: it must not look like either."""
+    if not re.fullmatch(r"[A-Za-z0-9_.*-]+", name):
+        return "a source's name has letters, digits, hyphens, dots and underscores only"
+    try:
+        ip_address(name)
+    except ValueError:
+        return ""
+    return "a source's name is no address"
 
 
 def _agent(settings: Settings, given: Collection[str]) -> Iterator[Finding]:

@@ -125,7 +125,12 @@ def parse_networks(text: str) -> tuple[Network, ...]:
 
 
 def parse_addresses(text: str) -> tuple[Network, ...]:
-    """An IP address or a range of them, each by itself."""
+    """An IP address, a range of them or the hosts of a CIDR (not its first and last address), each by itself."""
+    if "/" in text:
+        network = parse_network(text)
+        if network.num_addresses > MOST_ADDRESSES:
+            raise ValueError(f"at most {MOST_ADDRESSES} addresses")
+        return tuple(ip_network(address) for address in network.hosts())
     first, dash, last = text.partition("-")
     low, high = ip_address(canonical_ip(first)), ip_address(canonical_ip(last if dash else first))
     if low.version != high.version or not 0 <= int(high) - int(low) < MOST_ADDRESSES:
@@ -204,8 +209,8 @@ def parse_name(text: str) -> str:
 
 
 def parse_ehlo(text: str) -> str:
-    """A domain or an address literal (RFC 5321 section 4.1.1.1), in ASCII."""
-    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,255}|\[[A-Za-z0-9.:_-]{1,253}\]", text):
+    """A domain or an address literal (RFC 5321 section 4.1.1.1), in ASCII; `{ip}` in it stands for the address."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,255}|\[[A-Za-z0-9.:_-]{1,253}\]", text.replace("{ip}", "0" * 39)):
         raise ValueError
     return text
 
@@ -287,7 +292,10 @@ NETWORK = Kind(
     several=True,
 )
 ADDRESSES = Kind(
-    "addresses", parse_addresses, "an IP address or a range such as 192.0.2.7 or 192.0.2.1-192.0.2.6", several=True
+    "addresses",
+    parse_addresses,
+    "an IP address, a range or a CIDR such as 192.0.2.7, 192.0.2.1-192.0.2.6 or 192.0.2.0/28",
+    several=True,
 )
 SOURCE = Kind("address", parse_source, "an IP address of this machine, or the word same")
 PORTS = Kind("ports", parse_ports, "a port such as 25 or a range such as 2500-2599")

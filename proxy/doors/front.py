@@ -126,7 +126,19 @@ class Visit:
 
     __slots__ = (
         *("services", "door", "socket", "client", "handshake"),
-        *("number", "started", "instance", "source", "destination", "upstream", "relayed", "missed", "place", "end"),
+        *(
+            "number",
+            "started",
+            "instance",
+            "source",
+            "source_name",
+            "destination",
+            "upstream",
+            "relayed",
+            "missed",
+            "place",
+            "end",
+        ),
     )
 
     def __init__(self, services: Services, door: Door, sock: RawSocket, address: tuple[Any, ...]) -> None:
@@ -139,6 +151,7 @@ class Visit:
         self.started = monotonic()
         self.instance = ""
         self.source = ""
+        self.source_name: str | None = None  # that the client asked for instead of an address
         self.destination: Endpoint | None = None
         self.upstream: RawSocket | None = None
         self.relayed = False
@@ -186,7 +199,8 @@ class Visit:
         destination = self.destination = route.destination
         instance = self.instance = self.instance or self._instance_of_address()
         dialled = upstream.local_endpoint(self.socket).host
-        source = route.source or services.access.default_source(instance, destination, dialled)
+        wanted = route.source or self._named_source(destination)
+        source = wanted or services.access.default_source(instance, destination, dialled)
         self.source = source or ""
         judged = source if services.access.has_source_lists(instance) else None
         services.access.check_route(instance, judged, destination)
@@ -278,10 +292,11 @@ class Visit:
             BadCredentials: no.
         """
         services, host = self.services, self.client.host
+        instance, self.source_name = services.access.names_of(login.instance)
         try:
-            return services.access.authenticate(login, host)
+            return services.access.authenticate(login._replace(instance=instance), host)
         except BadCredentials:
-            self.instance = login.instance  # what it claims to be: for the log line
+            self.instance = instance  # what it claims to be: for the log line
             wrong_secret(services, self, self.socket, host)
             raise
 
@@ -295,7 +310,8 @@ class Visit:
         destination = self.destination = route.destination
         instance = self.instance = self.instance or self._instance_of_address()
         try:
-            source = upstream.source_for(services.access, instance, self.socket, route.source, destination)
+            wanted = route.source or self._named_source(destination)
+            source = upstream.source_for(services.access, instance, self.socket, wanted, destination)
         except Overloaded:
             services.keeper.shed(1)
             raise
@@ -307,6 +323,15 @@ class Visit:
                 "a connection of the proxy itself was redirected to it: the rule must match the MTA's user only"
             )
         return source, destination
+
+    def _named_source(self, destination: Endpoint) -> str | None:
+        """The address of the source that the client has named, if it has.
+
+        Raises:
+            SourceNotAllowed, FamilyMismatch: there is none.
+        """
+        name = self.source_name
+        return None if name is None else self.services.access.source_named(name, destination)
 
     def _connect(self, source: str, destination: Endpoint) -> int:
         """Connect; the events of upstream that the relay has to act upon.

@@ -20,6 +20,7 @@ from typing import Literal
 
 from proxy.errors import BadCredentials, DestinationNotAllowed, FamilyMismatch, SourceNotAllowed
 from proxy.model import Breathe, Endpoint, Login, canonical_ip, hold_breath
+from proxy.policy.sources import Sources, split_user
 from proxy.settings import InstanceSettings, Network, Settings
 
 Door = Literal["native", "socks5", "proxy_protocol", "redirect", "status"]
@@ -73,6 +74,7 @@ class Access:
         for name, block in self._blocks.items():
             breathe()
             self._own_digests[name] = _digests(block.auth_shared_secret)
+        self._source_names = Sources(settings.source, breathe)
         rules = _Rules(settings, self._blocks, breathe)
         self._instance = rules.instance
         self.client_allowed = lru_cache(_REMEMBERED)(rules.judge_client)
@@ -88,11 +90,23 @@ class Access:
         block = self._blocks.get(instance)
         return (block.auth_shared_secret if block else ()) or self._settings.auth_shared_secret
 
+    def names_of(self, user: str) -> tuple[str, str | None]:
+        """`instance+source` → both names, where there are source blocks and no instance has all of it as its name."""
+        return (user, None) if user in self._blocks or not self._source_names else split_user(user)
+
+    def source_named(self, name: str, destination: Endpoint) -> str:
+        """The address that a source's name stands for; the caller has it checked like any other.
+
+        Raises:
+            SourceNotAllowed: there is no such name. FamilyMismatch: it has no address of the destination's family.
+        """
+        return self._source_names.address(name, destination)
+
     def authenticate(self, login: Login, client: str | None = None) -> str:
         """The instance's name, if the secret proves it. Takes the same time for every failure.
 
         Args:
-            login: name and secret as the client showed them.
+            login: name (without that of a source) and secret as the client showed them.
             client: the client's address, held against the block's `allow_from`; None: do not look at it.
 
         Raises:

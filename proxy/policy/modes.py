@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from proxy.model import Endpoint, TlsMode
+from proxy.model import Breathe, Endpoint, TlsMode, hold_breath
+from proxy.policy.sources import ehlo_names
 from proxy.settings import Settings
 
 #: Port of implicit TLS (RFC 8314): there is no dialogue to be seen.
@@ -44,15 +45,12 @@ class Modes:
         any_smtp: whether mode smtp occurs at all; where not, nobody need ask further.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, breathe: Breathe = hold_breath) -> None:
         self._settings = settings
         self._instances = {block.name: block for block in settings.instance}
         self._listeners = {block.name: block.mode for block in settings.listener}
-        self._ehlo_names = {
-            str(network.network_address): block.ehlo for block in settings.source for network in block.ip if block.ehlo
-        }
-        said = [settings.mode, *self._listeners.values(), *(block.mode for block in settings.instance)]
-        self.any_smtp = "smtp" in said
+        self._ehlo_names = ehlo_names(settings.source, breathe)
+        self.any_smtp = any_smtp(settings)
 
     def is_smtp(self, instance: str, listener: Endpoint, destination: Endpoint) -> bool:
         """Whether the proxy takes part in the dialogue of this client.
@@ -84,3 +82,9 @@ class Modes:
         """The instance's `share_with`, or "". A word never begins with "=" here: that is who shares with nobody."""
         block = self._instances.get(instance)
         return f":{block.share_with}" if block and block.share_with else ""
+
+
+def any_smtp(settings: Settings) -> bool:
+    """Whether mode smtp occurs at all."""
+    said = [settings.mode, *(block.mode for block in settings.listener), *(block.mode for block in settings.instance)]
+    return "smtp" in said

@@ -33,7 +33,7 @@ from proxy.net.relay import make_engine
 from proxy.net.turns import Breather, rest
 from proxy.policy.access import Access
 from proxy.policy.budget import FailureBudget
-from proxy.policy.modes import Modes
+from proxy.policy.modes import Modes, any_smtp
 from proxy.server import check_config, figures, process, systemd
 from proxy.server.listener import ListenError
 from proxy.server.listeners import Doors, Opened
@@ -171,7 +171,7 @@ class Server:
 
     def _authorities(self, settings: Settings) -> tls.Contexts:
         """Read anew by each reload, now and not under the first connection that needs them."""
-        if not (settings.listen or Modes(settings).any_smtp):
+        if not (settings.listen or any_smtp(settings)):
             return {}
         with self._reserve.lent():
             contexts: tls.Contexts = gevent.get_hub().threadpool.apply(tls.read_authorities)
@@ -187,7 +187,7 @@ class Server:
         return Services(
             settings=settings,
             access=Access(settings, own_addresses(), own, breathe),
-            modes=Modes(settings),
+            modes=Modes(settings, breathe),
             engine=self._engine,
             counters=self._counters,
             gauges=self._gauges,

@@ -98,3 +98,18 @@ def test_both_lists_hold():
         for source in ("127.1.0.61", "127.0.0.62"):
             with pytest.raises(Refused):
                 socks5(proxy.socks5, mx.endpoint, source, user="one")
+
+
+def test_a_source_is_asked_for_by_name():
+    """For who cannot BIND: the password is that of the instance, and a name that is not known sends nothing."""
+    with Proxy("source vmta* {\n    ip 127.0.7.0/24, ::1\n}\n") as proxy, Raw() as mx:
+        assert left_from(proxy, user="mta-1+vmta7") == "127.0.7.7"
+        assert left_from(proxy, "::1", user="mta-1+vmta1") == "::1"
+        assert left_from(proxy, user="mta-1") == "127.0.0.1"
+        assert left_from(proxy, source="127.0.0.42", user="mta-1+vmta7") == "127.0.0.42"
+        for user in ("mta-1+vmta999", "mta-1+typo"):
+            with pytest.raises(Refused, match=r"x05\\x02"):
+                socks5(proxy.socks5, mx.endpoint, user=user)
+        assert mx.connects == 0
+        assert "source typo is not known" in proxy.wait_line(r"^WARNING refused .*typo.*")[0]
+        assert proxy.wait_line(r"^connection .* source=127.0.7.7 ")[0].count(" instance=mta-1 ") == 1
