@@ -81,9 +81,11 @@ class Errands:
         mediator, holding = self._mediator, self._holding
         egress, line, name = holding.egress, holding.line, mediator.name or ""
         if want is Want.SLOT:
-            egress.slot(holding.lend_while_held)
-            if holding.line is not None:
-                egress.keep(holding.line)
+            try:
+                egress.slot(holding.lend_while_held)
+            finally:
+                if holding.line is not None:  # nobody is to wait for one that is not lent any more
+                    egress.keep(holding.line)
             mediator.slot_granted(monotonic() - started >= _OUT_OF_SIGHT)
             return
         if want is Want.GREETING:

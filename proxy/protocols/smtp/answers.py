@@ -35,13 +35,13 @@ def _on_reply(dialogue: Course, code: int) -> None:
     if code == 421:
         dialogue.death = Discard.SAID_421
         dialogue.end()
-    elif not verb:
-        dialogue.give_up()
+    elif not verb or (300 <= code < 400 and not (verb == b"DATA" or (verb == b"AUTH" and code == 334))):
+        dialogue.give_up()  # what the client says next may be no command
     elif verb == b"MAIL":
         dialogue.open = code < 400 and dialogue.begun
     elif verb == b"DATA":
         _on_data_reply(dialogue, code)
-    elif verb == b"AUTH" and code == 334:
+    elif code == 334:
         dialogue.state = State.AUTH
     if dialogue.state is State.TRANSACTION and not dialogue.group and not dialogue.begun:
         dialogue.old = True

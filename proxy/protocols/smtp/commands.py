@@ -43,7 +43,7 @@ def _mail(dialogue: Course, line: bytes, argument: bytes) -> None:
 
 def _message_part(dialogue: Course, line: bytes, argument: bytes) -> None:
     """RCPT or DATA, and there is no message: none was begun, or we have refused it."""
-    if _has_said_hello(dialogue):
+    if _has_said_hello(dialogue) and (dialogue.state is State.SWALLOW or dialogue.count_idle()):
         dialogue.to_client.append(replies.NO_MAIL)
 
 

@@ -39,6 +39,8 @@ MOST_OUTSTANDING = 1000
 
 #: States in which the client may be told to go.
 _BETWEEN = frozenset((State.HELLO, State.READY, State.DETACHED, State.SWALLOW))
+#: States in which the client has nothing in progress on its connection: behind a refused MAIL, too.
+_RESTING = frozenset((State.READY, State.SWALLOW))
 #: States in which nothing of the client is taken.
 _DEAF = frozenset((State.GREET, State.HELD, State.DATA_ASKED, State.OVER))
 
@@ -71,7 +73,9 @@ class Mediator(Course):
         """Nothing is in progress, the connection may change, and no word of the client waits."""
         if self.want is not None or self.unread or not self.may_change:
             return False
-        return self.state is State.READY or (self.state is State.TRANSACTION and not self.group and not self.open)
+        if self.state is State.TRANSACTION:
+            return not self.group and not self.open
+        return self.state in _RESTING
 
     @property
     def may_lend(self) -> bool:
@@ -273,6 +277,10 @@ class Mediator(Course):
         words = line.split(None, 1)
         verb = words[0].upper() if words else b""
         if self.state is State.AUTH:
+            if b"\r" in line or b"\0" in line:
+                self.to_client.append(replies.BAD_LINE)
+                self.last_word("4.7.0", "no line of an AUTH exchange")
+                return False
             self.send(line, b"AUTH")
             return True
         if self._passes(line, verb):
@@ -303,7 +311,7 @@ class Mediator(Course):
                 rest = self.lines.take_rest()
                 if self.death is None:
                     self.to_client.append(rest)
-                return
+                break
         self._run()
 
     def receiver_done(self) -> None:

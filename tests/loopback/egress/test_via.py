@@ -64,17 +64,20 @@ def frozen(proxy: Proxy) -> Iterator[None]:
 @pytest.mark.parametrize("warm", [0, 3])
 def test_a_frozen_proxy_leaves_time_for_the_next_and_is_left_alone(engine: Engine, mx: Raw, warm: int) -> None:
     """Its idle channels are not asked one after the other, each until the deadline."""
-    with Proxy("listen_tls no\n") as first, Proxy("listen_tls no\n") as second:
-        with ways(engine, first.native, second.native) as via:
-            request = m.Open("127.0.0.14", [m.Address(*mx.endpoint)], deadline_ms=20_000)
-            for channel, _ in [via.open(request) for _ in range(warm)]:
-                assert channel.end()
-                via.give(channel)
-            assert len(via._idle) == warm
-            with frozen(first):
-                assert ask(via, mx, 2000) == second.native
-                assert [channel.proxy for channel in via._idle] == [second.native]
-                assert ask(via, mx, 2000) == second.native
+    with (
+        Proxy("listen_tls no\n") as first,
+        Proxy("listen_tls no\n") as second,
+        ways(engine, first.native, second.native) as via,
+    ):
+        request = m.Open("127.0.0.14", [m.Address(*mx.endpoint)], deadline_ms=20_000)
+        for channel, _ in [via.open(request) for _ in range(warm)]:
+            assert channel.end()
+            via.give(channel)
+        assert len(via._idle) == warm
+        with frozen(first):
+            assert ask(via, mx, 2000) == second.native
+            assert [channel.proxy for channel in via._idle] == [second.native]
+            assert ask(via, mx, 2000) == second.native
 
 
 def test_no_proxy_answers_and_the_deadline_holds_for_all_of_them(

@@ -754,3 +754,72 @@ def test_after_auth_it_stays_while_a_mail_is_held():
     world.mediator.client(b"MAIL FROM:<a@b.example>\r\n")
     assert world.mediator.want is Want.SLOT
     assert not world.mediator.may_lend
+
+
+# --- what a hostile side may try ---
+
+
+@pytest.mark.parametrize("verb", [b"XEXCH50", b"VRFY", b"MAIL", b"RCPT", b"RSET"])
+def test_a_reply_that_asks_for_more_where_none_can_ends_our_part(verb):
+    """What the client sends then is no command: a MAIL in it must not be held, or answered by us (XEXCH50's blob)."""
+    world = opened(scripts=[{verb: [b"354 send it\r\n"]}])
+    if verb in (b"RCPT", b"RSET"):
+        world.say(b"MAIL FROM:<a@b.example>\r\n")
+    world.say(
+        {b"MAIL": b"MAIL FROM:<a@b.example>\r\n", b"RCPT": b"RCPT TO:<c@d.example>\r\n"}.get(verb, verb + b" 5 2\r\n")
+    )
+    slots = world.wants.count(Want.SLOT)
+    assert world.state is State.RAW
+    world.mediator.client(b"QUIT\r\nMAIL FROM:<in@the.blob>\r\n")
+    world.settle()
+    assert world.wants.count(Want.SLOT) == slots
+    assert not world.over
+    world.mediator.client_gone()
+    world.settle()
+    assert world.verdicts[-1] is not None, "nobody else has it"
+
+
+@pytest.mark.parametrize("line", [b"*\rMAIL FROM:<a@b.example>\r\n", b"AGEAYg\0\r\n"])
+def test_a_line_of_auth_that_receivers_would_read_differently_is_not_passed_on(line):
+    world = opened()
+    world.say(b"AUTH LOGIN\r\n")
+    assert world.state is State.AUTH
+    world.say(line)
+    assert world.over
+    assert b"\r" not in world.mxs[0].received.replace(b"\r\n", b"")
+    assert b"\0" not in world.mxs[0].received
+    assert codes(world.client_sees)[-2:] == [500, 421]
+
+
+def test_a_client_whose_mail_we_refused_may_lose_its_connection_to_who_waits():
+    world = opened(slots=[throttled()])
+    group = b"MAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nDATA\r\n"
+    assert codes(world.say(group)) == [451, 503, 503]
+    assert world.mediator.idle
+    world.mediator.taken()
+    world.settle()
+    assert world.verdicts == [None]
+    assert codes(world.say(b"RCPT TO:<c@d.example>\r\nRSET\r\n" + message(1))) == [503, 250, 250, 250, 354, 250]
+    assert [len(mx.messages) for mx in world.mxs] == [0, 1]
+
+
+@pytest.mark.parametrize("flood", [b"RCPT TO:<c@d.example>\r\n", b"DATA\r\n"])
+def test_a_flood_of_parts_of_no_message(flood):
+    world = opened()
+    world.say(flood * (MOST_IDLE_COMMANDS + 10))
+    assert world.over
+    assert len(codes(world.client_sees)) <= MOST_IDLE_COMMANDS + 1
+
+
+def test_a_refused_group_is_swallowed_however_many_recipients_it_has():
+    world = opened(slots=[throttled()])
+    many = MOST_IDLE_COMMANDS + 10
+    assert codes(world.say(message(1, many)[: -len(b"x")]))[: many + 2] == [451, *[503] * (many + 1)]
+
+
+def test_what_was_pipelined_before_the_receivers_garbage_goes_to_it_too():
+    """Else the client waits for a reply to what nobody has read."""
+    world = opened(scripts=[{b"RCPT": [b"what?\r\n"]}])
+    world.say(b"MAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nQUIT\r\n")
+    assert world.state is State.RAW
+    assert world.mxs[0].commands[-1] == b"QUIT"
