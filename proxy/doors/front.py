@@ -519,10 +519,10 @@ class Visit:
         self.services.slowed.leave(self)
         engine.close(self.socket)
         if self.upstream is not None:
-            engine.close(self.upstream)
+            self.services.keeper.close_early(PlainStream(self.upstream), self.place)
             self.services.gauges.outgoing -= 1
             self._forget_end()
-        if self.place is not None:
+        elif self.place is not None:
             self.services.admission.leave(self.place)
         self.door.open_connections -= 1
 

@@ -27,6 +27,7 @@ from proxy.net.addresses import own_addresses
 from proxy.net.conversation import receive, send_all
 from proxy.net.crew import Crew
 from proxy.net.relay import Engine
+from proxy.net.tls import Stream
 from proxy.net.turns import TurnOver
 from proxy.protocols.smtp.dialogue import Quit, Rset
 from proxy.stats import Counters
@@ -164,6 +165,10 @@ class Keeper:
     def close(self, receiver: Receiver, reset: bool = False) -> None:
         """Close a connection that is of no more use; its places are given back, see `leaving`."""
         self._leaving.close(receiver.stream, receiver.place, reset)
+
+    def close_early(self, stream: Stream, places: Places | None) -> None:
+        """The same for one on which no session came up."""
+        self._leaving.close(stream, places)
 
     def lend(self, receiver: Receiver, taken: Callable[[], object]) -> None:
         """The client of this connection is idle: should somebody wait for its place, `taken` is called, once, and the
@@ -303,7 +308,7 @@ class Keeper:
             self._unclaimed(receiver)
             return
         places, receiver.place = receiver.place, None
-        self._pool.free_limits(receiver)
+        self._pool.promise(receiver)
         if places is not None and self._office.pass_on(places, key):
             # Whoever got the place was woken before this is called, and has taken the connection by then.
             self._loop.run_callback(self._unclaimed, receiver)

@@ -109,6 +109,7 @@ class Pool:
         self._settings = settings
         self._draining = False
         self._by_connection: dict[Hashable, Entry] = {}
+        self._promised: dict[Entry, None] = {}
         self._idle: _Queue = OrderedDict()
         self._by_key: dict[Hashable, _Queue] = {}
         self._by_destination: dict[Hashable, _Queue] = {}
@@ -158,10 +159,11 @@ class Pool:
     # -- the ways out --------------------------------------------------------------------------------------------------
 
     def take(self, key: PoolKey, now: float) -> Taken:
-        """Hands out the connection of this key that was used last. The caller checks that it is alive, see `reject`."""
+        """Hands out a connection of this key: one that was promised, else the one that was used last. The caller checks
+        that it is alive, see `reject`."""
         discarded: list[Discarded] = []
         while queue := self._by_key.get(key):
-            entry = next(reversed(queue))
+            entry = next((each for each in self._promised if each.key == key), None) or next(reversed(queue))
             if reason := self.unfit(entry, now):
                 discarded.append(self._discard(entry, reason))
                 continue
@@ -185,9 +187,11 @@ class Pool:
             for warmer in [each for each in queue if each.idle_since > entry.idle_since]:
                 queue.move_to_end(warmer)
 
-    def free_limits(self, connection: Hashable) -> None:
-        """The places of this held connection are given back: `yield_for` is not to look for them here."""
+    def promise(self, connection: Hashable) -> None:
+        """The places of this held connection went to somebody who asks for its key: that one shall find it and no
+        other, and `yield_for` is not to look for places here."""
         entry = self._by_connection[connection]
+        self._promised[entry] = None
         self._leave_queues(entry, self._limit_queues(entry))
         entry.limits = ()
 
@@ -334,6 +338,7 @@ class Pool:
     def _remove(self, entry: Entry) -> None:
         del self._by_connection[entry.connection]
         del self._idle[entry]
+        self._promised.pop(entry, None)
         self._leave_queues(entry, self._queues(entry))
 
     def _leave_queues(self, entry: Entry, queues: list[tuple[dict[Hashable, _Queue], Hashable]]) -> None:

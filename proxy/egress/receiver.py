@@ -146,12 +146,15 @@ def open_receiver(
     destination: Endpoint,
     limits: Limits,
     idle_timeout: float,
+    failed: Callable[[Stream], None],
     once_more: Callable[[UpstreamError], None] | None = None,
 ) -> Receiver:
     """Connect and bring the session up.
 
     Args:
-        once_more: called when the handshake has failed, its connection is closed, and a new one is made in clear: it
+        failed: closes a connection whose session did not come up. Its receiver may count it for a while yet, and it
+            holds its place for so long. Must not wait.
+        once_more: called when the handshake has failed, its connection was `failed`, and a new one is made in clear: it
             may wait for that one's place, and give up by an exception.
 
     Raises:
@@ -159,7 +162,7 @@ def open_receiver(
         Overloaded: no descriptor.
     """
     try:
-        return _attempt(engine, wish, source, destination, limits, idle_timeout)
+        return _attempt(engine, wish, source, destination, limits, idle_timeout, failed)
     except UpstreamError as error:
         if not (may_do_without(wish) and is_for_want_of_tls(error)) or monotonic() >= limits.ends_at:
             raise
@@ -167,13 +170,19 @@ def open_receiver(
     if once_more is not None:
         once_more(failure)
     # Not on the same connection: after half a handshake it is of no use.
-    receiver = _attempt(engine, wish._replace(tls=TlsMode.NONE), source, destination, limits, idle_timeout)
+    receiver = _attempt(engine, wish._replace(tls=TlsMode.NONE), source, destination, limits, idle_timeout, failed)
     receiver.in_clear = InClear("handshake", failure.reason)
     return receiver
 
 
 def _attempt(
-    engine: Engine, wish: Wish, source: str, destination: Endpoint, limits: Limits, idle_timeout: float
+    engine: Engine,
+    wish: Wish,
+    source: str,
+    destination: Endpoint,
+    limits: Limits,
+    idle_timeout: float,
+    failed: Callable[[Stream], None],
 ) -> Receiver:
     seconds = max(min(limits.connect, limits.ends_at - monotonic()), 0.001)
     receiver = connect_receiver(engine, source, destination, seconds, idle_timeout)
@@ -183,7 +192,7 @@ def _attempt(
         BringUp(engine, receiver, wish).run(max(min(limits.session, limits.ends_at - monotonic()), 0.001))
         return receiver
     except BaseException:
-        engine.close(receiver.stream.socket)
+        failed(receiver.stream)
         raise
 
 

@@ -93,7 +93,11 @@ class House:
         if receiver is None:
             wish = Wish(key.ehlo_name, key.tls, key.tls_server_name, False)
             limits = Limits(5.0, 5.0, monotonic() + 5.0)
-            receiver = open_receiver(self.engine, wish, key.source, key.destination, limits, 900.0)
+
+            def failed(stream):
+                self.keeper.close_early(stream, places)
+
+            receiver = open_receiver(self.engine, wish, key.source, key.destination, limits, 900.0, failed)
             receiver.place = places
         if receiver.place is not None:
             self.throttles |= set(receiver.place.throttles)

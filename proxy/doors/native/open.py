@@ -17,6 +17,7 @@ from proxy.egress.pool import PoolKey
 from proxy.egress.receiver import InClear, Limits, Receiver, Wish, may_do_without, open_receiver
 from proxy.errors import BadServerName, Overloaded, Step, UnknownPath, UpstreamError
 from proxy.model import Endpoint, TlsMode
+from proxy.net.tls import Stream
 from proxy.protocols.native import messages as m
 from proxy.protocols.native.auth import Peer
 from proxy.protocols.server_name import server_name
@@ -200,12 +201,15 @@ class Opener:
         """A new connection, which has these places, or those of the connection in clear that took its turn."""
         services, limits = self._services, self._limits(left)
 
+        def failed(stream: Stream) -> None:
+            nonlocal places
+            failed_with, places = places, None
+            services.keeper.close_early(stream, failed_with)
+
         def once_more(error: UpstreamError) -> None:
             nonlocal places
             services.broken_tls.failed(destination, error.reason, monotonic())
             self._tell(source, destination, error)
-            services.admission.leave(places)
-            places = None
             places = services.admission.enter(*who, limits.ends_at - monotonic())
 
         services.gauges.outgoing += 1
@@ -213,7 +217,7 @@ class Opener:
             if limits.connect <= 0:
                 raise UpstreamError(f"connect {source} -> {destination}: no time left", Step.CONNECT, errno.ETIMEDOUT)
             receiver = open_receiver(
-                services.engine, wish, source, destination, limits, services.settings.idle_timeout, once_more
+                services.engine, wish, source, destination, limits, services.settings.idle_timeout, failed, once_more
             )
         except BaseException as error:
             services.gauges.outgoing -= 1

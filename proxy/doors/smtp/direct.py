@@ -27,6 +27,7 @@ from proxy.errors import Overloaded, UpstreamError
 from proxy.log import lines as log
 from proxy.model import Discard, TlsMode
 from proxy.net.relay import RawSocket
+from proxy.net.tls import Stream
 from proxy.policy.modes import Terms
 from proxy.services import Services
 from proxy.throttling.flows import Places
@@ -256,15 +257,19 @@ class Direct:
         wish = self._wish(name)._replace(tls=tls)
         limits = Limits(timeout, _ANSWER_WITHIN, monotonic() + _ANSWER_WITHIN)
 
+        def failed(stream: Stream) -> None:
+            nonlocal places
+            failed_with, places = places, None
+            services.keeper.close_early(stream, failed_with)
+
         def once_more(error: UpstreamError) -> None:
             nonlocal places
             self._goes_in_clear(error)
-            services.admission.leave(places)
-            places = None
             places = self._enter(limits.ends_at - monotonic(), None)
 
         def make() -> Receiver:
-            return open_receiver(services.engine, wish, terms.source, terms.destination, limits, idle, once_more)
+            ends = terms.source, terms.destination
+            return open_receiver(services.engine, wish, *ends, limits, idle, failed, once_more)
 
         try:
             receiver = self._had(make)

@@ -12,9 +12,9 @@ import urllib.request
 
 import pytest
 
-from greenarrow_proxy_client import Limits, ProxyRefused, Session
+from greenarrow_proxy_client import Limits, ProxyFailure, ProxyRefused, Session
 from proxy.protocols.native import messages as m
-from tests.mx import Mx
+from tests.mx import Mx, Over
 from tests.program import ROOT, SECRET, Proxy
 from tests.waiting import wait_for
 
@@ -91,6 +91,39 @@ def test_the_refusal_names_the_throttle_and_when_to_come_back(proxy, mx):
         opens(b, mx, few(b, "yahoo")).quit()
 
 
+@pytest.mark.parametrize(
+    ("step", "tls"), [("greeting", "none"), ("ehlo", "none"), ("starttls", "required"), ("tls", "required")]
+)
+def test_a_session_that_did_not_come_up_holds_its_place_until_the_receiver_has_closed(step, tls):
+    """It refuses and hangs up, or says nothing that could be understood; either way it counts the connection on."""
+    gate = threading.Event()
+
+    def refuse(session, reply):
+        if step == "tls":  # instead of a handshake
+            session.sock.sendall(b"no TLS here\r\n")
+        else:
+            session.send(b"554 no\r\n")
+        session.wait_for_gate(gate)
+        raise Over("closed")
+
+    def script(number):
+        return {step: refuse} if number == 0 else {}
+
+    with (
+        Mx(script=script, starttls=tls != "none") as mx,
+        Proxy(PLAIN + "throttle_close_timeout 1h\n") as proxy,
+        sessions(proxy, "a") as (a,),
+    ):
+        path = few(a, "yahoo")
+        with pytest.raises(ProxyFailure):
+            a.smtp([mx.endpoint], NAME, throttles=[path], reuse=False, tls=tls, deadline=10)
+        second = Opening(a, mx, path)
+        waiting(proxy, 1)
+        assert (mx.connects, mx.running) == (1, 1)
+        gate.set()
+        second.result().quit()
+
+
 def test_all_places_or_none(proxy, mx):
     """Who waits for `one` does not hold `two` meanwhile."""
     with sessions(proxy, "a", "b", "c") as (a, b, c):
@@ -102,6 +135,23 @@ def test_all_places_or_none(proxy, mx):
         assert both.smtp is None
         other.quit()
         both.result().quit()
+
+
+def test_who_needs_two_places_does_not_starve(proxy, mx):
+    """z is under both of two rules that a and b keep busy: when each place has been given back, z's turn has come."""
+    with sessions(proxy, "a", "b", "z") as (a, b, z):
+        rules = {a: few(a, "one"), b: few(b, "two")}
+        held = {each: opens(each, mx, path) for each, path in rules.items()}
+        both = Opening(z, mx, few(z, "one", "two"))
+        waiting(proxy, 1)
+        for each in (a, b):  # each asks anew before it gives its place back, so that none is ever idle
+            rules[each] = Opening(each, mx, rules[each])
+        waiting(proxy, 3)
+        held[a].quit()
+        held[b].quit()
+        both.result().quit()
+        for each in (a, b):
+            rules[each].result().quit()
 
 
 def test_the_line_is_fair_among_instances(proxy, mx):

@@ -260,10 +260,22 @@ def test_places_given_back_are_not_looked_for_any_more():
     pool = Checked(Settings())
     pool.offer(entry("a", limits=("yahoo", "all")), 0.0)
     pool.offer(entry("b", OTHER, limits=("all",)), 1.0)
-    pool.free_limits("a")
+    pool.promise("a")
     assert pool.yield_for("yahoo") is None
     assert reasons([pool.yield_for("all")]) == [("b", Discard.YIELDED)]
     assert "a" in pool
+
+
+def test_who_was_promised_a_connection_finds_it_and_no_other():
+    """Taking another one would leave the promised one open without a place."""
+    pool = Checked(Settings())
+    pool.offer(entry("a"), 0.0)
+    pool.offer(entry("elsewhere", OTHER), 0.5)
+    pool.promise("a")
+    pool.promise("elsewhere")
+    pool.offer(entry("b"), 1.0)
+    assert [pool.take(KEY, 2.0).entry.connection for _ in range(2)] == ["a", "b"]
+    assert pool.take(KEY, 2.0).entry is None
 
 
 def test_the_place_stays_with_the_entry():
