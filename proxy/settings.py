@@ -33,9 +33,10 @@ class InstanceSettings:
     source_ip: tuple[Network, ...]
     auth_shared_secret: tuple[bytes, ...] = field(repr=False)
     weight: float
-    mode: Mode | None = None  # None of these three: the block does not say
+    mode: Mode | None = None  # None of these four: the block does not say
     smtp_tls: SmtpTls | None = None
     share_with: str | None = None
+    answer_within: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +69,7 @@ class ThrottleSettings:
     destination: tuple[Network, ...]
     max_concurrent_connections: int
     max_delivery_rate: tuple[Rate, ...]
-    wait: float
+    wait: float | None  # None: as long as its door has time, see `Access.answer_within`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

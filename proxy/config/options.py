@@ -171,6 +171,7 @@ BLOCKS: dict[str, tuple[Option, ...]] = {
         _one("mode", MODE, None, "WORD", "tcp or smtp for this instance (its listener's)"),
         _one("smtp_tls", SMTP_TLS, None, "WORD", "mode smtp: TLS to receivers (the global one)"),
         _one("share_with", NAME, None, "GROUP", "instances of one group share connections (with itself)"),
+        _one("answer_within", duration(), None, "DURATION", "how soon this instance must be answered (by its door)"),
     ),
     "listener": (_one("mode", MODE, None, "WORD", "tcp or smtp for clients of this listener (the global one)"),),
     "source": (
@@ -182,6 +183,6 @@ BLOCKS: dict[str, tuple[Option, ...]] = {
         _many("destination", NETWORK, None, "NETWORK", "destinations that it applies to, all together (any)"),
         _one("max_concurrent_connections", count(0), "0", "NUMBER", "connections at a time; 0 is no limit"),
         _many("max_delivery_rate", RATE, None, "RATE", "messages, or connections, in a time; all listed limits hold"),
-        _one("wait", duration(), "20s", "DURATION", "how long a request may wait for its turn"),
+        _one("wait", duration(), None, "DURATION", "how long a request may wait for its turn (while there is time)"),
     ),
 }

@@ -52,6 +52,7 @@ from proxy.net.conversation import farewell, watch_over
 from proxy.net.peer import has_gone
 from proxy.net.relay import GONE, UNSURE, RawSocket
 from proxy.net.tls import PlainStream
+from proxy.policy.access import place_within
 from proxy.protocols.proxy_protocol import ProxyProtocol
 from proxy.protocols.recognise import SILENT, wrong_door
 from proxy.protocols.redirect import Redirected
@@ -59,8 +60,6 @@ from proxy.protocols.socks5 import Socks5
 from proxy.services import Door, Services, numbers
 from proxy.throttling.flows import Places
 
-#: A KumoMTA gives up 60 s after its request; the answer must be there before, waiting included.
-ANSWER_WITHIN = 50.0
 #: A client that has closed its sending side, with nothing said beyond its request, is taken for gone after so many
 #: seconds of connecting: who has died looks the same, and in SMTP the receiver speaks first. A receiver that answers
 #: within that time is handed over, half-closed as the client is.
@@ -345,7 +344,8 @@ class Visit:
         if services.admission.manager.blocks:
             self._take_place(self.instance, source, destination)
         sock = self.upstream or self._bind(source)
-        timeout = min(settings.connect_timeout, asked_at + ANSWER_WITHIN - monotonic())
+        left = asked_at + self._answer_within() - monotonic()
+        timeout = min(settings.connect_timeout, upstream.LONGEST_CONNECT, left)
         begun = None if services.gauges.ends is None else self._note_end
         with self._while_client_stays(_HALF_CLOSED):
             return upstream.connect(services.engine, sock, source, destination, timeout, begun)
@@ -370,8 +370,12 @@ class Visit:
         services = self.services
         owner = instance or self.client.host
         weight = services.access.weight_of(instance)
+        seconds = place_within(self._answer_within())
         with self._while_client_stays():
-            self.place = services.admission.enter(owner, weight, source, destination.host, (), ANSWER_WITHIN)
+            self.place = services.admission.enter(owner, weight, source, destination.host, (), seconds)
+
+    def _answer_within(self) -> float:
+        return self.services.access.answer_within(self.instance, self.door.protocol)
 
     @contextlib.contextmanager
     def _while_client_stays(self, half_closed: float = 0.0) -> Iterator[None]:
@@ -460,7 +464,7 @@ class Visit:
         if bound is not None:
             services.gauges.outgoing -= 1  # it is counted by who has it
         owner, weight = instance or self.client.host, services.access.weight_of(instance)
-        egress = egress_for(services, terms, owner, weight, bound, ANSWER_WITHIN)
+        egress = egress_for(services, terms, owner, weight, bound, self._answer_within())
         try:
             with self._while_client_stays():
                 line = egress.connect()

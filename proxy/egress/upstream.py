@@ -33,6 +33,8 @@ from proxy.net.conversation import watch_over
 from proxy.net.relay import TCP_NODELAY, Engine, RawSocket
 from proxy.policy.access import Access
 
+#: A client's connect takes no longer, whatever time it has: a receiver that is not there is to be told of.
+LONGEST_CONNECT = 50.0
 #: Linux: choose the local port at connect, not at bind: 28,000 connections a source and peer, not 28,000 a source.
 _IP_BIND_ADDRESS_NO_PORT = 24
 _STREAM = SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC

@@ -31,6 +31,13 @@ _REMEMBERED = 4096
 #: Loopback must be listed as such: 127.0.0.0/8 or ::1 or a part of it, not a network that happens to contain it.
 _LOOPBACK_PREFIX = {4: 8, 6: 128}
 _ANY_V4 = "0.0.0.0"
+#: Seconds in which a client has its answer, where no block says more: a KumoMTA gives up 60 s after its request to a
+#: proxy, SOCKS or PROXY protocol. Behind a redirection is an MTA that knows no proxy: it waits five minutes for the
+#: greeting (RFC 5321 section 4.5.3.2.1).
+SHORTEST_ANSWER = 50.0
+_ANSWER_WITHIN = {"redirect": 240.0}
+#: Who waits for a place leaves so many seconds for the connect, or half of what there is.
+_FOR_THE_CONNECT = 10.0
 _ANY_V6 = "::"
 
 _NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052 section 2.1
@@ -44,6 +51,11 @@ _TRANSLATED = (_NAT64, _NAT64_LOCAL, _6TO4, _SIIT, _TEREDO)
 _ISATAP = (b"\0\0\x5e\xfe", b"\2\0\x5e\xfe")
 #: RFC 6052 section 2.2: the bytes of the IPv4 address for prefixes of 48, 56, 64 and 96 bits.
 _NAT64_LAYOUTS = ((6, 7, 9, 10), (7, 9, 10, 11), (9, 10, 11, 12), (12, 13, 14, 15))
+
+
+def place_within(seconds: float) -> float:
+    """How long to wait for a place, if there are so many seconds for the place and the connect together."""
+    return max(seconds - _FOR_THE_CONNECT, seconds / 2)
 
 
 class Access:
@@ -125,6 +137,13 @@ class Access:
         """The instance's weight in the fair division of throttles: its block's, else 1."""
         block = self._blocks.get(instance)
         return block.weight if block else 1.0
+
+    def answer_within(self, instance: str, protocol: str) -> float:
+        """Seconds in which a request at a door must have its answer, waiting and connecting together."""
+        block = self._blocks.get(instance)
+        if block is not None and block.answer_within is not None:
+            return block.answer_within
+        return _ANSWER_WITHIN.get(protocol, SHORTEST_ANSWER)
 
     def instance_allowed(self, instance: str, client: str) -> bool:
         """Whether the instance may come from this address: its block's `allow_from`, if there is one."""

@@ -23,10 +23,10 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from proxy.config.load import Loaded
 from proxy.config.origins import Origins
 from proxy.config.rules import listeners
-from proxy.doors.front import ANSWER_WITHIN
 from proxy.model import Breathe, Endpoint, hold_breath
 from proxy.net import tls
 from proxy.net.addresses import own_addresses
+from proxy.policy.access import SHORTEST_ANSWER, place_within
 from proxy.policy.modes import Modes
 from proxy.settings import InstanceSettings, Network, Settings
 
@@ -297,13 +297,13 @@ def _blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
         breathe()
         if not throttle.max_delivery_rate and not throttle.max_concurrent_connections:
             yield Finding(False, "throttle", throttle.name, f"{throttle.name}: no limit is set in it")
-        if throttle.wait > ANSWER_WITHIN:
-            message = f"{throttle.name}: wait is cut to {ANSWER_WITHIN:.0f} s, within which clients must have an answer"
+        if throttle.wait is not None and throttle.wait > (longest := place_within(SHORTEST_ANSWER)):
+            message = f"{throttle.name}: wait is cut to {longest:.0f} s for clients that must have an answer in time"
             yield Finding(
                 False,
                 "throttle",
                 throttle.name,
-                f"{message}; only an OPEN's own deadline, and a message's in mode smtp, may be longer",
+                f"{message}; only listen_redirect, answer_within, an OPEN and mode smtp's MAIL allow more",
             )
 
 

@@ -27,7 +27,10 @@ class Rate(Protocol):
 
 
 class Block(Protocol):
-    """One block as configured; empty networks: any. 0 places or no rate: unlimited. `wait` in seconds."""
+    """One block as configured; empty networks: any. 0 places or no rate: unlimited.
+
+    `wait` in seconds; None: as long as who asks can wait.
+    """
 
     @property
     def name(self) -> str: ...
@@ -40,7 +43,7 @@ class Block(Protocol):
     @property
     def max_delivery_rate(self) -> Sequence[Rate]: ...
     @property
-    def wait(self) -> float: ...
+    def wait(self) -> float | None: ...
 
 
 class Blocks:
@@ -79,13 +82,13 @@ class Blocks:
         return tuple([self._throttle(Key(source, name), now) for name in names])
 
     def wait(self, throttles: Iterable[Throttle]) -> float | None:
-        """Seconds that a request may queue under these: the shortest that a block says; None: none of them is one.
+        """Seconds that a request may queue under these: the shortest that a block says; None: none does.
 
         An instance's throttle may have the name of a block, and is none.
         """
         names = [throttle.key.name for throttle in throttles if throttle.counts]
-        blocks = [self._blocks[name] for name in names if name in self._blocks]
-        return min([block.wait for block in blocks], default=None)
+        waits = [self._blocks[name].wait for name in names if name in self._blocks]
+        return min([wait for wait in waits if wait is not None], default=None)
 
     def throttles(self) -> Iterable[Throttle]:
         return self._throttles.values()

@@ -28,6 +28,7 @@ from proxy.log import lines as log
 from proxy.model import Discard, TlsMode
 from proxy.net.relay import RawSocket
 from proxy.net.tls import Stream
+from proxy.policy.access import place_within
 from proxy.policy.modes import Terms
 from proxy.services import Services
 from proxy.throttling.flows import Places
@@ -69,14 +70,15 @@ class Direct:
         if name is not None and self._shares and (kept := self._kept(name, self._swap)) is not None:
             self._close_bound()
             return kept
-        places = self._enter(self._connect_by - monotonic(), name)
+        places = self._enter(place_within(self._connect_by - monotonic()), name)
         try:
             kept = self._kept_with(name, places)
             if kept is not None:
                 self._close_bound()
                 return kept
             sock, self._bound = self._bound, None
-            seconds = min(self._services.settings.connect_timeout, self._connect_by - monotonic())
+            left = self._connect_by - monotonic()
+            seconds = min(self._services.settings.connect_timeout, upstream.LONGEST_CONNECT, left)
             receiver = self._had(lambda: self._connected(seconds, sock))
         except BaseException:
             self._services.admission.leave(places)

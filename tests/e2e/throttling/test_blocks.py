@@ -68,6 +68,16 @@ def test_who_waited_in_vain_is_told_why_and_when_to_come_back(mx, door):
         assert mx.connects == 2
 
 
+def test_without_a_wait_an_instance_waits_while_there_is_time_for_its_answer(mx):
+    """By SOCKS that would be 40 s, and this test would end before."""
+    text = "throttle narrow {\n    max_concurrent_connections 1\n}\ninstance hasty {\n    answer_within 100ms\n}\n"
+    with Proxy(text) as proxy, socks5(proxy.socks5, mx.endpoint) as held:
+        assert greeted(held)
+        with asks(proxy, mx, "hasty") as hasty:
+            assert exactly(hasty, 2)[1] != 0
+        proxy.wait_line(r"instance=hasty .*reason=throttled|reason=throttled.*instance=hasty")
+
+
 def test_wait_0s_means_no_waiting(mx):
     with Proxy(block(1, wait="0s")) as proxy, socks5(proxy.socks5, mx.endpoint) as held:
         assert greeted(held)

@@ -76,7 +76,12 @@ def test_one_after_the_other():
 
 
 def test_time_is_up_by_the_shorter_of_client_and_block():
-    for block, seconds in ((Block(wait=0.05), 20.0), (Block(), 0.05), (Block(wait=0.0), 20.0)):
+    for block, seconds in (
+        (Block(wait=0.05), 20.0),
+        (Block(), 0.05),
+        (Block(wait=None), 0.05),
+        (Block(wait=0.0), 20.0),
+    ):
         office = Office(block)
         held = office.ask()
         with pytest.raises(Throttled) as caught:

@@ -237,7 +237,7 @@ OWN = " auth_shared_secret 0f9c2b7e54d1a8637bb04e1d92c6f3a5\n"
         ("listen_tls no\nlisten 0.0.0.0:0\n", "F:4: warning: listen_tls: no"),
         ("allow_destination 127.0.0.0/8\n", "F:4: warning: allow_destination: loopback"),
         ("throttle a {\n}\n", "F:4: warning: throttle: a: no limit"),
-        ("throttle a {\n max_delivery_rate 1/hr\n wait 2m\n}\n", "F:4: warning: throttle: a: wait is cut to 50 s"),
+        ("throttle a {\n max_delivery_rate 1/hr\n wait 2m\n}\n", "F:4: warning: throttle: a: wait is cut to 40 s"),
         (f"instance a {{\n allow_from 127.0.0.2\n{OWN}}}\n", "F:4: warning: instance: a: its allow_from goes beyond"),
         ("instance a {\n source_ip 127.0.0.2\n}\n", "F:4: warning: instance: a: no border without an auth_shared_sec"),
         (
@@ -287,7 +287,7 @@ def test_the_work_grows_with_the_number_of_findings_and_not_with_its_square(tmp_
         "idle_timeout 10m\n",
         f"instance a {{\n allow_from 127.0.0.1\n source_ip 10.0.0.0/8\n{OWN}}}\n",
         "instance a {\n weight 2\n}\n",
-        "throttle a {\n max_delivery_rate 1/hr\n wait 50s\n}\n",
+        "throttle a {\n max_delivery_rate 1/hr\n wait 40s\n}\n",
     ],
 )
 def test_no_advice(tmp_path, text):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from proxy.errors import BadCredentials, DestinationNotAllowed, FamilyMismatch, ProxyError, SourceNotAllowed
 from proxy.model import Endpoint, Login
 from proxy.policy import access as access_module
-from proxy.policy.access import Access
+from proxy.policy.access import Access, place_within
 from proxy.settings import InstanceSettings
 from tests.unit.feeding import instance, networks, settings
 
@@ -557,6 +557,18 @@ def test_rules_that_are_replaced_are_gone_at_once() -> None:
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_how_soon_a_client_is_answered_depends_on_door_and_instance() -> None:
+    rules = access(instance=(instance("exim", answer_within=240.0), instance("kumo")))
+    doors = ("socks5", "proxy_protocol", "redirect")
+    assert [rules.answer_within("kumo", door) for door in doors] == [50.0, 50.0, 240.0]
+    assert [rules.answer_within("of no block", door) for door in doors] == [50.0, 50.0, 240.0]
+    assert [rules.answer_within("exim", door) for door in doors] == [240.0] * 3
+
+
+def test_who_waits_for_a_place_leaves_time_for_the_connect() -> None:
+    assert [place_within(seconds) for seconds in (240.0, 50.0, 20.0, 4.0)] == [230.0, 40.0, 10.0, 2.0]
 
 
 def test_the_weight_of_an_instance_is_that_of_its_block() -> None:
