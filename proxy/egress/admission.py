@@ -213,11 +213,14 @@ class Admission:
         flows: tuple[Flow, ...],
         seconds: float,
         waits: Callable[[], object] = lambda: None,
-    ) -> None:
+    ) -> MessageTicket | None:
         """Wait for `ask_message` in the running greenlet.
 
         Args:
             waits: called when the slot is not there at once; must not wait.
+
+        Returns:
+            None: nothing limits the message. Else a ticket for `put_off`, if the message does not go at once.
 
         Raises:
             Throttled: not in time.
@@ -228,9 +231,9 @@ class Admission:
             answers.append(refusal)
             greenlet.switch()
 
-        ticket = self.ask_message(owner, weight, source, destination, flows, seconds, answer)
-        if ticket is None:
-            return
+        ticket = self._ask(owner, weight, source, destination, flows, seconds, answer)
+        if ticket not in self._answers:
+            return ticket
         try:
             waits()
             while not answers:
@@ -240,6 +243,15 @@ class Admission:
             raise
         if answers[0] is not None:
             raise answers[0]
+        return ticket
+
+    def put_off(self, ticket: MessageTicket | None) -> bool:
+        """The message of a ticket that was granted goes in this moment, which may be later than its slot.
+
+        Returns:
+            False: so much later that it needs another slot.
+        """
+        return ticket is None or self.manager.put_off(ticket, clock_ns())
 
     def ask_message(
         self,
@@ -265,6 +277,20 @@ class Admission:
             None: the slot is there, or nothing limits it: pass the message on now. Else a ticket for `cancel_message`.
             The refusal names the throttle (`throttle`) and says when to come back (`retry_after`, seconds).
         """
+        ticket = self._ask(owner, weight, source, destination, flows, seconds, answer)
+        return ticket if ticket in self._answers else None
+
+    def _ask(
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+        seconds: float,
+        answer: Answer,
+    ) -> MessageTicket | None:
+        """See `ask_message`; here None says that nothing limits the message."""
         manager = self.manager
         if not flows and not manager.blocks:
             return None
@@ -273,7 +299,7 @@ class Admission:
             self._answers[ticket] = answer
             self._let_wait(ticket, self._longest(ticket, seconds))
         self.settle()
-        return ticket if ticket in self._answers else None
+        return ticket
 
     def cancel_message(self, ticket: MessageTicket) -> None:
         """Nobody waits for it any more. A slot that has come and was not told of goes to the next; after the answer

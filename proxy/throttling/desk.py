@@ -124,6 +124,23 @@ class Desk:
             self._dismiss(clerk, now)
         self.settle(now)
 
+    def put_off(self, ticket: MessageTicket, now: int) -> bool:
+        """The message of a ticket that was granted goes only now: if that is too late for its slot, those to come are
+        put off in return, so that the bound holds where the message goes.
+
+        Returns:
+            False: much too late; it needs another slot.
+        """
+        late = now - ticket.last
+        if ticket.slot is None or late <= 0:
+            return True
+        if not all(throttle.may_put_off(late) for throttle in ticket.throttles):
+            return False
+        ticket.slot, ticket.last = ticket.slot + late, now
+        for throttle in ticket.throttles:
+            throttle.put_off(ticket.slot, late)
+        return True
+
     def refusal(self, ticket: MessageTicket, now: int) -> Throttled:
         """Why it got no slot in time, and when to come back."""
         return message_refusal(ticket.path, now)

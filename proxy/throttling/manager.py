@@ -347,6 +347,10 @@ class Manager:
         self._desk.cancel(ticket, now)
         self._settle(now)
 
+    def put_off(self, ticket: MessageTicket, now: int) -> bool:
+        """The message of a granted ticket goes only now; False: much too late, it needs another slot."""
+        return self._desk.put_off(ticket, now)
+
     def take_granted(self) -> list[MessageTicket]:
         granted, self._desk.granted = self._desk.granted, []
         return granted

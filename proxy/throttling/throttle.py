@@ -244,6 +244,20 @@ class Meter:
             tat = window.tat
             window.tat = (tat if tat > slot else slot) + window.interval
 
+    def put_off(self, slot: int, late: int) -> None:
+        """A slot that was given out is used as if it were the later `slot`, by `late`: those to come are put off.
+
+        By as much, so that they are as far from it as they were; never by more than taking another slot would.
+        docs/throttling.md has the proof, which holds while `late` is less than half of a window (`may_put_off`).
+        """
+        late = _whole(late)
+        for window in self.windows:
+            window.tat = min(window.tat + late, max(window.tat, _whole(slot)) + window.interval)
+
+    def may_put_off(self, late: int) -> bool:
+        """Whether `put_off` keeps the bound."""
+        return all(2 * late < window.limit.seconds * SECOND for window in self.windows)
+
     def debt_until(self) -> int:
         """When the last debt is paid; what must not be forgotten before."""
         return max([self._paid_at(window) for window in self.windows + self.dormant], default=0)

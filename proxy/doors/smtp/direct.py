@@ -31,6 +31,7 @@ from proxy.net.tls import Stream
 from proxy.policy.access import place_within
 from proxy.policy.modes import Terms
 from proxy.services import Services
+from proxy.throttling.desk import MessageTicket
 from proxy.throttling.flows import Places
 
 #: An MTA waits five minutes for the reply to EHLO or MAIL (RFC 5321 section 4.5.3.2); the answer must be there before.
@@ -60,6 +61,7 @@ class Direct:
         self._terms = terms
         self._who = (owner, weight, terms.source, terms.destination.host, ())
         self._bound = sock
+        self._slot: MessageTicket | None = None  # the last one
         self._connect_by = monotonic() + connect_within
 
     # ---------------------------------------------------------------- having one
@@ -142,7 +144,11 @@ class Direct:
 
     def slot(self, waits: Callable[[], None]) -> None:
         """See `Egress`."""
-        self._services.admission.message(*self._who, _ANSWER_WITHIN, waits)
+        self._slot = self._services.admission.message(*self._who, _ANSWER_WITHIN, waits)
+
+    def redeem(self) -> bool:
+        """See `Egress`."""
+        return self._services.admission.put_off(self._slot)
 
     def reloaded(self, services: Services) -> None:
         """See `Egress`."""

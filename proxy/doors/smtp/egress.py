@@ -113,6 +113,14 @@ class Egress(Protocol):
             Throttled: not in time.
         """
 
+    def redeem(self) -> bool:
+        """The message that the last slot was for goes in this moment. If that is later than the slot, the slots to come
+        are put off, so that the rate holds where the message goes. Does not wait.
+
+        Returns:
+            False: so much later that it needs another slot.
+        """
+
     def reloaded(self, services: Services) -> None:
         """New settings decide about what `renew` and `slot` are asked for from now on. Does not wait."""
 

@@ -86,6 +86,8 @@ class Errands:
             finally:
                 if holding.line is not None:  # nobody is to wait for one that is not lent any more
                     egress.keep(holding.line)
+            if holding.line is not None:
+                egress.redeem()  # a turn of the loop late at most
             mediator.slot_granted(monotonic() - started >= _OUT_OF_SIGHT)
             return
         if want is Want.GREETING:
@@ -103,7 +105,8 @@ class Errands:
             holding.line = line = egress.renew(name, mediator.fresh)
         self._books.tls = line.tls or self._books.tls
         holding.attach()
-        mediator.attached_to(line.hello, line.left, True, line.reused)
+        in_time = not mediator.says_mail or egress.redeem()
+        mediator.attached_to(line.hello, line.left, True, line.reused, in_time)
 
     def _start_tls(self) -> None:
         """TLS with the client, under the deadline of a login.

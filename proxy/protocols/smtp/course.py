@@ -20,6 +20,8 @@ MOST_MISTAKES = 20
 
 #: Commands that RSET undoes and that leave the session what it is.
 ORDINARY = frozenset((b"MAIL", b"RCPT", b"DATA", b"RSET", b"NOOP", b"VRFY", b"EXPN", b"HELP"))
+#: Those that need no message.
+_HARMLESS = frozenset((b"RSET", b"NOOP"))
 
 
 class Course:
@@ -175,6 +177,13 @@ class Course:
         self.lines.take_rest()
         self.state, self.death, self.fresh, self.want = State.HELD, why, True, Want.LEAVE
 
+    def go_on(self) -> None:
+        """There is all that the command that was held, or is to be said again, waited for."""
+        if self.group:
+            self.say_again()
+        else:
+            self.begin(self.pending)
+
     def say_again(self) -> None:
         """On a fresh connection: all that the one that was replaced did not answer."""
         self.fresh = False
@@ -190,7 +199,8 @@ class Course:
     def refuse(self, reply: bytes) -> None:
         """The answer to MAIL is ours: so are those to what was pipelined behind it."""
         self.refused += 1
-        self.to_client += [reply, *[replies.NO_MAIL] * (self.group.clear() - 1)]
+        behind = self.group.clear()[1:]
+        self.to_client += [reply, *[replies.OK if verb in _HARMLESS else replies.NO_MAIL for verb in behind]]
         self.state, self.fresh, self.pending, self.begun = State.SWALLOW, False, b"", False
 
     def give_up(self) -> None:

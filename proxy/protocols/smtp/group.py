@@ -40,6 +40,11 @@ class Group:
         """Nothing of it was answered, and it is known whole."""
         return self._said is not None and bool(self._verbs)
 
+    @property
+    def first(self) -> bytes:
+        """What is said again first; b"" if nothing is."""
+        return self._said[0] if self._said else b""
+
     def begin(self, repeatable: bool) -> None:
         """Nothing is outstanding; what follows is a new group."""
         self._said, self._size = ([], 0) if repeatable else (None, 0)
@@ -66,12 +71,12 @@ class Group:
         said, self._said = self._said or [], None
         return said
 
-    def clear(self) -> int:
-        """Nothing of it will be answered; how many replies that were."""
-        count = len(self._verbs)
+    def clear(self) -> list[bytes]:
+        """Nothing of it will be answered; the verbs."""
+        verbs = list(self._verbs)
         self._verbs.clear()
         self._said = None
-        return count
+        return verbs
 
 
 class Line(NamedTuple):

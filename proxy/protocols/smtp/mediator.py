@@ -83,6 +83,11 @@ class Mediator(Course):
         return self.want is Want.SLOT and self.attached and self.may_change and not self.open
 
     @property
+    def says_mail(self) -> bool:
+        """What the connection that is waited for will hear first is a message's MAIL."""
+        return self.state is State.HELD and (self.pending or self.group.first)[:4].upper() == b"MAIL"
+
+    @property
     def verdict(self) -> Discard | None:
         """What speaks against keeping the receiver's connection; see `Tracker.verdict`."""
         return self.death or self.tracker.verdict()
@@ -105,12 +110,15 @@ class Mediator(Course):
             self.death = Discard.PEER_SPOKE
             self.end()
 
-    def attached_to(self, hello: Sequence[str], left: int | None, may_change: bool, reused: bool) -> None:
+    def attached_to(
+        self, hello: Sequence[str], left: int | None, may_change: bool, reused: bool, in_time: bool = True
+    ) -> None:
         """There is a connection whose session is up under `name`.
 
         Args:
             hello: the receiver's lines. left: MAIL commands that it takes.
             may_change: another one would do as well. reused: somebody else had it before.
+            in_time: the slot of the message that waits (`says_mail`) is still good.
         """
         self.want, self.attached, self.death = None, True, None
         self.tracker = self.make_tracker()
@@ -121,10 +129,10 @@ class Mediator(Course):
             self.answer_hello()
         elif not keywords.offers(hello, self.promised):
             self.last_word("4.3.2", "the receiver offers less than it did")
-        elif self.group:
-            self.say_again()
+        elif not in_time:
+            self.want = Want.SLOT
         else:
-            self.begin(self.pending)
+            self.go_on()
         self._run()
 
     def failed(self, error: ProxyError) -> None:
@@ -155,7 +163,7 @@ class Mediator(Course):
         elif self.mails_left == 0 and self.may_change:
             self.want = Want.LEAVE
         else:
-            self.begin(self.pending)
+            self.go_on()
             self._run()
 
     def left(self) -> None:

@@ -409,6 +409,54 @@ def test_no_place_for_the_replacement_refuses_the_whole_group():
     assert codes(world.say(b"RSET\r\n" + message(1))) == [250, 250, 250, 354, 250]
 
 
+def detached(**options):
+    """A world whose client has said EHLO and has no receiver any more."""
+    world = opened(**options)
+    world.mxs[0].closed = True
+    world.settle()
+    world.wants.clear()
+    return world
+
+
+def test_a_connection_that_comes_too_late_for_its_slot_waits_for_another():
+    world = detached(late=1)
+    assert codes(world.say(message(1))) == [250, 250, 354, 250]
+    assert world.wants == [Want.SLOT, Want.LINE, Want.SLOT]
+    assert len(world.mxs) == 2, "it keeps the connection"
+    assert len(world.mxs[1].messages) == 1
+
+
+def test_no_other_slot_in_time_is_said_to_this_message_alone():
+    world = detached(late=1, slots=[None, throttled()])
+    assert codes(world.say(b"MAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nRSET\r\n")) == [451, 503, 250]
+    assert world.mxs[1].commands == []
+    assert codes(world.say(message(2))) == [250, 250, 354, 250]
+    assert len(world.mxs) == 2
+
+
+def test_what_is_said_again_too_late_waits_for_another_slot():
+    """The receiver had closed behind our back; what is pipelined waits with its MAIL."""
+    world = opened(scripts=[{b"MAIL": [None]}], reused=True, late=1)
+    world.wants.clear()
+    assert codes(world.say(b"MAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\n")) == [250, 250]
+    assert world.wants == [Want.SLOT, Want.LEAVE, Want.LINE, Want.SLOT]
+    assert world.mxs[1].commands == [b"MAIL FROM:<a@b.example>", b"RCPT TO:<c@d.example>"]
+
+
+def test_what_would_be_said_again_and_gets_no_other_slot_is_refused_whole():
+    world = opened(scripts=[{b"MAIL": [None]}], reused=True, late=1, slots=[None, throttled()])
+    group = b"MAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nRCPT TO:<e@d.example>\r\n"
+    assert codes(world.say(group + b"RSET\r\n")) == [451, 503, 503, 250]
+    assert codes(world.say(message(2))) == [250, 250, 354, 250]
+    assert world.mxs[1].commands[0].startswith(b"MAIL FROM:<2@")
+
+
+def test_only_a_mail_has_a_slot_that_can_be_late():
+    world = detached(late=1)
+    assert codes(world.say(b"VRFY x\r\n")) == [252]
+    assert world.wants == [Want.LINE]
+
+
 def test_a_detached_client_that_finds_no_receiver():
     world = opened()
     world.mxs[0].closed = True

@@ -101,6 +101,7 @@ class World:
         slots: for each MAIL in order: None, it may go, or the refusal. When used up, all may go.
         hello: the lines of each connection's EHLO, the last one's for all later ones.
         left: MAIL commands that each connection takes.
+        late: so many times a connection comes too late for its message's slot.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class World:
         slots: list[ProxyError | None] | None = None,
         hello: list[tuple[str, ...]] | None = None,
         left: int | None = None,
+        late: int = 0,
         greeting: str = GREETING,
         automatic: bool = True,
         **options: bool,
@@ -123,6 +125,7 @@ class World:
         self.slots = list(slots or [])
         self.hellos = list(hello or [HELLO])
         self.left = left
+        self.late = late
         self.greeting = greeting
         self.automatic = automatic  # do what is wanted as soon as it is
         self.refuse: ProxyError | None = None  # the next connection, or bring-up
@@ -226,7 +229,9 @@ class World:
         self.names.append(self.mediator.name)
         if not self._refused():
             hello = self.hellos.pop(0) if len(self.hellos) > 1 else self.hellos[0]
-            self.mediator.attached_to(hello, self.left, self.shared, self.present_reused)
+            in_time = not (self.mediator.says_mail and self.late)
+            self.late -= not in_time
+            self.mediator.attached_to(hello, self.left, self.shared, self.present_reused, in_time)
 
     def _slot(self) -> None:
         refusal = self.slots.pop(0) if self.slots else None
