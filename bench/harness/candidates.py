@@ -181,6 +181,10 @@ _LOGGING = _QUIET | {"LOG_CONNECTIONS": "all"}
 _TLS = _QUIET | {"TLS": "yes"}
 _MANY_KEPT = _QUIET | {"MORE": "reuse_connections_max_idle 10m\nreuse_connections_max_cached_per_destination 2000\n"}
 _MANY_KEPT["MORE"] += "reuse_connections_max_cached 2000\nreuse_connections_max_messages 1000000\n"
+#: The generator's sources, and what it says in EHLO: with that name a source's connections are shared.
+_NAMED = "".join(f"source s{n} {{\n  ip 127.0.2.{n}\n  ehlo mta1.sender.example.com\n}}\n" for n in range(1, 17))
+_SMTP_OWN = _QUIET | {"MORE": "mode smtp\n"}
+_SMTP = _QUIET | {"MORE": f"mode smtp\nreuse_connections_max_messages 1000000\n{_NAMED}"}
 _PYTHON = {"GREENARROW_PROXY_RELAY": "python"}
 _PLAIN = {"OPTIONS": "", "BIND": ""}
 _SPLICE = {"OPTIONS": "option splice-auto", "BIND": ""}
@@ -207,6 +211,8 @@ _TABLE = (
 _VARIANTS = (
     ("greenarrow-python", "GreenArrow Proxy, Python relay", "greenarrow", _QUIET, ""),
     ("greenarrow-python-log", "GreenArrow Proxy, Python relay, log_connections all", "greenarrow-log", _LOGGING, ""),
+    ("smtp-own", "mode smtp, a connection of its own each", "greenarrow", _SMTP_OWN, ""),
+    ("smtp-shared", "mode smtp, shared connections", "greenarrow", _SMTP, ""),
     ("native-socks", "SOCKS5 with password and BIND", "greenarrow", _QUIET, "socks"),
     ("native-fresh", "native, a fresh channel each", "greenarrow", _QUIET, "fresh"),
     ("native-warm", "native, a warm channel", "greenarrow", _QUIET, "warm"),

@@ -59,5 +59,7 @@ TARGETS = (
     Target("SOCKS5, password and BIND", "socks", _CPU, "tokio", 1.30, 1.05),
     Target("sessions/s", "sess1", "units_per_second", "direct", 0.65, 0.80, at_least=True),
     Target("CPU a session", "sess1", _CPU, "classic", 0.48, 0.40),
+    Target("mode smtp, own connection", "smtp1", _CPU, "greenarrow", 1.40, None, "smtp-own", python=""),
+    Target("mode smtp, shared connection", "smtp1", _CPU, "haproxy", 0.60, None, "smtp-shared", python=""),
     Target("session on a warm native channel", "native", _CPU, "native-socks", 0.60, None, "native-warm", python=""),
 )

@@ -35,6 +35,7 @@ MAIN = 5
 """Rounds of the workloads that the goals are about."""
 
 LOOPS = ("greenarrow", "greenarrow-python", "haproxy", "haproxy-splice", "tokio")
+MODES = ("greenarrow", "smtp-own", "smtp-shared", "haproxy")
 SMALL = ("greenarrow", "greenarrow-python", "haproxy", "tokio", "direct")
 
 
@@ -146,6 +147,20 @@ WORKLOADS = {
             rounds=MAIN,
         ),
         _sessions(
+            "smtp1",
+            "mode smtp beside mode tcp and HAProxy: 20 sessions at a time, 1 message of 20 KB each",
+            "--connections 20",
+            candidates=MODES,
+            rounds=MAIN,
+        ),
+        _sessions(
+            "smtp5",
+            "the same, 5 messages each",
+            "--connections 20 --messages 5",
+            candidates=MODES,
+            rounds=MAIN,
+        ),
+        _sessions(
             "msg100k",
             "100 sessions at a time, 1 message of 100 KB each",
             "--connections 100 --bytes 102400",
@@ -244,8 +259,8 @@ WORKLOADS = {
     )
 }
 
-QUICK = ("sess1", "sess1+log", "socks", "pp100", "bulk", "idle2k", "native")
+QUICK = ("sess1", "sess1+log", "socks", "pp100", "bulk", "idle2k", "native", "smtp1", "smtp5")
 QUICK_CANDIDATES = (
     *("greenarrow", "greenarrow-python", "greenarrow-log", "haproxy", "haproxy-tcplog", "tokio", "dante"),
-    *("native-socks", "native-warm"),
+    *("native-socks", "native-warm", "smtp-own", "smtp-shared"),
 )
