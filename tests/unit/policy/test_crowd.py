@@ -95,3 +95,12 @@ def test_against_a_plain_count(limit: int, steps: list[tuple[bool, str, int]]) -
         assert len(crowd) == len(inside) <= limit
         assert all(member in crowd for member in inside)
         assert crowd.most == max(Counter(inside.values()).values(), default=0)
+
+
+def test_nothing_is_remembered_of_owners_who_left() -> None:
+    crowd = Crowd(10)
+    for number in range(100):
+        crowd.enter(number, f"192.0.2.{number}")
+        crowd.leave(number)
+    assert not crowd._members
+    assert not crowd._by_number

@@ -106,6 +106,21 @@ def test_a_flood_of_one_address_delays_another_by_one_turn() -> None:
     assert MOST_A_ROUND >= 2
 
 
+def test_who_left_is_out_of_the_line_and_its_key_too() -> None:
+    """A key that stayed would be the turn of nobody."""
+    line: Line[int] = Line()
+    line.add("192.0.2.1", 1)
+    assert 1 in line
+    assert 2 not in line
+    line.leave(1)
+    line.leave(1)
+    assert 1 not in line
+    line.add("192.0.2.2", 2)
+    assert (line.next(), len(line)) == (2, 0)
+    with pytest.raises(KeyError):
+        line.next()
+
+
 def test_refusals_cost_growing_pauses() -> None:
     refusals = Refusals()
     assert [refusals.refused() for _ in range(14)] == pytest.approx(

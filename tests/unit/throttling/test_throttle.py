@@ -55,13 +55,16 @@ def drain(one: Throttle, begin: int, end: int, step: int = TICK) -> list[int]:
         (Limit(0, 60), False),
         (Limit(5, 0), False),
         (Limit(5, 60, 0), False),
+        (Limit(1, 1), True),
+        (Limit(20_000, 60, 10_000), True),
+        (Limit(20_000, 60, 10_001), False),
     ],
 )
 def test_burst_as_large_as_the_limit_is_refused(limit: Limit, valid: bool) -> None:
     if valid:
         check(limit)
     else:
-        with pytest.raises(ValueError, match=r"at least 1|smaller than"):
+        with pytest.raises(ValueError, match=r"at least 1|smaller than|at most"):
             check(limit)
 
 
