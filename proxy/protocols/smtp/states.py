@@ -8,6 +8,8 @@ import enum
 class State(enum.Enum):
     """Where the dialogue is."""
 
+    __hash__ = object.__hash__  # Enum's own is a function in Python, called five times for each event
+
     GREET = "greet"  # the receiver's greeting is awaited
     HELLO = "hello"  # no name of the client's was accepted yet
     READY = "ready"  # nothing in progress; a connection is there
