@@ -205,7 +205,8 @@ class Visit:
         services.access.check_route(instance, judged, destination)
         modes = services.modes
         dialogue = modes.any_smtp and modes.is_smtp(instance, self.door.configured, destination)
-        through = Through(services, via, self.socket, instance, route, source, dialogue)
+        within = self._answer_within()
+        through = Through(services, via, self.socket, instance, route, source, dialogue, within)
         channel, opened = through.open()
         self.source = opened.local.host
         self.handshake = None

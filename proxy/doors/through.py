@@ -23,8 +23,8 @@ from proxy.policy.idleness import Idleness
 from proxy.protocols.native import messages as m
 from proxy.services import Services
 
-#: A KumoMTA gives up 60 s after its request; the answer must be there before, waiting included.
-_ANSWER_WITHIN = 50.0
+#: Seconds: the longest deadline that an OPEN can have.
+_LONGEST = 600.0
 _CLEAN = frozenset({Ending.CLIENT_CLOSED, Ending.UPSTREAM_CLOSED})
 
 
@@ -36,6 +36,7 @@ class Through:
         instance: the client's name, or "".
         source: the address to leave from; None: the other proxy's choice.
         dialogue: whether the other proxy is to take part in the SMTP dialogue.
+        within: seconds in which the client must have its answer; the other proxy is told.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Through:
         route: Route,
         source: str | None,
         dialogue: bool,
+        within: float,
     ) -> None:
         self.instance = instance
         self.run_id = b""
@@ -58,7 +60,7 @@ class Through:
         self._request = m.Open(
             source,
             [m.Address(*route.destination)],
-            deadline_ms=int(_ANSWER_WITHIN * 1000),
+            deadline_ms=max(1, int(min(within, _LONGEST) * 1000)),
             dialogue=dialogue,
         )
         self._greenlet: Any = getcurrent()

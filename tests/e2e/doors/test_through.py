@@ -189,6 +189,20 @@ def test_a_client_that_goes_away_meanwhile_leaves_nothing_behind() -> None:
         wait_for(lambda: "active=0" in proxy.status()[-1])
 
 
+@pytest.mark.parametrize("answer_within", ["100ms", "700s"])
+def test_the_other_proxy_has_the_time_that_the_client_has(answer_within: str) -> None:
+    """By SOCKS it would be 50 s, and this test would end before; more than an OPEN may say is no error."""
+    block = f"instance mta-1 {{\n    answer_within {answer_within}\n}}\n"
+    with deaf_port() as silent, Raw(greet) as mx, Proxy() as proxy, agent(proxy.native, more=block) as front:
+        if answer_within == "700s":
+            with socks5(front.socks5, mx.endpoint, SOURCE) as sock:
+                assert clients.exactly(sock, 3) == b"220"
+        else:
+            with pytest.raises(clients.Refused):
+                socks5(front.socks5, silent, SOURCE)
+            proxy.wait_line(r"instance=box-1 .*timed out")
+
+
 def test_a_stop_of_the_agent_waits_for_what_is_open() -> None:
     with Raw(echo) as mx, Proxy() as proxy, agent(proxy.native, more="drain_timeout 20s\n") as front:
         with socks5(front.socks5, mx.endpoint) as sock:
