@@ -180,6 +180,8 @@ class Ending(enum.StrEnum):
     CLIENT_CLOSED = "client_closed"
     UPSTREAM_CLOSED = "upstream_closed"
     KEPT = "kept"
+    GREETING_4XX = "greeting_4xx"
+    GREETING_5XX = "greeting_5xx"
     CLIENT_RESET = "client_reset"
     UPSTREAM_RESET = "upstream_reset"
     IDLE_TIMEOUT = "idle_timeout"
@@ -189,6 +191,13 @@ class Ending(enum.StrEnum):
     PROTOCOL_ERROR = "protocol_error"
     INTERNAL_ERROR = "internal_error"
 
+    def after(self, refusal: str) -> Ending:
+        """The same with what the receiver greeted with, "" if that was no refusal: then it is told instead of who
+        closed, for that is why."""
+        if not refusal or self not in _BY_CLOSING:
+            return self
+        return Ending.GREETING_4XX if refusal[0] == "4" else Ending.GREETING_5XX
+
     @property
     def is_clean(self) -> bool:
         """Nothing went wrong: `log_connections errors` leaves these out."""
@@ -196,6 +205,7 @@ class Ending(enum.StrEnum):
 
 
 _CLEAN = frozenset({Ending.CLIENT_CLOSED, Ending.UPSTREAM_CLOSED, Ending.KEPT})
+_BY_CLOSING = _CLEAN | {Ending.CLIENT_RESET, Ending.UPSTREAM_RESET}
 
 
 class TlsMode(enum.StrEnum):

@@ -56,6 +56,7 @@ from proxy.policy.access import place_within
 from proxy.protocols.proxy_protocol import ProxyProtocol
 from proxy.protocols.recognise import SILENT, wrong_door
 from proxy.protocols.redirect import Redirected
+from proxy.protocols.smtp.dialogue import refusal
 from proxy.protocols.socks5 import Socks5
 from proxy.services import Door, Services, numbers
 from proxy.throttling.flows import Places
@@ -137,6 +138,7 @@ class Visit:
             "missed",
             "place",
             "end",
+            "reply",
         ),
     )
 
@@ -156,6 +158,7 @@ class Visit:
         self.relayed = False
         self.missed = False  # whether an event of the client may have gone by that nobody acted upon
         self.place: Places | None = None
+        self.reply = ""  # the receiver's greeting, if it was a refusal
         self.end: Endpoint | None = None  # of the outgoing connection, where `Gauges.ends` wants to know
         door.open_connections += 1
         services.counters.accepted.count(door.protocol)
@@ -488,9 +491,15 @@ class Visit:
 
     # ---------------------------------------------------------------- ends
 
+    def heard(self, data: bytes) -> None:
+        """The receiver's first bytes, which may be a refusal; called from the hub."""
+        self.reply += data.decode("utf-8", "backslashreplace")
+
     def ended(self, ending: Ending, up: int, down: int) -> None:
         """The relay is over; called from the hub, must not wait."""
         services = self.services
+        reply = refusal(self.reply) if self.reply else ""
+        ending = ending.after(reply)
         counters = services.counters
         counters.bytes_up += up
         counters.bytes_down += down
@@ -513,6 +522,7 @@ class Visit:
             down,
             monotonic() - self.started,
             ending,
+            reply=reply,
         )
 
     def leave(self) -> None:

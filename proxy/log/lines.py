@@ -336,6 +336,7 @@ def connection(
     seconds: float,
     outcome: Ending,
     messages: Outcomes | None = None,
+    reply: str = "",
 ) -> None:
     """The closing line of a connection that was relayed. Hot path: a few microseconds, no `logging`.
 
@@ -349,6 +350,7 @@ def connection(
         bytes_up: client to receiver; `bytes_down` the other way.
         seconds: from accept (native: OPEN) to the end.
         messages: what became of them; None: the dialogue was not seen.
+        reply: the receiver's last refusal, as it said it; "": none was seen.
     """
     if _out is None or _connections == "none" or (_connections == "errors" and outcome.is_clean):
         return
@@ -361,10 +363,14 @@ def connection(
         if messages is not None:
             entry |= {"messages": messages.messages, "accepted": messages.accepted, "deferred": messages.deferred}
             entry |= {"rejected": messages.rejected, "waited": round(messages.waited, 3)}
+        if reply:
+            entry["reply"] = printable(reply)
         _out.put(msgspec.json.encode(entry).decode())
         return
     stamp = _clock.stamp() + " " if _stamped else ""
     said = "" if messages is None else _outcomes(messages)
+    if reply:
+        said += f" reply={_quoted(reply, FIELD_LIMIT)}"
     _out.put(
         f"{stamp}connection id={id} instance={word(instance)} protocol={protocol} client={client} "
         f"source={source or '-'} destination={destination or '-'} reused={'yes' if reused else 'no'} tls={tls or '-'} "
@@ -440,6 +446,8 @@ def refused(
     if isinstance(error, UpstreamError):
         event = Event.FAILED
         fields |= {"step": error.step, "errno": _errno.errorcode.get(error.errno, "-")}
+        if error.smtp_reply is not None:
+            fields["reply"] = error.smtp_reply
     note(event, level, str(error), **fields)
 
 

@@ -101,6 +101,8 @@ cdef enum:
     SPLICES_A_TURN = 8
     MOST_PIPES = 1024  # room for `max_pipes`
     SWEEP_STEP = 256
+    REPLY_CODE = 4
+    HEARD = 256
 
 # Indexes of `_ENDINGS`.
 cdef enum:
@@ -512,6 +514,13 @@ cdef class Engine:
             self._queue_scheduled = True
             self._loop.run_callback(self._go_on)
 
+    cdef void _hear(self, Half *half, ssize_t count):
+        """So many bytes are in the buffer, upstream's first ones. The owner must not call the engine: we are within."""
+        try:
+            (<object> half.pair.owner).heard((<char *> _buffer)[:min(count, HEARD)])
+        except BaseException:
+            self._fault()
+
     cdef void _fault(self):
         """The exception being handled is a bug of ours, or of a callback."""
         self.faults += 1
@@ -555,6 +564,9 @@ cdef class Engine:
                 elif not _for_now():
                     self._reset_by(half)
                 return
+            if half.moved < REPLY_CODE and half == &half.pair.down and (half.moved or _buffer[0] in (b'4', b'5')):
+                with gil:
+                    self._hear(half, count)
             half.moved += count
             sent = send(half.peer.source, _buffer, count, MSG_NOSIGNAL | (more if count < BUFFER_SIZE else 0))
             if sent < 0:

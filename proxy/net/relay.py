@@ -96,6 +96,8 @@ _BUFFER = bytearray(BUFFER_SIZE)  # one for the whole process: it is empty again
 _VIEW = memoryview(_BUFFER)
 
 _EVENTS_A_BATCH = 256
+_REPLY_CODE = 4  # bytes: three digits, and what tells whether more lines follow (RFC 5321 4.2)
+_HEARD = 256  # the most that an owner is shown of the first bytes
 _READS_A_TURN = 16  # the budget of one half before others get their turn
 _FULL_READS_TO_SPLICE = 4
 _PIPE_SIZE = 1 << 20
@@ -123,6 +125,10 @@ class Owner(Protocol):
     delivered up (to upstream) and down (to the client). Must not block; raising costs nobody else anything."""
 
     def ended(self, ending: Ending, up: int, down: int) -> None: ...
+
+    def heard(self, data: bytes) -> None:
+        """Upstream's first bytes, a copy, when they may be a refusal in SMTP: they begin with 4 or 5. Called again
+        while fewer than a reply code have come. The same rules as for `ended`; must not call the engine."""
 
 
 class Half:
@@ -386,6 +392,8 @@ class Engine:
                     if not count:
                         self._end_of_file(half)
                         continue
+                    if half.moved < _REPLY_CODE:
+                        self._hear(half, count)
                     try:
                         sent = half.send(view[:count])
                     except BlockingIOError:
@@ -449,6 +457,8 @@ class Engine:
             if not count:
                 self._end_of_file(half)
                 return
+            if half.moved < _REPLY_CODE:
+                self._hear(half, count)
             try:
                 sent = send(_VIEW[:count], more if count < BUFFER_SIZE else 0)
             except BlockingIOError:
@@ -467,6 +477,11 @@ class Engine:
                 if not unsure:
                     return
         self._go_on_later(half)
+
+    def _hear(self, half: Half, count: int) -> None:
+        """So many bytes are in the buffer, the first ones of this direction."""
+        if half is half.pair.down and (half.moved or _BUFFER[0] in b"45"):
+            half.pair.owner.heard(bytes(_VIEW[: min(count, _HEARD)]))
 
     def _splice(self, half: Half) -> None:
         """Move bytes through the kernel's pipe until there is nothing more, within the budget."""

@@ -148,6 +148,7 @@ class Session:
             monotonic() - self._started,
             ending,
             outcomes,
+            transfer.tracker.said if transfer.tracker is not None else "",
         )
 
     def _tracker(self) -> Tracker:

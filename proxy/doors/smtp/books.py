@@ -35,6 +35,7 @@ class Books:
         reused: its first connection was somebody else's before.
         tls: the version with the receiver, of the last connection that had any.
         ending: how it ended.
+        refused_by: a receiver's greeting that was a refusal, or "". reply: the last refusal of any kind.
     """
 
     def __init__(self, services: Services, door: Door, facts: Facts, line: Line) -> None:
@@ -43,6 +44,8 @@ class Books:
         self.reused = line.reused
         self.tls = line.tls
         self.ending = Ending.CLIENT_CLOSED
+        self.refused_by = ""
+        self.reply = ""
         self._services = services
         self._door = door
         self._facts = facts
@@ -50,6 +53,7 @@ class Books:
     def count(self, tracker: Tracker, in_vain: bool) -> None:
         """A connection to a receiver is over; `in_vain`: its last message is said again on another."""
         mails = tracker.mails - in_vain
+        self.reply = tracker.said or self.reply
         self.outcomes.add(mails, tracker.accepted, tracker.deferred, tracker.rejected)
         self._services.counters.messages += mails
 
@@ -86,9 +90,10 @@ class Books:
         services, facts, terms = self._services, self._facts, self._facts.terms
         outcomes, counters = self.outcomes, services.counters
         outcomes.deferred += refused
+        ending = self.ending.after(self.refused_by)
         counters.bytes_up += self.up
         counters.bytes_down += self.down
-        counters.ended.count(self.ending)
+        counters.ended.count(ending)
         counters.count_outcomes(terms.instance, terms.source, outcomes)
         log.connection(
             facts.number,
@@ -102,6 +107,7 @@ class Books:
             self.up,
             self.down,
             monotonic() - facts.started,
-            self.ending,
+            ending,
             outcomes,
+            self.reply,
         )

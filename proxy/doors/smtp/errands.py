@@ -95,6 +95,8 @@ class Errands:
             if line.greeting is None:
                 egress.greet(line)
             holding.attach()
+            if (line.greeting or "")[:1] in ("4", "5"):
+                self._books.refused_by = self._books.reply = line.greeting or ""
             mediator.greeted(line.greeting or "", line.reused)
             return
         if want is Want.HELLO:

@@ -12,6 +12,7 @@ RSET and the tracker are strict.
 from __future__ import annotations
 
 import enum
+import re
 from typing import NamedTuple
 
 from proxy.errors import PeerError, Step, UpstreamError
@@ -38,6 +39,15 @@ class Reply(NamedTuple):
     def __str__(self) -> str:
         """Code and text, the lines joined by LF (as `smtplib` joins them)."""
         return f"{self.code} " + "\n".join(self.lines)
+
+
+_REFUSAL = re.compile(r"[45][0-9]{2}[ -][^\r\n]*")
+
+
+def refusal(first: str) -> str:
+    """The first line of what a peer has said first, if it is a reply 4xx or 5xx; else ""."""
+    match = _REFUSAL.match(first)
+    return match[0] if match else ""
 
 
 def parse_reply_line(line: bytes) -> tuple[int, bool]:

@@ -21,6 +21,9 @@ from proxy.protocols.smtp.dialogue import MAX_REPLY_LINE, BadReply, parse_reply_
 #: RFC 5321 4.5.3.1.4 says 512 octets, extensions add to it, AUTH up to 12288 (RFC 4954 4).
 MAX_COMMAND_LINE = 12288
 
+#: Bytes of a reply that are remembered.
+LONGEST_SAID = 256
+
 #: Commands without a reply; nobody sends more at a time, and it bounds memory.
 MOST_OUTSTANDING = 100_000
 
@@ -80,6 +83,7 @@ class Tracker:
         "mails",
         "mails_allowed",
         "rejected",
+        "said",
     )
 
     def __init__(self) -> None:
@@ -94,6 +98,8 @@ class Tracker:
         self.rejected = 0
         #: Replies 5xx, to whatever: many receivers count them, and slow down or end a connection that has too many.
         self.errors = 0
+        #: The last line of the last of these replies, 4xx included; cut.
+        self.said = ""
         self._client = _Client.COMMAND
         self._line = b""
         self._tail = b""
@@ -281,6 +287,8 @@ class Tracker:
             raise BadReply("the lines of one reply carry different codes")
         self._code = 0 if last else code
         if last:
+            if code >= 400:
+                self.said = line[:LONGEST_SAID].decode("utf-8", "backslashreplace").rstrip()
             self._on_reply(code)
 
     def _on_reply(self, code: int) -> None:

@@ -13,7 +13,10 @@ import sys
 import pytest
 
 from tests import clients
-from tests.clients import DOORS, Refused, dial, exactly, login, proxied, read_all, socks5
+from tests import independent_client as mta
+from tests.clients import DOORS, Refused, Smtp, dial, exactly, login, proxied, read_all, socks5
+from tests.e2e.smtp.test_mode import SMTP
+from tests.mx import Mx, close, say
 from tests.program import ROOT, Proxy, config
 from tests.sinks import GREETING, Raw, Sink, closed_port, echo
 from tests.waiting import wait_for
@@ -122,6 +125,49 @@ def test_log_connections(mx):
     assert run("all") == (1, 1, 1)
     assert run("errors") == (0, 1, 1)
     assert run("none") == (0, 0, 0)
+
+
+# -- what receivers say
+
+
+@pytest.mark.parametrize(
+    ("setting", "first", "outcome"), [("all", b"421 4.7.0", "4xx"), ("errors", b"554 5.7.1", "5xx")]
+)
+def test_a_greeting_that_is_a_refusal(setting, first, outcome):
+    """Mode tcp: passed on as it is, and no success."""
+    said = first + b' go "away"\x1b[31m\r\n'
+    with Proxy(f"log_connections {setting}\n") as proxy, Mx({"greeting": say(said, close)}) as mx:
+        with socks5(proxy.socks5, mx.endpoint) as sock:
+            assert read_all(sock) == said
+        line = proxy.wait_line(f"^connection .*outcome=greeting_{outcome} ").string
+    reply = first.decode() + r" go \"away\"\x1b[31m"
+    assert line.endswith(f' reply="{reply}"')
+
+
+def test_a_reply_to_a_message_is_told_in_mode_smtp():
+    with Proxy(SMTP) as proxy, Mx({"rcpt": say(b"550-5.1.1 no\r\n550 5.1.1 such user\r\n")}) as mx:
+        with socks5(proxy.socks5, mx.endpoint, "127.0.0.5") as sock, Smtp(sock) as smtp:
+            smtp.ehlo()
+            smtp.mail("from@example.com")
+            assert smtp.rcpt("to@example.net")[0] == 550
+        line = proxy.wait_line("^connection ").string
+    assert line.endswith(' reply="550 5.1.1 such user"')
+
+
+def test_a_greeting_that_is_a_refusal_in_mode_smtp():
+    with Proxy(SMTP) as proxy, Mx({"greeting": say(b"554 5.7.1 blocked\r\n", close)}) as mx:
+        with socks5(proxy.socks5, mx.endpoint, "127.0.0.5") as sock:
+            assert read_all(sock) == b"554 5.7.1 blocked\r\n"
+        line = proxy.wait_line("^connection .*outcome=greeting_5xx ").string
+    assert line.endswith(' reply="554 5.7.1 blocked"')
+
+
+def test_a_reply_that_failed_an_open():
+    with Proxy("listen_tls no\n") as proxy, Mx({"greeting": say(b"421 4.7.0 too many\r\n", close)}) as busy:
+        with mta.channel(proxy.native, tls=False) as peer:
+            peer.failed(busy.endpoint, ehlo_name="client.example")
+        line = proxy.wait_line("^failed .*step=greeting ").string
+    assert ' reply="421 4.7.0 too many" message=' in line
 
 
 def test_json(mx):

@@ -39,7 +39,11 @@ class Owner:
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.told: list[tuple[Ending, int, int]] = []
+        self.first = b""
         self.error = error
+
+    def heard(self, data: bytes) -> None:
+        self.first += data
 
     def ended(self, ending: Ending, up: int, down: int) -> None:
         self.told.append((ending, up, down))

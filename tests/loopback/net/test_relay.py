@@ -823,6 +823,64 @@ def test_an_owner_may_use_the_engine(engine: relay.Engine) -> None:
     assert engine.pairs == 1
 
 
+# -------------------------------------------------------------------- what upstream says first
+
+
+@pytest.mark.parametrize("first", [b"421 4.7.0 not now\r\n", b"554-no\r\n554 never\r\n", b"5"])
+def test_the_owner_hears_what_may_be_a_refusal_and_the_bytes_pass(engine: relay.Engine, first: bytes) -> None:
+    pair = Relayed(engine)
+    pair.upstream.sendall(first)
+    pair.upstream.close()
+    assert read_all(pair.client) == first
+    assert pair.owner.first == first
+
+
+def test_a_refusal_byte_by_byte_is_heard_as_far_as_its_code(engine: relay.Engine) -> None:
+    pair = Relayed(engine)
+    greeting = b"450 later\r\n"
+    for number in range(len(greeting)):
+        pair.upstream.sendall(greeting[number : number + 1])
+        assert pair.client.recv(1) == greeting[number : number + 1]
+    assert pair.owner.first == b"450 "
+
+
+def test_what_was_there_at_the_join_is_heard(engine: relay.Engine) -> None:
+    pair = Relayed(engine, before=lambda pair: pair.upstream.sendall(b"554 no\r\n"))
+    assert pair.client.recv(100) == b"554 no\r\n"
+    assert pair.owner.first == b"554 no\r\n"
+
+
+def test_nothing_else_is_heard(engine: relay.Engine) -> None:
+    pair = Relayed(engine)
+    pair.client.sendall(b"421 is what the client says")
+    assert pair.upstream.recv(100)
+    pair.upstream.sendall(b"220 hello\r\n")
+    assert pair.client.recv(100)
+    pair.upstream.sendall(b"554 later on\r\n")
+    assert pair.client.recv(100)
+    assert pair.owner.first == b""
+
+
+def test_no_more_than_a_line_is_copied(engine: relay.Engine) -> None:
+    pair = Relayed(engine)
+    pair.upstream.sendall(b"5" * 60_000)
+    pair.upstream.close()
+    assert len(read_all(pair.client)) == 60_000
+    assert len(pair.owner.first) <= 256
+
+
+def test_an_owner_that_fails_to_hear_costs_nobody_else(engine: relay.Engine, quiet: list[Any]) -> None:
+    class Deaf(Owner):
+        def heard(self, data: bytes) -> None:
+            raise ValueError("a bug")
+
+    other = Relayed(engine)
+    pair = Relayed(engine, owner=Deaf())
+    pair.upstream.sendall(b"554 no\r\n")
+    until(lambda: quiet, what="the fault is told")
+    other.check()
+
+
 # -------------------------------------------------------------------- what it costs
 
 
