@@ -108,6 +108,20 @@ class Route(NamedTuple):
     destination: Endpoint
 
 
+class Names(NamedTuple):
+    """What a client says of its receiver, as host names in canonical form; "": it does not.
+
+    Args:
+        mx: the MX host that the destination belongs to. domain: the recipient domain that it is an MX of.
+    """
+
+    mx: str = ""
+    domain: str = ""
+
+
+UNNAMED = Names()
+
+
 class Negotiation(NamedTuple):
     """The client offers ways to log in (RFC 1928 methods). Nothing to decide: answer `Accepted()`."""
 

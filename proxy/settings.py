@@ -62,14 +62,24 @@ class SourceSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThrottleSettings:
-    """One `throttle NAME { … }` block; empty `source` or `destination`: any. 0 connections or no rate: unlimited."""
+    """One `throttle NAME { … }` block. 0 connections or no rate: unlimited.
+
+    It holds for any source and any instance, if none is given, and any receiver, if no domain, MX or destination is.
+    """
 
     name: str
-    source: tuple[Network, ...]
+    source: tuple[Network | str, ...]  # a text is the name of a source
     destination: tuple[Network, ...]
     max_concurrent_connections: int
     max_delivery_rate: tuple[Rate, ...]
     wait: float | None  # None: as long as its door has time, see `Access.answer_within`
+    domain: tuple[str, ...] = ()
+    mx: tuple[str, ...] = ()  # host names, or *.NAME
+    instance: tuple[str, ...] = ()
+    per: tuple[Literal["source", "receiver", "nothing"], ...] = ("source",)
+    scope: Literal["proxy", "cluster"] = "proxy"
+    max_connection_rate: tuple[Rate, ...] = ()
+    enforce: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

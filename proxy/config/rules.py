@@ -39,6 +39,7 @@ def broken(settings: Settings, given: Collection[str], breathe: Breathe = hold_b
     yield from _instances(settings, breathe)
     yield from _listener_blocks(settings)
     yield from _source_blocks(settings, breathe)
+    yield from _throttle_blocks(settings, breathe)
     yield from _agent(settings, given)
     yield from _not_in_this_version(settings)
 
@@ -165,6 +166,20 @@ def _source_blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
             if owner.setdefault(network, block.name) != block.name:
                 message = f"{network.network_address} is in two blocks, {owner[network]} and {block.name}"
                 yield "source", where, message
+
+
+def _throttle_blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
+    names = {name for block in settings.source for name in (block.name, block.block)}
+    for block in settings.throttle:
+        breathe()
+        for source in block.source:
+            if isinstance(source, str) and source not in names:
+                message = f"{block.name}: source {source} is neither a network nor the name of a source block"
+                yield "throttle", block.name, message
+        if "nothing" in block.per and len(set(block.per)) > 1:
+            yield "throttle", block.name, f"{block.name}: per: `nothing` stands alone"
+        if block.scope != "proxy":
+            yield "throttle", block.name, f"{block.name}: scope: not available in this version: only proxy"
 
 
 def _unfit_name(name: str) -> str:

@@ -13,6 +13,7 @@ from ipaddress import ip_address, ip_network, summarize_address_range
 from typing import Any
 
 from proxy.model import Endpoint, canonical_ip, ip_from_bytes, packed_ip
+from proxy.protocols.server_name import server_name
 from proxy.settings import Network, Rate
 
 #: Timers and TCP_USER_TIMEOUT (milliseconds in a C int) hold 24.8 days.
@@ -208,6 +209,30 @@ def parse_name(text: str) -> str:
     return text
 
 
+def parse_domain(text: str) -> str:
+    """A domain or host name in canonical form; one of another script is encoded."""
+    name = server_name(text)
+    if "." not in name or ":" in name or name.rpartition(".")[2].isdigit():
+        raise ValueError("a domain such as example.com is meant")
+    return name
+
+
+def parse_mx(text: str) -> str:
+    """An MX host's name, or `*.` and the end of one."""
+    star = "*." if text.startswith("*.") else ""
+    return star + parse_domain(text.removeprefix("*."))
+
+
+def parse_leaving(text: str) -> tuple[Network | str, ...]:
+    """A network, a range, or the name of a source."""
+    if re.fullmatch(r"[A-Za-z0-9_.*-]{1,64}", text):
+        try:
+            return parse_networks(text)
+        except ValueError:
+            return (text,)
+    return parse_networks(text)
+
+
 def parse_ehlo(text: str) -> str:
     """A domain or an address literal (RFC 5321 section 4.1.1.1), in ASCII; `{ip}` in it stands for the address."""
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,255}|\[[A-Za-z0-9.:_-]{1,253}\]", text.replace("{ip}", "0" * 39)):
@@ -304,6 +329,11 @@ RATE = Kind("rate", parse_rate, "a rate such as 1000/hr, 50/min or 10/s")
 PATH = Kind("path", parse_text, "a file name", verbatim=True)
 NAME = Kind("name", parse_name, "a word of at most 64 characters")
 EHLO = Kind("name", parse_ehlo, "an EHLO name such as mail1.example.com or [192.0.2.1]")
+DOMAIN = Kind("domain", parse_domain, "a domain such as example.com")
+MX = Kind("host", parse_mx, "an MX host such as mx1.example.net or *.example.net")
+LEAVING = Kind(
+    "source", parse_leaving, "a network such as 192.0.2.7 or 192.0.2.0/24, or the name of a source", several=True
+)
 SECRET = Kind("secret", parse_secret, f"a secret of at least {SHORTEST_SECRET} characters", verbatim=True)
 WORKERS = Kind("number", parse_workers, "a number of processes or the word auto")
 STORE = Kind("store", parse_store, "memory or a redis:// address", verbatim=True)

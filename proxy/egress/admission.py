@@ -18,6 +18,7 @@ from gevent import get_hub, getcurrent
 
 from proxy.errors import Throttled
 from proxy.log import lines as log
+from proxy.model import UNNAMED, Names
 from proxy.throttling.desk import MessageTicket
 from proxy.throttling.flows import Flow, Places, Throttle, Ticket
 from proxy.throttling.manager import Manager
@@ -85,6 +86,7 @@ class Admission:
         seconds: float,
         key: Hashable = None,
         rated: bool = True,
+        names: Names = UNNAMED,
     ) -> Places | None:
         """Wait in fair order for a place under every throttle that applies; None: none does.
 
@@ -94,6 +96,7 @@ class Admission:
             key: of the cached connection that would do; see `pass_on`.
             rated: whether the connection counts against the rates of the proxy's own throttles; not if its messages do,
                 each by `message` or `ask_message`.
+            names: what the client says of its receiver.
 
         Raises:
             Throttled: not in time; says which throttle, and when to come back.
@@ -101,7 +104,7 @@ class Admission:
         manager = self.manager
         if not flows and not manager.blocks:
             return None
-        answer = manager.admit(owner, weight, source, destination, flows, clock_ns(), rated)
+        answer = manager.admit(owner, weight, source, destination, flows, clock_ns(), rated, names)
         self.settle()
         if isinstance(answer, Places):
             return answer
@@ -117,6 +120,7 @@ class Admission:
         destination: str,
         flows: tuple[Flow, ...],
         rated: bool = True,
+        names: Names = UNNAMED,
     ) -> tuple[bool, Places | None]:
         """A cached connection changes its user: its places for those of the new one, in one call, without waiting.
 
@@ -127,14 +131,14 @@ class Admission:
         if old is None:
             if not flows and not manager.blocks:
                 return True, None
-            answer = manager.admit(owner, weight, source, destination, flows, clock_ns(), rated)
+            answer = manager.admit(owner, weight, source, destination, flows, clock_ns(), rated, names)
             if isinstance(answer, Ticket):
                 manager.cancel(answer, clock_ns())
                 self.settle()
                 return False, None
             self.settle()
             return True, answer
-        new = manager.swap(old, owner, weight, source, destination, flows, clock_ns(), rated)
+        new = manager.swap(old, owner, weight, source, destination, flows, clock_ns(), rated, names)
         self.settle()
         return new is not None, new
 
@@ -213,6 +217,7 @@ class Admission:
         flows: tuple[Flow, ...],
         seconds: float,
         waits: Callable[[], object] = lambda: None,
+        names: Names = UNNAMED,
     ) -> MessageTicket | None:
         """Wait for `ask_message` in the running greenlet.
 
@@ -231,7 +236,7 @@ class Admission:
             answers.append(refusal)
             greenlet.switch()
 
-        ticket = self._ask(owner, weight, source, destination, flows, seconds, answer)
+        ticket = self._ask(owner, weight, source, destination, flows, seconds, answer, names)
         if ticket not in self._answers:
             return ticket
         try:
@@ -262,14 +267,16 @@ class Admission:
         flows: tuple[Flow, ...],
         seconds: float,
         answer: Answer,
+        names: Names = UNNAMED,
     ) -> MessageTicket | None:
         """Ask for the slot of one message that the proxy is to pass on, in fair order with all instances' demand.
 
         Args:
             owner: instance name, else the client's address; one that has a session shares its turns with it.
             weight: as the operator has set it.
-            source, destination: canonical addresses; without `flows`, the proxy's own throttles that match them apply.
-            flows: a session's paths: then it is their throttles that apply, and not the proxy's own.
+            source, destination, names: canonical addresses, and what the client says: the proxy's own throttles that
+                match them apply; none without a source.
+            flows: a session's paths, whose throttles apply, too.
             seconds: the longest to wait; the proxy's own throttles may say less.
             answer: see `Answer`. Not called if None is returned here, nor after `cancel_message`.
 
@@ -277,7 +284,7 @@ class Admission:
             None: the slot is there, or nothing limits it: pass the message on now. Else a ticket for `cancel_message`.
             The refusal names the throttle (`throttle`) and says when to come back (`retry_after`, seconds).
         """
-        ticket = self._ask(owner, weight, source, destination, flows, seconds, answer)
+        ticket = self._ask(owner, weight, source, destination, flows, seconds, answer, names)
         return ticket if ticket in self._answers else None
 
     def _ask(
@@ -289,12 +296,13 @@ class Admission:
         flows: tuple[Flow, ...],
         seconds: float,
         answer: Answer,
+        names: Names,
     ) -> MessageTicket | None:
         """See `ask_message`; here None says that nothing limits the message."""
         manager = self.manager
         if not flows and not manager.blocks:
             return None
-        ticket = manager.ask_message(owner, weight, source, destination, flows, clock_ns())
+        ticket = manager.ask_message(owner, weight, source, destination, flows, clock_ns(), names)
         if ticket is not None and not ticket.granted:
             self._answers[ticket] = answer
             self._let_wait(ticket, self._longest(ticket, seconds))

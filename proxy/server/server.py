@@ -33,6 +33,7 @@ from proxy.net.relay import make_engine
 from proxy.net.turns import Breather, rest
 from proxy.policy.access import Access
 from proxy.policy.budget import FailureBudget
+from proxy.policy.limits import Limits
 from proxy.policy.modes import Modes, any_smtp
 from proxy.server import check_config, figures, process, systemd
 from proxy.server.listener import ListenError
@@ -97,7 +98,8 @@ class Server:
         self._budget = FailureBudget()
         self._instances = Instances()
         self._incarnation: int = int.from_bytes(os.urandom(4), "big")
-        manager = Manager(self._incarnation, clock_ns(), settings.throttle_enforce, settings.throttle)
+        limits = Limits(settings.throttle, settings.source)
+        manager = Manager(self._incarnation, clock_ns(), settings.throttle_enforce, limits)
         self._admission = Admission(manager, lambda throttle: self._keeper.make_way(throttle))
         self._keeper = Keeper(self._engine, self._crew, self._counters, settings, self._admission)
         self._broken_tls = BrokenTls()
@@ -167,7 +169,8 @@ class Server:
         opened = self._doors.open_missing(settings, breathe)
         authorities = self._authorities(settings)
         services = self._wire(settings, identity, self._doors.endpoints(settings, opened), breathe)
-        return _Prepared(services, opened, authorities)
+        limits = Limits(settings.throttle, settings.source, None, breathe)
+        return _Prepared(services, opened, authorities, limits)
 
     def _authorities(self, settings: Settings) -> tls.Contexts:
         """Read anew by each reload, now and not under the first connection that needs them."""
@@ -257,7 +260,7 @@ class Server:
             self._gauges.ends = set()
         self._keeper.apply(settings)
         self._engine.half_close_timeout = settings.half_close_timeout
-        self._admission.manager.reload(settings.throttle_enforce, settings.throttle, clock_ns())
+        self._admission.manager.reload(settings.throttle_enforce, prepared.limits, clock_ns())
         self._admission.settle()
         for session in list(self._instances.sessions):
             session.reloaded()
@@ -395,6 +398,7 @@ class _Prepared(NamedTuple):
     services: Services
     opened: Opened
     authorities: tls.Contexts
+    limits: Limits
 
 
 def _in_turns(lines: Iterable[str]) -> Iterator[str]:

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from proxy.errors import Throttled
+from proxy.model import UNNAMED, Names
 from proxy.throttling.advice import Adviser
 from proxy.throttling.audit import Audit, Mail, Spent, Verdict
-from proxy.throttling.blocks import Block, Blocks
+from proxy.throttling.blocks import Blocks, NoRules, Rules
 from proxy.throttling.desk import Desk, MessageTicket
 from proxy.throttling.dispenser import Dispenser
 from proxy.throttling.doubt import Doubt, lapsed_too_many, since
@@ -46,10 +47,10 @@ class Manager:
         blocks: the proxy's own throttles.
     """
 
-    def __init__(self, incarnation: int, start: int, enforce: bool = False, blocks: Iterable[Block] = ()) -> None:
+    def __init__(self, incarnation: int, start: int, enforce: bool = False, blocks: Rules | None = None) -> None:
         self.incarnation = incarnation
         self.enforce = enforce
-        self.blocks = Blocks(blocks, start)
+        self.blocks = Blocks(blocks or NoRules(), start)
         self.sessions: dict[str, Session] = {}
         self._audit = Audit(start)
         self._dispenser = Dispenser()
@@ -244,6 +245,7 @@ class Manager:
         flows: tuple[Flow, ...],
         now: int,
         rated: bool = True,
+        names: Names = UNNAMED,
     ) -> Places | Ticket:
         """Places for one connection under every throttle that applies, all or none.
 
@@ -252,11 +254,14 @@ class Manager:
             source: address to leave from. destination: address to go to; canonical text, for the proxy's own throttles.
             flows: what the OPEN names; empty for clients without a session.
             rated: the connection takes a slot of the proxy's own throttles; not if its messages do, see `ask_message`.
+            names: what the client says of its receiver.
 
         Returns:
             the places, or a ticket to wait with; it comes back in `take_admitted`, or `cancel` it and see `refusal`.
         """
-        answer = self._book.admit(owner, weight, self._under(source, destination, flows, now), flows, now, rated)
+        answer = self._book.admit(
+            owner, weight, self._under(owner, source, destination, names, flows, now), flows, now, rated
+        )
         if isinstance(answer, Places):
             for throttle in answer.throttles:
                 self._active[throttle] = None
@@ -273,9 +278,12 @@ class Manager:
         flows: tuple[Flow, ...],
         now: int,
         rated: bool = True,
+        names: Names = UNNAMED,
     ) -> Places | None:
         """A cached connection goes to another user: its places for those of the new path. None: not possible now."""
-        new = self._book.swap(old, owner, weight, self._under(source, destination, flows, now), flows, now, rated)
+        new = self._book.swap(
+            old, owner, weight, self._under(owner, source, destination, names, flows, now), flows, now, rated
+        )
         if new is not None:
             for throttle in new.throttles:
                 self._active[throttle] = None
@@ -317,13 +325,21 @@ class Manager:
     # --- messages ---
 
     def ask_message(
-        self, owner: str, weight: float, source: str, destination: str, flows: tuple[Flow, ...], now: int
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+        now: int,
+        names: Names = UNNAMED,
     ) -> MessageTicket | None:
         """A slot for one message that the proxy passes on for `owner`, in fair order with everybody's demand.
 
         Args:
-            owner, weight, source, destination: as for `admit`; who has a session shares its turns with it.
-            flows: paths of a session whose throttles it shall pass; empty: the proxy's own throttles that match.
+            owner, weight, source, destination, names: as for `admit`; who has a session shares its turns with it.
+                Without a source the proxy's own throttles do not apply.
+            flows: paths of a session whose throttles it shall pass, too.
 
         Returns:
             None: nothing limits it. A ticket: `granted` already, or later (`take_granted`); it may be called off at any
@@ -331,10 +347,14 @@ class Manager:
         """
         if len(flows) == 1:
             throttles = flows[0].path.throttles
-        elif flows:
-            throttles = tuple(dict.fromkeys(throttle for flow in flows for throttle in flow.path.throttles))
         else:
-            throttles = self.blocks.match(source, destination, now) if self.blocks else ()
+            throttles = tuple(dict.fromkeys(throttle for flow in flows for throttle in flow.path.throttles))
+        if source and self.blocks:
+            for throttle in self.blocks.match(owner, source, destination, names, now).messages:
+                if throttle.shadow is None:
+                    throttles += (throttle,)
+                else:
+                    throttle.shadow_slot(now)
         ticket = self._desk.ask(owner, weight, throttles, now)
         if ticket is not None:
             for throttle in throttles:
@@ -398,14 +418,13 @@ class Manager:
 
     # --- time, settings, results ---
 
-    def reload(self, enforce: bool, blocks: Iterable[Block], now: int) -> None:
+    def reload(self, enforce: bool, blocks: Rules, now: int) -> None:
         """New settings; places, debts and sessions stay."""
         if self.enforce and not enforce:
             self._pardon(now)
         self.enforce = enforce
-        for throttle in self.blocks.reload(blocks, now):
-            self._book.pump(throttle, now)
-            self._dispenser.serve(throttle, now)
+        self.blocks.reload(blocks)
+        self._refresh(now)
         self._settle(now)
 
     def advance(self, now: int) -> None:
@@ -418,6 +437,7 @@ class Manager:
             self._registry.end_lease(throttle, name, now)
         self._sweep(now)
         self._stretch(now)
+        self._refresh(now)
         self._registry.teller.step()
         self._dispenser.resume(now)
         self._serve_counted(now)
@@ -433,7 +453,13 @@ class Manager:
 
     def next_wakeup(self) -> int | None:
         """When `advance` is due, in nanoseconds; in the past: at once; None: not before the next call."""
-        if self._departed or self._stretching or self._registry.teller or self._dispenser.unfinished:
+        if (
+            self._departed
+            or self._stretching
+            or self._registry.teller
+            or self._dispenser.unfinished
+            or self.blocks.stale
+        ):
             return 0
         wheels = (
             self._dispenser.wheel,
@@ -534,10 +560,18 @@ class Manager:
         """Whether connections of this flow wait for itself."""
         return flow.paused or (self.enforce and flow.fine > 0)
 
-    def _under(self, source: str, destination: str, flows: tuple[Flow, ...], now: int) -> list[Throttle]:
+    def _refresh(self, now: int) -> None:
+        """New settings reach some more of the proxy's own throttles."""
+        for throttle in self.blocks.refresh(now, SWEEP):
+            self._book.pump(throttle, now)
+            self._dispenser.serve(throttle, now)
+
+    def _under(
+        self, owner: str, source: str, destination: str, names: Names, flows: tuple[Flow, ...], now: int
+    ) -> list[Throttle]:
         throttles = [throttle for flow in flows for throttle in flow.path.throttles]
         if self.blocks:
-            throttles += self.blocks.match(source, destination, now)
+            throttles += self.blocks.match(owner, source, destination, names, now).all
         return throttles
 
     def _ping(self, session: Session, now: int) -> None:

@@ -89,11 +89,12 @@ class PlaceBook:
         fresh = [throttle for throttle in wanted if throttle not in old.throttles]
         if not old.open or any(self._shut(flow) for flow in flows):
             return None
-        if any(self._busy(each, now, rated) for each in fresh):
+        if any(self._busy(each, now, rated) for each in fresh if not each.connections):
             return None
         old.open = False
         self._leave(old)
-        new = self._enter(Ticket(owner, weight, wanted, flows, rated), frozenset(fresh), now)
+        paced = [throttle for throttle in fresh if not throttle.connections]  # it is no new connection
+        new = self._enter(Ticket(owner, weight, wanted, flows, rated), paced, now)
         for throttle in old.throttles:
             if throttle not in wanted:
                 self.pump(throttle, now)
@@ -195,7 +196,7 @@ class PlaceBook:
 
     def _comes_first(self, ticket: Ticket, throttle: Throttle, line: Line[Ticket]) -> bool:
         """Whether nobody who stands in line at `throttle` goes before `ticket`, which may have had turns elsewhere."""
-        if not line.size or (throttle.counts and not ticket.rated):
+        if not line.size or (throttle.counts and not throttle.takes(ticket.rated)):
             return True
         return bool(ticket.turns) and line.goes_before(ticket, throttle)
 
@@ -248,6 +249,8 @@ class PlaceBook:
 
     def _full(self, throttle: Throttle, now: int, ticket: Ticket | None = None, rated: bool = True) -> bool:
         """Whether `throttle` has no place or slot for `ticket`, or for those who stand in line (None)."""
+        if throttle.shadow is not None:
+            return False
         if 0 < throttle.cap <= throttle.used:
             return True
         line = throttle.line
@@ -255,27 +258,41 @@ class PlaceBook:
         kept = claim is not None and claim is not ticket and not any(map(self._shut, claim.flows))
         if kept and 0 < throttle.cap <= throttle.used + 1:
             return True
-        if rated and throttle.counts:
+        if throttle.takes(rated):
             if (slot := throttle.earliest(now)) > now + 999:
                 self.wheel.arm(throttle, slot)
                 return True
             # A slot is kept only for somebody who waits for slots: a place may take its time.
-            return kept and claim is not None and claim.rated and not any(each.full() for each in claim.throttles)
+            return (
+                kept
+                and claim is not None
+                and throttle.takes(claim.rated)
+                and not any(each.full() for each in claim.throttles)
+            )
         return False
 
     def _busy(self, throttle: Throttle, now: int, rated: bool = True) -> bool:
         """Full, or others came first."""
-        others_first = throttle.line is not None and throttle.line.size > 0 and (rated or not throttle.counts)
+        others_first = (
+            throttle.line is not None and throttle.line.size > 0 and (throttle.takes(rated) or not throttle.counts)
+        )
         return others_first or self._full(throttle, now, None, rated)
 
     def _enter(self, ticket: Ticket, fresh: Iterable[Throttle], now: int) -> Places:
+        for throttle in fresh:
+            if throttle.shadow is not None:
+                throttle.shadow_place()
         for throttle in ticket.throttles:
             throttle.take_place(ticket.owner)
             if throttle.line is not None:
                 throttle.line.got_in(ticket)
                 throttle.line.rank(ticket.owner, throttle)
-        for throttle in fresh if ticket.rated else ():
-            if throttle.counts:
+        for throttle in fresh:
+            if not throttle.takes(ticket.rated):
+                continue
+            if throttle.shadow is not None:
+                throttle.shadow_slot(now)
+            else:
                 throttle.take_slot(throttle.earliest(now))
         for flow in ticket.flows:
             flow.places += 1

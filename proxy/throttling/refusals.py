@@ -19,13 +19,13 @@ def refusal(ticket: Ticket, now: int) -> Throttled:
     if isinstance(blocker, Flow):
         return _held_back(blocker, now)
     throttle = blocker or ticket.throttles[0]
-    name, source = throttle.key.name, throttle.key.source
+    name, what = throttle.key.name, throttle.key
     if throttle.full() or not throttle.counts:
         used = f"{throttle.used} of {throttle.cap} connections are in use"
         seconds = _seconds_to_place(throttle, now)
-        return Throttled(f"throttle {name} for {source}: {used}; try again in {seconds:.0f} s", name, seconds)
+        return Throttled(f"throttle {what}: {used}; try again in {seconds:.0f} s", name, seconds)
     seconds = _seconds_to_slot(throttle, now)
-    return Throttled(f"throttle {name} for {source}: next connection in {seconds:.1f} s", name, seconds)
+    return Throttled(f"throttle {what}: next connection in {seconds:.1f} s", name, seconds)
 
 
 def message_refusal(path: Path, now: int) -> Throttled:
@@ -35,19 +35,19 @@ def message_refusal(path: Path, now: int) -> Throttled:
     waiting = len(throttle.slots.queue) if throttle.slots is not None else 0
     longest = max([window.interval for window in throttle.windows], default=0)
     seconds = max(0, slot - now + longest * max(0, waiting - 1)) / SECOND
-    name, source = throttle.key.name, throttle.key.source
-    return Throttled(f"throttle {name} for {source}: next message in {seconds:.1f} s", name, seconds)
+    name, what = throttle.key.name, throttle.key
+    return Throttled(f"throttle {what}: next message in {seconds:.1f} s", name, seconds)
 
 
 def _held_back(flow: Flow, now: int) -> Throttled:
     throttle = flow.path.throttles[0]
-    name, source = throttle.key.name, throttle.key.source
+    name, what = throttle.key.name, throttle.key
     if flow.paused:
-        return Throttled(f"throttle {name} for {source} is paused by this instance", name, PAUSE_RETRY)
+        return Throttled(f"throttle {what} is paused by this instance", name, PAUSE_RETRY)
     slowest = max(each.interval for path in flow.path.throttles for each in path.windows) if _limited(flow) else 0
     seconds = _seconds_to_slot(throttle, now) + flow.fine * slowest / SECOND
     reason = f"{flow.fine} messages were sent without a permit; try again in {seconds:.1f} s"
-    return Throttled(f"throttle {name} for {source}: {reason}", name, seconds)
+    return Throttled(f"throttle {what}: {reason}", name, seconds)
 
 
 def _seconds_to_place(throttle: Throttle, now: int) -> float:

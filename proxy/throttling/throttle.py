@@ -44,10 +44,36 @@ class Limit(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What a throttle is for: a source address and the name of a rule."""
+    """What a throttle is for: a source address, the name of a rule, and a receiver.
+
+    Of the proxy's own throttles, source and receiver are "" where they do not count by themselves; an instance's rules
+    know no receivers.
+    """
 
     source: str
     name: str
+    receiver: str = ""
+
+    def __str__(self) -> str:
+        """`yahoo for 192.0.2.1 to mx1.example.net`"""
+        source = f" for {self.source}" if self.source else ""
+        return f"{self.name}{source}" + (f" to {self.receiver}" if self.receiver else "")
+
+
+class Shadow:
+    """What a throttle that holds nothing would have held back.
+
+    Attributes:
+        patience: nanoseconds that a request would have waited at most.
+        waited, refused: requests that would have waited, and that would not have been served within `patience`.
+    """
+
+    __slots__ = ("patience", "refused", "waited")
+
+    def __init__(self) -> None:
+        self.patience = 0
+        self.waited = 0
+        self.refused = 0
 
 
 def check(limit: Limit) -> None:
@@ -190,10 +216,15 @@ class Meter:
         slack: d, how long after its time a slot of this throttle may be used: the least of its windows.
         opens: no slot is before it: slots were given out ahead up to then, when the limits changed.
         cap: places there are, 0: unlimited. used: places taken. held: places by owner, None when nobody holds one.
-        taken: slots given out so far. counts: a place also takes a slot (the proxy's own throttles count connections).
+        taken: slots given out so far. counts: a place also takes a slot (the proxy's own throttles count connections),
+            if it is rated, or if `connections`: a place always does, and messages do not.
+        shadow: holds nothing back, and counts what it would have; None: it holds.
     """
 
-    __slots__ = ("cap", "counts", "dormant", "held", "key", "opens", "slack", "taken", "used", "windows")
+    __slots__ = (
+        *("cap", "connections", "counts", "dormant", "held", "key"),
+        *("opens", "shadow", "slack", "taken", "used", "windows"),
+    )
 
     def __init__(self, key: Key, counts: bool = False) -> None:
         self.key = key
@@ -206,6 +237,27 @@ class Meter:
         self.taken = 0
         self.used = 0
         self.held: dict[str, int] | None = None
+        self.connections = False
+        self.shadow: Shadow | None = None
+
+    # --- shadow ---
+
+    def shadow_slot(self, now: int) -> None:
+        """What holding would have come to: the slot is taken if it had been waited for."""
+        shadow = self.shadow
+        assert shadow is not None
+        slot = self.earliest(now)
+        if slot - now > max(shadow.patience, MICROSECOND):
+            shadow.refused += 1
+            return
+        shadow.waited += slot > now + MICROSECOND - 1
+        self.take_slot(slot)
+
+    def shadow_place(self) -> None:
+        """The same for a place, which is about to be taken."""
+        shadow = self.shadow
+        assert shadow is not None
+        shadow.waited += 0 < self.cap <= self.used
 
     # --- rate ---
 
@@ -341,7 +393,11 @@ class Meter:
     # --- places ---
 
     def full(self) -> bool:
-        return 0 < self.cap <= self.used
+        return self.shadow is None and 0 < self.cap <= self.used
+
+    def takes(self, rated: bool) -> bool:
+        """Whether a place takes a slot here, too."""
+        return self.counts and (rated or self.connections)
 
     def holds(self, owner: str) -> int:
         return self.held.get(owner, 0) if self.held else 0

@@ -16,6 +16,7 @@ from proxy.egress.receiver import Limits, Wish, open_receiver
 from proxy.model import Endpoint, TlsMode
 from proxy.net.crew import Crew
 from proxy.net.relay import make_engine
+from proxy.policy.limits import Limits as BlockLimits
 from proxy.settings import ThrottleSettings
 from proxy.stats import Counters
 from proxy.throttling.manager import Manager
@@ -62,7 +63,7 @@ class House:
     def __init__(self, settings=None, *blocks):
         self.engine = make_engine()
         self.counters = Counters()
-        self.manager = Manager(1, clock_ns(), False, blocks)
+        self.manager = Manager(1, clock_ns(), False, BlockLimits(blocks))
         self.admission = Admission(self.manager, lambda throttle: self.keeper.make_way(throttle))
         self.keeper = Keeper(self.engine, Crew(), self.counters, settings or limits(), self.admission)
         self.out = {}  # receivers that a user has

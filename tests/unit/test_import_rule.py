@@ -29,7 +29,7 @@ HOUSE = {
     "throttling": "vocabulary",
     "protocols": "vocabulary",
     "policy": "vocabulary protocols",
-    "config": "vocabulary policy",
+    "config": "vocabulary protocols policy",
     "log": "vocabulary",
     "net": "vocabulary protocols policy log",
     "egress": f"{_PURE_ROOMS} log net",

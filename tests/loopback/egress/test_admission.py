@@ -10,6 +10,7 @@ import pytest
 
 from proxy.egress.admission import Admission, Client, clock_ns
 from proxy.errors import Throttled
+from proxy.policy.limits import Limits
 from proxy.throttling.flows import Places, Throttle
 from proxy.throttling.limits import Part
 from proxy.throttling.manager import Manager
@@ -27,6 +28,12 @@ class Block:
     max_concurrent_connections: int = 1
     max_delivery_rate: tuple = ()
     wait: float = 30.0
+    domain: tuple = ()
+    mx: tuple = ()
+    instance: tuple = ()
+    per: tuple = ("source",)
+    max_connection_rate: tuple = ()
+    enforce: bool = True
 
 
 class Office(Admission):
@@ -34,7 +41,7 @@ class Office(Admission):
 
     def __init__(self, *blocks):
         self.ways = []
-        super().__init__(Manager(1, clock_ns() - 10_000 * SECOND, blocks=blocks), self._yield)
+        super().__init__(Manager(1, clock_ns() - 10_000 * SECOND, blocks=Limits(blocks)), self._yield)
 
     def _yield(self, throttle):
         if not self.ways:

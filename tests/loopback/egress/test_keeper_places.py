@@ -14,6 +14,7 @@ import pytest
 from proxy.egress.admission import clock_ns
 from proxy.errors import Throttled
 from proxy.model import Discard
+from proxy.policy.limits import Limits
 from tests.loopback.houses import block, key_of, limits, until
 from tests.mx import Mx, close, late, mute
 
@@ -154,7 +155,7 @@ def test_a_lower_limit_makes_room_for_one_who_waits(make, mx):
     house = make(None, block("two", connections=2))
     house.cache(mx, tenant="a")
     house.cache(mx, tenant="b")
-    house.manager.reload(False, (block("two", connections=1),), clock_ns())
+    house.manager.reload(False, Limits((block("two", connections=1),)), clock_ns())
     house.open(key_of(mx, tenant="c"), owner="b", seconds=0.5)
     assert house.discarded() == {Discard.YIELDED: 2}
 

@@ -10,6 +10,7 @@ import pytest
 
 from proxy.egress.pool import Entry, Pool, PoolKey
 from proxy.model import Discard, Endpoint, TlsMode
+from proxy.policy.limits import Limits
 from proxy.settings import Rate as BlockRate
 from proxy.settings import ThrottleSettings
 from proxy.stats import Backlog, Counters, Flow, ManagerFigures, SessionFigures, Snapshot
@@ -49,7 +50,7 @@ class House:
 
     def __init__(self, blocks=()):
         self.now = 100_000 * SECOND
-        self.manager = Manager(7, self.now - 50_000 * SECOND, blocks=blocks)
+        self.manager = Manager(7, self.now - 50_000 * SECOND, blocks=Limits(blocks))
         self.pool = Pool(POOL)
         self.counters = Counters()
         self.meter = Meter()

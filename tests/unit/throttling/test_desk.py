@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 
+from proxy.policy.limits import Limits
 from proxy.settings import Rate, ThrottleSettings
 from proxy.throttling.desk import MessageTicket
 from proxy.throttling.flows import Flow, Places, Ticket
@@ -40,7 +41,7 @@ class Counters(Bench):
         super().__init__()
         self.uses: list[tuple[str, int]] = []
         self.granted: list[MessageTicket] = []
-        self.manager.reload(False, blocks, self.now)
+        self.manager.reload(False, Limits(blocks), self.now)
 
     def ask(self, name: str, *flows: Flow, weight: float = 1.0) -> MessageTicket | None:
         ticket = self.manager.ask_message(name, weight, SOURCE, MX, flows, self.now)
@@ -262,7 +263,7 @@ def test_a_block_that_goes_lets_all_go() -> None:
     bench = Counters(block(1, 3600))
     bench.ask("a")
     ticket = bench.waiting("a")
-    bench.manager.reload(False, (), bench.now)
+    bench.manager.reload(False, Limits(()), bench.now)
     bench.collect()
     assert ticket.granted
     bench.run(SECOND)
@@ -274,7 +275,7 @@ def test_a_block_that_is_raised_is_noticed_by_those_who_wait() -> None:
     bench.ask("a")
     for _ in range(5):
         bench.waiting("a")
-    bench.manager.reload(False, (block(3600, 3600),), bench.now)
+    bench.manager.reload(False, Limits((block(3600, 3600),)), bench.now)
     bench.run(10 * SECOND)
     assert len(bench.uses) == 6
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from proxy.errors import NameInUse
+from proxy.policy.limits import Limits
 from proxy.protocols.native.auth import Fences
 from proxy.throttling import registry
 from proxy.throttling.flows import Places, Ticket
@@ -912,7 +913,7 @@ def test_a_reload_without_enforcement_pardons(bench: Bench) -> None:
     bench.mails(places, 5)
     ticket = bench.manager.admit("a", 1.0, SOURCE, "198.51.100.1", flows, bench.now)
     assert isinstance(ticket, Ticket)
-    bench.manager.reload(False, (), bench.now)
+    bench.manager.reload(False, Limits(()), bench.now)
     assert bench.manager.take_admitted() == [ticket]
 
 

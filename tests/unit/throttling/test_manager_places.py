@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from proxy.policy.limits import Limits
 from proxy.settings import Rate, ThrottleSettings
 from proxy.throttling.advice import NO_CAP
 from proxy.throttling.flows import Places, Ticket
@@ -572,7 +573,7 @@ def test_no_block_no_cost(doors: Doors) -> None:
 
 
 def test_own_throttle_counts_each_source_address_by_itself(doors: Doors) -> None:
-    doors.manager.reload(False, (block(max_concurrent_connections=1),), doors.now)
+    doors.manager.reload(False, Limits((block(max_concurrent_connections=1),)), doors.now)
     first = doors.stranger("s")
     ticket = doors.stranger("s")
     assert isinstance(ticket, Ticket)
@@ -587,7 +588,9 @@ def test_own_throttle_counts_each_source_address_by_itself(doors: Doors) -> None
 
 
 def test_an_instances_throttle_with_the_name_of_a_block_is_not_that_block(doors: Doors) -> None:
-    doors.manager.reload(False, (block(KEY.name, destination=(), max_concurrent_connections=9, wait=0.5),), doors.now)
+    doors.manager.reload(
+        False, Limits((block(KEY.name, destination=(), max_concurrent_connections=9, wait=0.5),)), doors.now
+    )
     session = doors.joined("a", 1)
     doors.opened(session)
     own = doors.manager.admit("b", 1.0, SOURCE, "198.51.100.1", (), doors.now)
@@ -601,7 +604,7 @@ def test_an_instances_throttle_with_the_name_of_a_block_is_not_that_block(doors:
 
 def test_who_finds_no_place_hears_when_those_before_will_have_had_theirs(doors: Doors) -> None:
     """One place, each user keeps it for 3 s, four wait: with nobody served yet nobody can tell, then it is the pace."""
-    doors.manager.reload(False, (block(max_concurrent_connections=1),), doors.now)
+    doors.manager.reload(False, Limits((block(max_concurrent_connections=1),)), doors.now)
     held = doors.stranger("s")
     assert isinstance(held, Places)
     waiting = [doors.stranger(f"w{index}") for index in range(4)]
@@ -620,7 +623,9 @@ def test_who_finds_no_place_hears_when_those_before_will_have_had_theirs(doors: 
 
 def test_own_throttle_for_a_source(doors: Doors) -> None:
     doors.manager.reload(
-        False, (block(source=(ip_network("192.0.2.0/30"),), destination=(), max_concurrent_connections=1),), doors.now
+        False,
+        Limits((block(source=(ip_network("192.0.2.0/30"),), destination=(), max_concurrent_connections=1),)),
+        doors.now,
     )
     assert isinstance(doors.stranger("s"), Places)
     assert isinstance(doors.stranger("s", destination="2001:db8::1"), Ticket)
@@ -629,7 +634,7 @@ def test_own_throttle_for_a_source(doors: Doors) -> None:
 
 def test_own_throttle_is_a_ceiling_for_sessions_too(doors: Doors) -> None:
     session = doors.joined("a", 5)
-    doors.manager.reload(False, (block(max_concurrent_connections=2),), doors.now)
+    doors.manager.reload(False, Limits((block(max_concurrent_connections=2),)), doors.now)
     doors.opened(session)
     assert isinstance(doors.stranger("s"), Places)
     ticket = doors.waiting(session)
@@ -638,7 +643,7 @@ def test_own_throttle_is_a_ceiling_for_sessions_too(doors: Doors) -> None:
 
 
 def test_own_rate_counts_connections(doors: Doors) -> None:
-    doors.manager.reload(False, (block(max_delivery_rate=(Rate(360, 3600),)),), doors.now)
+    doors.manager.reload(False, Limits((block(max_delivery_rate=(Rate(360, 3600),)),)), doors.now)
     assert isinstance(doors.stranger("s"), Places)
     ticket = doors.stranger("s")
     assert isinstance(ticket, Ticket)
@@ -653,7 +658,7 @@ def test_own_rate_counts_connections(doors: Doors) -> None:
 
 def test_own_rate_after_a_restart_waits_its_interval() -> None:
     doors = Doors()
-    doors.manager = type(doors.manager)(1, doors.now, blocks=(block(max_delivery_rate=(Rate(1, 3600),)),))
+    doors.manager = type(doors.manager)(1, doors.now, blocks=Limits((block(max_delivery_rate=(Rate(1, 3600),)),)))
     ticket = doors.stranger("s")
     assert isinstance(ticket, Ticket)
     doors.run(3599 * SECOND)
@@ -663,7 +668,7 @@ def test_own_rate_after_a_restart_waits_its_interval() -> None:
 
 
 def test_own_rate_is_used_up_to_the_full(doors: Doors) -> None:
-    doors.manager.reload(False, (block(max_delivery_rate=(Rate(20, 1),)),), doors.now)
+    doors.manager.reload(False, Limits((block(max_delivery_rate=(Rate(20, 1),)),)), doors.now)
     admitted = 0
     for _ in range(500):
         doors.stranger("s")
@@ -676,7 +681,7 @@ def test_own_rate_is_used_up_to_the_full(doors: Doors) -> None:
 @pytest.mark.parametrize(("rate", "late"), [(500, 9), (100, 9), (2000, 9), (50_000, 5)])
 def test_a_fast_rate_is_reached_though_the_hub_is_late(doors: Doors, rate: int, late: int) -> None:
     """Each turn comes `late` ms after it was asked for; none is lost, and each window holds what the slack allows."""
-    doors.manager.reload(False, (block(max_delivery_rate=(Rate(rate, 1),)),), doors.now)
+    doors.manager.reload(False, Limits((block(max_delivery_rate=(Rate(rate, 1),)),)), doors.now)
     for index in range(rate * 2):
         doors.stranger(f"s{index % 7}")
     doors.manager.take_admitted()
@@ -691,7 +696,7 @@ def test_a_fast_rate_is_reached_though_the_hub_is_late(doors: Doors, rate: int, 
 
 def test_a_rate_of_connections_per_minute_stays_strict(doors: Doors) -> None:
     """The lateness is paid for with the interval."""
-    doors.manager.reload(False, (block(max_delivery_rate=(Rate(6000, 60),)),), doors.now)
+    doors.manager.reload(False, Limits((block(max_delivery_rate=(Rate(6000, 60),)),)), doors.now)
     for index in range(9000):
         doors.stranger(f"s{index % 3}")
     times = [doors.now] * (1 + len(doors.manager.take_admitted()))
@@ -707,7 +712,7 @@ def test_a_rate_of_connections_per_minute_stays_strict(doors: Doors) -> None:
 
 
 def test_fair_among_instances_with_weights(doors: Doors) -> None:
-    doors.manager.reload(False, (block(max_delivery_rate=(Rate(20, 1),)),), doors.now)
+    doors.manager.reload(False, Limits((block(max_delivery_rate=(Rate(20, 1),)),)), doors.now)
     for _ in range(200):
         doors.stranger("light")
     for _ in range(200):
@@ -718,17 +723,17 @@ def test_fair_among_instances_with_weights(doors: Doors) -> None:
 
 
 def test_reload_changes_limits_and_keeps_places(doors: Doors) -> None:
-    doors.manager.reload(False, (block(max_concurrent_connections=2),), doors.now)
+    doors.manager.reload(False, Limits((block(max_concurrent_connections=2),)), doors.now)
     held = [doors.stranger("s"), doors.stranger("s")]
     ticket = doors.stranger("s")
-    doors.manager.reload(False, (block(max_concurrent_connections=1),), doors.now)
+    doors.manager.reload(False, Limits((block(max_concurrent_connections=1),)), doors.now)
     assert isinstance(held[0], Places)
     assert doors.close(held[0]) == []
-    doors.manager.reload(True, (block(max_concurrent_connections=2),), doors.now)
+    doors.manager.reload(True, Limits((block(max_concurrent_connections=2),)), doors.now)
     assert doors.manager.take_admitted() == [ticket]
     assert doors.manager.enforce
     again = doors.stranger("s")
-    doors.manager.reload(False, (), doors.now)  # the block is gone: nobody waits for it
+    doors.manager.reload(False, Limits(()), doors.now)  # the block is gone: nobody waits for it
     assert doors.manager.take_admitted() == [again]
     assert isinstance(doors.stranger("s"), Places)
 
@@ -805,7 +810,7 @@ def test_a_place_that_comes_free_goes_to_who_needs_no_slot_though_there_is_none(
         name="b", source=(), destination=(), max_concurrent_connections=1, max_delivery_rate=(Rate(1, 3600),), wait=20.0
     )
     manager = doors.manager
-    manager.reload(False, (block,), doors.now)
+    manager.reload(False, Limits((block,)), doors.now)
     doors.run(3700 * SECOND)
     first = manager.admit("a", 1.0, SOURCE, MX, (), doors.now, rated=False)
     assert isinstance(first, Places)
