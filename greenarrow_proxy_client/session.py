@@ -145,6 +145,7 @@ class Session:
         ehlo_name: str,
         *,
         source_ip: str | None = None,
+        source: str | None = None,
         tls: str = "opportunistic",
         tls_server_name: str | None = None,
         tls_verify: bool = False,
@@ -152,6 +153,8 @@ class Session:
         smtputf8: bool = False,
         requiretls: bool = False,
         tenant: str | None = None,
+        mx: str | None = None,
+        domain: str | None = None,
         throttles: Sequence[Throttle] = (),
         deadline: float = 50.0,
         timeout: float | None = 300.0,
@@ -162,11 +165,13 @@ class Session:
             destinations: IP addresses and ports, tried in this order.
             ehlo_name: this MTA's name for EHLO.
             source_ip: address of the proxy's machine to leave from; None: the proxy's default.
+            source: instead, the name of a source that the proxy's configuration has.
             tls: "none", "opportunistic", "required" (STARTTLS) or "implicit"; it ends at the proxy.
             tls_server_name: for SNI and verification: a host name, U-labels too, or an IP address.
             tls_verify: fail unless the receiver's certificate is valid for that name.
             reuse: take a shared connection if there is one, and be able to `release` this one.
             smtputf8, requiretls, tenant: shared only with connections opened with the same.
+            mx, domain: the MX host's name and the recipient domain, for the proxy's own limits by these.
             throttles: those whose connections this one is among; `source_ip` is theirs if not given. The proxy waits
                 for a place under each.
             deadline: seconds until the proxy answers, waiting for throttles included.
@@ -178,7 +183,7 @@ class Session:
             ValueError: not an IP address, or another value that the protocol does not allow.
         """
         request = m.Open(
-            _source(source_ip, throttles),
+            _source(source_ip, throttles) if source is None else source_ip,
             [m.Address(host, port) for host, port in destinations],
             ehlo_name,
             TlsMode(tls),
@@ -190,6 +195,9 @@ class Session:
             smtputf8,
             requiretls,
             tenant,
+            source=source,
+            mx=mx,
+            domain=domain,
         )
         return ProxiedSMTP(self._stream(request, timeout, throttles), ehlo_name, reuse, throttles)
 

@@ -49,8 +49,12 @@ def pack(value: object) -> bytes:
     if isinstance(value, bytes):
         return bytes((0xC4, len(value))) + value
     assert isinstance(value, list)
-    assert len(value) < 16
-    return bytes((0x90 | len(value),)) + b"".join(map(pack, value))
+    return array(value) + b"".join(map(pack, value))
+
+
+def array(values: list[object]) -> bytes:
+    """What stands before an array's elements."""
+    return bytes((0x90 | len(values),)) if len(values) < 16 else b"\xdc" + struct.pack(">H", len(values))
 
 
 def frame(kind: int, payload: bytes) -> bytes:
@@ -71,7 +75,7 @@ class Maker:
         values = list(fields.values())
         data = frame(number, pack(values))
         self.messages.append({"name": name, "type": kind, "hex": data.hex(), "fields": plain(fields)})
-        lines = [(data[:4], "length"), (data[4:5], f"type {kind}"), (bytes((0x90 | len(values),)), "array")]
+        lines = [(data[:4], "length"), (data[4:5], f"type {kind}"), (array(values), "array")]
         lines += [(pack(value), key) for key, value in fields.items()]
         self.blocks[name] = block(name, lines)
         return data
@@ -184,6 +188,9 @@ def channel(maker: Maker) -> None:
         tenant=None,
         fresh=False,
         dialogue=False,
+        source=None,
+        mx="mx1.example.net",
+        domain="example.net",
     )
     maker.message("open-raw", "OPEN", 0x10, source_ip=None, destinations=[["2001:db8::25", 25]])
     maker.message(

@@ -16,7 +16,7 @@ from proxy.egress import upstream
 from proxy.egress.pool import PoolKey
 from proxy.egress.receiver import InClear, Limits, Receiver, Wish, may_do_without, open_receiver
 from proxy.errors import BadServerName, Overloaded, Step, UnknownPath, UpstreamError
-from proxy.model import Endpoint, TlsMode
+from proxy.model import UNNAMED, Endpoint, Names, TlsMode
 from proxy.net.tls import Stream
 from proxy.protocols.native import messages as m
 from proxy.protocols.native.auth import Peer
@@ -67,6 +67,8 @@ class Opener:
         self._ends_at = monotonic() + request.deadline_ms / 1000
         self._flows: tuple[Flow, ...] = ()
         self._server_name = ""
+        self._names = UNNAMED
+        self._named: dict[bool, str] = {}  # by family: the address that the source's name stands for in this OPEN
         self._source = ""  # of the attempt in progress
 
     def run(self, attempts: Attempts) -> Taken:
@@ -79,9 +81,10 @@ class Opener:
             ProxyError: refused, or all have failed: then it is what the last one tried failed with.
         """
         request, access, instance = self._request, self._services.access, self._peer.instance
-        self._server_name = _server_name(request)
+        self._server_name = _host_name("tls_server_name", request.tls_server_name)
+        self._names = Names(_host_name("mx", request.mx), _host_name("domain", request.domain))
         for address in request.destinations:
-            access.check_route(instance, request.source_ip, address.endpoint)
+            access.check_route(instance, self._wanted(address.endpoint), address.endpoint)
         self._flows = self._paths()
         left = len(request.destinations)
         for address in request.destinations:
@@ -119,18 +122,31 @@ class Opener:
                 raise UnknownPath(f"path {flow.id} is for source {source}, and this OPEN leaves from {leaves_from}")
         return flows
 
+    def _wanted(self, destination: Endpoint) -> str | None:
+        """The address that the OPEN asks for, also by the name of a source; None: the default.
+
+        Raises:
+            SourceNotAllowed, FamilyMismatch: the name has none.
+        """
+        request, ipv6 = self._request, destination.is_ipv6
+        if request.source is None:
+            return request.source_ip
+        if ipv6 not in self._named:
+            self._named[ipv6] = self._services.access.source_named(request.source, destination)
+        return self._named[ipv6]
+
     def _source_for(self, destination: Endpoint) -> str:
         """The address to leave from: what the OPEN says, else the default."""
-        services, wanted = self._services, self._request.source_ip
+        services, wanted = self._services, self._wanted(destination)
         client = self._guest.stream.socket
         return upstream.source_for(services.access, self._peer.instance, client, wanted, destination)
 
     def _one(self, destination: Endpoint, left: int) -> Taken:
         """One destination, of which `left` are still to be tried, this one included."""
         services, request, instance = self._services, self._request, self._peer.instance
-        self._source = request.source_ip or ""
+        self._source = self._wanted(destination) or ""
         source = self._source = self._source_for(destination)
-        if request.source_ip is None:
+        if request.source_ip is None and request.source is None:
             services.access.check_route(instance, source, destination)
         wish = Wish(request.ehlo_name, request.tls, self._server_name, request.tls_verify)
         why = services.broken_tls.why(destination, monotonic()) if may_do_without(wish) else ""
@@ -155,7 +171,7 @@ class Opener:
         patience = self._share(left) / 2
         if may_share and (kept := self._kept(key, lambda kept: self._swap(kept, who), patience)) is not None:
             return kept
-        places = services.admission.enter(*who, self._share(left), key if may_share else None)
+        places = services.admission.enter(*who, self._share(left), key if may_share else None, names=self._names)
         if may_share and places is not None:  # perhaps it had to be waited for, and came with a connection
             try:
                 kept = self._kept(key, lambda kept: self._move_in(kept, places), self._share(left) / 2)
@@ -184,7 +200,7 @@ class Opener:
 
     def _swap(self, kept: Receiver, who: _Who) -> bool:
         """Its places for those of this path, if these are free."""
-        may, places = self._services.admission.swap(kept.place, *who)
+        may, places = self._services.admission.swap(kept.place, *who, names=self._names)
         if may:
             kept.place = places
         return may
@@ -210,7 +226,7 @@ class Opener:
             nonlocal places
             services.broken_tls.failed(destination, error.reason, monotonic())
             self._tell(source, destination, error)
-            places = services.admission.enter(*who, limits.ends_at - monotonic())
+            places = services.admission.enter(*who, limits.ends_at - monotonic(), names=self._names)
 
         services.gauges.outgoing += 1
         try:
@@ -259,15 +275,15 @@ class Opener:
         )
 
 
-def _server_name(request: m.Open) -> str:
-    """The canonical form of the name that the OPEN gives, or empty.
+def _host_name(field: str, text: str | None) -> str:
+    """The canonical form of a name that the OPEN gives, or empty.
 
     Raises:
         BadServerName: it cannot be one.
     """
-    if request.tls_server_name is None:
+    if text is None:
         return ""
     try:
-        return server_name(request.tls_server_name)
+        return server_name(text)
     except ValueError as error:
-        raise BadServerName(f"tls_server_name {request.tls_server_name}: {error}") from None
+        raise BadServerName(f"{field} {text}: {error}") from None

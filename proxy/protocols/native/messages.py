@@ -173,10 +173,15 @@ class Open(Message, frozen=True):
     tenant: LongName | None = None
     fresh: bool = False
     dialogue: bool = False
+    source: Name | None = None
+    mx: LongName | None = None
+    domain: LongName | None = None
 
     def __post_init__(self) -> None:
         if self.source_ip is not None:
             msgspec.structs.force_setattr(self, "source_ip", canonical_host(self.source_ip))
+            if self.source is not None:
+                raise ValueError("source_ip and source: one of them names it")
         if self.ehlo_name is None and self.tls is not TlsMode.NONE:
             raise ValueError("tls without ehlo_name")
 

@@ -13,7 +13,7 @@ from proxy.config import load
 from proxy.doors.native import open as room
 from proxy.doors.native.open import Opener
 from proxy.egress import receiver as receiver_room
-from proxy.errors import Step, Throttled, UpstreamError
+from proxy.errors import BadServerName, SourceNotAllowed, Step, Throttled, UpstreamError
 from proxy.model import Endpoint, TlsMode
 from proxy.protocols.native import messages as m
 from proxy.server.server import Server
@@ -41,9 +41,9 @@ class House:
         self.taken: list[room.Taken] = []
         enter = self.services.admission.enter
 
-        def counted(*arguments):
+        def counted(*arguments, **more):
             self.entered.append(None)
-            self.entered[-1] = enter(*arguments)
+            self.entered[-1] = enter(*arguments, **more)
             return self.entered[-1]
 
         self.services.admission.enter = counted
@@ -51,7 +51,7 @@ class House:
     def open(self, *destinations, attempts=None, **more):
         """OPEN; what it came to."""
         fields = {"ehlo_name": "mta.example.org", "deadline_ms": 10_000} | more
-        request = m.Open(SOURCE, [m.Address(*each) for each in destinations], **fields)
+        request = m.Open(None if "source" in more else SOURCE, [m.Address(*each) for each in destinations], **fields)
         peer = SimpleNamespace(instance="mta-1", run_id=bytes(16))
         tell = lambda *failure: self.told.append(failure)  # noqa: E731
         taken = Opener(self.services, self.guest, peer, request, tell).run([] if attempts is None else attempts)
@@ -215,10 +215,10 @@ def test_no_turn_in_time_is_no_connection(make):
     house = make(BLOCK.replace("5s", "100ms"))
     enter = house.services.admission.enter
 
-    def full_the_second_time(*arguments):
+    def full_the_second_time(*arguments, **more):
         if house.entered:
             raise Throttled("later", "narrow", 1.0)
-        return enter(*arguments)
+        return enter(*arguments, **more)
 
     house.services.admission.enter = full_the_second_time
     with Mx({"tls": no_tls}, starttls=True) as mx:
@@ -273,3 +273,27 @@ def test_a_handshake_that_works_clears_the_memory(house):
             causes.append(taken.in_clear.cause if taken.in_clear else "")
         assert (causes, mx.connects) == (["handshake", "", "handshake"], 5)
         assert house.services.broken_tls.why(Endpoint(*mx.endpoint), monotonic()) == ""
+
+
+NAMED = "throttle by-name {\n    mx *.example.net\n    max_concurrent_connections 1\n    wait 0\n}\n"
+
+
+def test_names_of_the_receiver_bring_its_limits(make):
+    """A block by MX name holds for who tells the name, in any spelling, and for nobody else here."""
+    house = make(NAMED)
+    with Mx() as mx:
+        house.open(mx.endpoint, mx="MX1.example.NET.", domain="example.com")
+        house.open(mx.endpoint, mx="mx1.example.org")
+        house.open(mx.endpoint)
+        with pytest.raises(Throttled, match="throttle by-name for"):
+            house.open(mx.endpoint, mx="mx2.example.net")
+        with pytest.raises(BadServerName, match="domain"):
+            house.open(mx.endpoint, domain="no domain")
+
+
+def test_a_source_by_its_name(make):
+    house = make("source vmta* {\n    ip 127.0.7.0/29\n}\n")
+    with Mx() as mx:
+        assert house.open(mx.endpoint, source="vmta3").receiver.local.host == "127.0.7.3"
+        with pytest.raises(SourceNotAllowed, match="source vmta9 is not known"):
+            house.open(mx.endpoint, source="vmta9")
