@@ -2,6 +2,7 @@
 
 A reload makes a new bundle and leaves the old one to the connections that began with it. The parts that live as long as
 the program (engine, counters, gauges, crew) are the same object in each; those that follow from the settings are new.
+`note_failure` is how every door counts and logs what did not come to be.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from _socket import SHUT_RDWR
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from ssl import SSLContext
+from time import monotonic
 from typing import Protocol
 
 from proxy.egress.admission import Admission
 from proxy.egress.broken_tls import BrokenTls
 from proxy.egress.keeper import Keeper
 from proxy.egress.via import Via
-from proxy.errors import ProxyError
+from proxy.errors import ProxyError, UpstreamError
+from proxy.log import lines as log
 from proxy.model import Ending, Endpoint
 from proxy.net.crew import Crew
 from proxy.net.relay import Engine, RawSocket
@@ -27,6 +30,7 @@ from proxy.policy.access import Access
 from proxy.policy.budget import FailureBudget
 from proxy.policy.crowd import Crowd
 from proxy.policy.modes import Modes
+from proxy.policy.trouble import Troubles
 from proxy.protocols.native.auth import ChannelKey, Fences
 from proxy.settings import Settings
 from proxy.stats import Counters, SessionFigures
@@ -205,6 +209,7 @@ class Services:
     modes: Modes
     engine: Engine
     counters: Counters
+    troubles: Troubles
     gauges: Gauges
     crew: Crew
     newcomers: Newcomers
@@ -219,3 +224,29 @@ class Services:
     mta_context: SSLContext | None
     incarnation: int
     host_name: str
+
+
+def note_failure(
+    services: Services,
+    door: Door,
+    number: int,
+    instance: str,
+    client: Endpoint,
+    source: str,
+    destination: Endpoint | None,
+    started: float,
+    error: ProxyError,
+) -> None:
+    """Count and log one outcome that is not a relay.
+
+    Args:
+        number: of its log lines. started: on the monotonic clock.
+        source, destination: as far as they are known.
+    """
+    now = monotonic()
+    services.counters.note(error)
+    if isinstance(error, UpstreamError):
+        services.troubles.failed(source, destination, error, now)
+    else:
+        services.troubles.refuse(error, now)
+    log.refused(number, instance, door.protocol, client, source, destination, now - started, error)

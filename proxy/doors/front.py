@@ -31,7 +31,6 @@ from proxy.errors import (
     Overloaded,
     PeerError,
     ProxyError,
-    UpstreamError,
 )
 from proxy.log import lines as log
 from proxy.model import (
@@ -58,7 +57,7 @@ from proxy.protocols.recognise import SILENT, wrong_door
 from proxy.protocols.redirect import Redirected
 from proxy.protocols.smtp.dialogue import refusal
 from proxy.protocols.socks5 import Socks5
-from proxy.services import Door, Services, numbers
+from proxy.services import Door, Services, note_failure, numbers
 from proxy.throttling.flows import Places
 
 #: A client that has closed its sending side, with nothing said beyond its request, is taken for gone after so many
@@ -500,6 +499,7 @@ class Visit:
         services = self.services
         reply = refusal(self.reply) if self.reply else ""
         ending = ending.after(reply)
+        services.troubles.over(self.source, self.destination, reply, not reply and down > 0, monotonic())
         counters = services.counters
         counters.bytes_up += up
         counters.bytes_down += down
@@ -543,19 +543,15 @@ class Visit:
 
     def failed(self, error: ProxyError) -> None:
         """Count and log an outcome that is not a relay."""
-        counters = self.services.counters
-        if isinstance(error, UpstreamError):
-            counters.failed.count(error.step)
-        else:
-            counters.refused.count(error.code)
-        log.refused(
+        note_failure(
+            self.services,
+            self.door,
             self.number,
             self.instance,
-            self.door.protocol,
             self.client,
             self.source,
             self.destination,
-            monotonic() - self.started,
+            self.started,
             error,
         )
 

@@ -35,6 +35,7 @@ from proxy.policy.access import Access
 from proxy.policy.budget import FailureBudget
 from proxy.policy.limits import Limits
 from proxy.policy.modes import Modes, any_smtp
+from proxy.policy.trouble import Troubles
 from proxy.server import check_config, figures, process, systemd
 from proxy.server.listener import ListenError
 from proxy.server.listeners import Doors, Opened
@@ -91,6 +92,7 @@ class Server:
         self._descriptors = process.raise_descriptor_limit()
         self._engine = make_engine()
         self._counters = Counters()
+        self._troubles = Troubles()
         self._gauges = Gauges()
         self._crew = Crew()
         self._newcomers = Newcomers(_MAX_NEWCOMERS)
@@ -193,6 +195,7 @@ class Server:
             modes=Modes(settings, breathe),
             engine=self._engine,
             counters=self._counters,
+            troubles=self._troubles,
             gauges=self._gauges,
             crew=self._crew,
             newcomers=self._newcomers,
@@ -226,9 +229,11 @@ class Server:
     def _source_gone(self, host: str) -> None:
         """No answer can come to it any more, so nobody shall wait for one."""
         dropped = self._keeper.forsake(host)
+        self._troubles.source_gone(host, monotonic())
         log.note(log.Event.ADDRESS, log.WARNING, "an address is gone from this machine", source=host, dropped=dropped)
 
     def _source_came(self, host: str) -> None:
+        self._troubles.source_came(host)
         log.note(log.Event.ADDRESS, log.INFO, "an address is on this machine now", source=host)
 
     def _status_door(self) -> StatusDoor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
+from datetime import UTC, datetime
 from time import monotonic
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,6 +25,7 @@ from proxy.egress.admission import clock_ns
 from proxy.errors import ClientNotAllowed, PeerError, ProxyError
 from proxy.log import lines as log
 from proxy.model import Endpoint, canonical_ip
+from proxy.net.addresses import own_addresses
 from proxy.net.relay import RawSocket, engine_name
 from proxy.net.turns import rest
 from proxy.protocols.recognise import wrong_door
@@ -262,7 +264,20 @@ class StatusDoor:
             cached=snapshot.cached,
         )
         manager, pool = services.admission.manager, services.keeper.pool
-        return Sources(program, listeners, connections, services.counters, snapshot, manager, pool), now
+        sources = Sources(
+            program,
+            listeners,
+            connections,
+            services.counters,
+            snapshot,
+            manager,
+            pool,
+            services.troubles,
+            own_addresses().__contains__,
+            services.host_name,
+            datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        return sources, now
 
 
 def _not_http(error: PeerError) -> bytes:

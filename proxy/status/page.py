@@ -15,16 +15,23 @@ from proxy.stats import duration, whole_seconds
 from proxy.status.rows import (
     CachedRow,
     InstanceRow,
+    PeerRow,
     SessionRow,
+    SourceRow,
     Status,
     ThrottleRow,
+    ago,
+    failures_text,
+    held_by,
     instance_state,
     limits_text,
     next_slot,
     percent,
     places_text,
+    presence,
     queues_text,
     throttle_state,
+    trouble_text,
 )
 
 REFRESH = 5
@@ -38,7 +45,8 @@ h1{font-size:1.35rem;margin:0}h2{font-size:1.05rem;margin:1.6rem 0 .4rem}p{margi
 th,td{padding:.22rem .6rem;text-align:left;border-bottom:1px solid #8883;white-space:nowrap}
 th{font-weight:600;opacity:.7}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 tr.i td{opacity:.8;border-bottom-style:dotted}tr.i td:nth-child(2){padding-left:1.8rem}
-.w{color:#b45309;font-weight:600}.b{color:#c0262d;font-weight:600}
+.w{color:light-dark(#9a4408,#f5a524);font-weight:600}.b{color:light-dark(#b3121b,#ff7b72);font-weight:600}
+.ok{color:light-dark(#116329,#56d364)}.t{margin:.3rem 0;padding-left:1.2rem}
 .c{display:flex;flex-wrap:wrap;gap:.3rem 1.6rem}.c b{font-variant-numeric:tabular-nums}
 """
 
@@ -58,20 +66,29 @@ def pieces(view: Status) -> Iterator[str]:
             '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
             f'<meta http-equiv="refresh" content="{REFRESH}">',
             '<meta name="viewport" content="width=device-width"><title>GreenArrow Proxy</title>',
-            f"<style>{_STYLE}</style></head><body><h1>GreenArrow Proxy{draining}</h1>",
-            f"<p>version {_text(program.version)}, up {whole_seconds(program.uptime)}, "
+            f"<style>{_STYLE}</style></head><body><main><h1>GreenArrow Proxy on {_text(view.host)}{draining}</h1>",
+            f"<p>{_text(view.generated_at)}, version {_text(program.version)}, up {whole_seconds(program.uptime)}, "
             f"incarnation {_text(program.incarnation)}, relay {_text(program.relay)}. ",
             'Also: <a href="/status.json">status.json</a>, <a href="/metrics">metrics</a>, ',
             '<a href="/healthz">healthz</a></p>',
+            _trouble(view),
             _overview(view),
         )
     )
-    for section in (_throttles, _sessions, _pool, _counters):
+    for section in (_throttles, _receivers, _sources, _sessions, _pool, _counters):
         yield from section(view)
-    yield "</body></html>\n"
+    yield "</main></body></html>\n"
 
 
 # --- sections ---
+
+
+def _trouble(view: Status) -> str:
+    """In words, before all else."""
+    if not view.trouble:
+        return '<h2>Trouble</h2><p class="ok">none</p>'
+    items = "".join(f'<li class="b">{_text(trouble_text(row))}</li>' for row in view.trouble)
+    return f'<h2>Trouble</h2><ul class="t">{items}</ul>'
 
 
 def _overview(view: Status) -> str:
@@ -95,7 +112,7 @@ def _overview(view: Status) -> str:
 def _throttles(view: Status) -> Iterator[str]:
     head = (
         *("throttle", "source / instance", "limits", "how / mode", "state", "#places", "#waiting", "#share"),
-        *("#demand", "#next slot", "#rate used"),
+        *("#demand", "held by", "#next slot", "#rate used"),
     )
 
     def rows() -> Iterator[_Html]:
@@ -115,14 +132,46 @@ def _throttle_cells(row: ThrottleRow) -> tuple[object, ...]:
     waiting: object = _Html(f'<span class="w">{row.waiting}</span>') if row.waiting else 0
     return (
         *(_Html(f"<b>{_text(row.name)}</b>"), row.source, limits_text(row.limits, row.places), row.reconciled, state),
-        *(places_text(row.used, row.places), waiting, "", row.demand, next_slot(row), percent(row.rate_use)),
+        *(places_text(row.used, row.places), waiting, "", row.demand, held_by(row)),
+        *(next_slot(row), percent(row.rate_use)),
     )
 
 
 def _instance_cells(row: InstanceRow) -> tuple[object, ...]:
     said = limits_text(row.limits, row.places) if row.mode else ""
     share = "" if row.share is None else row.share
-    return ("", row.name, said, row.mode, instance_state(row), row.used, row.waiting, share, row.demand, "", "")
+    return ("", row.name, said, row.mode, instance_state(row), row.used, row.waiting, share, row.demand, "", "", "")
+
+
+def _receivers(view: Status) -> Iterator[str]:
+    left_out = f"<p>{view.receivers_left_out} more are not shown.</p>" if view.receivers_left_out else ""
+    head = ("receiver", *_PEER_HEAD)
+    rows = ((row.name, *_peer_cells(row)) for row in view.receivers)
+    yield from _section("Receivers with trouble", _table(head, rows), left_out)
+
+
+#: Of receivers and of sources.
+_PEER_HEAD = ("failing for", "#last 5 min", "last refusal or failure", "#ago", "failed", "#4xx", "#5xx", "#connections")
+
+
+def _peer_cells(row: PeerRow) -> tuple[object, ...]:
+    failing = _Html(f'<span class="b">{ago(row.failing)}</span>')
+    last_ago = ago(row.last_ago) if row.last else ""
+    return failing, row.recent, row.last, last_ago, failures_text(row), row.deferred, row.rejected, row.opened
+
+
+def _sources(view: Status) -> Iterator[str]:
+    left_out = f"<p>{view.sources_left_out} more are not shown.</p>" if view.sources_left_out else ""
+    head = ("source", "on this machine", *_PEER_HEAD, "#delivered", "#deferred", "#rejected")
+    yield from _section("Source addresses", _table(head, map(_source_cells, view.sources)), left_out)
+
+
+def _source_cells(row: SourceRow) -> tuple[object, ...]:
+    here = presence(row) if row.present else _Html(f'<span class="b">{presence(row)}</span>')
+    return (
+        *(row.name, here, *_peer_cells(row)),
+        *(row.messages_accepted, row.messages_deferred, row.messages_rejected),
+    )
 
 
 def _sessions(view: Status) -> Iterator[str]:

@@ -188,8 +188,52 @@ class PoolView(Struct):
     keys_left_out: int = 0
 
 
+class PeerRow(Struct):
+    """A receiver, or a source address, with which something has gone wrong since the program started.
+
+    Args:
+        failing: seconds since the first of the failures behind which nothing has gone well; None: something has.
+        in_a_row: how many have come since then.
+        recent: failures and refusals of the last five minutes. opened: connections that have ended, failed: that did
+            not come to be, by step; both since the row began. deferred, rejected: replies 4xx and 5xx.
+        last, last_ago: the last failure or refusal in words, and seconds since then.
+    """
+
+    name: str
+    failing: float | None = None
+    in_a_row: int = 0
+    recent: int = 0
+    opened: int = 0
+    failed: dict[str, int] = {}
+    deferred: int = 0
+    rejected: int = 0
+    last: str = ""
+    last_ago: float = 0.0
+
+
+class SourceRow(PeerRow):
+    """A source address. `present`: on this machine; `absent`: seconds since it went away; None: it did not, or was
+    never here. `messages_`: what became of messages, where that is seen."""
+
+    present: bool = True
+    absent: float | None = None
+    messages_accepted: int = 0
+    messages_deferred: int = 0
+    messages_rejected: int = 0
+
+
+class TroubleRow(Struct):
+    """Something that an operator should know first. `kind` is a word of a closed list (docs/operations.md); `recent`:
+    how often in the last five minutes; `since`: seconds, None: not known."""
+
+    kind: str
+    text: str
+    recent: int = 0
+    since: float | None = None
+
+
 class Overview(Struct):
-    """All but the single throttles."""
+    """All but the single throttles. `generated_at`: UTC, RFC 3339; `trouble`: the worst first."""
 
     program: Program
     listeners: list[ListenerRow]
@@ -199,6 +243,13 @@ class Overview(Struct):
     pool: PoolView
     sessions: list[SessionRow]
     sessions_left_out: int
+    host: str = ""
+    generated_at: str = ""
+    trouble: list[TroubleRow] = []
+    receivers: list[PeerRow] = []
+    receivers_left_out: int = 0
+    sources: list[SourceRow] = []
+    sources_left_out: int = 0
 
 
 class Status(Overview, kw_only=True):
@@ -241,6 +292,41 @@ def next_slot(row: ThrottleRow) -> str:
 def throttle_state(row: ThrottleRow) -> str:
     """What is unusual about a throttle."""
     return f"backoff {whole_seconds(row.backoff)}" if row.state == "backoff" else row.state
+
+
+def trouble_text(row: TroubleRow) -> str:
+    """One line: what, how often lately, since when."""
+    more = [f"{row.recent} in the last 5 minutes"] * (row.recent > 0)
+    more += [f"for {whole_seconds(row.since)}"] if row.since is not None else []
+    return row.text + (f" ({', '.join(more)})" if more else "")
+
+
+def held_by(row: ThrottleRow) -> str:
+    """What those who wait under a throttle wait for; nothing: nobody waits."""
+    if row.state in ("paused", "backoff"):
+        return "pause" if row.state == "paused" else "back-off"
+    if row.waiting and row.places is not None and row.used >= row.places:
+        return "places"
+    if row.demand + row.waiting and row.next_slot:
+        return "rate"
+    return "other limits" if row.demand + row.waiting else ""
+
+
+def ago(seconds: float | None) -> str:
+    """`5m3s`; None: nothing."""
+    return "" if seconds is None else whole_seconds(seconds)
+
+
+def failures_text(row: PeerRow) -> str:
+    """`connect 3, greeting 12`."""
+    return ", ".join(f"{step} {count}" for step, count in sorted(row.failed.items()))
+
+
+def presence(row: SourceRow) -> str:
+    """Whether a source address is on this machine."""
+    if row.present:
+        return "here"
+    return "NOT HERE" if row.absent is None else f"GONE {whole_seconds(row.absent)}"
 
 
 def instance_state(row: InstanceRow) -> str:

@@ -19,16 +19,23 @@ from proxy.settings import Settings
 from proxy.stats import duration, whole_seconds
 from proxy.status.rows import (
     InstanceRow,
+    PeerRow,
     SessionRow,
+    SourceRow,
     Status,
     ThrottleRow,
+    ago,
+    failures_text,
+    held_by,
     instance_state,
     limits_text,
     next_slot,
     percent,
     places_text,
+    presence,
     queues_text,
     throttle_state,
+    trouble_text,
 )
 
 EX_OK, EX_UNAVAILABLE = 0, 69
@@ -134,8 +141,11 @@ def _ask(to: Endpoint) -> bytes:
 
 _THROTTLE_HEAD = (
     *("THROTTLE", "SOURCE / INSTANCE", "LIMITS", "HOW", "STATE", "#PLACES", "#WAIT", "#SHARE", "#DEMAND"),
-    *("#NEXT", "#USE"),
+    *("HELD BY", "#NEXT", "#USE"),
 )
+_LONGEST_TROUBLE = 400
+_PEER_HEAD = ("FAILING FOR", "#5 MIN", "#AGO", "FAILED", "#4XX", "#5XX", "#CONNECTIONS", "LAST")
+_SOURCE_HEAD = ("SOURCE", "HERE", "#DELIVERED", "#DEFERRED", "#REJECTED", *_PEER_HEAD)
 _SESSION_HEAD = ("SESSION", "ADDRESS", "#CONNECTED", "#PING", "#AGO", "#RAM", "#BOUNCE", "#DISK", "#FORWARD", "#BACK")
 
 
@@ -146,7 +156,9 @@ def lines(status: Status) -> Iterator[str]:
     yield (
         _safe(f"greenarrow_proxy {program.version} ({program.incarnation}), up {whole_seconds(program.uptime)}")
         + draining
+        + _safe(f", on {status.host} at {status.generated_at}" * bool(status.host))
     )
+    yield from (f"TROUBLE: {printable(trouble_text(row), _LONGEST_TROUBLE)}" for row in status.trouble)
     yield (
         f"clients {connections.open} of {connections.limit}; receivers {connections.active} active, "
         f"{connections.cached} cached; reuse {percent(pool.reuse_ratio) or '-'}"
@@ -158,6 +170,14 @@ def lines(status: Status) -> Iterator[str]:
     yield from _table(_THROTTLE_HEAD, _throttles(status.throttles))
     if status.throttles_left_out:
         yield f"and {status.throttles_left_out} more throttles"
+    yield ""
+    yield from _table(("RECEIVER", *_PEER_HEAD), ((row.name, *_peer(row)) for row in status.receivers))
+    if status.receivers_left_out:
+        yield f"and {status.receivers_left_out} more receivers"
+    yield ""
+    yield from _table(_SOURCE_HEAD, map(_source, status.sources))
+    if status.sources_left_out:
+        yield f"and {status.sources_left_out} more sources"
     yield ""
     yield from _table(_SESSION_HEAD, map(_session, status.sessions))
     if status.sessions_left_out:
@@ -171,19 +191,30 @@ def _throttles(rows: Iterable[ThrottleRow]) -> Iterator[tuple[object, ...]]:
         limits = limits_text(row.limits, row.places)
         yield (
             *(row.name, row.source, limits, row.reconciled, throttle_state(row), places_text(row.used, row.places)),
-            *(row.waiting, "", row.demand, next_slot(row), percent(row.rate_use)),
+            *(row.waiting, "", row.demand, held_by(row)),
+            *(next_slot(row), percent(row.rate_use)),
         )
         for each in row.instances:
             yield _instance(each)
         if row.instances_left_out:
-            yield ("", f"and {row.instances_left_out} more", *[""] * 9)
+            yield ("", f"and {row.instances_left_out} more", *[""] * 10)
 
 
 def _instance(row: InstanceRow) -> tuple[object, ...]:
     said = limits_text(row.limits, row.places) if row.mode else ""
     share = "" if row.share is None else row.share
     state = instance_state(row)
-    return ("", "  " + row.name, said, row.mode, state, row.used, row.waiting, share, row.demand, "", "")
+    return ("", "  " + row.name, said, row.mode, state, row.used, row.waiting, share, row.demand, "", "", "")
+
+
+def _peer(row: PeerRow) -> tuple[object, ...]:
+    last_ago = ago(row.last_ago) if row.last else ""
+    return ago(row.failing), row.recent, last_ago, failures_text(row), row.deferred, row.rejected, row.opened, row.last
+
+
+def _source(row: SourceRow) -> tuple[object, ...]:
+    messages = row.messages_accepted, row.messages_deferred, row.messages_rejected
+    return row.name, presence(row), *messages, *_peer(row)
 
 
 def _session(row: SessionRow) -> tuple[object, ...]:

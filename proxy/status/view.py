@@ -6,13 +6,14 @@ run, and it lists a bounded number of everything. What was counted in different 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from heapq import nlargest
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from proxy.egress.pool import Entry, Pool, PoolKey
-from proxy.stats import Backlog, Counters, Flow, Snapshot
+from proxy.policy.trouble import Record, Troubles
+from proxy.stats import OTHER, Backlog, Counters, Flow, Snapshot
 from proxy.status.rows import (
     CachedRow,
     Connections,
@@ -20,14 +21,17 @@ from proxy.status.rows import (
     ListenerRow,
     ManagerRow,
     Overview,
+    PeerRow,
     PoolView,
     Program,
     Queues,
     Rate,
     SessionRow,
+    SourceRow,
     Status,
     ThrottleRow,
 )
+from proxy.status.trouble import found
 from proxy.throttling.flows import Stake, Throttle
 from proxy.throttling.limits import Mode, Part
 from proxy.throttling.manager import Manager
@@ -37,6 +41,8 @@ MOST_THROTTLES = 500
 MOST_INSTANCES = 20
 MOST_SESSIONS = 500
 MOST_KEYS = 200
+MOST_PEERS = 50
+_LONGEST_REASON = 300
 #: Things looked at between two yields: well under a millisecond.
 STEP = 500
 #: A sample of a throttle's slots is replaced when it is older.
@@ -53,6 +59,10 @@ class Sources(NamedTuple):
     snapshot: Snapshot
     manager: Manager
     pool: Pool
+    troubles: Troubles
+    present: Callable[[str], bool]
+    host: str = ""
+    generated_at: str = ""
 
 
 class _Sample(NamedTuple):
@@ -100,7 +110,10 @@ def overview(sources: Sources, now: float) -> Generator[None, None, Overview]:
     pool = yield from _pool(sources.pool, sources.counters, now)
     sessions = list(_sessions(sources)) if figures is not None else []
     backlog = figures.backlog if figures is not None else Backlog()
-    return Overview(
+    receivers, sources_ = _receivers(sources.troubles, now), _source_rows(sources, now)
+    if receivers:
+        yield
+    view = Overview(
         program=sources.program,
         listeners=sources.listeners,
         connections=sources.connections,
@@ -117,7 +130,15 @@ def overview(sources: Sources, now: float) -> Generator[None, None, Overview]:
         pool=pool,
         sessions=sessions[:MOST_SESSIONS],
         sessions_left_out=max(0, len(sessions) - MOST_SESSIONS),
+        host=sources.host,
+        generated_at=sources.generated_at,
+        receivers=receivers,
+        receivers_left_out=len(sources.troubles.receivers) - len(receivers),
+        sources=sources_[:MOST_PEERS],
+        sources_left_out=max(0, len(sources_) - MOST_PEERS),
     )
+    view.trouble = found(view, sources.troubles, now)
+    return view
 
 
 def survey(
@@ -154,6 +175,48 @@ def _rank(throttle: Throttle, now: int) -> tuple[float, ...]:
     queued = len(throttle.slots.queue) if throttle.slots is not None else 0
     use = throttle.used / throttle.cap if throttle.cap else 0.0
     return waiting, queued, use, throttle.used, throttle.debt_until() > now, throttle.taken
+
+
+# --- receivers and sources ---
+
+
+def _receivers(troubles: Troubles, now: float) -> list[PeerRow]:
+    worst = troubles.receivers.worst(MOST_PEERS, now)
+    return [_fill(PeerRow(str(name)), record, now) for name, record in worst]
+
+
+def _source_rows(sources: Sources, now: float) -> list[SourceRow]:
+    """Those with trouble, those that are gone, and those that mail has left from."""
+    troubles, counters = sources.troubles, sources.counters
+    worst: list[tuple[str, Record | None]] = [*troubles.sources.worst(MOST_PEERS, now)]
+    names = dict(worst)
+    for name in (*troubles.gone, *counters.sources_accepted, *counters.sources_deferred, *counters.sources_rejected):
+        if name != OTHER:
+            names.setdefault(name, None)
+    rows = []
+    for name, record in names.items():
+        row = SourceRow(name, present=sources.present(name))
+        if record is not None:
+            _fill(row, record, now)
+        if not row.present and name in troubles.gone:
+            row.absent = now - troubles.gone[name]
+        row.messages_accepted = counters.sources_accepted.get(name, 0)
+        row.messages_deferred = counters.sources_deferred.get(name, 0)
+        row.messages_rejected = counters.sources_rejected.get(name, 0)
+        rows.append(row)
+    return sorted(rows, key=lambda row: (row.present, row.failing is None, row.name))
+
+
+_Row = TypeVar("_Row", bound=PeerRow)
+
+
+def _fill(row: _Row, record: Record, now: float) -> _Row:
+    row.failing = None if record.failing_since is None else max(0.0, now - record.failing_since)
+    row.in_a_row, row.recent = record.in_a_row, record.recent.total(now)
+    row.opened, row.failed = record.opened, dict(record.failed)
+    row.deferred, row.rejected = record.deferred, record.rejected
+    row.last, row.last_ago = record.last[:_LONGEST_REASON], max(0.0, now - record.last_at)
+    return row
 
 
 # --- one throttle ---

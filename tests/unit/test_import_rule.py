@@ -42,7 +42,7 @@ HOUSE = {
 }
 #: Rooms that only decide, and the files that only decide in a room that does.
 PURE = {VOCABULARY, "throttling", "protocols", "policy", "config"}
-PURE_FILES = {"egress.broken_tls", "egress.pool", "status.rows", "status.view"}
+PURE_FILES = {"egress.broken_tls", "egress.pool", "status.rows", "status.trouble", "status.view"}
 #: What the library shares with the program of `throttling`; it must stay small, since MTAs carry it with them.
 CLIENT_THROTTLING = {"proxy.throttling.lease", "proxy.throttling.wheel"}
 

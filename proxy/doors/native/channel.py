@@ -30,7 +30,7 @@ from proxy.policy.idleness import Idleness
 from proxy.policy.turns import Refusals
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
-from proxy.services import Door, Services, numbers
+from proxy.services import Door, Services, note_failure, numbers
 
 #: Seconds; the shortest time of a timer.
 _AT_ONCE = 1e-9
@@ -328,17 +328,14 @@ class Channel:
         destination: Endpoint | None = None,
     ) -> None:
         """Count and log what did not come to be."""
-        if isinstance(error, UpstreamError):
-            services.counters.failed.count(error.step)
-        else:
-            services.counters.refused.count(error.code)
-        log.refused(
+        note_failure(
+            services,
+            self._door,
             number,
             self._peer.instance,
-            self._door.protocol,
             self._guest.client,
             source,
             destination,
-            monotonic() - started if started else 0.0,
+            monotonic() if started is None else started,
             error,
         )

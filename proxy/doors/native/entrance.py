@@ -26,7 +26,7 @@ from proxy.policy.access import Access
 from proxy.protocols.native import frames
 from proxy.protocols.native.auth import NO_CERTIFICATE, Peer, ServerHandshake
 from proxy.protocols.recognise import SILENT, wrong_door
-from proxy.services import Door, Services, numbers
+from proxy.services import Door, Services, note_failure, numbers
 
 #: The first byte of a TLS connection: a handshake record (RFC 8446 section 5.1). No frame of ours is that long.
 _TLS_RECORD = b"\x16"
@@ -72,9 +72,7 @@ def enter(
     try:
         return Guest(number, *entrance.run(refusal))
     except ProxyError as error:
-        services.counters.refused.count(error.code)
-        instance = entrance.claimed_instance
-        log.refused(number, instance, door.protocol, client, "", None, monotonic() - started, error)
+        note_failure(services, door, number, entrance.claimed_instance, client, "", None, started, error)
         entrance.refuse(error)
     except _Probe:
         services.counters.probes += 1

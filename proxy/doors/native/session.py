@@ -134,6 +134,10 @@ class Session:
         counters.bytes_up += transfer.up
         counters.bytes_down += transfer.down
         counters.ended.count(ending)
+        now, said = monotonic(), transfer.tracker.said if transfer.tracker is not None else ""
+        seen = outcomes or Outcomes()
+        good = seen.accepted > 0 or (not said and transfer.down > 0)
+        services.troubles.over(receiver.source, receiver.destination, said, good, now, seen.deferred, seen.rejected)
         log.connection(
             self._number,
             self._peer.instance,
@@ -145,10 +149,10 @@ class Session:
             receiver.tls.version if receiver.tls else "failed" if self._taken.in_clear else "",
             transfer.up,
             transfer.down,
-            monotonic() - self._started,
+            now - self._started,
             ending,
             outcomes,
-            transfer.tracker.said if transfer.tracker is not None else "",
+            said,
         )
 
     def _tracker(self) -> Tracker:

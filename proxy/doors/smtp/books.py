@@ -11,7 +11,7 @@ from proxy.log import lines as log
 from proxy.model import Ending, Endpoint
 from proxy.policy.modes import Terms
 from proxy.protocols.smtp.tracker import Tracker
-from proxy.services import Door, Services
+from proxy.services import Door, Services, note_failure
 from proxy.stats import Fate, Outcomes
 
 
@@ -59,16 +59,16 @@ class Books:
 
     def note_failure(self, error: ProxyError) -> None:
         """A line of its own: the client goes on, or is told by SMTP."""
-        counters, terms = self._services.counters, self._facts.terms
-        counters.note(error)
-        log.refused(
-            self._facts.number,
+        facts, terms = self._facts, self._facts.terms
+        note_failure(
+            self._services,
+            self._door,
+            facts.number,
             terms.instance,
-            self._door.protocol,
-            self._facts.client,
+            facts.client,
             terms.source,
             terms.destination,
-            monotonic() - self._facts.started,
+            facts.started,
             error,
         )
 
@@ -88,7 +88,10 @@ class Books:
     def close(self, refused: int) -> None:
         """Count and log; `refused`: messages that we refused at MAIL."""
         services, facts, terms = self._services, self._facts, self._facts.terms
-        outcomes, counters = self.outcomes, services.counters
+        outcomes, counters, now = self.outcomes, services.counters, monotonic()
+        good = outcomes.accepted > 0 or (not self.reply and self.down > 0)
+        seen = outcomes.deferred, outcomes.rejected
+        services.troubles.over(terms.source, terms.destination, self.reply, good, now, *seen)
         outcomes.deferred += refused
         ending = self.ending.after(self.refused_by)
         counters.bytes_up += self.up
@@ -106,7 +109,7 @@ class Books:
             self.tls,
             self.up,
             self.down,
-            monotonic() - facts.started,
+            now - facts.started,
             ending,
             outcomes,
             self.reply,

@@ -19,7 +19,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from greenarrow_proxy_client import Session
 from greenarrow_proxy_client.throttle import Limits
 from proxy.stats import Counters
-from tests.clients import dial, socks5
+from tests.clients import Refused, dial, socks5
+from tests.mx import Mx, close, say
 from tests.program import BASE, ROOT, SECRET, Proxy
 from tests.sinks import Raw, Sink, echo, greet
 from tests.waiting import wait_for
@@ -554,3 +555,47 @@ def test_somebody_else_there(answer, says):
     assert says in err
     assert err.count("\n") == 1
     assert "\x1b" not in err
+
+
+# -- trouble
+
+
+def status_of(proxy):
+    host, port = proxy.door("status")
+    code, out, err = command("--status", f"{host}:{port}")
+    assert (code, err) == (0, "")
+    return out
+
+
+def test_six_of_twelve_receivers_answer_421():
+    """Told in words, on top of page and terminal, with the receivers' own words; mail to the others goes."""
+    with contextlib.ExitStack() as stack:
+        good = [stack.enter_context(Raw(greet, host=f"127.0.2.{number}")) for number in range(6)]
+        script = {"greeting": say(b"421 4.7.0 try <later>\r\n", close)}
+        bad = [stack.enter_context(Mx(script, host=f"127.0.3.{number}")) for number in range(6)]
+        proxy = stack.enter_context(Proxy(STATUS))
+        for _ in range(3):
+            for receiver in (*good, *bad):
+                with socks5(proxy.socks5, receiver.endpoint, SOURCE) as sock:
+                    sock.recv(100)
+        wait_for(lambda: [row["recent"] for row in view(proxy)["receivers"]] == [3] * 6, what="all have ended")
+        shown = view(proxy)
+        assert [row["kind"] for row in shown["trouble"]] == ["receivers_failing"]
+        assert {row["name"] for row in shown["receivers"]} == {f"{mx.endpoint[0]}:{mx.endpoint[1]}" for mx in bad}
+        assert {(row["last"], row["recent"]) for row in shown["receivers"]} == {("421 4.7.0 try <later>", 3)}
+        page = get(proxy, "/")[2].decode()
+        assert page.index("<h2>Trouble</h2>") < page.index("6 receivers refuse or fail") < page.index("Listeners")
+        assert "421 4.7.0 try &lt;later&gt; (18 in the last 5 minutes" in page
+        text = status_of(proxy)
+        assert "\nTROUBLE: 6 receivers refuse or fail" in text
+        assert shown["host"] in page
+        assert shown["host"] in text
+
+
+def test_a_source_that_is_missing_is_trouble():
+    with Proxy(STATUS + "source_ip 127.0.0.0/8, 192.0.2.8\n") as proxy, Raw(greet) as receiver:
+        with pytest.raises(Refused):
+            socks5(proxy.socks5, receiver.endpoint, "192.0.2.8")
+        (row,) = [row for row in view(proxy)["sources"] if row["name"] == "192.0.2.8"]
+        assert (row["present"], row["failed"]) == (False, {"bind": 1})
+        assert "source 192.0.2.8 is not on this machine" in status_of(proxy)

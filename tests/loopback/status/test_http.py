@@ -14,8 +14,10 @@ from gevent import socket
 from proxy.egress.pool import Pool
 from proxy.log import lines as log
 from proxy.model import Endpoint
+from proxy.net.addresses import own_addresses
 from proxy.net.crew import Crew
 from proxy.net.relay import RawSocket
+from proxy.policy.trouble import Troubles
 from proxy.services import Door, Newcomers
 from proxy.stats import Counters, Snapshot
 from proxy.status import host as status_host
@@ -53,6 +55,7 @@ class Room:
             keeper=SimpleNamespace(pool=Pool(None)),
             newcomers=Newcomers(10),
             settings=SimpleNamespace(throttle_enforce=False),
+            troubles=Troubles(),
         )
         self.room = StatusDoor(
             House(
@@ -100,6 +103,7 @@ def everything(sock):
 def room(monkeypatch):
     it = Room()
     monkeypatch.setattr(log, "internal_error", lambda message, error: it.said.append((message, error)))
+    own_addresses()  # opens descriptors of its own, once
     before = open_descriptors()
     yield it
     until(lambda: it.door.open_connections == 0 and open_descriptors() <= before, what="everything is closed")

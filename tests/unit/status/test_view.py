@@ -9,13 +9,37 @@ import msgspec
 import pytest
 
 from proxy.egress.pool import Entry, Pool, PoolKey
+from proxy.errors import BadCredentials, Step, UpstreamError
 from proxy.model import Discard, Endpoint, TlsMode
 from proxy.policy.limits import Limits
+from proxy.policy.trouble import Troubles
 from proxy.settings import Rate as BlockRate
 from proxy.settings import ThrottleSettings
 from proxy.stats import Backlog, Counters, Flow, ManagerFigures, SessionFigures, Snapshot
-from proxy.status.rows import Connections, ListenerRow, Overview, Program, Rate, Status, ThrottleRow, next_slot
-from proxy.status.view import MOST_INSTANCES, MOST_KEYS, MOST_SESSIONS, SAMPLE, STEP, Meter, Sources, overview, survey
+from proxy.status.rows import (
+    Connections,
+    ListenerRow,
+    Overview,
+    Program,
+    Rate,
+    Status,
+    ThrottleRow,
+    held_by,
+    next_slot,
+    trouble_text,
+)
+from proxy.status.view import (
+    MOST_INSTANCES,
+    MOST_KEYS,
+    MOST_PEERS,
+    MOST_SESSIONS,
+    SAMPLE,
+    STEP,
+    Meter,
+    Sources,
+    overview,
+    survey,
+)
 from proxy.throttling.flows import Places, Ticket
 from proxy.throttling.limits import BackoffRule, Mode, Part
 from proxy.throttling.manager import Manager
@@ -53,6 +77,7 @@ class House:
         self.manager = Manager(7, self.now - 50_000 * SECOND, blocks=Limits(blocks))
         self.pool = Pool(POOL)
         self.counters = Counters()
+        self.troubles = Troubles()
         self.meter = Meter()
         self.figures = ()
 
@@ -76,6 +101,10 @@ class House:
             Snapshot((), ManagerFigures("0543b19c", 1, tuple(self.figures)), 3, 0),
             self.manager,
             self.pool,
+            self.troubles,
+            lambda host: host not in self.troubles.gone,
+            "proxy-1",
+            "2026-01-02T03:04:05+00:00",
         )
 
     def view(self, most=500) -> Status:
@@ -373,3 +402,68 @@ def test_every_counter_is_shown():
 )
 def test_how_a_rate_is_spelled(rate, text):
     assert str(rate) == text
+
+
+# --- trouble ---
+
+
+def kinds(view: Status) -> list[str]:
+    return [row.kind for row in view.trouble]
+
+
+def test_no_trouble() -> None:
+    house = House()
+    assert house.view().trouble == []
+    house.troubles.failed(SOURCE, Endpoint("198.51.100.1", 25), UpstreamError("refused", Step.CONNECT), 499.0)
+    assert house.view().trouble == [], "one failure is none"
+
+
+def test_receivers_and_sources_with_trouble() -> None:
+    house = House()
+    for number in range(MOST_PEERS + 10):
+        for _ in range(3):
+            house.troubles.over(SOURCE, Endpoint("198.51.100.1", number), "421 4.7.0 not now", False, 440.0)
+    house.troubles.over("192.0.2.2", Endpoint("198.51.100.9", 25), "450 later", True, 440.0)
+    house.troubles.source_gone("192.0.2.3", 490.0)
+    view = house.view()
+    assert (len(view.receivers), view.receivers_left_out) == (MOST_PEERS, 11)
+    assert {row.failing for row in view.receivers} == {60.0}
+    assert [(row.name, row.present, row.absent) for row in view.sources] == [
+        ("192.0.2.3", False, 10.0),
+        (SOURCE, True, None),
+        ("192.0.2.2", True, None),
+    ]
+    assert kinds(view) == ["source_missing", "sources_failing", "receivers_failing"]
+    missing, source, receivers = view.trouble
+    assert trouble_text(missing) == "source 192.0.2.3 is not on this machine (for 10s)"
+    assert (source.recent, source.since) == (180, 60.0)
+    assert "421 4.7.0 not now" in receivers.text
+    assert receivers.text.startswith("50 receivers refuse or fail")
+
+
+def test_trouble_that_is_over_is_not_told() -> None:
+    house = House()
+    for _ in range(5):
+        house.troubles.failed("", Endpoint("198.51.100.1", 25), UpstreamError("refused", Step.CONNECT), 10.0)
+        house.troubles.refuse(BadCredentials("no"), 10.0)
+    assert kinds(house.view()) == [], "500 is more than five minutes later"
+    for _ in range(5):
+        house.troubles.refuse(BadCredentials("wrong secret of mta-1"), 480.0)
+    (row,) = house.view().trouble
+    assert (row.kind, row.recent, row.since) == ("bad_credentials", 5, 20.0)
+    assert "wrong secret of mta-1" in row.text
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({}, ""),
+        ({"state": "paused", "demand": 1}, "pause"),
+        ({"state": "backoff", "waiting": 1}, "back-off"),
+        ({"places": 2, "used": 2, "waiting": 1, "next_slot": 3.0}, "places"),
+        ({"places": 2, "used": 1, "demand": 1, "next_slot": 3.0}, "rate"),
+        ({"demand": 1, "next_slot": 0.0}, "other limits"),
+    ],
+)
+def test_held_by(row: dict, expected: str) -> None:
+    assert held_by(ThrottleRow(SOURCE, "x", "proxy", "", **row)) == expected

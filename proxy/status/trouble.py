@@ -1,0 +1,95 @@
+"""What an operator should know first, in words: found in the figures that the rest of the view shows.
+
+One line for each kind of trouble, however many are in it; the kinds are a closed list (docs/operations.md). What fails
+now and then is no trouble: a receiver is in it when nothing goes well there any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from proxy.policy.trouble import LATELY, Troubles
+from proxy.status.rows import Overview, PeerRow, SourceRow, TroubleRow
+
+#: Failures of the last five minutes, with nothing that went well since, that put a receiver or a source in trouble.
+FEW = 3
+#: Seconds that nothing has gone well from a source address. Many receivers' good and bad answers come mixed there.
+_LONG = 60.0
+#: Refused requests of one kind in the last five minutes that are told.
+_MANY_REFUSALS = 5
+#: Share of `max_connections` at which it is told.
+_NEARLY_FULL = 0.9
+
+#: Refusals that somebody must act upon, by code; what happens by itself (draining, throttled) is none.
+_REFUSALS = {
+    "bad_credentials": "clients give a wrong secret or an unknown instance",
+    "client_not_allowed": "clients are not in allow_from",
+    "source_not_allowed": "clients ask for a source address that is not in source_ip",
+    "destination_not_allowed": "clients ask for a destination that is not allowed",
+    "overloaded": "clients are turned away, for the proxy is full or an address fails too often",
+    "via_unavailable": "the proxy that this agent goes through (via) is not available",
+}
+
+
+def found(view: Overview, troubles: Troubles, now: float) -> list[TroubleRow]:
+    """All of it, the worst first.
+
+    Args:
+        view: all else of it. now: seconds of the clock of `troubles`.
+    """
+    return [*_program(view), *_sources(view), *_receivers(view), *_refusals(troubles, now)]
+
+
+def _program(view: Overview) -> Iterator[TroubleRow]:
+    if view.program.draining:
+        yield TroubleRow("draining", "the proxy is stopping: it accepts nothing new")
+    if errors := view.counters.get("internal_errors"):
+        yield TroubleRow("internal_errors", f"{errors} mistakes of the proxy itself since the start: see the log")
+    connections = view.connections
+    if connections.limit and connections.open >= _NEARLY_FULL * connections.limit:
+        yield TroubleRow("nearly_full", f"{connections.open} of {connections.limit} client connections are in use")
+
+
+def _sources(view: Overview) -> Iterator[TroubleRow]:
+    missing = [row for row in view.sources if not row.present]
+    if missing:
+        names = _names(missing)
+        since = max((row.absent for row in missing if row.absent is not None), default=None)
+        are = "is" if len(missing) == 1 else "are"
+        yield TroubleRow("source_missing", f"{names} {are} not on this machine", sum(r.recent for r in missing), since)
+    failing = [row for row in view.sources if row.present and _in_trouble(row) and (row.failing or 0) >= _LONG]
+    if failing:
+        yield _failing("sources_failing", "source", failing)
+
+
+def _receivers(view: Overview) -> Iterator[TroubleRow]:
+    failing = [row for row in view.receivers if _in_trouble(row)]
+    if failing:
+        yield _failing("receivers_failing", "receiver", failing)
+
+
+def _failing(kind: str, what: str, rows: list[PeerRow] | list[SourceRow]) -> TroubleRow:
+    worst = max(rows, key=lambda row: row.recent)
+    many = f"{len(rows)} {what}s refuse or fail" if len(rows) > 1 else f"{what} {worst.name} refuses or fails"
+    most = f", {worst.name} most often" if len(rows) > 1 else ""
+    text = f"{many}, and nothing goes well there{most}: {worst.last}"
+    return TroubleRow(kind, text, sum(row.recent for row in rows), max(row.failing or 0.0 for row in rows))
+
+
+def _in_trouble(row: PeerRow) -> bool:
+    return row.recent > 0 and row.in_a_row >= FEW
+
+
+def _refusals(troubles: Troubles, now: float) -> Iterator[TroubleRow]:
+    for code, text in _REFUSALS.items():
+        refusals = troubles.refused.get(code)
+        if refusals is None or now - refusals.last_at > LATELY:
+            continue
+        recent = refusals.recent.total(now)
+        if recent >= _MANY_REFUSALS:
+            yield TroubleRow(code, f"{text}; the last: {refusals.last}", recent, now - refusals.since)
+
+
+def _names(rows: list[SourceRow]) -> str:
+    shown = ", ".join(row.name for row in rows[:3])
+    return f"source {shown}" if len(rows) == 1 else f"{len(rows)} sources ({shown}{', ...' * (len(rows) > 3)})"

@@ -1,0 +1,100 @@
+"""What goes wrong with receivers and sources: counted, forgotten in time, bounded."""
+
+from __future__ import annotations
+
+import errno
+import random
+
+import pytest
+
+from proxy.errors import BadCredentials, SourceMissing, Step, UpstreamError
+from proxy.model import Endpoint
+from proxy.policy.trouble import LATELY, Recent, Troubles
+
+MX = Endpoint("198.51.100.7", 25)
+OTHER = Endpoint("198.51.100.8", 25)
+SOURCE = "192.0.2.1"
+REFUSED = UpstreamError("connect: refused", Step.CONNECT, errno.ECONNREFUSED)
+
+
+def test_recent_is_the_sum_of_the_last_five_minutes() -> None:
+    """Against a list of all that happened; to half a minute."""
+    rng = random.Random(7)
+    recent, now, happened = Recent(), 1000.0, []
+    for _ in range(3000):
+        now += rng.choice((0.0, 0.4, 3.0, 29.9, 31.0, rng.uniform(0, 700)))
+        if rng.random() < 0.7:
+            count = rng.randint(1, 5)
+            recent.add(now, count)
+            happened.append((now, count))
+        exact = sum(count for at, count in happened if at // 30 > now // 30 - LATELY / 30)
+        assert recent.total(now) == exact
+
+
+def test_a_receiver_is_failing_until_something_goes_well() -> None:
+    troubles = Troubles()
+    troubles.over(SOURCE, MX, "", True, 5.0)
+    assert len(troubles.receivers) + len(troubles.sources) == 0, "what goes well has no record"
+    troubles.failed(SOURCE, MX, REFUSED, 10.0)
+    troubles.over(SOURCE, MX, "421 4.7.0 no", False, 20.0)
+    record = troubles.receivers[MX]
+    assert (record.failing_since, record.last, record.last_at) == (10.0, "421 4.7.0 no", 20.0)
+    assert record.in_a_row == 2
+    assert (record.failed, record.deferred, record.rejected, record.opened) == ({"connect": 1}, 1, 0, 1)
+    assert troubles.sources[SOURCE].recent.total(20.0) == 2
+    troubles.over(SOURCE, MX, "", True, 30.0)
+    assert (record.failing_since, record.opened) == (None, 2)
+    troubles.over(SOURCE, MX, "550 unknown", True, 40.0, 0, 3)
+    assert (record.failing_since, record.rejected, record.recent.total(40.0)) == (None, 3, 5), "it took others"
+
+
+def test_a_reply_that_failed_a_step_is_told_with_its_last_line() -> None:
+    troubles = Troubles()
+    error = UpstreamError("greeting", Step.GREETING, smtp_reply="554-go\n554 away")
+    troubles.failed(SOURCE, MX, error, 1.0)
+    assert troubles.receivers[MX].last == "554 away"
+    assert troubles.receivers[MX].rejected == 1
+
+
+def test_who_is_to_blame() -> None:
+    troubles = Troubles()
+    troubles.failed("", MX, SourceMissing(SOURCE), 1.0)
+    assert (list(troubles.sources), list(troubles.receivers)) == ([SOURCE], []), "a source that is not here"
+    troubles.failed("192.0.2.2", MX, UpstreamError("no place", Step.THROTTLE), 1.0)
+    assert (list(troubles.sources), list(troubles.receivers)) == ([SOURCE], []), "a throttle's no"
+
+
+def test_tables_are_bounded_and_the_longest_quiet_goes_first() -> None:
+    troubles = Troubles(most=3)
+    for number in range(3):
+        troubles.failed("", Endpoint("192.0.2.9", number + 1), REFUSED, float(number))
+    troubles.failed("", Endpoint("192.0.2.9", 1), REFUSED, 3.0)
+    troubles.failed("", OTHER, REFUSED, 4.0)
+    assert list(troubles.receivers) == [Endpoint("192.0.2.9", 3), Endpoint("192.0.2.9", 1), OTHER]
+    for number in range(10):
+        troubles.source_gone(f"192.0.2.{number}", 1.0)
+    assert len(troubles.gone) == 3
+    troubles.source_came("192.0.2.9")
+    troubles.source_came("192.0.2.77")
+    assert "192.0.2.9" not in troubles.gone
+
+
+@pytest.mark.parametrize("later", [0.0, LATELY + 60.0])
+def test_the_worst_come_first(later: float) -> None:
+    troubles = Troubles()
+    for _ in range(9):
+        troubles.failed("", OTHER, REFUSED, 1.0)
+    troubles.over("", OTHER, "", True, 2.0)
+    troubles.failed("", MX, REFUSED, 3.0)
+    assert [name for name, _ in troubles.receivers.worst(2, 3.0 + later)] == [MX, OTHER], "failing, or else the latest"
+    assert [name for name, _ in troubles.receivers.worst(1, 3.0)] == [MX]
+
+
+def test_refusals_have_a_beginning_which_a_pause_ends() -> None:
+    troubles = Troubles()
+    for at in (0.0, 100.0, 350.0):
+        troubles.refuse(BadCredentials("wrong secret of mta-1"), at)
+    refusals = troubles.refused["bad_credentials"]
+    assert (refusals.since, refusals.last, refusals.recent.total(350.0)) == (0.0, "wrong secret of mta-1", 2)
+    troubles.refuse(BadCredentials("again"), 350.0 + LATELY)
+    assert refusals.since == 350.0 + LATELY
