@@ -21,6 +21,7 @@ from proxy.status.rows import (
     Status,
     ThrottleRow,
     ago,
+    between,
     failures_text,
     held_by,
     instance_state,
@@ -131,7 +132,7 @@ def _throttle_cells(row: ThrottleRow) -> tuple[object, ...]:
     state = _Html(f'<span class="b">{throttle_state(row)}</span>')
     waiting: object = _Html(f'<span class="w">{row.waiting}</span>') if row.waiting else 0
     return (
-        *(_Html(f"<b>{_text(row.name)}</b>"), row.source, limits_text(row.limits, row.places), row.reconciled, state),
+        *(_Html(f"<b>{_text(row.name)}</b>"), between(row), limits_text(row.limits, row.places), row.reconciled, state),
         *(places_text(row.used, row.places), waiting, "", row.demand, held_by(row)),
         *(next_slot(row), percent(row.rate_use)),
     )

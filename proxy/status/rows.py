@@ -85,9 +85,10 @@ class InstanceRow(Struct):
 
 
 class ThrottleRow(Struct):
-    """One throttle: a rule for one source address.
+    """One throttle: a rule for one source address, one receiver, or both; "": all of them together.
 
     Args:
+        shadow: it holds nothing back; would_wait, would_refuse: requests that it would have held back, and refused.
         kind: "instances" when instances named it, "proxy" for a `throttle` block.
         limits, places: in force now; none and None: unlimited. reconciled: how they came about.
         state: "", "paused", "backoff" (for `backoff` seconds) or "rising" (after a backoff).
@@ -113,6 +114,10 @@ class ThrottleRow(Struct):
     rate_use: float | None = None
     instances: list[InstanceRow] = []
     instances_left_out: int = 0
+    receiver: str = ""
+    shadow: bool = False
+    would_wait: int = 0
+    would_refuse: int = 0
 
 
 class Queues(Struct):
@@ -289,8 +294,16 @@ def next_slot(row: ThrottleRow) -> str:
     return "now" if row.next_slot <= 0 else duration(row.next_slot)
 
 
+def between(row: ThrottleRow) -> str:
+    """What a throttle counts by itself: a source, `to` a receiver, or all together."""
+    return " ".join(filter(None, (row.source, f"to {row.receiver}" if row.receiver else ""))) or "all"
+
+
 def throttle_state(row: ThrottleRow) -> str:
     """What is unusual about a throttle."""
+    if row.shadow:
+        refused = f", {row.would_refuse} refused" if row.would_refuse else ""
+        return f"shadow: would have waited {row.would_wait} times{refused}"
     return f"backoff {whole_seconds(row.backoff)}" if row.state == "backoff" else row.state
 
 

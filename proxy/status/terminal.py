@@ -25,6 +25,7 @@ from proxy.status.rows import (
     Status,
     ThrottleRow,
     ago,
+    between,
     failures_text,
     held_by,
     instance_state,
@@ -190,7 +191,7 @@ def _throttles(rows: Iterable[ThrottleRow]) -> Iterator[tuple[object, ...]]:
     for row in rows:
         limits = limits_text(row.limits, row.places)
         yield (
-            *(row.name, row.source, limits, row.reconciled, throttle_state(row), places_text(row.used, row.places)),
+            *(row.name, between(row), limits, row.reconciled, throttle_state(row), places_text(row.used, row.places)),
             *(row.waiting, "", row.demand, held_by(row)),
             *(next_slot(row), percent(row.rate_use)),
         )

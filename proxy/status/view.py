@@ -235,7 +235,7 @@ def _throttle(throttle: Throttle, manager: Manager, meter: Meter, now: int) -> G
     state, backoff = _state(throttle, stakes, now)
     return ThrottleRow(
         source=throttle.key.source,
-        name=throttle.key.name,
+        name=throttle.key.name + (" (connections)" if throttle.connections else ""),
         kind="proxy" if terms is None else "instances",
         reconciled=_reconciled([stake.part for stake in stakes]) if terms is not None else "throttle block",
         limits=_rates(window.limit for window in throttle.windows),
@@ -251,6 +251,10 @@ def _throttle(throttle: Throttle, manager: Manager, meter: Meter, now: int) -> G
         rate_use=meter.use(throttle, now),
         instances=sorted(shown, key=lambda row: row.name),
         instances_left_out=len(instances) - len(shown),
+        receiver=throttle.key.receiver,
+        shadow=throttle.shadow is not None,
+        would_wait=throttle.shadow.waited if throttle.shadow is not None else 0,
+        would_refuse=throttle.shadow.refused if throttle.shadow is not None else 0,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import ipaddress
 from types import SimpleNamespace
 
@@ -24,8 +25,11 @@ from proxy.status.rows import (
     Rate,
     Status,
     ThrottleRow,
+    between,
     held_by,
+    limits_text,
     next_slot,
+    throttle_state,
     trouble_text,
 )
 from proxy.status.view import (
@@ -467,3 +471,19 @@ def test_trouble_that_is_over_is_not_told() -> None:
 )
 def test_held_by(row: dict, expected: str) -> None:
     assert held_by(ThrottleRow(SOURCE, "x", "proxy", "", **row)) == expected
+
+
+def test_a_shadow_says_what_it_would_have_held_back_and_a_row_what_counts_by_itself():
+    blocks = [
+        dataclasses.replace(block("shy", 1), enforce=False, per=("receiver",)),
+        dataclasses.replace(block("paced"), max_connection_rate=(BlockRate(5, 1),), per=("nothing",)),
+    ]
+    world = House(blocks)
+    for _ in range(3):
+        world.manager.admit("a", 1.0, "192.0.2.1", "198.51.100.1", (), world.now)
+        world.now += SECOND
+    rows = {row.name: row for row in world.view().throttles}
+    assert throttle_state(rows["shy"]) == "shadow: would have waited 2 times"
+    assert between(rows["shy"]) == "to 198.51.100.1"
+    assert between(rows["paced (connections)"]) == "all"
+    assert limits_text(rows["paced (connections)"].limits, None) == "5/s"
