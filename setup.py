@@ -73,6 +73,7 @@ setup(
         "colorlog>=6",
         "msgspec>=0.18",
         "cryptography>=42",
+        "pyOpenSSL>=24",
         "prometheus_client",
     ],
     extras_require={

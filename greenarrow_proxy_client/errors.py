@@ -52,7 +52,9 @@ class ProxyRefused(ProxyFailure):
         errno: the proxy's error number (Linux), 0 where none applies.
         smtp_code, smtp_reply: what the receiver said, where that was the reason; else 0 and b"".
         throttle: name of the throttle that had no place, or None.
-        attempts: for each destination that was tried, in order: (destination, step, errno, smtp_reply, message).
+        tls_result: what was wrong with the receiver's TLS, in a word of RFC 8460 section 4.3, or "".
+        attempts: for each destination that was tried, in order: (destination, step, errno, smtp_reply, message,
+            tls_result).
     """
 
     def __init__(self, failed: m.Failed) -> None:
@@ -64,6 +66,7 @@ class ProxyRefused(ProxyFailure):
         self.smtp_reply = failed.smtp_reply or b""
         self.smtp_code = int(self.smtp_reply[:3]) if self.smtp_reply[:3].isdigit() else 0
         self.throttle = failed.throttle
+        self.tls_result = failed.tls_result
         self.attempts = [
             (
                 attempt.destination.endpoint,
@@ -71,6 +74,7 @@ class ProxyRefused(ProxyFailure):
                 attempt.errno,
                 attempt.smtp_reply or b"",
                 attempt.message,
+                attempt.tls_result,
             )
             for attempt in failed.attempts
         ]

@@ -149,6 +149,10 @@ class Session:
         tls: str = "opportunistic",
         tls_server_name: str | None = None,
         tls_verify: bool = False,
+        tls_names: Sequence[str] = (),
+        tlsa: Sequence[tuple[int, int, int, bytes]] = (),
+        tls_min: m.TlsMinimum = "",
+        tls_ciphers: str = "",
         reuse: bool = True,
         smtputf8: bool = False,
         requiretls: bool = False,
@@ -169,6 +173,10 @@ class Session:
             tls: "none", "opportunistic", "required" (STARTTLS) or "implicit"; it ends at the proxy.
             tls_server_name: for SNI and verification: a host name, U-labels too, or an IP address.
             tls_verify: fail unless the receiver's certificate is valid for that name.
+            tls_names: fail unless an authority has signed it for one of these names (MTA-STS: the name of the MX).
+            tlsa: the receiver's TLSA records, from a secure DNS answer: (usage, selector, matching type, data). TLS is
+                required then, and fails unless one of them fits; names are compared where RFC 7672 wants it.
+            tls_min: the oldest version, "TLSv1.2" or "TLSv1.3". tls_ciphers: OpenSSL's words for TLS 1.2's.
             reuse: take a shared connection if there is one, and be able to `release` this one.
             smtputf8, requiretls, tenant: shared only with connections opened with the same.
             mx, domain: the MX host's name and the recipient domain, for the proxy's own limits by these.
@@ -198,6 +206,10 @@ class Session:
             source=source,
             mx=mx,
             domain=domain,
+            tls_names=list(tls_names),
+            tlsa=[m.TlsaRecord(*record) for record in tlsa],
+            tls_min=tls_min,
+            tls_ciphers=tls_ciphers,
         )
         return ProxiedSMTP(self._stream(request, timeout, throttles), ehlo_name, reuse, throttles)
 

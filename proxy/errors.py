@@ -120,6 +120,12 @@ class BadServerName(Refused):
     code = "bad_server_name"
 
 
+class BadCiphers(Refused):
+    """An OPEN's `tls_ciphers` are none that OpenSSL knows."""
+
+    code = "bad_ciphers"
+
+
 class UnknownPath(Refused):
     """An OPEN names a throttle path that the run has not registered, or the run has no session now."""
 
@@ -211,6 +217,10 @@ _SOCKS_REPLY_OF_ERRNO = {
 }
 
 
+#: RFC 8460 section 4.3.
+_TLS_RESULT_OF_STEP = {Step.STARTTLS: "starttls-not-supported", Step.TLS: "validation-failure"}
+
+
 class UpstreamError(ProxyError):
     """An outgoing connection failed.
 
@@ -220,19 +230,27 @@ class UpstreamError(ProxyError):
         errno: the operating system's number, or 0 where none applies (an SMTP reply, a TLS alert).
         smtp_reply: the receiver's reply as it sent it (code and text), where one was the reason.
         reason: what failed, without the addresses; the message, where nothing else is known.
+        tls_result: what was wrong with the receiver's TLS, in a word of RFC 8460 section 4.3; empty: it was not that.
     """
 
     code = "upstream_failed"
     retry = True
 
     def __init__(
-        self, message: str, step: Step, errno: int = 0, smtp_reply: str | None = None, reason: str = ""
+        self,
+        message: str,
+        step: Step,
+        errno: int = 0,
+        smtp_reply: str | None = None,
+        reason: str = "",
+        tls_result: str = "",
     ) -> None:
         super().__init__(message)
         self.reason = reason or message
         self.step = step
         self.errno = errno
         self.smtp_reply = smtp_reply
+        self.tls_result = tls_result or _TLS_RESULT_OF_STEP.get(step, "")
         # A source address that is not on this machine is a general failure, whatever its errno.
         self.socks_reply = 0x01 if step is Step.BIND else _SOCKS_REPLY_OF_ERRNO.get(errno, 0x01)
 

@@ -222,6 +222,22 @@ _CLEAN = frozenset({Ending.CLIENT_CLOSED, Ending.UPSTREAM_CLOSED, Ending.KEPT})
 _BY_CLOSING = _CLEAN | {Ending.CLIENT_RESET, Ending.UPSTREAM_RESET}
 
 
+class TlsSeen(NamedTuple):
+    """TLS with a receiver, as it is told on a closing line.
+
+    Args:
+        certificate: who has proven it (`authority`, `dane`); what is wrong with it, in a word of RFC 8460 section 4.3;
+            or `trusted`: nothing, but there was no name to compare.
+        key: `RSA 2048`. subject: as RFC 4514 writes it.
+    """
+
+    version: str
+    cipher: str
+    certificate: str
+    key: str
+    subject: str
+
+
 class TlsMode(enum.StrEnum):
     """TLS towards the receiver (native protocol: OPEN.tls); `IMPLICIT` is RFC 8314's port 465, the others STARTTLS."""
 

@@ -256,11 +256,12 @@ class Counters:
     accepted: client connections, by protocol. refused: by the outcome's `code`. failed: outgoing connections that did
     not come to be, by step. ended: relayed connections, by `model.Ending`. discarded: cached connections, by reason.
     in_clear: SMTP sessions that are in clear although the receiver offered TLS and the client would have liked it, by
-    cause: `handshake` failed, `starttls` was refused, `remembered`: not tried. reused and fresh: how often a request
-    was served from the cache or by a new connection. messages: MAIL commands seen where the dialogue is; `audit` counts
-    those without a permit. messages_accepted, messages_deferred and messages_rejected: replies to them by class, by
-    instance; with sources_ in front, by source address. probes: connections that closed without a byte, and health
-    checks.
+    cause: `handshake` failed, `starttls` was refused, `remembered`: not tried. tls_sessions: new sessions with TLS, by
+    `model.TlsSeen.certificate`; tls_failures: what kept others from having one, by result of RFC 8460. reused and
+    fresh: how often a request was served from the cache or by a new connection. messages: MAIL commands seen where the
+    dialogue is; `audit` counts those without a permit. messages_accepted, messages_deferred and messages_rejected:
+    replies to them by class, by instance; with sources_ in front, by source address. probes: connections that closed
+    without a byte, and health checks.
     """
 
     __slots__ = (
@@ -286,6 +287,8 @@ class Counters:
         "sources_accepted",
         "sources_deferred",
         "sources_rejected",
+        "tls_failures",
+        "tls_sessions",
     )
 
     def __init__(self) -> None:
@@ -295,6 +298,8 @@ class Counters:
         self.ended = Table()
         self.discarded = Table()
         self.in_clear = Table()
+        self.tls_failures = Table()
+        self.tls_sessions = Table()
         self.bytes_up = 0
         self.bytes_down = 0
         self.reused = 0
@@ -316,6 +321,8 @@ class Counters:
         """A request that was refused, or an outgoing connection that did not come to be."""
         if isinstance(error, UpstreamError):
             self.failed.count(error.step)
+            if error.tls_result:
+                self.tls_failures.count(error.tls_result)
         else:
             self.refused.count(error.code)
 

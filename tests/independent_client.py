@@ -215,6 +215,8 @@ class Peer:
     def say_open(self, *destinations: Address, source: str | None = "127.0.0.5", **more: Any) -> None:
         defaults = {"ehlo_name": None, "tls": "none", "tls_server_name": None, "tls_verify": False, "reuse": False}
         defaults |= {"throttles": [], "deadline_ms": 10_000, "smtputf8": False, "requiretls": False, "tenant": None}
+        defaults |= {"fresh": False, "dialogue": False, "source_name": None, "mx": None, "domain": None}
+        defaults |= {"tls_names": [], "tlsa": [], "tls_min": "", "tls_ciphers": ""}
         assert set(more) <= set(defaults)
         self.say(OPEN, source, destinations, *(defaults | more).values())
 

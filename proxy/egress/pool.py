@@ -28,7 +28,7 @@ class PoolKey(NamedTuple):
     ehlo_name: str
     tls: TlsMode
     tls_server_name: str = ""
-    tls_verify: str = ""  # a connection set up unverified never serves a client that demands verification
+    tls_demand: str = ""  # what the receiver had to prove: who demands more never gets a connection that proved less
     smtputf8: bool = False
     requiretls: bool = False
     tenant: str = ""  # a word of the client's, for whatever else must not be mixed

@@ -21,11 +21,14 @@ from gevent import Timeout
 
 from proxy.egress import upstream
 from proxy.errors import Step, UpstreamError
-from proxy.model import Endpoint, TlsMode
+from proxy.model import Endpoint, TlsMode, TlsSeen
 from proxy.net import tls
+from proxy.net.apart import for_receivers
+from proxy.net.certificates import Verdict, judged
 from proxy.net.conversation import receive, send_all, shake_hands
 from proxy.net.relay import Engine, RawSocket, keep_alive
-from proxy.net.tls import PlainStream, Stream, TlsStream
+from proxy.net.tls import PlainStream, Profile, Stream, TlsStream
+from proxy.policy.certificates import Demand, Result
 from proxy.protocols.smtp.dialogue import Action, ClientDialogue, Then, mailmax
 from proxy.throttling.flows import Places
 
@@ -33,13 +36,18 @@ from proxy.throttling.flows import Places
 class Wish(NamedTuple):
     """What a client wants the session to be.
 
-    `ehlo_name` None: none at all, the proxy stays out of the dialogue. `tls_server_name`: as `server_name` has it.
+    Args:
+        ehlo_name: None: no session at all, the proxy stays out of the dialogue.
+        tls_server_name: as `server_name` has it; empty: none.
+        demand: what the receiver's certificate has to prove. minimum, ciphers: see `tls.Profile`.
     """
 
     ehlo_name: str | None
     tls: TlsMode
-    tls_server_name: str
-    tls_verify: bool
+    tls_server_name: str = ""
+    demand: Demand = Demand()
+    minimum: str = ""
+    ciphers: str = ""
 
 
 class Limits(NamedTuple):
@@ -57,13 +65,23 @@ class Limits(NamedTuple):
 
 
 class TlsFacts(NamedTuple):
-    """What TLS with the receiver came to; `certificate` is the leaf's DER form."""
+    """What TLS with the receiver came to.
+
+    Args:
+        verdict: on its certificates. chain: these, in DER, the receiver's own first.
+    """
 
     version: str
     cipher: str
-    verified: bool
-    verdict: str
-    certificate: bytes
+    verdict: Verdict
+    chain: tuple[bytes, ...]
+
+    @property
+    def seen(self) -> TlsSeen:
+        """For the log."""
+        verdict = self.verdict
+        certificate = verdict.by or verdict.result or "trusted"
+        return TlsSeen(self.version, self.cipher, certificate, verdict.key, verdict.subject)
 
 
 class InClear(NamedTuple):
@@ -71,11 +89,12 @@ class InClear(NamedTuple):
 
     Args:
         cause: `handshake`: it failed; `starttls`: refused; `remembered`: not tried, for it has failed before.
-        why: for people; what the receiver said, or what failed.
+        why: for people; what the receiver said, or what failed. result: in a word of RFC 8460 section 4.3.
     """
 
     cause: str
     why: str
+    result: str
 
 
 #: The longest that STARTTLS's reply and the handshake may take each, where TLS can be done without; half of the time
@@ -128,7 +147,7 @@ class Receiver:
 
 def may_do_without(wish: Wish) -> bool:
     """Whether the client would rather have a session in clear than none (RFC 7435)."""
-    return wish.tls is TlsMode.OPPORTUNISTIC and not wish.tls_verify
+    return wish.tls is TlsMode.OPPORTUNISTIC and not wish.demand.mandatory
 
 
 def is_for_want_of_tls(error: UpstreamError) -> bool:
@@ -171,7 +190,7 @@ def open_receiver(
         once_more(failure)
     # Not on the same connection: after half a handshake it is of no use.
     receiver = _attempt(engine, wish._replace(tls=TlsMode.NONE), source, destination, limits, idle_timeout, failed)
-    receiver.in_clear = InClear("handshake", failure.reason)
+    receiver.in_clear = InClear("handshake", failure.reason, failure.tls_result)
     return receiver
 
 
@@ -309,17 +328,18 @@ class BringUp:
 
     def _start_tls(self) -> None:
         wish, receiver = self._wish, self.receiver
-        # Without a name there is still the address, which a certificate may carry; unverified, it is not sent as SNI.
-        name = wish.tls_server_name or (receiver.destination.host if wish.tls_verify else None)
-        context = tls.client_context(wish.tls_verify)
+        name = wish.tls_server_name or None
+        context = tls.client_context(Profile(wish.demand.mandatory, wish.minimum, wish.ciphers))
         try:
             stream = TlsStream(receiver.stream.socket, context, server_side=False, name=name)
         except ValueError:
             raise self._failed(f"{name} cannot be a TLS server name", 0) from None
         stream.turn.key = receiver.destination.host
-        shake_hands(self._engine, stream)
+        shake_hands(self._engine, stream, for_receivers())
         receiver.stream = stream
-        receiver.tls = _facts(stream, wish.tls_verify)
+        receiver.tls = facts = _facts(stream, wish.demand)
+        if wish.demand.binding and not facts.verdict.verified:
+            raise self._failed(facts.verdict.why, 0, facts.verdict.result)
 
     @contextlib.contextmanager
     def _hurrying(self, hangs: str) -> Iterator[None]:
@@ -344,28 +364,24 @@ class BringUp:
     def _note_result(self) -> None:
         receiver, dialogue = self.receiver, self._dialogue
         if dialogue.starttls_refusal is not None:
-            receiver.in_clear = InClear("starttls", f"STARTTLS refused: {dialogue.starttls_refusal}")
+            receiver.in_clear = InClear(
+                "starttls", f"STARTTLS refused: {dialogue.starttls_refusal}", Result.STARTTLS_NOT_SUPPORTED
+            )
         receiver.greeting = str(dialogue.greeting) if dialogue.greeting else None
         receiver.hello = dialogue.hello.lines if dialogue.hello else ()
         receiver.mailmax = mailmax(dialogue.capabilities)
 
-    def _failed(self, why: str, number: int) -> UpstreamError:
+    def _failed(self, why: str, number: int, result: str = "") -> UpstreamError:
         receiver, step = self.receiver, self._dialogue.step
-        return UpstreamError(f"{step} {receiver.source} -> {receiver.destination}: {why}", step, number, reason=why)
+        message = f"{step} {receiver.source} -> {receiver.destination}: {why}"
+        return UpstreamError(message, step, number, reason=why, tls_result=result)
 
 
 def _tls_reason(error: ssl.SSLError) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"certificate not accepted: {error.verify_message}"
     return f"TLS handshake failed: {error.reason or error.strerror}"
 
 
-def _facts(stream: TlsStream, verified: bool) -> TlsFacts:
-    cipher = stream.tls.cipher()
-    return TlsFacts(
-        version=stream.tls.version() or "",
-        cipher=cipher[0] if cipher else "",
-        verified=verified,
-        verdict="ok" if verified else "not checked",
-        certificate=stream.tls.getpeercert(binary_form=True) or b"",
-    )
+def _facts(stream: TlsStream, demand: Demand) -> TlsFacts:
+    cipher, chain = stream.tls.cipher(), stream.chain()
+    verdict = judged(stream.turn.key, chain, demand)
+    return TlsFacts(stream.tls.version() or "", cipher[0] if cipher else "", verdict, chain)

@@ -35,7 +35,7 @@ from proxy.errors import (
     UpstreamError,
 )
 from proxy.log.writer import Writer
-from proxy.model import Ending, Endpoint, owner_of
+from proxy.model import Ending, Endpoint, TlsSeen, owner_of
 from proxy.stats import Fate, Limiter, Outcomes
 
 __all__ = [
@@ -337,6 +337,7 @@ def connection(
     outcome: Ending,
     messages: Outcomes | None = None,
     reply: str = "",
+    seen: TlsSeen | None = None,
 ) -> None:
     """The closing line of a connection that was relayed. Hot path: a few microseconds, no `logging`.
 
@@ -346,7 +347,7 @@ def connection(
         protocol: native, socks5 or proxy_protocol.
         source: the local address it left from.
         reused: served by a connection that was held open.
-        tls: TLS version towards the receiver, "" when the proxy did none.
+        tls: TLS version towards the receiver, "" when the proxy did none. seen: more about it.
         bytes_up: client to receiver; `bytes_down` the other way.
         seconds: from accept (native: OPEN) to the end.
         messages: what became of them; None: the dialogue was not seen.
@@ -365,12 +366,19 @@ def connection(
             entry |= {"rejected": messages.rejected, "waited": round(messages.waited, 3)}
         if reply:
             entry["reply"] = printable(reply)
+        if seen is not None:
+            entry |= {"cipher": seen.cipher, "certificate": seen.certificate, "key": seen.key}
+            entry["subject"] = printable(seen.subject)
         _out.put(msgspec.json.encode(entry).decode())
         return
     stamp = _clock.stamp() + " " if _stamped else ""
     said = "" if messages is None else _outcomes(messages)
     if reply:
         said += f" reply={_quoted(reply, FIELD_LIMIT)}"
+    if seen is not None:
+        said += (
+            f" cipher={seen.cipher} certificate={seen.certificate} key={word(seen.key)} subject={word(seen.subject)}"
+        )
     _out.put(
         f"{stamp}connection id={id} instance={word(instance)} protocol={protocol} client={client} "
         f"source={source or '-'} destination={destination or '-'} reused={'yes' if reused else 'no'} tls={tls or '-'} "
@@ -448,6 +456,8 @@ def refused(
         fields |= {"step": error.step, "errno": _errno.errorcode.get(error.errno, "-")}
         if error.smtp_reply is not None:
             fields["reply"] = error.smtp_reply
+        if error.tls_result:
+            fields["tls_result"] = error.tls_result
     note(event, level, str(error), **fields)
 
 

@@ -7,6 +7,7 @@ the caller's: one `gevent.Timeout` around a phase. Relays in progress do not use
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from _socket import SHUT_WR
 from time import monotonic
@@ -14,6 +15,7 @@ from time import monotonic
 from gevent import Timeout
 
 from proxy.errors import Overloaded
+from proxy.net.apart import Apart
 from proxy.net.framed import FramedStream
 from proxy.net.relay import Engine, RawSocket
 from proxy.net.tls import Stream, TlsStream
@@ -66,16 +68,20 @@ def rest_for(turn: Turn) -> None:
     turn.begin(monotonic())
 
 
-def shake_hands(engine: Engine, stream: TlsStream) -> None:
+def shake_hands(engine: Engine, stream: TlsStream, threads: Apart | None = None) -> None:
     """Wait until the handshake is done. A step of it may take milliseconds, so each has a turn of its own.
+
+    Args:
+        threads: where OpenSSL is to compute meanwhile.
 
     Raises:
         ssl.SSLError: it failed. OSError: the connection broke or was closed in the middle.
     """
+    run = functools.partial(threads.call, stream.turn.key) if threads is not None else None
     while True:
         rest_for(stream.turn)
         try:
-            if stream.handshake():
+            if stream.handshake(run) if run is not None else stream.handshake():
                 return
         except TurnOver:
             continue

@@ -11,10 +11,13 @@ import contextlib
 import errno
 import os
 import ssl
+import warnings
 from _socket import SHUT_WR
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -44,6 +47,10 @@ _MOST_ANSWERS = 16384
 #: Bytes of a certificate or key file; a chain has some thousands.
 _LONGEST_PEM = 1 << 20
 _LIFETIME = timedelta(days=3650)
+#: Receivers that do not know RFC 5746 (renegotiation, which we never do); `ssl` names it from Python 3.12 on.
+_LEGACY_SERVER_CONNECT = 0x4
+#: `_ssl.ENCODING_DER`.
+_DER = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,27 +163,54 @@ def _identity(pem: bytes) -> ServerIdentity:
     return ServerIdentity(contexts[0], certificate_hash(leaf.public_bytes(serialization.Encoding.DER)), contexts[1])
 
 
-Contexts = dict[bool, ssl.SSLContext]
-#: By whether they verify; made when first asked for, or handed in by `use_authorities`.
-_contexts: Contexts = {}
+class Profile(NamedTuple):
+    """What TLS with a receiver may be.
+
+    Args:
+        strict: somebody leans on it. Else weak TLS is better than none (RFC 7435), as Postfix and Exim have it.
+        minimum: the oldest version, `TLSv1.2` or `TLSv1.3`; empty: what is usual.
+        ciphers: OpenSSL's words for those of TLS 1.2 and older; empty: what is usual.
+    """
+
+    strict: bool = False
+    minimum: str = ""
+    ciphers: str = ""
 
 
-def client_context(verify: bool) -> ssl.SSLContext:
-    """For TLS to a receiver; `verify` checks name and chain, against the system's authorities or SSL_CERT_FILE's."""
-    if verify not in _contexts:
-        _contexts[verify] = _client_context(verify)
-    return _contexts[verify]
+MINIMA = {"TLSv1.2": ssl.TLSVersion.TLSv1_2, "TLSv1.3": ssl.TLSVersion.TLSv1_3}
+#: Ciphers by name, and minus or plus words of OpenSSL's; nothing that changes the level of security (@SECLEVEL).
+_CIPHERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_+!:")
 
 
-def _client_context(verify: bool) -> ssl.SSLContext:
-    # Who does not verify needs no authorities.
-    context = ssl.create_default_context() if verify else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+@lru_cache(maxsize=64)
+def client_context(profile: Profile) -> ssl.SSLContext:
+    """For TLS to a receiver. It verifies nothing: `certificates` judges afterwards what was shown.
+
+    Raises:
+        ValueError: no such version or ciphers.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
     context.options |= ssl.OP_NO_RENEGOTIATION  # in the middle of a write we could not read
-    # A name in the subject alone proves nothing (RFC 9525 section 2, RFC 8461 section 4.1).
-    context.hostname_checks_common_name = False
-    if not verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
+    if not profile.strict:
+        context.options &= ~(ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1)
+        context.options |= _LEGACY_SERVER_CONNECT
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # so old is what many receivers have
+            context.minimum_version = ssl.TLSVersion.TLSv1
+        context.set_ciphers("DEFAULT@SECLEVEL=0")
+    if profile.minimum:
+        if profile.minimum not in MINIMA:
+            raise ValueError(f"{profile.minimum}: not one of {', '.join(MINIMA)}")
+        context.minimum_version = MINIMA[profile.minimum]
+    if profile.ciphers:
+        try:
+            if not _CIPHERS.issuperset(profile.ciphers):
+                raise ssl.SSLError
+            context.set_ciphers(f"{profile.ciphers}:!eNULL:!aNULL")
+        except ssl.SSLError:
+            raise ValueError(f"{profile.ciphers}: no ciphers that OpenSSL knows") from None
     return context
 
 
@@ -188,17 +222,6 @@ def proven_context() -> ssl.SSLContext:
     context.verify_mode = ssl.CERT_NONE
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     return context
-
-
-def read_authorities() -> Contexts:
-    """Contexts with the system's authorities as they are now. It takes 20 ms and more, so a program that serves has a
-    thread do it (OpenSSL lets others run meanwhile)."""
-    return {verify: _client_context(verify) for verify in (False, True)}
-
-
-def use_authorities(contexts: Contexts) -> None:
-    """Put them in force; connections keep what they began with."""
-    _contexts.update(contexts)
 
 
 class NoPlaintext(OSError):
@@ -253,6 +276,10 @@ class PlainStream:
         self.socket.shutdown(SHUT_WR)
 
 
+def _here(work: Callable[[], None]) -> None:
+    work()
+
+
 class TlsStream:
     """TLS over a raw, non-blocking socket. See `PlainStream` for the contract.
 
@@ -294,8 +321,11 @@ class TlsStream:
     def unsent(self) -> bool:
         return bool(self._ciphertext) or self._outgoing.pending > 0
 
-    def handshake(self) -> bool:
+    def handshake(self, run: Callable[[Callable[[], None]], None] = _here) -> bool:
         """Go on with the handshake; whether it is done. If not, wait for the socket and call again.
+
+        Args:
+            run: calls OpenSSL, perhaps in a thread; nobody may touch this stream until it is back.
 
         Raises:
             ssl.SSLError: it failed, perhaps with a certificate that is not accepted.
@@ -305,7 +335,7 @@ class TlsStream:
         before = self._silent
         for _ in range(_RECORDS_A_CALL):
             try:
-                self.tls.do_handshake()
+                run(self.tls.do_handshake)
             except ssl.SSLWantReadError:
                 self.flush()
                 self._look_for_progress(before, _MOST_IN_HANDSHAKE)
@@ -321,6 +351,15 @@ class TlsStream:
             self._silent = self._record = 0
             return True
         raise TurnOver
+
+    def chain(self) -> tuple[bytes, ...]:
+        """The certificates that the peer has sent, in DER, its own first."""
+        tls: Any = self.tls
+        try:
+            sent = tls.get_unverified_chain()  # from Python 3.13 on
+        except AttributeError:
+            sent = tls._sslobj.get_unverified_chain()
+        return tuple(each if isinstance(each, bytes) else each.public_bytes(_DER) for each in sent or ())
 
     def recv(self, size: int) -> bytes:
         self._took_all = False  # an older read of the socket says nothing about what has come since

@@ -26,7 +26,7 @@ from proxy.egress.keeper import Keeper
 from proxy.errors import ConfigError, Draining
 from proxy.log import lines as log
 from proxy.model import Breathe, Ending, Endpoint, hold_breath
-from proxy.net import tls
+from proxy.net import certificates, tls
 from proxy.net.addresses import own_addresses
 from proxy.net.crew import Crew
 from proxy.net.relay import make_engine
@@ -169,18 +169,18 @@ class Server:
             where = loaded.origins.place(error.directive)
             raise where.mistake(f"{error.directive}: {error}") from None
         opened = self._doors.open_missing(settings, breathe)
-        authorities = self._authorities(settings)
+        judge = self._judge(settings)
         services = self._wire(settings, identity, self._doors.endpoints(settings, opened), breathe)
         limits = Limits(settings.throttle, settings.source, None, breathe)
-        return _Prepared(services, opened, authorities, limits)
+        return _Prepared(services, opened, judge, limits)
 
-    def _authorities(self, settings: Settings) -> tls.Contexts:
-        """Read anew by each reload, now and not under the first connection that needs them."""
+    def _judge(self, settings: Settings) -> certificates.Judge | None:
+        """With the authorities as they are now: read by each reload, and not under the first connection."""
         if not (settings.listen or any_smtp(settings)):
-            return {}
-        with self._reserve.lent():
-            contexts: tls.Contexts = gevent.get_hub().threadpool.apply(tls.read_authorities)
-        return contexts
+            return None
+        with self._reserve.lent():  # and others do not run meanwhile, who would take what is lent
+            pem = certificates.read_authorities()
+        return certificates.Judge(gevent.get_hub().threadpool.apply(certificates.Authorities, (pem,)))
 
     def _wire(
         self,
@@ -257,7 +257,8 @@ class Server:
         if self._via is not None and self._via is not self.services.via:
             self._via.stop()
         self._via = self.services.via
-        tls.use_authorities(prepared.authorities)
+        if prepared.judge is not None:
+            certificates.use_judge(prepared.judge)
         self._doors.take(settings, prepared.opened, breathe)
         if not settings.listen_redirect:
             self._gauges.ends = None
@@ -402,7 +403,7 @@ class _Prepared(NamedTuple):
 
     services: Services
     opened: Opened
-    authorities: tls.Contexts
+    judge: certificates.Judge | None
     limits: Limits
 
 

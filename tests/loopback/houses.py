@@ -92,7 +92,7 @@ class House:
             places = self.admission.enter(*self.who(key, owner), seconds, key)
             receiver = self.keeper.take(key, move_in) if places is not None else None
         if receiver is None:
-            wish = Wish(key.ehlo_name, key.tls, key.tls_server_name, False)
+            wish = Wish(key.ehlo_name, key.tls, key.tls_server_name)
             limits = Limits(5.0, 5.0, monotonic() + 5.0)
 
             def failed(stream):

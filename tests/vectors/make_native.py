@@ -191,6 +191,10 @@ def channel(maker: Maker) -> None:
         source=None,
         mx="mx1.example.net",
         domain="example.net",
+        tls_names=[],
+        tlsa=[[3, 1, 1, hashlib.sha256(b"stands for the public key").digest()]],
+        tls_min="",
+        tls_ciphers="",
     )
     maker.message("open-raw", "OPEN", 0x10, source_ip=None, destinations=[["2001:db8::25", 25]])
     maker.message(
@@ -204,9 +208,10 @@ def channel(maker: Maker) -> None:
         age_ms=41250,
         greeting=b"220 mx.example.net ESMTP",
         ehlo=[b"mx.example.net", b"SIZE 52428800", b"8BITMIME"],
-        tls=["TLSv1.3", "TLS_AES_256_GCM_SHA384", False, "self-signed certificate", DER],
+        tls=["TLSv1.3", "TLS_AES_256_GCM_SHA384", True, "ok", DER, "", "dane", "EC secp256r1", "CN=mx", []],
         attempts=[],
         tls_failure="",
+        tls_result="",
     )
     maker.message(
         "opened-raw",
@@ -222,6 +227,7 @@ def channel(maker: Maker) -> None:
         tls=None,
         attempts=[],
         tls_failure="",
+        tls_result="",
     )
     maker.message(
         "opened-in-clear",
@@ -235,8 +241,9 @@ def channel(maker: Maker) -> None:
         greeting=b"220 mx2.example.net ESMTP",
         ehlo=[b"mx2.example.net", b"STARTTLS"],
         tls=None,
-        attempts=[[["198.51.100.7", 25], "connect", 110, None, "connection timed out"]],
+        attempts=[[["198.51.100.7", 25], "connect", 110, None, "connection timed out", ""]],
         tls_failure="TLS handshake failed: NO_SHARED_CIPHER",
+        tls_result="validation-failure",
     )
     maker.message(
         "failed",
@@ -251,9 +258,10 @@ def channel(maker: Maker) -> None:
         retry_after_ms=0,
         throttle=None,
         attempts=[
-            [["198.51.100.7", 25], "greeting", 0, b"421 4.3.2 busy", "greeting 421"],
-            [["198.51.100.8", 25], "connect", 111, None, "connection refused"],
+            [["198.51.100.7", 25], "greeting", 0, b"421 4.3.2 busy", "greeting 421", ""],
+            [["198.51.100.8", 25], "connect", 111, None, "connection refused", ""],
         ],
+        tls_result="",
     )
     maker.message(
         "failed-throttle",
@@ -268,6 +276,7 @@ def channel(maker: Maker) -> None:
         retry_after_ms=2500,
         throttle="yahoo",
         attempts=[],
+        tls_result="",
     )
     text = b"MAIL FROM:<a@example.com>\r\n"
     data = frame(0x13, text)

@@ -19,6 +19,7 @@ from proxy.doors.failures import wrong_secret
 from proxy.errors import BadCredentials, ClientNotAllowed, HandshakeTimeout, PeerError, ProxyError, Refused
 from proxy.log import lines as log
 from proxy.model import Endpoint
+from proxy.net.apart import for_clients
 from proxy.net.conversation import farewell, receive, send_all, shake_hands, watch_over
 from proxy.net.relay import RawSocket
 from proxy.net.tls import NoPlaintext, PlainStream, ServerIdentity, Stream, TlsStream
@@ -160,7 +161,7 @@ class _Entrance:
         stream = TlsStream(sock, identity.context, server_side=True)
         stream.turn.key = self._client.host  # whoever floods us with handshakes waits for its own
         try:
-            shake_hands(self._services.engine, stream)
+            shake_hands(self._services.engine, stream, for_clients())
         except ConnectionError:
             raise
         except OSError as error:

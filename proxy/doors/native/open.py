@@ -15,9 +15,10 @@ from proxy.doors.native.entrance import Guest
 from proxy.egress import upstream
 from proxy.egress.pool import PoolKey
 from proxy.egress.receiver import InClear, Limits, Receiver, Wish, may_do_without, open_receiver
-from proxy.errors import BadServerName, Overloaded, Step, UnknownPath, UpstreamError
+from proxy.errors import BadCiphers, BadServerName, Overloaded, Step, UnknownPath, UpstreamError
 from proxy.model import UNNAMED, Endpoint, Names, TlsMode
-from proxy.net.tls import Stream
+from proxy.net.tls import Profile, Stream, client_context
+from proxy.policy.certificates import Demand, Result, Tlsa
 from proxy.protocols.native import messages as m
 from proxy.protocols.native.auth import Peer
 from proxy.protocols.server_name import server_name
@@ -83,6 +84,7 @@ class Opener:
         request, access, instance = self._request, self._services.access, self._peer.instance
         self._server_name = _host_name("tls_server_name", request.tls_server_name)
         self._names = Names(_host_name("mx", request.mx), _host_name("domain", request.domain))
+        _check_ciphers(request)
         for address in request.destinations:
             access.check_route(instance, self._wanted(address.endpoint), address.endpoint)
         self._flows = self._paths()
@@ -148,13 +150,13 @@ class Opener:
         source = self._source = self._source_for(destination)
         if request.source_ip is None and request.source is None:
             services.access.check_route(instance, source, destination)
-        wish = Wish(request.ehlo_name, request.tls, self._server_name, request.tls_verify)
+        wish = self._wish(destination)
         why = services.broken_tls.why(destination, monotonic()) if may_do_without(wish) else ""
         if not why:
             return self._connection(wish, source, destination, left)
         taken = self._connection(wish._replace(tls=TlsMode.NONE), source, destination, left)
         services.counters.in_clear.count("remembered")
-        return taken._replace(in_clear=InClear("remembered", f"not tried, for it has failed before: {why}"))
+        return taken._replace(in_clear=_remembered(why))
 
     def _connection(self, wish: Wish, source: str, destination: Endpoint, left: int) -> Taken:
         """Shared or fresh, with its places."""
@@ -183,6 +185,7 @@ class Opener:
         receiver = self._fresh(wish, source, destination, left, who, places)
         if receiver.tls is not None:
             services.broken_tls.worked(destination)
+            services.counters.tls_sessions.count(receiver.tls.seen.certificate)
         if receiver.in_clear is None:
             return Taken(receiver, key, False)
         services.counters.in_clear.count(receiver.in_clear.cause)
@@ -259,6 +262,26 @@ class Opener:
         """Seconds to wait for a place at the next of the destinations that are left."""
         return (self._ends_at - monotonic()) / left
 
+    def _proof(self, destination: Endpoint) -> str:
+        """What TLS had to be, for the pool."""
+        request = self._request
+        return " ".join(filter(None, (self._demand(destination).word, request.tls_min, request.tls_ciphers)))
+
+    def _wish(self, destination: Endpoint) -> Wish:
+        """What the OPEN asks for; whoever has a receiver's records knows that it has TLS (RFC 7672 section 2.2)."""
+        request = self._request
+        mode = TlsMode.REQUIRED if request.tlsa and request.tls is TlsMode.OPPORTUNISTIC else request.tls
+        demand = self._demand(destination)
+        return Wish(request.ehlo_name, mode, self._server_name, demand, request.tls_min, request.tls_ciphers)
+
+    def _demand(self, destination: Endpoint) -> Demand:
+        """What the receiver's certificate has to prove; without a name there is still the address."""
+        request = self._request
+        records = tuple(Tlsa(each.usage, each.selector, each.matching, each.data) for each in request.tlsa)
+        name = self._server_name or (destination.host if request.tls_verify or records else "")
+        names = tuple(request.tls_names) or ((name,) if name else ())
+        return Demand(names, request.tls_verify or bool(request.tls_names), records)
+
     def _key(self, source: str, destination: Endpoint, mode: TlsMode) -> PoolKey:
         request = self._request
         return PoolKey(
@@ -267,12 +290,17 @@ class Opener:
             request.ehlo_name or "",
             mode,
             self._server_name if mode is not TlsMode.NONE else "",
-            "verify" if request.tls_verify and mode is not TlsMode.NONE else "",
+            self._proof(destination) if mode is not TlsMode.NONE else "",
             request.smtputf8,
             request.requiretls,
             request.tenant or "",
             self._services.modes.group(self._peer.instance),
         )
+
+
+def _remembered(why: str) -> InClear:
+    """It is not known any more what exactly was wrong with its TLS."""
+    return InClear("remembered", f"not tried, for it has failed before: {why}", Result.VALIDATION_FAILURE)
 
 
 def _host_name(field: str, text: str | None) -> str:
@@ -287,3 +315,14 @@ def _host_name(field: str, text: str | None) -> str:
         return server_name(text)
     except ValueError as error:
         raise BadServerName(f"{field} {text}: {error}") from None
+
+
+def _check_ciphers(request: m.Open) -> None:
+    """
+    Raises:
+        BadCiphers: OpenSSL has none of those that the OPEN wants.
+    """
+    try:
+        client_context(Profile(True, request.tls_min, request.tls_ciphers))
+    except ValueError as error:
+        raise BadCiphers(f"tls_ciphers {error}") from None

@@ -13,6 +13,7 @@ from proxy.doors.native.gate import Gate
 from proxy.doors.native.link import Link
 from proxy.doors.native.open import Attempts, Taken
 from proxy.doors.native.transfer import Transfer
+from proxy.egress.receiver import TlsFacts
 from proxy.errors import Refused
 from proxy.log import lines as log
 from proxy.model import Discard, Ending
@@ -24,6 +25,9 @@ from proxy.services import Door, Services
 from proxy.stats import Fate, Outcomes
 
 #: Bytes of OPENED's longest parts: all of them together, with what else is in it, fit in one frame.
+_MAX_VERDICT = 200
+_MAX_KEY = 64
+_MAX_ISSUERS = 10
 _MAX_CERTIFICATE = 32_768
 _MAX_GREETING = 4_096
 _MAX_EHLO = 16_384
@@ -153,6 +157,7 @@ class Session:
             ending,
             outcomes,
             said,
+            receiver.tls.seen if receiver.tls else None,
         )
 
     def _tracker(self) -> Tracker:
@@ -189,14 +194,34 @@ class Session:
         return outcomes
 
 
+def tls_info(facts: TlsFacts) -> m.TlsInfo:
+    """What TLS came to, within the bounds of a frame: issuers that are too long together are left out."""
+    verdict, leaf, issuers = facts.verdict, b"", list(facts.chain[1:])
+    if facts.chain and len(facts.chain[0]) <= _MAX_CERTIFICATE:
+        leaf = facts.chain[0]
+    if len(leaf) + sum(map(len, issuers)) > _MAX_CERTIFICATE:
+        issuers = []
+    return m.TlsInfo(
+        version=facts.version,
+        cipher=facts.cipher,
+        verified=verdict.verified,
+        verdict=verdict.why[:_MAX_VERDICT],
+        certificate=leaf,
+        result=verdict.result,
+        proven_by=verdict.by,
+        key=verdict.key[:_MAX_KEY],
+        subject=verdict.subject[:_MAX_VERDICT],
+        issuers=issuers[:_MAX_ISSUERS],
+    )
+
+
 def opened(taken: Taken, attempts: Attempts) -> m.Opened:
     """The answer to an OPEN that succeeded, within the bounds of a frame."""
     receiver = taken.receiver
     facts = receiver.tls
     tls = None
     if facts is not None:
-        certificate = facts.certificate if len(facts.certificate) <= _MAX_CERTIFICATE else b""
-        tls = m.TlsInfo(facts.version, facts.cipher, facts.verified, facts.verdict, certificate)
+        tls = tls_info(facts)
     return m.Opened(
         reused=taken.reused,
         destination=m.Address(*receiver.destination),
@@ -208,6 +233,7 @@ def opened(taken: Taken, attempts: Attempts) -> m.Opened:
         tls=tls,
         attempts=frames.attempts_of(attempts, _MAX_ATTEMPT_MESSAGE, _MAX_ATTEMPT_REPLY),
         tls_failure=taken.in_clear.why[:_MAX_TLS_FAILURE] if taken.in_clear else "",
+        tls_result=taken.in_clear.result if taken.in_clear else "",
     )
 
 

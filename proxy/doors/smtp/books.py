@@ -43,6 +43,7 @@ class Books:
         self.up = self.down = 0
         self.reused = line.reused
         self.tls = line.tls
+        self.seen = line.seen
         self.ending = Ending.CLIENT_CLOSED
         self.refused_by = ""
         self.reply = ""
@@ -113,4 +114,5 @@ class Books:
             ending,
             outcomes,
             self.reply,
+            self.seen,
         )

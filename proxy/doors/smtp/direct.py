@@ -122,7 +122,12 @@ class Direct:
         else:
             return self._line(held.receiver, name, held.bring_up.mode, False)
         # Not on the same connection: after half a handshake it is of no use.
-        return self._fresh(name, self._enter(_ANSWER_WITHIN, None), TlsMode.NONE, InClear("handshake", failure.reason))
+        return self._fresh(
+            name,
+            self._enter(_ANSWER_WITHIN, None),
+            TlsMode.NONE,
+            InClear("handshake", failure.reason, failure.tls_result),
+        )
 
     def renew(self, name: str, fresh: bool) -> Line:
         """See `Egress`."""
@@ -220,7 +225,7 @@ class Direct:
         return PoolKey(terms.source, terms.destination, name, tls, group=terms.group)
 
     def _wish(self, name: str | None) -> Wish:
-        return Wish(name, self._tls, "", False)
+        return Wish(name, self._tls)
 
     def _enter(self, seconds: float, name: str | None) -> Places | None:
         """A place under the proxy's throttles, whose rates count messages here."""
@@ -321,8 +326,9 @@ class Direct:
     def _line(self, receiver: Receiver, name: str, tls: TlsMode, reused: bool) -> Line:
         """For the dialogue; `tls` is what was tried. In clear instead, it is shared as one that is to be in clear."""
         services, wanted = self._services, self._terms.tls is TlsMode.OPPORTUNISTIC
-        if receiver.tls is not None:
+        if receiver.tls is not None and not reused:
             services.broken_tls.worked(self._terms.destination)
+            services.counters.tls_sessions.count(receiver.tls.seen.certificate)
         cause = receiver.in_clear.cause if receiver.in_clear is not None and not reused else ""
         if not cause and wanted and tls is TlsMode.NONE:
             cause = "remembered"
@@ -341,6 +347,7 @@ class Direct:
             shared=self._may_share(name),
             left=max(0, min(left)),
             tls=receiver.tls.version if receiver.tls else "failed" if cause else "",
+            seen=receiver.tls.seen if receiver.tls else None,
             handle=_Held(receiver, self._key(name, tls), None),
         )
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from proxy.model import Discard, Endpoint
+from proxy.model import Discard, Endpoint, TlsSeen
 from proxy.net.relay import RawSocket
 from proxy.services import Services
 
@@ -47,6 +47,7 @@ class Line:
         shared: it may go to others afterwards, if the dialogue leaves it clean.
         left: MAIL commands that it may still carry; None: any number.
         tls: the version of TLS with the receiver, or ""; `failed`: in clear, though TLS was offered and wanted.
+        seen: more about it.
         messages, errors: MAIL commands and replies 5xx of this dialogue on it; `give` and the others count them.
         handle: the egress's own.
     """
@@ -60,6 +61,7 @@ class Line:
     shared: bool = False
     left: int | None = None
     tls: str = ""
+    seen: TlsSeen | None = None
     messages: int = 0
     errors: int = 0
     handle: object = None

@@ -10,6 +10,7 @@ from proxy.doors.smtp.books import Books
 from proxy.doors.smtp.holding import Holding
 from proxy.doors.smtp.wire import ClientGone, Wires
 from proxy.errors import ProxyError
+from proxy.net.apart import for_clients
 from proxy.net.conversation import shake_hands
 from proxy.net.framed import FramedStream
 from proxy.net.tls import Stream, TlsStream
@@ -105,7 +106,7 @@ class Errands:
             holding.line = line = egress.hello(line, name)
         else:
             holding.line = line = egress.renew(name, mediator.fresh)
-        self._books.tls = line.tls or self._books.tls
+        self._books.tls, self._books.seen = line.tls or self._books.tls, line.seen or self._books.seen
         holding.attach()
         in_time = not mediator.says_mail or egress.redeem()
         mediator.attached_to(line.hello, line.left, True, line.reused, in_time)
@@ -125,7 +126,7 @@ class Errands:
                 wires.wait()
                 wires.client.push()
             stream.turn = self.stream.turn
-            shake_hands(services.engine, stream)
+            shake_hands(services.engine, stream, for_clients())
         except OSError:
             raise ClientGone("TLS failed") from None
         except Timeout as fired:

@@ -233,6 +233,7 @@ def failed(error: ProxyError, attempts: Iterable[tuple[m.Address, UpstreamError]
         throttle=throttled.throttle if throttled else None,
         # 32 attempts with the longest texts still fit in one frame.
         attempts=attempts_of(attempts, 200, 1024),
+        tls_result=upstream.tls_result if upstream else "",
     )
 
 
@@ -240,7 +241,10 @@ def attempts_of(
     attempts: Iterable[tuple[m.Address, UpstreamError]], longest_message: int, longest_reply: int
 ) -> list[m.Attempt]:
     """The destinations that were tried in vain; texts are cut, in characters and in bytes."""
-    return [m.Attempt(a, e.step, e.errno, _reply(e, longest_reply), str(e)[:longest_message]) for a, e in attempts]
+    return [
+        m.Attempt(a, e.step, e.errno, _reply(e, longest_reply), str(e)[:longest_message], e.tls_result)
+        for a, e in attempts
+    ]
 
 
 def _retry_after_ms(error: ProxyError) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 from functools import lru_cache
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -39,6 +39,9 @@ HostName = Annotated[str, Meta(min_length=1, max_length=255, pattern=r"\A[!-~]+\
 Word = Annotated[str, Meta(min_length=1, max_length=64, pattern=r"\A[a-z][a-z0-9_]*\Z")]
 Sentence = Annotated[str, Meta(max_length=512)]
 Reply = Annotated[bytes, Meta(max_length=4096)]
+TlsMinimum = Literal["", "TLSv1.2", "TLSv1.3"]
+#: A result type of RFC 8460 section 4.3; empty: nothing was wrong.
+TlsResult = Annotated[str, Meta(max_length=64, pattern=r"\A[a-z-]*\Z")]
 Errno = Annotated[int, Meta(ge=0, le=65535)]
 
 canonical_host = lru_cache(maxsize=4096)(canonical_ip)
@@ -155,8 +158,21 @@ class Goaway(Message, frozen=True):
 # --- channel ---
 
 
+class TlsaRecord(Part, frozen=True):
+    """One TLSA record (RFC 6698 section 2.1) as the DNS has it."""
+
+    usage: Annotated[int, Meta(ge=0, le=255)]
+    selector: Annotated[int, Meta(ge=0, le=255)]
+    matching: Annotated[int, Meta(ge=0, le=255)]
+    data: Annotated[bytes, Meta(min_length=1, max_length=4096)]
+
+
 class Open(Message, frozen=True):
-    """Client: open an SMTP session; the first destination that works is taken."""
+    """Client: open an SMTP session; the first destination that works is taken.
+
+    `tls_names`, `tlsa`: what the receiver's certificate has to prove (`policy.certificates.Demand`); `tls_min`,
+    `tls_ciphers`: what TLS has to be (`net.tls.Profile`).
+    """
 
     TYPE = 0x10
     source_ip: Annotated[str, Meta(max_length=45)] | None
@@ -176,6 +192,10 @@ class Open(Message, frozen=True):
     source: Name | None = None
     mx: LongName | None = None
     domain: LongName | None = None
+    tls_names: Annotated[list[LongName], Meta(max_length=32)] = []
+    tlsa: Annotated[list[TlsaRecord], Meta(max_length=32)] = []
+    tls_min: TlsMinimum = ""
+    tls_ciphers: Annotated[str, Meta(max_length=255, pattern=r"\A[A-Za-z0-9:!+_-]*\Z")] = ""
 
     def __post_init__(self) -> None:
         if self.source_ip is not None:
@@ -184,16 +204,27 @@ class Open(Message, frozen=True):
                 raise ValueError("source_ip and source: one of them names it")
         if self.ehlo_name is None and self.tls is not TlsMode.NONE:
             raise ValueError("tls without ehlo_name")
+        if self.tls is TlsMode.NONE and (self.tlsa or self.tls_names):
+            raise ValueError("tls none, and what its certificate has to prove")
 
 
 class TlsInfo(Part, frozen=True):
-    """The TLS connection between proxy and receiver. `verdict` says why `verified` is what it is."""
+    """The TLS connection between proxy and receiver. `verdict` says why `verified` is what it is.
+
+    `result`: the same in a word of RFC 8460. `key`, `subject`: of the certificate; `issuers`: the DER forms of those
+    that came with it.
+    """
 
     version: Annotated[str, Meta(max_length=16)]
     cipher: Annotated[str, Meta(max_length=64)]
     verified: bool
     verdict: Sentence
     certificate: Annotated[bytes, Meta(max_length=32_768)]
+    result: TlsResult = ""
+    proven_by: Literal["", "authority", "dane"] = ""
+    key: Annotated[str, Meta(max_length=64)] = ""
+    subject: Sentence = ""
+    issuers: Annotated[list[Annotated[bytes, Meta(max_length=16_384)]], Meta(max_length=10)] = []
 
 
 class Attempt(Part, frozen=True):
@@ -204,6 +235,7 @@ class Attempt(Part, frozen=True):
     errno: Errno
     smtp_reply: Reply | None
     message: Sentence
+    tls_result: TlsResult = ""
 
 
 class Opened(Message, frozen=True):
@@ -224,6 +256,7 @@ class Opened(Message, frozen=True):
     tls: TlsInfo | None = None
     attempts: Annotated[list[Attempt], Meta(max_length=32)] = []
     tls_failure: Sentence = ""
+    tls_result: TlsResult = ""
 
 
 class Failed(Message, frozen=True):
@@ -239,6 +272,7 @@ class Failed(Message, frozen=True):
     retry_after_ms: U32 = 0
     throttle: LongName | None = None
     attempts: Annotated[list[Attempt], Meta(max_length=32)] = []
+    tls_result: TlsResult = ""
 
 
 class Eof(Message, frozen=True):

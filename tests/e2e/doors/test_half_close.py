@@ -73,6 +73,8 @@ def test_an_eof_on_a_channel_is_the_same() -> None:
         peer.data(b"NOOP\r\n")
         peer.say(mta.EOF)
         proxy.wait_line(r"^connection .*outcome=half_close_timeout")
+        with pytest.raises(mta.Told, match="idle_timeout"):
+            peer.hear()
         assert peer.closed()
 
 
@@ -83,4 +85,6 @@ def test_a_channel_whose_receiver_has_closed_is_the_same() -> None:
         peer.data(b"NOOP\r\n")
         assert peer.hear()[0] in (mta.EOF, mta.ABORTED)
         proxy.wait_line(r"^connection .*outcome=half_close_timeout")
+        with pytest.raises(mta.Told, match="idle_timeout"):
+            peer.hear()
         assert peer.closed()

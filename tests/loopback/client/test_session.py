@@ -370,8 +370,8 @@ def test_a_refusal_says_everything(proxy, session):
     assert (error.step, error.code, error.retry, error.retry_after) == ("greeting", "upstream_failed", True, 2.5)
     assert (error.errno, error.smtp_code, error.smtp_reply) == (0, 421, b"421 4.3.2 busy")
     assert error.attempts == [
-        (DESTINATION, "connect", 111, b"", "connection refused"),
-        (DESTINATION, "greeting", 0, b"421 4.3.2 busy", "greeting 421"),
+        (DESTINATION, "connect", 111, b"", "connection refused", ""),
+        (DESTINATION, "greeting", 0, b"421 4.3.2 busy", "greeting 421", ""),
     ]
     assert isinstance(error, OSError)
     proxy.answers.append(m.Failed(None, "destination_not_allowed", "10.0.0.1 is private"))

@@ -110,7 +110,7 @@ def test_an_offered_connection_is_handed_out_once():
         {"ehlo_name": "other.example.org"},
         {"tls": TlsMode.OPPORTUNISTIC},
         {"tls_server_name": "mx2.example.net"},
-        {"tls_verify": "none"},
+        {"tls_demand": "verify 0"},
         {"smtputf8": True},
         {"requiretls": True},
         {"tenant": "customer-7"},

@@ -98,7 +98,7 @@ def test_frames_that_an_smtp_session_does_not_take(proxy: Proxy, data: bytes) ->
 def test_fields_that_a_later_version_adds(proxy: Proxy, mx: Mx) -> None:
     with channel(proxy.native) as peer:
         more = ["none", None, False, False, [], 10_000, False, False, None, False, False]
-        more += [None, None, None, "later", [1, [2]]]
+        more += [None, None, None, [], [], "", "", "later", [1, [2]]]
         peer.say(mta.OPEN, "127.0.0.5", [[*mx.endpoint, "later"]], None, *more)
         peer.expect(mta.OPENED)
         peer.say(mta.EOF, "later")
@@ -531,6 +531,6 @@ def test_a_raw_session_knows_no_greeting(proxy: Proxy) -> None:
         assert opened[1] == list(server.endpoint)
         wait_for(lambda: server.peers)
         assert opened[2] == list(server.peers[0])
-        assert opened[5:] == [None, [], None, [], ""]
+        assert opened[5:] == [None, [], None, [], "", ""]
         assert peer.hear_until(b"220 mx\r\n")
         assert peer.finish(keep=True) == [False, "not_offered"]

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from tests import independent_client as mta
-from tests.certificates import NAME, authority, server_context
+from tests.certificates import NAME, authority, pem, server_context
 from tests.independent_client import Peer, channel, deliver
 from tests.mx import Mx, Session, close, garbage, mute, reset, say
 from tests.program import Proxy
@@ -57,6 +59,14 @@ def leaf(certificate: str) -> str:
 
 GOOD = ("valid",)
 BAD = ("expired", "wrong_name", "unknown_ca", "self_signed")
+#: Whether it would have passed where nobody asked, and what was wrong.
+JUDGED = {
+    "valid": (True, ""),
+    "expired": (False, "certificate-expired"),
+    "wrong_name": (False, "certificate-host-mismatch"),
+    "unknown_ca": (False, "certificate-not-trusted"),
+    "self_signed": (False, "certificate-not-trusted"),
+}
 
 
 @pytest.mark.parametrize("certificate", GOOD + BAD)
@@ -64,8 +74,12 @@ BAD = ("expired", "wrong_name", "unknown_ca", "self_signed")
 def test_unverified_every_certificate_will_do(peer: Peer, mode: str, certificate: str) -> None:
     with Mx(starttls=mode != "implicit", implicit_tls=mode == "implicit", certificate=certificate) as mx:
         opened = peer.opened(mx.endpoint, ehlo_name=EHLO, tls=mode, tls_server_name=NAME)
-        version, cipher, verified, verdict, shown = opened[7]
-        assert (version, verified, verdict) == ("TLSv1.3", False, "not checked")
+        version, cipher, verified, verdict, shown, result, by, key, _, issuers = opened[7]
+        assert (version, verified, result) == ("TLSv1.3", *JUDGED[certificate])
+        assert by == ("authority" if verified else "")
+        assert verdict == "ok" if verified else verdict.startswith("certificate not accepted: ")
+        assert key == "EC secp256r1"
+        assert not issuers
         assert cipher.startswith("TLS_")
         if certificate in ("valid", "expired", "wrong_name"):  # the others are made anew for each server
             assert hashlib.sha256(shown).hexdigest() == leaf(certificate)
@@ -104,13 +118,103 @@ def test_a_reload_reads_the_authorities_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["opportunistic", "required", "implicit"])
 def test_a_certificate_that_is_not_accepted(peer: Peer, mode: str, certificate: str) -> None:
     """Whoever demands verification is not served in clear instead, opportunistic or not."""
-    reasons = {"expired": "certificate has expired", "wrong_name": "Hostname mismatch", "self_signed": "self"}
+    reasons = {"expired": "certificate has expired", "wrong_name": f"it is not for {NAME}", "self_signed": "self"}
     with Mx(starttls=mode != "implicit", implicit_tls=mode == "implicit", certificate=certificate) as mx:
         failed = peer.failed(mx.endpoint, ehlo_name=EHLO, tls=mode, tls_server_name=NAME, tls_verify=True)
         assert failed[:2] == ["tls", "upstream_failed"]
         assert "certificate not accepted: " + reasons.get(certificate, "unable to get") in failed[2]
         assert (failed[3], failed[5]) == (0, True)
+        assert failed[9] == failed[8][0][5] == JUDGED[certificate][1]
         assert mx.connects == 1
+
+
+def tlsa(usage: int, selector: int, certificate: str = "valid") -> list[object]:
+    """The TLSA record (SHA-256) of what a server of this kind shows."""
+    shown = x509.load_pem_x509_certificates(pem(certificate))[0]
+    what = shown.public_bytes(Encoding.DER)
+    if selector == 1:
+        what = shown.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return [usage, selector, 1, hashlib.sha256(what).digest()]
+
+
+WRONG = [3, 1, 1, bytes(32)]
+
+
+@pytest.mark.parametrize("certificate", ["valid", "expired", "wrong_name", "unknown_ca"])
+@pytest.mark.parametrize("mode", ["opportunistic", "required", "implicit"])
+def test_dane(peer: Peer, mode: str, certificate: str) -> None:
+    """RFC 7672 section 3.1.1: a record of usage 3 makes the certificate good, whatever else is wrong with it."""
+    with Mx(starttls=mode != "implicit", implicit_tls=mode == "implicit", certificate=certificate) as mx:
+        records = [WRONG, tlsa(3, 1, certificate)]
+        opened = peer.opened(mx.endpoint, ehlo_name=EHLO, tls=mode, tls_server_name=NAME, tlsa=records)
+        assert (opened[7][2:4], opened[7][5:7]) == ([True, "ok"], ["", "dane"])
+        peer.finish()
+        assert mx.sessions[0].server_name == NAME
+
+
+@pytest.mark.parametrize("mode", ["opportunistic", "required", "implicit"])
+def test_dane_that_fails_is_never_in_clear(peer: Peer, mode: str) -> None:
+    with Mx(starttls=mode != "implicit", implicit_tls=mode == "implicit") as mx:
+        failed = peer.failed(mx.endpoint, ehlo_name=EHLO, tls=mode, tls_server_name=NAME, tlsa=[WRONG])
+        assert (failed[0], failed[9]) == ("tls", "tlsa-invalid")
+        assert mx.connects == 1
+    with Mx() as mx:
+        failed = peer.failed(mx.endpoint, ehlo_name=EHLO, tls="opportunistic", tls_server_name=NAME, tlsa=[WRONG])
+        assert (failed[0], failed[9]) == ("starttls", "starttls-not-supported")
+        assert mx.connects == 1
+
+
+def test_records_that_are_of_no_use_ask_for_tls_alone(peer: Peer) -> None:
+    """RFC 7672 section 2.2."""
+    useless = [[1, 1, 1, bytes(32)], [3, 1, 9, b"?"]]
+    with Mx(starttls=True, certificate="self_signed") as mx:
+        opened = peer.opened(mx.endpoint, ehlo_name=EHLO, tls="opportunistic", tls_server_name=NAME, tlsa=useless)
+        assert (opened[7][2], opened[7][5]) == (False, "certificate-not-trusted")
+        peer.finish()
+    with Mx() as mx:
+        assert peer.failed(mx.endpoint, ehlo_name=EHLO, tls="opportunistic", tlsa=useless)[0] == "starttls"
+
+
+@pytest.mark.parametrize(("names", "good"), [([NAME], True), (["*.example.net"], True), (["mx.example.org"], False)])
+def test_mta_sts(peer: Peer, names: list[str], good: bool) -> None:
+    """RFC 8461 section 4.1; SNI may be another name."""
+    with Mx(starttls=True) as mx:
+        wanted = {"ehlo_name": EHLO, "tls": "required", "tls_server_name": "sni.example.net", "tls_names": names}
+        if good:
+            assert peer.opened(mx.endpoint, **wanted)[7][2] is True
+            peer.finish()
+        else:
+            assert peer.failed(mx.endpoint, **wanted)[9] == "certificate-host-mismatch"
+        assert mx.sessions[0].server_name == "sni.example.net"
+
+
+def test_what_was_proven_is_shared_with_those_who_want_no_more(peer: Peer) -> None:
+    demands: list[dict[str, object]] = [
+        {},
+        {"tls_verify": True},
+        {"tls_names": [NAME, "other.example.net"]},
+        {"tlsa": [tlsa(3, 1)]},
+        {"tlsa": [tlsa(3, 0)]},
+        {"tls_min": "TLSv1.3"},
+    ]
+    with Mx(starttls=True) as mx:
+        for _ in range(2):
+            for demand in demands:
+                peer.opened(mx.endpoint, ehlo_name=EHLO, tls="required", tls_server_name=NAME, reuse=True, **demand)
+                deliver(peer, b"Subject: shared\r\n")
+                assert peer.finish(keep=True, messages=1)[0] is True
+        assert mx.connects == len(demands)
+
+
+def test_what_tls_has_to_be(peer: Peer) -> None:
+    with Mx(starttls=True) as mx:
+        opened = peer.opened(
+            mx.endpoint, ehlo_name=EHLO, tls="required", tls_min="TLSv1.2", tls_ciphers="ECDHE-ECDSA-AES256-GCM-SHA384"
+        )
+        assert opened[7][0] == "TLSv1.3", "what ciphers of TLS 1.2 are good is another matter"
+        peer.finish()
+        failed = peer.failed(mx.endpoint, ehlo_name=EHLO, tls="required", tls_ciphers="NO-SUCH")
+        assert (failed[:2], failed[5]) == ([None, "bad_ciphers"], False)
 
 
 def test_no_starttls(peer: Peer) -> None:
@@ -118,7 +222,7 @@ def test_no_starttls(peer: Peer) -> None:
         assert peer.opened(mx.endpoint, ehlo_name=EHLO, tls="opportunistic", tls_verify=True)[7] is None
         peer.finish()
         failed = peer.failed(mx.endpoint, ehlo_name=EHLO, tls="required")
-        assert failed[0] == "starttls"
+        assert (failed[0], failed[9]) == ("starttls", "starttls-not-supported")
         assert "does not offer STARTTLS" in failed[2]
 
 
@@ -234,7 +338,7 @@ def test_a_session_that_does_not_come_up(peer: Peer, script: dict, step: str, re
         failed = peer.failed(mx.endpoint, ehlo_name=EHLO)
         assert failed[:2] == [step, "upstream_failed"]
         assert (failed[4], failed[5]) == (reply, True)
-        assert failed[8] == [[list(mx.endpoint), step, failed[3], reply, failed[2]]]
+        assert failed[8] == [[list(mx.endpoint), step, failed[3], reply, failed[2], ""]]
 
 
 def test_a_reset_and_a_silence(peer: Peer) -> None:

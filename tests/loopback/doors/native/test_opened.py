@@ -10,6 +10,8 @@ from proxy.egress.pool import PoolKey
 from proxy.egress.receiver import InClear, Receiver, TlsFacts
 from proxy.errors import Step, UpstreamError
 from proxy.model import Endpoint, TlsMode
+from proxy.net.certificates import Verdict
+from proxy.policy.certificates import Result
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
 
@@ -21,10 +23,16 @@ def test_the_longest_opened_fits_in_a_frame() -> None:
     receiver = Receiver(SimpleNamespace(), HERE.host, HERE, HERE, 0.0, 60.0)
     receiver.greeting = reply
     receiver.hello = tuple("x" * 60 for _ in range(300))
-    receiver.tls = TlsFacts("TLSv1.3", "c" * 64, True, "v" * 512, bytes(32_768))
+    verdict = Verdict(False, Result.HOST_MISMATCH, "v" * 512, "", "k" * 80, "s" * 512)
+    receiver.tls = TlsFacts("TLSv1.3", "c" * 64, verdict, (bytes(20_000), bytes(12_768), bytes(1)))
     receiver.messages = 2**32 - 1
     error = UpstreamError("m" * 300, Step.STARTTLS, 65535, reply)
-    taken = Taken(receiver, PoolKey(HERE.host, HERE, "x", TlsMode.NONE), True, InClear("starttls", reply))
+    taken = Taken(
+        receiver,
+        PoolKey(HERE.host, HERE, "x", TlsMode.NONE),
+        True,
+        InClear("starttls", reply, Result.STARTTLS_NOT_SUPPORTED),
+    )
     frame = frames.encode(session.opened(taken, [(m.Address(*HERE), error)] * 32))
     decoder = frames.FrameDecoder()
     decoder.receive(frame)
