@@ -128,8 +128,11 @@ def _status(address: str, load: Callable[[], Settings]) -> int:
 
 
 def _check_config(load: Callable[[], config.Loaded], user: str | None) -> int:
+    from gevent import get_hub
+
     from proxy.server import account, check_config
 
+    get_hub()  # what it loads may be where that user cannot read
     user = account.check_as(user)
     who = f" (checked as user {user})" if user else ""
     try:

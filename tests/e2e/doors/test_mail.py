@@ -136,7 +136,7 @@ def test_half_close_by_the_receiver(proxy, door):
         assert read_all(sock) == b"421 bye\r\n"
         sock.sendall(b"QUIT\r\n" * 1000)
         sock.shutdown(socket.SHUT_WR)
-        proxy.wait_line(rf"^connection .*:{receiver.endpoint[1]} .* up=6000 down=9 .*outcome=upstream_closed")
+        proxy.wait_line(rf"^connection .*:{receiver.endpoint[1]} .* up=6000 down=9 .*outcome=greeting_4xx")
         assert wait_for(lambda: seen, what="the receiver has read it all") == [b"QUIT\r\n" * 1000]
 
 
