@@ -28,15 +28,17 @@ class Throttle(Meter):
 
     Attributes:
         slots, line, terms: who waits for slots, who waits for places, what the instances said; None: nothing.
+        along: throttles at which all who hold a place here hold one, too: theirs come free together.
     """
 
-    __slots__ = ("line", "slots", "terms")
+    __slots__ = ("along", "line", "slots", "terms")
 
     def __init__(self, key: Key, counts: bool = False) -> None:
         super().__init__(key, counts)
         self.slots: Slots | None = None
         self.line: Line[Ticket] | None = None
         self.terms: Terms | None = None
+        self.along: tuple[Throttle, ...] = ()
 
     def in_use(self) -> bool:
         """Whether someone waits, or a place is taken."""
@@ -220,10 +222,10 @@ class Ticket(Request):
 
     Attributes:
         rated: it also takes a slot of the throttles that count connections.
-        number: who came first has the smaller one. turns: throttles where it has had its turn.
+        turns: throttles where it has had its turn.
     """
 
-    __slots__ = ("blocker", "flows", "number", "places", "rated", "throttles", "turns", "waiting")
+    __slots__ = ("blocker", "flows", "places", "rated", "throttles", "turns", "waiting")
 
     def __init__(
         self,
@@ -237,7 +239,6 @@ class Ticket(Request):
         self.throttles = throttles
         self.flows = flows
         self.rated = rated
-        self.number = 0
         self.turns: frozenset[Throttle] = frozenset()
         self.places: Places | None = None
         self.blocker: Throttle | Flow | None = None

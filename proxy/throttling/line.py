@@ -18,13 +18,14 @@ Waiting = TypeVar("Waiting", bound="Request")
 
 
 class Request:
-    """Somebody's wish for a place. `owner`: fairness is among owners."""
+    """Somebody's wish for a place. `owner`: fairness is among owners. `number`: who came first has the smaller one."""
 
-    __slots__ = ("owner", "weight")
+    __slots__ = ("number", "owner", "weight")
 
     def __init__(self, owner: str, weight: float) -> None:
         self.owner = owner
         self.weight = weight
+        self.number = 0
 
 
 class Line(Generic[Waiting]):
@@ -117,10 +118,17 @@ class Line(Generic[Waiting]):
         return None
 
     def goes_before(self, ticket: Waiting, meter: Meter) -> bool:
-        """Whether it would be the turn of `ticket` here, which stands in another line."""
+        """Whether it would be the turn of `ticket` here, which stands in another line.
+
+        Before others of its owner it goes only if it came before them: they may want another path.
+        """
         first = self._first(meter)
-        if first is None or first == self._overdue(meter):
-            return first is None or first == ticket.owner
+        if first is None:
+            return True
+        if first == ticket.owner:
+            return ticket.number < self._owners[first][0].number
+        if first == self._overdue(meter):
+            return False
         return (meter.holds(ticket.owner) + 1) / ticket.weight <= self._key(first, meter)[0]
 
     def peek(self, meter: Meter) -> Waiting | None:

@@ -256,7 +256,7 @@ class PlaceBook:
         line = throttle.line
         claim = line.claim if line is not None else None
         kept = claim is not None and claim is not ticket and not any(map(self._shut, claim.flows))
-        if kept and 0 < throttle.cap <= throttle.used + 1:
+        if kept and 0 < throttle.cap <= throttle.used + 1 and not (claim and _comes_free(throttle, claim)):
             return True
         if throttle.takes(rated):
             if (slot := throttle.earliest(now)) > now + 999:
@@ -283,6 +283,11 @@ class PlaceBook:
             if throttle.shadow is not None:
                 throttle.shadow_place()
         for throttle in ticket.throttles:
+            along = throttle.along
+            if not throttle.used:
+                throttle.along = ticket.throttles
+            elif len(along) > 1 and along != ticket.throttles:
+                throttle.along = tuple([each for each in along if each in ticket.throttles])
             throttle.take_place(ticket.owner)
             if throttle.line is not None:
                 throttle.line.got_in(ticket)
@@ -304,6 +309,7 @@ class PlaceBook:
         for throttle in places.throttles:
             throttle.free_place(places.owner)
             if not throttle.used:
+                throttle.along = ()
                 self.idle[throttle] = None
             if throttle.line is not None:
                 throttle.line.rank(places.owner, throttle)
@@ -335,6 +341,11 @@ class PlaceBook:
             throttle.line = None
             self.idle[throttle] = None
             self.crowded[throttle] = None
+
+
+def _comes_free(throttle: Throttle, ticket: Ticket) -> bool:
+    """Whether `ticket` waits for a place elsewhere that only comes free together with one of `throttle`."""
+    return any(throttle in each.along and each.full() for each in ticket.throttles if each is not throttle)
 
 
 def _list(flow: Flow) -> None:

@@ -129,7 +129,7 @@ def check_places(seeds: Iterable[int], seconds: int = 6) -> None:
     """
     for seed in seeds:
         single = draw(seed, PLACES, 1)
-        promised = {line: share / 2 for line, share in fair_shares(single).items()}
+        promised = {line: share / 3 for line, share in fair_shares(single).items()}
         judge_places(measured_places(single, seed, seconds), promised, seconds)
         several = draw(seed, PLACES, 1, several=True)
         promised = {line: share / 3 for line, share in least_shares(several).items()}

@@ -33,7 +33,7 @@ def topology(places: dict[str, int], *lines: tuple[str, str], **weights: float) 
 
 @pytest.mark.parametrize("seed", range(0, 24, 4))
 def test_everybody_gets_places(seed: int) -> None:
-    """The promise for every topology: half of max-min, a third of the least share where sessions have several paths."""
+    """The promise for every topology: a third of max-min, or of the least share where sessions have several paths."""
     check_places(range(seed, seed + 4))
 
 
@@ -55,6 +55,26 @@ def test_who_needs_two_places_gets_as_many_as_those_who_need_one(places: int, se
     share = places / 2 * 20 * SECOND
     assert min(held.values()) >= (0.9 if places > 1 else 0.7) * share
     assert max(held.values()) <= (1.1 if places > 1 else 1.3) * share
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_requests_of_one_session_do_not_pass_each_other(seed: int) -> None:
+    """Those that had their turn at t1 went before the older ones of the same session at t2, which got nothing."""
+    crossing = topology({"t0": 1, "t1": 2, "t2": 1}, ("s", "t1"), ("z", "t0 t2"), ("z", "t1 t2"), z=2.0)
+    _, apart, together = measured_places(crossing, seed, 20, 0.1).values()
+    assert apart == pytest.approx(0.5 * 20 * SECOND, rel=0.3)
+    assert together == pytest.approx(0.5 * 20 * SECOND, rel=0.3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_is_kept_at_the_address_for_who_waits_for_a_rule_below_it(seed: int) -> None:
+    """Whoever leaves the rule leaves the address, too: the place is there when it is needed, and not empty before."""
+    both = [(name, "addr rule") for name in ("a", "b", "d")]
+    alone = [(name, "addr") for name in ("c", "e", "f")]
+    nested = topology({"addr": 3, "rule": 2}, *both, *alone, a=4.0, b=4.0, d=2.0, f=0.5)
+    held = measured_places(nested, seed, 20)
+    assert sum(held.values()) >= 0.97 * 3 * 20 * SECOND
+    judge_places(held, {line: share / 2 for line, share in fair_shares(nested).items()}, 20)
 
 
 def test_a_small_weight_gets_its_part_of_a_single_place() -> None:
@@ -296,6 +316,9 @@ def cross_and_check() -> None:
     crossing = topology({"r1": 2, "r2": 2}, ("a", "r1"), ("b", "r2"), ("z", "r1 r2"))
     promised = {line: share / 2 for line, share in fair_shares(crossing).items()}
     judge_places(measured_places(crossing, 1, 20), promised, 20)
+    weighted = topology({"t": 6}, ("a", "t"), ("b", "t"), ("c", "t"), a=4.0, b=0.5, c=0.5)
+    promised = {line: share / 2 for line, share in fair_shares(weighted).items()}
+    judge_places(measured_places(weighted, 1, 20), promised, 20)
     check_places(range(12))
 
 
