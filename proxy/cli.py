@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
+    if argv[:1] == ["ctl"]:
+        return _ctl(argv[1:])
     parser = config.build_parser()
     flags = parser.parse_flags(argv)
     if flags.help or flags.version or flags.check_config or flags.ping is not None or flags.status is not None:
@@ -125,6 +127,40 @@ def _status(address: str, load: Callable[[], Settings]) -> int:
 
     to = terminal.target(address, load)
     return terminal.run(to, lambda text: _print(text, sys.stdout), lambda line: _print(line, sys.stderr))
+
+
+def _ctl(argv: list[str]) -> int:
+    """`ctl [--socket PATH] [--json] [--dry-run] [--because TEXT] COMMAND ...`
+
+    Raises:
+        UsageError: not so.
+    """
+    from proxy.control import client, commands
+
+    values: dict[str, str] = {}
+    words = list(argv)
+    while words and words[0].startswith("--"):
+        name, equals, value = words.pop(0).partition("=")
+        if name in ("--json", "--dry-run") and not equals:
+            values[name] = "yes"
+        elif name in ("--socket", "--because", "--config-filename") and (equals or words):
+            values[name] = value if equals else words.pop(0)
+        else:
+            raise UsageError(f"ctl: {name}: unknown, or without its value", "command line")
+    path = values.get("--socket") or _control_socket(values.get("--config-filename"))
+    request = commands.Request(words or ["help"], dry_run="--dry-run" in values, because=values.get("--because", ""))
+    as_json = "--json" in values
+    return client.run(
+        path, request, as_json, lambda text: _print(text, sys.stdout), lambda text: _print(text, sys.stderr)
+    )
+
+
+def _control_socket(file: str | None) -> str:
+    flags = [f"--config-filename={file}"] if file is not None else []
+    path = config.load(flags, os.environ, read_file, find=find_files).settings.control_socket
+    if path is None:
+        raise ConfigError("control_socket: not configured, so there is nobody to talk to; or give ctl --socket PATH")
+    return path
 
 
 def _check_config(load: Callable[[], config.Loaded], user: str | None) -> int:

@@ -92,6 +92,9 @@ class Settings:
     listen_proxy_protocol: tuple[Endpoint, ...]
     listen_redirect: tuple[Endpoint, ...]
     listen_status: Endpoint | None
+    control_socket: str | None
+    control_socket_mode: str
+    control_group: str | None
     allow_from: tuple[Network, ...]
     listen_proxy_protocol_allow_from: tuple[Network, ...]
     listen_status_allow_from: tuple[Network, ...]

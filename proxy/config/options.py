@@ -106,6 +106,9 @@ OPTIONS: tuple[Option, ...] = (
     _many("listen_proxy_protocol", ENDPOINT, None, "IP:PORT", "listen for the PROXY protocol, outbound sense"),
     _many("listen_redirect", ENDPOINT, None, "IP:PORT", "listen for connections that nftables redirected to us"),
     _one("listen_status", ENDPOINT, None, "IP:PORT", "listen for HTTP: status page, metrics, health"),
+    _one("control_socket", PATH, None, "PATH", "Unix socket for greenarrow_proxy ctl; @NAME: an abstract one"),
+    _one("control_socket_mode", choice("0600", "0660", "0666"), "0660", "MODE", "who may open it, and so look"),
+    _one("control_group", NAME, None, "GROUP", "whose members may change something there, too"),
     _many("allow_from", NETWORK, None, "NETWORK", "who may connect, on every listener; required"),
     _many(
         "listen_proxy_protocol_allow_from", NETWORK, None, "NETWORK", "who may connect there instead (as allow_from)"

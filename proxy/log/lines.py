@@ -69,6 +69,7 @@ class Event(enum.StrEnum):
     ADDRESS = "address"
     DRAIN = "drain"
     STOP = "stop"
+    CONTROL = "control"
     STATUS = "status"
     CONNECTION = "connection"
     MESSAGE = "message"

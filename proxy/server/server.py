@@ -15,10 +15,13 @@ from time import monotonic
 from typing import NamedTuple
 
 import gevent
+import gevent.socket
 from gevent.event import Event
+from gevent.lock import Semaphore
 
 from proxy import __version__
 from proxy.config.load import Loaded
+from proxy.control import door as control
 from proxy.egress import via
 from proxy.egress.admission import Admission, clock_ns
 from proxy.egress.broken_tls import BrokenTls
@@ -44,7 +47,7 @@ from proxy.server.signals import Signals
 from proxy.services import Gauges, Instances, Newcomers, Services
 from proxy.settings import Settings
 from proxy.stats import MOST_LINES, Counters, Snapshot
-from proxy.status.http import House, StatusDoor
+from proxy.status.http import House, ReloadFailure, StatusDoor
 from proxy.throttling.manager import Manager
 
 EXIT_OK, EXIT_FORCED, EXIT_CANNOT_LISTEN = 0, 1, 69
@@ -126,6 +129,9 @@ class Server:
         )
         self._doors = Doors(self._reception.admit, self._reception.accept_failed, self._reserve.lent, inherited)
         self._status = self._status_door()
+        self._control: control.ControlDoor | None = None
+        self._reloading = Semaphore()
+        self._reload_failure: ReloadFailure | None = None
         self._first = loaded
         self.services: Services
 
@@ -168,11 +174,17 @@ class Server:
         except tls.UnfitIdentity as error:
             where = loaded.origins.place(error.directive)
             raise where.mistake(f"{error.directive}: {error}") from None
-        opened = self._doors.open_missing(settings, breathe)
+        control_socket = self._control_socket(settings)
+        try:
+            opened = self._doors.open_missing(settings, breathe)
+        except BaseException:
+            if control_socket is not None:
+                control_socket.close()
+            raise
         judge = self._judge(settings)
         services = self._wire(settings, identity, self._doors.endpoints(settings, opened), breathe)
         limits = Limits(settings.throttle, settings.source, None, breathe)
-        return _Prepared(services, opened, judge, limits)
+        return _Prepared(services, opened, judge, limits, control_socket)
 
     def _judge(self, settings: Settings) -> certificates.Judge | None:
         """With the authorities as they are now: read by each reload, and not under the first connection."""
@@ -181,6 +193,34 @@ class Server:
         with self._reserve.lent():  # and others do not run meanwhile, who would take what is lent
             pem = certificates.read_authorities()
         return certificates.Judge(gevent.get_hub().threadpool.apply(certificates.Authorities, (pem,)))
+
+    def _control_socket(self, settings: Settings) -> gevent.socket.socket | None:
+        """A new one, if another than the present is wanted.
+
+        Raises:
+            ConfigError: it cannot be had.
+        """
+        path = settings.control_socket
+        if path is None or (self._control is not None and self._control.path == path):
+            return None
+        with self._reserve.lent():
+            return control.listen(path, settings.control_socket_mode, settings.control_group)
+
+    def _take_control(self, settings: Settings, opened: gevent.socket.socket | None) -> None:
+        if self._control is not None and self._control.path != settings.control_socket:
+            self._control.close()
+            self._control = None
+        if opened is None or settings.control_socket is None:
+            return
+        house = control.House(
+            view=self._status.view,
+            changed=self._status.changed,
+            reload=self._reload,
+            drop_cached=self._keeper.forsake,
+            stop=self._stop.set,
+            spare=self._reserve.lent,
+        )
+        self._control = control.ControlDoor(opened, settings.control_socket, settings.control_group, house)
 
     def _wire(
         self,
@@ -246,6 +286,7 @@ class Server:
                 limit=lambda: self._reception.limit,
                 clients=self._doors.open_connections,
                 draining=self._stop.is_set,
+                reload_failure=lambda: self._reload_failure,
                 spare=self._reserve.lent,
             )
         )
@@ -259,6 +300,7 @@ class Server:
         self._via = self.services.via
         if prepared.judge is not None:
             certificates.use_judge(prepared.judge)
+        self._take_control(settings, prepared.control_socket)
         self._doors.take(settings, prepared.opened, breathe)
         if not settings.listen_redirect:
             self._gauges.ends = None
@@ -277,12 +319,25 @@ class Server:
 
     # ---------------------------------------------------------------- reload
 
-    def _reload(self) -> None:
-        """SIGHUP: read the configuration anew, in turns with all else; on any error the old one is in force, whole."""
-        if self._stop.is_set():
-            return
-        self._settled.clear()
-        self._notifier.reloading()
+    def _reload(self) -> list[str]:
+        """Read the configuration anew, in turns with all else; on any error the old one is in force, whole.
+
+        Returns:
+            Every mistake; none: the new one is in force.
+        """
+        with self._reloading:
+            if self._stop.is_set():
+                return ["the proxy is stopping"]
+            self._settled.clear()
+            self._notifier.reloading()
+            try:
+                mistakes = self._reload_now()
+            finally:
+                self._settled.set()
+            self._outcome(mistakes)
+            return mistakes
+
+    def _reload_now(self) -> list[str]:
         breathe = Breather("reload")
         try:
             with process.no_garbage_collection():
@@ -291,22 +346,27 @@ class Server:
                 log.reconfigure(loaded.settings)
                 _tell_doubts(loaded, breathe)
         except (ConfigError, ListenError) as error:
-            self._reload_failed(str(error))
+            return str(error).splitlines()
         except MemoryError:
-            self._reload_failed("there is no memory for a new configuration")
-        else:
-            self._counters.reloads += 1
-            file = loaded.settings.config_filename or "-"
-            log.note(log.Event.RELOAD, log.INFO, "the new configuration is in force", file=file)
-        finally:
-            self._settled.set()
-        self._notifier.ready("serving")
+            return ["there is no memory for a new configuration"]
+        file = loaded.settings.config_filename or "-"
+        log.note(log.Event.RELOAD, log.INFO, "the new configuration is in force", file=file)
+        return []
 
-    def _reload_failed(self, why: str) -> None:
-        self._counters.reloads_failed += 1
-        for line in why.splitlines():
+    def _outcome(self, mistakes: list[str]) -> None:
+        """Count, log and remember how a reload ended; systemd is told as well."""
+        figures, now = self._counters, monotonic()
+        if not mistakes:
+            figures.reloads += 1
+            self._reload_failure = None
+            self._notifier.ready("serving")
+            return
+        figures.reloads_failed += 1
+        for line in (*mistakes, "the old configuration is still in force"):
             log.note(log.Event.RELOAD_FAILED, log.ERROR, line)
-        log.note(log.Event.RELOAD_FAILED, log.ERROR, "the old configuration is still in force")
+        since = self._reload_failure.since if self._reload_failure is not None else now
+        self._reload_failure = ReloadFailure(since, mistakes[0])
+        self._notifier.ready(f"serving with an old configuration: {mistakes[0]}")
 
     # ---------------------------------------------------------------- the end
 
@@ -355,6 +415,8 @@ class Server:
         for session in list(self._instances.sessions):
             session.cut(Draining("the proxy is shutting down"))
         rest()
+        if self._control is not None:
+            self._control.close()
         log.note(log.Event.STOP, log.INFO, "stopped", reset_connections=cut)
         return EXIT_OK
 
@@ -405,6 +467,7 @@ class _Prepared(NamedTuple):
     opened: Opened
     judge: certificates.Judge | None
     limits: Limits
+    control_socket: gevent.socket.socket | None
 
 
 def _in_turns(lines: Iterable[str]) -> Iterator[str]:

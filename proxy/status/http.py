@@ -60,6 +60,13 @@ _KEY = "status"
 _Built = TypeVar("_Built")
 
 
+class ReloadFailure(NamedTuple):
+    """The last reload was refused. `since`: of the first in a row, monotonic; `why`: its first mistake."""
+
+    since: float
+    why: str
+
+
 class House(NamedTuple):
     """What the status room may ask the program.
 
@@ -67,6 +74,7 @@ class House(NamedTuple):
         services: those of the moment. snapshot: the figures of the moment. doors: all listeners, also those that are
             closed and still have connections. listening: those among them that listen.
         limit: `max_connections` in force. clients: open client connections. draining: whether a stop has begun.
+        reload_failure: None: the configuration in force is that of the last reload.
         spare: gives descriptors that are held back for work that must not fail for want of one.
     """
 
@@ -77,6 +85,7 @@ class House(NamedTuple):
     limit: Callable[[], int]
     clients: Callable[[], int]
     draining: Callable[[], bool]
+    reload_failure: Callable[[], ReloadFailure | None]
     spare: Callable[[], AbstractContextManager[None]]
 
 
@@ -227,6 +236,10 @@ class StatusDoor:
                 self._view = monotonic(), self._look(survey(sources, self._meter, now, clock_ns()))
             return self._view[1]
 
+    def changed(self) -> None:
+        """Somebody has steered: the next look is a new one."""
+        self._view = None
+
     def _look(self, steps: Generator[None, None, _Built]) -> _Built:
         """Go all the way, and let others run between the steps."""
         while True:
@@ -249,6 +262,9 @@ class StatusDoor:
             draining=house.draining(),
             enforce=services.settings.throttle_enforce,
         )
+        if (failure := house.reload_failure()) is not None:
+            program.old_configuration = now - failure.since
+            program.reload_mistake = failure.why
         listeners = [
             ListenerRow(str(door.endpoint), door.protocol, door.open_connections, door not in listening)
             for door in house.doors()

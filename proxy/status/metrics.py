@@ -69,6 +69,11 @@ class _View(Collector):
             _PREFIX + "build", "The program", value={"version": program.version, "relay": program.relay}
         )
         yield _gauge("uptime_seconds", "Since the start", program.uptime)
+        yield _gauge(
+            "config_last_reload_successful",
+            "0 while an old configuration is in force because a reload was refused",
+            int(program.old_configuration is None),
+        )
         yield _gauge("draining", "1 while the program is stopping", int(program.draining))
         yield from _counters(view)
         yield from _connections(view)

@@ -16,7 +16,8 @@ _UNITS = {1: "s", 60: "min", 3600: "hr", 86400: "day"}
 
 
 class Program(Struct):
-    """This run of the program. `incarnation` names it to its native clients; `relay`: the engine."""
+    """This run of the program. `incarnation` names it to its native clients; `relay`: the engine. `old_configuration`:
+    seconds since reloads have been refused, for `reload_mistake`; None: the last one was not."""
 
     version: str
     incarnation: str
@@ -24,6 +25,8 @@ class Program(Struct):
     relay: str
     draining: bool = False
     enforce: bool = False
+    old_configuration: float | None = None
+    reload_mistake: str = ""
 
 
 class ListenerRow(Struct):

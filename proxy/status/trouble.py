@@ -43,6 +43,9 @@ def found(view: Overview, troubles: Troubles, now: float) -> list[TroubleRow]:
 def _program(view: Overview) -> Iterator[TroubleRow]:
     if view.program.draining:
         yield TroubleRow("draining", "the proxy is stopping: it accepts nothing new")
+    if (since := view.program.old_configuration) is not None:
+        text = f"the last reload failed, and an old configuration is in force: {view.program.reload_mistake}"
+        yield TroubleRow("old_configuration", text, since=since)
     if errors := view.counters.get("internal_errors"):
         yield TroubleRow("internal_errors", f"{errors} mistakes of the proxy itself since the start: see the log")
     connections = view.connections

@@ -36,13 +36,14 @@ HOUSE = {
     "services": f"{_PURE_ROOMS} log net egress",
     "doors": f"{_PURE_ROOMS} log net egress services",
     "status": f"{_PURE_ROOMS} log net egress services",
-    "server": f"{_PURE_ROOMS} config log net egress services doors status",
-    "cli": "vocabulary config log net status server",
+    "control": f"{_PURE_ROOMS} log status",
+    "server": f"{_PURE_ROOMS} config log net egress services doors status control",
+    "cli": "vocabulary config log net status control server",
     CLIENT: "vocabulary protocols throttling",
 }
 #: Rooms that only decide, and the files that only decide in a room that does.
 PURE = {VOCABULARY, "throttling", "protocols", "policy", "config"}
-PURE_FILES = {"egress.broken_tls", "egress.pool", "status.rows", "status.trouble", "status.view"}
+PURE_FILES = {"control.commands", "egress.broken_tls", "egress.pool", "status.rows", "status.trouble", "status.view"}
 #: What the library shares with the program of `throttling`; it must stay small, since MTAs carry it with them.
 CLIENT_THROTTLING = {"proxy.throttling.lease", "proxy.throttling.wheel"}
 

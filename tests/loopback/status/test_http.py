@@ -66,6 +66,7 @@ class Room:
                 limit=lambda: 100,
                 clients=lambda: 0,
                 draining=lambda: self.draining,
+                reload_failure=lambda: None,
                 spare=self.spare,
             )
         )

@@ -1,0 +1,138 @@
+"""The control socket of the real program: tables, roles by the kernel's word, a reload that answers, audit lines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import uuid
+
+import pytest
+
+from tests.clients import socks5
+from tests.mx import Mx, close, say
+from tests.program import ROOT, Proxy
+from tests.sinks import Raw, greet
+from tests.waiting import wait_for
+
+
+@pytest.fixture
+def path():
+    return f"@greenarrow-test-{uuid.uuid4()}"
+
+
+def ctl(path, *words, user=None):
+    """`greenarrow_proxy ctl`: exit code and both outputs."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "greenarrow_proxy.py"), "ctl", "--socket", path, *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        user=user,
+        extra_groups=[] if user is not None else None,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def ask(path, line):
+    """A client of our own: raw bytes, one line back."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(20)
+        sock.connect("\0" + path[1:])
+        sock.sendall(line)
+        with sock.makefile("rb") as file:
+            return json.loads(file.readline())
+
+
+def test_tables(path):
+    said = {"greeting": say(b"421 4.7.0 busy\r\n", close)}
+    with Proxy(f"control_socket {path}\n") as proxy, Mx(said) as mx:
+        for _ in range(3):
+            with socks5(proxy.socks5, mx.endpoint) as sock:
+                sock.recv(100)
+        wait_for(lambda: "421 4.7.0 busy" in ctl(path, "show", "receivers")[1], what="it has ended")
+        code, out, err = ctl(path, "show", "listeners")
+        assert (code, err) == (0, "")
+        assert "socks5" in out
+        code, out, _ = ctl(path, "--json", "show", "receivers", f"{mx.endpoint[0]}:{mx.endpoint[1]}")
+        (row,) = json.loads(out)["rows"]
+        assert (row["recent"], row["last"]) == (3, "421 4.7.0 busy")
+        assert json.loads(ctl(path, "--json", "show", "receivers", "198.51.100.1:25")[1]).get("rows", []) == []
+        assert "receiver" in ctl(path, "show", "trouble")[1]
+        assert "program.version" in ctl(path, "show", "status")[1]
+        assert ctl(path, "show", "nothing")[0] == 64
+
+
+def test_reload_answers_and_is_remembered(path):
+    with Proxy(f"control_socket {path}\nlisten_status 127.0.0.1:0\n") as proxy:
+        good = proxy.path.read_text()
+        assert ctl(path, "reload")[0] == 0
+        proxy.path.write_text(good + "max_connections many\nno_such_directive 1\n")
+        code, out, err = ctl(path, "--because", "a try", "reload")
+        assert code == 78
+        assert "max_connections" in out
+        assert "no_such_directive" in out
+        assert "old configuration" in err
+        proxy.wait_line('control: reload .*because="a try"')
+        assert "an old configuration is in force" in ctl(path, "show", "trouble")[1]
+        proxy.path.write_text(good)
+        assert ctl(path, "--dry-run", "reload") == (0, "would do: reload\n", "")
+        assert "an old configuration is in force" in ctl(path, "show", "trouble")[1], "nothing was done"
+        assert ctl(path, "reload")[0] == 0
+        assert "old configuration" not in ctl(path, "show", "trouble")[1]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_others_may_look_and_change_nothing(path):
+    with Proxy(f"control_socket {path}\n") as proxy:
+        request = b'{"command":["%s"]}\n'
+        child = os.fork()
+        if not child:
+            code = 1
+            with contextlib.suppress(BaseException):
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+                looked = ask(path, b'{"command":["show","listeners"]}\n')
+                refused = ask(path, request % b"stop")
+                code = 0 if looked["ok"] and refused["code"] == "not_allowed" else 2
+            os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert proxy.running
+        proxy.wait_line("control: refused .*uid=65534")
+
+
+def test_lines_that_are_no_request(path):
+    with Proxy(f"control_socket {path}\n"):
+        for line in (b"GET / HTTP/1.0\r\n\r\n", b"{}\n", b"\xff\n", b'{"v":9,"command":["help"]}\n', b"x" * 20_000):
+            assert ask(path, line)["code"] == "bad_request"
+        assert ask(path, b'{"command":["help"]}\n')["ok"]
+
+
+def test_it_answers_during_a_drain_and_is_gone_afterwards(tmp_path):
+    file = str(tmp_path / "control")
+    with Proxy(f"control_socket {file}\ncontrol_socket_mode 0600\ndrain_timeout 30s\n") as proxy, Raw(greet) as mx:
+        assert os.stat(file).st_mode & 0o777 == 0o600
+        with socks5(proxy.socks5, mx.endpoint) as sock:
+            assert sock.recv(3)
+            assert ctl(file, "stop")[0] == 0
+            proxy.wait_line("drain: ")
+            assert "stopping" in ctl(file, "show", "trouble")[1]
+        proxy.wait_exit()
+        assert not os.path.exists(file)
+        assert ctl(file, "show", "status")[0] == 69
+
+
+def test_a_socket_that_is_in_use_is_not_taken(tmp_path):
+    file = tmp_path / "control"
+    with Proxy(f"control_socket {file}\n"), Proxy(f"control_socket {file}\n", ready=False, exit_code=78) as second:
+        second.wait_exit()
+        assert any("control_socket" in line and "in use" in line for line in second.stderr_lines)
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(file))
+    with Proxy(f"control_socket {file}\n"):
+        assert ctl(str(file), "help")[0] == 0

@@ -1,0 +1,72 @@
+"""Which words make a command, for whom, and what the answer looks like."""
+
+from __future__ import annotations
+
+import contextlib
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.control.commands import (
+    COMMANDS,
+    VERSION,
+    Mistake,
+    Request,
+    decode,
+    done,
+    encode,
+    helped,
+    parse,
+    refused,
+    usage,
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=usage)
+def test_each_command_is_found_by_its_words(command) -> None:
+    arguments = ["x"] * command.most_arguments
+    assert parse([*command.words, *arguments], True) == (command, arguments)
+    with pytest.raises(Mistake) as told:
+        parse([*command.words, *arguments, "one too many"], True)
+    assert told.value.code == "bad_command"
+    assert usage(command) in helped().lines[COMMANDS.index(command)]
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command.changes], ids=usage)
+def test_only_some_may_change_something(command) -> None:
+    with pytest.raises(Mistake) as told:
+        parse([*command.words, *["x"] * command.most_arguments], False)
+    assert told.value.code == "not_allowed"
+
+
+@pytest.mark.parametrize("words", [[], ["show"], ["show", "nothing"], ["shows", "throttles"], ["drop", "cached"]])
+def test_what_is_no_command(words) -> None:
+    with pytest.raises(Mistake) as told:
+        parse(words, True)
+    assert told.value.code == "bad_command"
+
+
+@pytest.mark.parametrize(
+    "line", [b"", b"{}", b"[]", b'{"command":"reload"}', b'{"command":[1]}', b"\xff\xfe", b'{"v":2,"command":[]}']
+)
+def test_what_is_no_request(line: bytes) -> None:
+    with pytest.raises(Mistake) as told:
+        decode(line)
+    assert told.value.code == "bad_request"
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_a_request_or_a_mistake(line: bytes) -> None:
+    with contextlib.suppress(Mistake):
+        assert isinstance(decode(line), Request)
+
+
+def test_an_answer_is_one_line_with_version_and_verdict() -> None:
+    for answer, ok in ((done("a\nb"), True), (refused("failed", "why", ["x"]), False)):
+        line = encode(answer)
+        assert line.endswith(b"\n")
+        assert line.count(b"\n") == 1
+        decoded = msgspec.json.decode(line)
+        assert (decoded["v"], decoded["ok"]) == (VERSION, ok)
