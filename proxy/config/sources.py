@@ -12,6 +12,7 @@ STAR = "*"
 
 def expand(block: SourceSettings, breathe: Breathe) -> Iterator[SourceSettings]:
     """The block itself, or one for each of its addresses; each family is counted from 1, in the order as written."""
+    breathe()
     if STAR not in block.name or not block.ip:
         yield block
         return

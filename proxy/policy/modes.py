@@ -86,5 +86,5 @@ class Modes:
 
 def any_smtp(settings: Settings) -> bool:
     """Whether mode smtp occurs at all."""
-    said = [settings.mode, *(block.mode for block in settings.listener), *(block.mode for block in settings.instance)]
+    said = [settings.mode, *[block.mode for block in settings.listener], *[block.mode for block in settings.instance]]
     return "smtp" in said

@@ -12,10 +12,10 @@ import re
 import resource
 import socket
 import stat
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from datetime import UTC, datetime
 from ipaddress import ip_address
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
@@ -51,6 +51,8 @@ MOST_TOLD = 200
 #: In a secret these are a mistake of quoting more often than meant.
 _QUOTING = re.compile("[\\s\"'`\u2018-\u201f]|auth_shared_secret")
 
+_Item = TypeVar("_Item")
+
 
 class Finding(NamedTuple):
     """`value` is the parsed value that it is about (a block: its name), None for the directive as a whole."""
@@ -82,15 +84,17 @@ def doubts(loaded: Loaded, now: datetime | None = None, breathe: Breathe = hold_
         _descriptors(settings),
         _permissions(loaded),
         _secrets(settings, breathe),
-        _advice(settings),
-        _dialogues(settings),
+        _advice(settings, breathe),
+        _dialogues(settings, breathe),
         _blocks(settings, breathe),
     ):
         findings += found
     return findings
 
 
-def sentences(findings: Iterable[Finding], origins: Origins, marked: bool = True) -> list[str]:
+def sentences(
+    findings: Iterable[Finding], origins: Origins, marked: bool = True, breathe: Breathe = hold_breath
+) -> list[str]:
     """`file:line: directive: …`, with the line where the value stands; errors first, and of each kind not too many.
 
     Args:
@@ -99,7 +103,9 @@ def sentences(findings: Iterable[Finding], origins: Origins, marked: bool = True
     lines: list[str] = []
     for error, kind in ((True, "errors"), (False, "warnings")):
         these = [finding for finding in findings if finding.error == error]
-        lines += [_sentence(finding, origins, marked) for finding in these[:MOST_TOLD]]
+        for finding in these[:MOST_TOLD]:
+            breathe()
+            lines.append(_sentence(finding, origins, marked))
         if len(these) > MOST_TOLD:
             lines.append(f"and {len(these) - MOST_TOLD} more {kind}")
     return lines
@@ -240,7 +246,7 @@ def _secrets(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
             yield Finding(False, directive, value, prefix + message)
 
 
-def _advice(settings: Settings) -> Iterator[Finding]:
+def _advice(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
     if settings.idle_timeout < SHORTEST_IDLE_TIMEOUT:
         yield Finding(False, "idle_timeout", None, "below the 10 minutes of RFC 5321: slow receivers will be cut off")
     if settings.via and settings.listen:
@@ -249,24 +255,45 @@ def _advice(settings: Settings) -> Iterator[Finding]:
         yield Finding(False, "throttle", None, "blocks limit nothing that goes out by via: they belong to that proxy")
     if settings.listen_socks5 and settings.socks5_auth == "none":
         yield Finding(False, "socks5_auth", None, "none: whoever is in allow_from may send from here")
-    if settings.listen_proxy_protocol and any(n.prefixlen == 0 for n in settings.listen_proxy_protocol_allow_from):
+    if settings.listen_proxy_protocol and _any(_is_everywhere, settings.listen_proxy_protocol_allow_from, breathe):
         yield Finding(False, "listen_proxy_protocol", None, "everybody may send from here: this door has no password")
-    if settings.listen_redirect and any(network.prefixlen == 0 for network in settings.allow_from):
+    if settings.listen_redirect and _any(_is_everywhere, settings.allow_from, breathe):
         yield Finding(False, "listen_redirect", None, "everybody may send from here: this door has no password")
-    if any(not ip_address(endpoint.host).is_loopback for endpoint in settings.listen) and not settings.listen_tls:
+    if not settings.listen_tls and _any(_is_seen, settings.listen, breathe):
         yield Finding(False, "listen_tls", None, "no: mail and its addresses are readable on the way to the proxy")
-    if any(network.is_loopback for network in settings.allow_destination):
+    if _any(_is_loopback, settings.allow_destination, breathe):
         yield Finding(False, "allow_destination", None, "loopback is in it: services of this machine can be reached")
     if settings.source_ip and not settings.default_source_ip and (settings.listen or settings.listen_socks5):
         message = "given without default_source_ip: who names no source is refused unless the system's choice is in it"
         yield Finding(False, "source_ip", None, message)
 
 
-def _dialogues(settings: Settings) -> Iterator[Finding]:
+def _any(what: Callable[[_Item], bool], items: Iterable[_Item], breathe: Breathe) -> bool:
+    for item in items:
+        breathe()
+        if what(item):
+            return True
+    return False
+
+
+def _is_everywhere(network: Network) -> bool:
+    return network.prefixlen == 0
+
+
+def _is_loopback(network: Network) -> bool:
+    return network.is_loopback
+
+
+def _is_seen(endpoint: Endpoint) -> bool:
+    return not ip_address(endpoint.host).is_loopback
+
+
+def _dialogues(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
     """Mode smtp: mail that is in clear on its way, and connections that nobody can share."""
-    modes = Modes(settings)
+    modes = Modes(settings, breathe)
     if not modes.any_smtp:
         return
+    breathe()
     names = ["", *(block.name for block in settings.instance if block.mode == "smtp")]
     doors = (*settings.listen_socks5, *settings.listen_proxy_protocol, *settings.listen_redirect)
     for door in doors:
@@ -281,11 +308,12 @@ def _dialogues(settings: Settings) -> Iterator[Finding]:
 
 
 def _blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
-    outer = {name: _Within(getattr(settings, name)) for name in ("allow_from", "source_ip")}
+    breathe()
+    outer = {name: _Within(getattr(settings, name), breathe) for name in ("allow_from", "source_ip")}
     for block in settings.instance:
         for directive, within in outer.items():
             breathe()
-            if within and not all(map(within.holds, getattr(block, directive))):
+            if within and _any(within.lacks, getattr(block, directive), breathe):
                 message = f"{block.name}: its {directive} goes beyond the global {directive}, which holds as well"
                 yield Finding(False, "instance", block.name, message)
         if _looks_like_a_border(block, settings):
@@ -316,13 +344,17 @@ def _looks_like_a_border(block: InstanceSettings, settings: Settings) -> bool:
 class _Within:
     """Networks, to ask whether another one is a part of one of them, at a look-up for each prefix length."""
 
-    def __init__(self, networks: Iterable[Network]) -> None:
-        self._known = set(networks)
-        self._lengths = {(n.version, n.prefixlen) for n in self._known}
+    def __init__(self, networks: Iterable[Network], breathe: Breathe) -> None:
+        self._known: set[Network] = set()
+        self._lengths: set[tuple[int, int]] = set()
+        for network in networks:
+            breathe()
+            self._known.add(network)
+            self._lengths.add((network.version, network.prefixlen))
 
     def __bool__(self) -> bool:
         return bool(self._known)
 
-    def holds(self, network: Network) -> bool:
+    def lacks(self, network: Network) -> bool:
         lengths = (length for version, length in self._lengths if version == network.version)
-        return any(network.supernet(new_prefix=n) in self._known for n in lengths if n <= network.prefixlen)
+        return not any(network.supernet(new_prefix=n) in self._known for n in lengths if n <= network.prefixlen)

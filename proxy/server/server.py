@@ -479,5 +479,7 @@ def _in_turns(lines: Iterable[str]) -> Iterator[str]:
 
 def _tell_doubts(loaded: Loaded, breathe: Breathe) -> None:
     """What `--check-config` would warn of."""
-    for line in check_config.sentences(check_config.doubts(loaded, breathe=breathe), loaded.origins, marked=False):
+    doubts = check_config.doubts(loaded, breathe=breathe)
+    for line in check_config.sentences(doubts, loaded.origins, marked=False, breathe=breathe):
+        breathe()
         log.note(log.Event.CONFIG, log.WARNING, line)

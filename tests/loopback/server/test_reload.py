@@ -1,11 +1,15 @@
 """A reload in turns: others run in the middle of it, see one whole configuration, and a stop leaves no door open."""
 
+import sys
+from collections import Counter
+
 import gevent
 import pytest
 
 from proxy.config import load
 from proxy.log import lines as log
 from proxy.net import certificates, turns
+from proxy.server import server as module
 from proxy.server.server import Server
 from tests import program
 
@@ -53,6 +57,67 @@ def test_others_run_in_the_middle_and_see_one_whole_configuration(server):
     # A piece for each value read and each door opened, and the doors come one after the other.
     assert len(seen) > 4 * 59 + 4 * 200
     assert len({open for *_, open in seen}) > 50
+
+
+#: What may be done between two breaths, in lines of Python: below `MANY`, and under a millisecond.
+MOST_LINES = 15_000
+MANY = 3000
+SIZES = {
+    "instances": "".join(
+        f"instance mta-{number} {{\n    mode smtp\n    share_with group-{number}\n    answer_within 60s\n"
+        f"    allow_from 10.0.{number >> 8}.{number & 255}\n    source_ip 127.1.{number >> 8}.{number & 255}\n"
+        f'    auth_shared_secret "a-secret-of-32-characters-for-tests-{number}"\n}}\n'
+        for number in range(MANY)
+    ),
+    "sources": "source_ip 127.0.0.0/8, 10.0.0.0/8\ninstance smtp {\n    mode smtp\n}\n"
+    + "".join(
+        f"source vmta-{number} {{\n    ip 10.0.{number >> 8}.{number & 255}\n    ehlo mx{number}.example\n}}\n"
+        for number in range(MANY)
+    ),
+    "throttles": "".join(
+        f"throttle t-{number} {{\n    max_delivery_rate 10/s\n    source 10.0.{number >> 8}.{number & 255}\n}}\n"
+        for number in range(MANY)
+    ),
+    "lists": "".join(
+        f"{name} 127.0.0.0/8, " + ", ".join(f"10.0.{number >> 8}.{number & 255}" for number in range(MANY)) + "\n"
+        for name in ("allow_from", "source_ip", "allow_destination", "deny_destination")
+    ),
+    "secrets": "".join(
+        f'auth_shared_secret "a-secret-of-32-characters-for-tests-{number}"\n' for number in range(MANY)
+    ),
+}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_between_two_breaths_there_is_little_however_much_is_configured(server, monkeypatch, size):
+    """Counted, not timed: a step that goes through all that is configured without a breath does more than this."""
+    lines, most = 0, Counter()
+
+    def breath():
+        nonlocal lines
+        frame = sys._getframe(1)
+        most[frame.f_code.co_qualname] = max(most[frame.f_code.co_qualname], lines)
+        lines = 0
+
+    def trace(frame, event, _):
+        nonlocal lines
+        lines += 1
+        return trace
+
+    text = program.config(SIZES[size])
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        new = loaded(text, breath)
+        prepared = server._prepare(new, breath)
+        breath()
+        server._take(prepared, breath)
+        breath()
+        module._tell_doubts(new, breath)
+        breath()
+    finally:
+        sys.settrace(before)
+    assert max(most.values()) < MOST_LINES, most.most_common(8)
 
 
 def test_a_stop_in_the_middle_leaves_no_door_open(server):
