@@ -75,13 +75,15 @@ class Dispenser:
 
     def activate(self, flow: Flow, now: int) -> None:
         """Serve `flow` or queue it, if it wants anything."""
-        if flow.want <= 0 or flow.paused or flow.queued is not None:
+        if flow.want <= 0 or flow.paused:
             return
         path = flow.path
         if path.returned:
             self.recycle(path, now)
             if flow.want <= 0:
                 return
+        if flow.queued is not None:
+            return
         slot, decider = path.earliest(now)
         if flow.want == 1 and slot <= now + path.horizon and self._alone(flow, now):
             self._give_alone(flow, slot, decider, now)

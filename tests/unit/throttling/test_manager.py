@@ -300,6 +300,17 @@ def test_returned_slots_wait_for_demand(bench: Bench) -> None:
     assert count(bench.collect()) == {"b": 1}
 
 
+def test_returned_slots_go_to_who_still_stands_in_the_queue(bench: Bench) -> None:
+    """Its queue was empty for a moment, and nobody had come to its place in the throttle's meanwhile."""
+    a = two(bench, Limit(60, 60))[0]
+    bench.want(a, 3)
+    assert count(bench.collect()) == {"a": 1}
+    bench.want(a, 0)
+    bench.manager.give_back(a, 0, 0, 1, bench.now)
+    bench.want(a, 1)
+    assert count(bench.collect()) == {"a": 1}
+
+
 def test_slots_of_a_lost_session_are_not_given_out_again(bench: Bench) -> None:
     a, b = two(bench, Limit(60, 60))
     bench.want(a, 1)
