@@ -150,7 +150,8 @@ class Channel:
         link = self._link
         if self._dialogue is not None:
             self._dialogue.cut(ending)
-        link.interrupt(ending, Draining(link.goes_why) if link.goes_at is not None else None)
+        refusal = NameInUse if ending is Ending.NO_LONGER_ALLOWED else Draining
+        link.interrupt(ending, refusal(link.goes_why) if link.goes_at is not None else None)
 
     # ---------------------------------------------------------------- between sessions
 

@@ -18,10 +18,10 @@ import pytest
 from tests import independent_client as mta
 from tests.certificates import server_context
 from tests.clients import TIMEOUT, read_all
-from tests.independent_client import Peer, Told, channel, error_from, error_of, session
+from tests.independent_client import Peer, Told, channel, error_from, error_of, frame, pack, session
 from tests.mx import Mx
 from tests.program import SECRET, Proxy
-from tests.sinks import Raw, greet
+from tests.sinks import Raw, deaf_port, greet
 from tests.waiting import wait_for
 
 OWN = "mta-own-has-a-secret-of-its-own-and-no-other"
@@ -537,6 +537,17 @@ def test_what_a_fenced_run_has_in_progress_ends_with_it(proxy: Proxy) -> None:
             assert peer.expect(mta.GOAWAY)[0] == 0
             assert error_of(peer) == "name_in_use"
             proxy.wait_line(r"instance=twin-2 .*outcome=no_longer_allowed")
+
+
+def test_an_open_of_a_fenced_run_that_waits_is_told_why(proxy: Proxy) -> None:
+    """Not `draining`, which would say: come again."""
+    twin = {"instance": "twin-3", "run_id": b"o" * 16}
+    with deaf_port() as silent, session(proxy.native, **twin), channel(proxy.native, **twin) as peer:
+        peer.sock.sendall(frame(mta.OPEN, pack([None, [list(silent)]])))
+        wait_for(lambda: "active=1" in proxy.status()[-1])
+        with session(proxy.native, instance="twin-3", run_id=b"n" * 16):
+            assert peer.expect(mta.FAILED)[1:3] == ["name_in_use", "name in use by 127.0.0.1"]
+            assert peer.expect(mta.GOAWAY)[2] == "name_in_use"
 
 
 def test_reset_in_the_handshake(proxy: Proxy) -> None:
