@@ -14,6 +14,7 @@ import socket
 import subprocess
 import threading
 from _socket import socketpair
+from time import monotonic
 from types import SimpleNamespace
 
 import gevent
@@ -69,6 +70,15 @@ def test_one_whose_source_address_is_gone_is_not_handed_out(house, mx, monkeypat
     assert house.take(key_of(mx)) is None
     assert house.discarded() == {Discard.SOURCE_GONE: 1}
     assert house.keeper.cached == 0
+
+
+def test_one_that_is_found_too_old_when_it_is_asked_for_is_closed(house, mx, monkeypatch):
+    """The sweeper may be late: whoever asks before it finds it, and parts from it."""
+    house.cache(mx)
+    monkeypatch.setattr(keeper_room, "monotonic", lambda: monotonic() + 86_400)
+    assert house.take(key_of(mx)) is None
+    assert sum(house.discarded().values()) == 1
+    until(lambda: house.keeper.cached == 0 and mx.running == 0)
 
 
 def test_what_leaves_from_an_address_that_goes_is_closed_at_once(house, mx):
