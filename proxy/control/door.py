@@ -109,16 +109,17 @@ class ControlDoor:
 
     def __init__(self, sock: socket.socket, path: str, group: str | None, house: House) -> None:
         self.path = path
+        sock.setblocking(False)
         self._sock = sock
         self._house = house
         self._group = grp.getgrnam(group).gr_gid if group is not None else None
         self._open: set[socket.socket] = set()
         self._greenlet = gevent.spawn(self._accept_forever)
+        self._greenlet.rawlink(lambda _: sock.close())  # and not while it waits for it
 
     def close(self) -> None:
         """Listen no more; who is connected gets the answer in progress."""
         self._greenlet.kill(block=False)
-        self._sock.close()
         if not self.path.startswith("@"):
             with contextlib.suppress(OSError):
                 os.unlink(self.path)
@@ -139,12 +140,13 @@ class ControlDoor:
             gevent.spawn(self._serve, sock)
 
     def _accept(self) -> tuple[socket.socket, object]:
+        socket.wait_read(self._sock.fileno())  # accept() says EMFILE before it looks whether anybody is there
         try:
             return self._sock.accept()  # type: ignore[no-any-return]
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
-        with self._house.spare():
+        with self._house.spare():  # it does not wait: others would take what is lent
             return self._sock.accept()  # type: ignore[no-any-return]
 
     def _serve(self, sock: socket.socket) -> None:
