@@ -86,3 +86,21 @@ def test_an_end_that_the_receiver_did_not_take_at_once_is_pushed_on() -> None:
     carried.client.sendall(frames.encode(m.Eof()))
     until(lambda: carried.stream.flushed, what="the held end is pushed on")  # type: ignore[attr-defined]
     assert carried.end().up == 0
+
+
+def test_the_timer_of_a_last_push_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would go off in the middle of the channel's next session."""
+    transfer, timers, pushed = Carried().end(), [], iter([False, False, True])
+    start_new = channel_transfer.Timeout.start_new
+
+    def noted(seconds: float) -> gevent.Timeout:
+        timers.append(start_new(seconds))
+        return timers[-1]
+
+    monkeypatch.setattr(channel_transfer.Timeout, "start_new", noted)
+    monkeypatch.setattr(transfer, "_push", lambda: next(pushed))
+    monkeypatch.setattr(transfer, "_stream", SimpleNamespace(socket=SimpleNamespace(fileno=lambda: -1)))
+    engine = SimpleNamespace(wait=lambda fd: None)
+    monkeypatch.setattr(transfer, "_link", SimpleNamespace(engine=engine, look_again=lambda: None))
+    assert transfer.flush()
+    assert [timer.pending for timer in timers] == [False]
