@@ -172,8 +172,8 @@ class Tracker:
         try:
             for line in lines:
                 self._on_reply_line(line)
-            # A trailing CR may still become the line end.
-            _check_reply_line(rest.removesuffix(b"\r"))
+            if rest:  # a trailing CR may still become the line end
+                _check_reply_line(rest.removesuffix(b"\r"))
         except BadReply:
             self._blame(Discard.PROTOCOL_ERROR)
             self._server_lost = True
@@ -210,7 +210,8 @@ class Tracker:
             # A receiver that takes a bare LF for a line end, or a NUL for the end of a line, sees other commands.
             self._lose_client()
             return
-        words, verb = line.split(None, 2), _verb(line)
+        words = line.split(None, 2)
+        verb = words[0].upper() if words else b""
         if len(self._outstanding) >= MOST_OUTSTANDING:
             self._lose_client()
             return
