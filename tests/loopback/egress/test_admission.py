@@ -176,11 +176,16 @@ def test_a_place_goes_with_its_connection_to_who_wants_just_that():
     other = office.waits("b", key="there")
     assert office.awaited("there")
     assert not office.awaited("here")
-    assert office.pass_on(held, "here") is False
+    taken, kept = office.pass_on(held, "here")
+    gevent.sleep(0)
+    assert (taken, other.ready()) == (False, False)  # the socket is still open
+    office.leave(kept)
     held = other.get(timeout=10)
     same = office.waits("c", key="there")
-    assert office.pass_on(held, "there") is True
+    taken, kept = office.pass_on(held, "there")
+    assert taken
     assert isinstance(same.get(timeout=10), Places)
+    office.leave(kept)
 
 
 def test_a_rate_lets_in_when_its_time_has_come():
