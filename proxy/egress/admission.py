@@ -244,7 +244,7 @@ class Admission:
             answers.append(refusal)
             greenlet.switch()
 
-        ticket = self._ask(owner, weight, source, destination, flows, seconds, answer, names)
+        ticket = self.ask_slot(owner, weight, source, destination, flows, seconds, answer, names)
         if ticket not in self._answers:
             return ticket
         try:
@@ -292,10 +292,10 @@ class Admission:
             None: the slot is there, or nothing limits it: pass the message on now. Else a ticket for `cancel_message`.
             The refusal names the throttle (`throttle`) and says when to come back (`retry_after`, seconds).
         """
-        ticket = self._ask(owner, weight, source, destination, flows, seconds, answer, names)
+        ticket = self.ask_slot(owner, weight, source, destination, flows, seconds, answer, names)
         return ticket if ticket in self._answers else None
 
-    def _ask(
+    def ask_slot(
         self,
         owner: str,
         weight: float,
@@ -306,7 +306,7 @@ class Admission:
         answer: Answer,
         names: Names,
     ) -> MessageTicket | None:
-        """See `ask_message`; here None says that nothing limits the message."""
+        """As `ask_message`, but None says that nothing limits it: a ticket may be `granted`, and is for `put_off`."""
         manager = self.manager
         if not flows and not manager.blocks:
             return None

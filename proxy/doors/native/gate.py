@@ -1,23 +1,35 @@
-"""Whether a MAIL of a session on a channel may go on: with a permit that has not lapsed on its way, or a new slot.
+"""Whether a MAIL of a session on a channel may go on: with a slot of the proxy's throttles, and a permit or a new slot.
+
+The proxy's throttles count messages where it sees them, as in mode smtp: each MAIL takes a slot of all that match.
 
 The link between an MTA and the proxy may stall, and then deliver at once what was written over a while: each MAIL had
 its permit when the MTA wrote it, and together they would be a burst at the receiver. So a permit is looked at here once
-more (`throttling.audit`), and a MAIL that comes too late for its own waits for the next slot of its throttles, with all
-that stands behind it. Holding the bytes is `transfer`'s.
+more (`throttling.audit`), when the MAIL could go, and one that comes too late for its own waits for the next slot of
+its throttles, with all that stands behind it. Holding the bytes is `transfer`'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from proxy.egress.admission import Admission, clock_ns
 from proxy.errors import Throttled
+from proxy.model import UNNAMED, Names
 from proxy.throttling.audit import LATE, Mail
 from proxy.throttling.desk import MessageTicket
-from proxy.throttling.flows import Places
+from proxy.throttling.flows import Flow, Places
 
 #: MAILs of a session that may turn out to have been in vain: no receiver takes so many without an answer to the first.
 _MOST_IN_VAIN = 100
+
+
+class Way(NamedTuple):
+    """Where a session's messages go, as the proxy's own throttles match it; canonical addresses."""
+
+    source: str
+    destination: str
+    names: Names = UNNAMED
 
 
 class Gate:
@@ -31,31 +43,33 @@ class Gate:
         refusal: why the MAIL that is held will not go on.
     """
 
-    def __init__(self, admission: Admission, places: Places, wake: Callable[[], None]) -> None:
+    def __init__(self, admission: Admission, places: Places, way: Way, wake: Callable[[], None]) -> None:
         self.refusal: Throttled | None = None
         self._admission = admission
         self._places = places
+        self._way = way
         self._wake = wake
-        self._ticket: MessageTicket | None = None
+        self._waits: MessageTicket | None = None
+        self._slot: MessageTicket | None = None  # the one under the proxy's own throttles
         self._mails: list[Mail] = []
+        self._paid_unseen = False
 
     @property
     def closed(self) -> bool:
         """A MAIL waits for its slot."""
-        return self._ticket is not None
+        return self._waits is not None
 
     def mail(self) -> bool:
         """A MAIL has come; whether it may go on. If not, `wake` is called when `closed` has changed."""
-        admission, places = self._admission, self._places
-        mail = admission.manager.mail(places, clock_ns())
-        if len(self._mails) < _MOST_IN_VAIN:
-            self._mails.append(mail)
-        admission.settle()
-        if mail.late:
-            self._ticket = admission.ask_message(
-                places.owner, places.weight, "", "", mail.late, LATE / 1_000_000_000, self._answered
-            )
-        return self._ticket is None
+        return self._take_slot(self._slot_came) and self._look_at_permit()
+
+    def unseen(self) -> bool:
+        """Bytes have come in which nobody sees a MAIL; whether they may go on. They count as one message in all, as a
+        connection does of which nothing is seen."""
+        if self._paid_unseen:
+            return True
+        self._paid_unseen = True
+        return self._take_slot(self._answered)
 
     def in_vain(self) -> None:
         """The connection was dead: the MAILs will be said again elsewhere, with the same permits."""
@@ -64,10 +78,54 @@ class Gate:
 
     def leave(self) -> None:
         """The session is over; nobody waits any more."""
-        if self._ticket is not None:
-            self._admission.cancel_message(self._ticket)
-            self._ticket = None
+        if self._waits is not None:
+            self._admission.cancel_message(self._waits)
+            self._waits = None
+
+    # ---------------------------------------------------------------- steps; each says whether nothing waits
+
+    def _take_slot(self, answer: Callable[[Throttled | None], None]) -> bool:
+        """Of the proxy's own throttles."""
+        return self._ask((), self._way, answer)
+
+    def _look_at_permit(self) -> bool:
+        """The MAIL could go now: so its permit has to be good now."""
+        mail = self._admission.manager.mail(self._places, clock_ns())
+        if len(self._mails) < _MOST_IN_VAIN:
+            self._mails.append(mail)
+        self._admission.settle()
+        return not mail.late or self._ask(mail.late, Way("", ""), self._permit_came)
+
+    def _ask(self, flows: tuple[Flow, ...], way: Way, answer: Callable[[Throttled | None], None]) -> bool:
+        places = self._places
+        ticket = self._admission.ask_slot(
+            places.owner,
+            places.weight,
+            way.source,
+            way.destination,
+            flows,
+            LATE / 1_000_000_000,
+            answer,
+            way.names,
+        )
+        if not flows:
+            self._slot = ticket
+        if ticket is None or ticket.granted:
+            return True
+        self._waits = ticket
+        return False
+
+    def _slot_came(self, refusal: Throttled | None) -> None:
+        self._waits = None
+        if refusal is not None or self._look_at_permit():
+            self._answered(refusal)
+
+    def _permit_came(self, refusal: Throttled | None) -> None:
+        """Meanwhile the slot of the proxy's own throttles has grown old."""
+        self._waits = None
+        if refusal is not None or self._admission.put_off(self._slot) or self._take_slot(self._answered):
+            self._answered(refusal)
 
     def _answered(self, refusal: Throttled | None) -> None:
-        self._ticket, self.refusal = None, refusal
+        self._waits, self.refusal = None, refusal
         self._wake()

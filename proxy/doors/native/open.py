@@ -69,6 +69,7 @@ class Opener:
         self._flows: tuple[Flow, ...] = ()
         self._server_name = ""
         self._names = UNNAMED
+        self._rated = is_raw(request)
         self._named: dict[bool, str] = {}  # by family: the address that the source's name stands for in this OPEN
         self._source = ""  # of the attempt in progress
 
@@ -83,7 +84,7 @@ class Opener:
         """
         request, access, instance = self._request, self._services.access, self._peer.instance
         self._server_name = _host_name("tls_server_name", request.tls_server_name)
-        self._names = Names(_host_name("mx", request.mx), _host_name("domain", request.domain))
+        self._names = names_of(request)
         _check_ciphers(request)
         for address in request.destinations:
             access.check_route(instance, self._wanted(address.endpoint), address.endpoint)
@@ -173,7 +174,7 @@ class Opener:
         patience = self._share(left) / 2
         if may_share and (kept := self._kept(key, lambda kept: self._swap(kept, who), patience)) is not None:
             return kept
-        places = services.admission.enter(*who, self._share(left), key if may_share else None, names=self._names)
+        places = services.admission.enter(*who, self._share(left), key if may_share else None, self._rated, self._names)
         if may_share and places is not None:  # perhaps it had to be waited for, and came with a connection
             try:
                 kept = self._kept(key, lambda kept: self._move_in(kept, places), self._share(left) / 2)
@@ -203,7 +204,7 @@ class Opener:
 
     def _swap(self, kept: Receiver, who: _Who) -> bool:
         """Its places for those of this path, if these are free."""
-        may, places = self._services.admission.swap(kept.place, *who, names=self._names)
+        may, places = self._services.admission.swap(kept.place, *who, self._rated, self._names)
         if may:
             kept.place = places
         return may
@@ -229,7 +230,7 @@ class Opener:
             nonlocal places
             services.broken_tls.failed(destination, error.reason, monotonic())
             self._tell(source, destination, error)
-            places = services.admission.enter(*who, limits.ends_at - monotonic(), names=self._names)
+            places = services.admission.enter(*who, limits.ends_at - monotonic(), None, self._rated, self._names)
 
         services.gauges.outgoing += 1
         try:
@@ -296,6 +297,20 @@ class Opener:
             request.tenant or "",
             self._services.modes.group(self._peer.instance),
         )
+
+
+def is_raw(request: m.Open) -> bool:
+    """Nobody looks at the bytes: the rates of the proxy's own throttles count the connection, else each MAIL on it."""
+    return request.ehlo_name is None
+
+
+def names_of(request: m.Open) -> Names:
+    """What the OPEN says of its receiver.
+
+    Raises:
+        BadServerName: it cannot be.
+    """
+    return Names(_host_name("mx", request.mx), _host_name("domain", request.domain))
 
 
 def _remembered(why: str) -> InClear:

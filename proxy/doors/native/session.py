@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from time import monotonic
 
 from proxy.doors.native.entrance import Guest, check_still_welcome
-from proxy.doors.native.gate import Gate
+from proxy.doors.native.gate import Gate, Way
 from proxy.doors.native.link import Link
-from proxy.doors.native.open import Attempts, Taken
+from proxy.doors.native.open import Attempts, Taken, is_raw, names_of
 from proxy.doors.native.transfer import Transfer
 from proxy.egress.receiver import TlsFacts
 from proxy.errors import Refused
@@ -68,10 +68,12 @@ class Session:
         self._number = number
         self._started = started
         self._parting: Discard | None = None  # nobody may have it, and its receiver waits for a command: it hears QUIT
-        tracked = request.ehlo_name is not None and (request.reuse or request.throttles)
         place = taken.receiver.place
-        gated = tracked and place is not None and place.flows
-        self._gate = Gate(services.admission, place, link.wake) if gated and place is not None else None
+        tracked = not is_raw(request) and (request.reuse or request.throttles or place is not None)
+        self._gate: Gate | None = None
+        if tracked and place is not None:
+            way = Way(taken.receiver.source, taken.receiver.destination.host, names_of(request))
+            self._gate = Gate(services.admission, place, way, link.wake)
         tracker = self._tracker() if tracked else None
         self.transfer = Transfer(link, taken.receiver, tracker, taken.reused, self._gate)
 

@@ -270,6 +270,9 @@ class Transfer:
                 return piece[: len(piece) - len(left)]
             tracker.mails_allowed += 1
             left = tracker.client_bytes(left)
+        if tracker.lost and self._gate is not None and not self._gate.unseen():
+            self._kept = piece
+            return b""
         return piece
 
     def _go_on(self) -> bool:
@@ -286,7 +289,7 @@ class Transfer:
             return False
         kept, self._kept = self._kept, b""
         if gate.refusal is not None and not self.receiver_done:
-            self._aborted(OSError(errno.ETIMEDOUT, ""))
+            self._aborted(OSError(errno.ETIMEDOUT, ""), str(gate.refusal))
         else:
             tracker.mails_allowed += 1
             self._give(kept)
@@ -376,7 +379,7 @@ class Transfer:
                 return True
         return moved
 
-    def _aborted(self, error: OSError) -> None:
+    def _aborted(self, error: OSError, why: str = "") -> None:
         """Tell the client at once; it answers with END."""
         self.broken = Ending.UPSTREAM_RESET
         self.receiver_done = True
@@ -385,5 +388,5 @@ class Transfer:
             number, text = 0, f"TLS: {error.reason or error.strerror}"
         else:
             number = error.errno or 0
-            text = os.strerror(number)
+            text = why or os.strerror(number)
         self._link.queue(frames.encode(m.Aborted("upstream_failed", number, text[:200])))

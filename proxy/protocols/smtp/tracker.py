@@ -130,6 +130,11 @@ class Tracker:
         return not (self._outstanding or self._line or self._reply_line or self._code)
 
     @property
+    def lost(self) -> bool:
+        """Whether what the client says is not understood any more, so that no MAIL is seen in it."""
+        return self._client is _Client.LOST
+
+    @property
     def in_data(self) -> bool:
         """Whether the client's next byte is part of a message."""
         return self._client is _Client.DATA

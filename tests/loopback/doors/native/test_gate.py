@@ -8,20 +8,22 @@ from types import SimpleNamespace
 import gevent
 import pytest
 
-from proxy.doors.native.gate import Gate
+from proxy.doors.native.gate import Gate, Way
 from proxy.doors.native.link import ClientGone, Link
 from proxy.doors.native.transfer import Transfer
 from proxy.egress.admission import Admission, clock_ns
 from proxy.errors import Throttled
 from proxy.net.relay import Engine
 from proxy.net.tls import PlainStream
+from proxy.policy.limits import Limits
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
 from proxy.protocols.smtp.tracker import Tracker
 from proxy.throttling.flows import Places
 from proxy.throttling.limits import Part
 from proxy.throttling.manager import Manager
-from proxy.throttling.throttle import SECOND, Key, Limit
+from proxy.throttling.throttle import LATENESS, SECOND, Key, Limit
+from tests.loopback.egress.test_admission import Block
 from tests.loopback.net.relays import close_peers, tcp_pair, until
 
 MAIL, REST = b"MAIL FROM:<a@example.com>\r\n", b"RCPT TO:<b@example.net>\r\nDATA\r\n"
@@ -35,6 +37,12 @@ class Barrier:
         self.refusal: Throttled | None = None
         self.holds = True
         self.asked = 0
+        self.asked_unseen = 0
+
+    def unseen(self) -> bool:
+        self.asked_unseen += 1
+        self.closed = self.holds and self.asked_unseen == 1
+        return not self.closed
 
     def mail(self) -> bool:
         self.asked += 1
@@ -148,6 +156,18 @@ def test_an_end_behind_a_held_mail_is_seen_and_the_mail_is_never_sent(carried):
     carried.gets_nothing()
 
 
+def test_bytes_that_nobody_understands_wait_once(carried):
+    """A client's own TLS, or what is no SMTP: no MAIL is seen in it, so it counts as its connection does."""
+    carried.says(b"no\nSMTP\r\n" + MAIL)
+    until(lambda: carried.gate.asked_unseen == 1, what="it is held")
+    carried.gets_nothing()
+    carried.gate.open()
+    carried.gets(b"no\nSMTP\r\n" + MAIL)
+    carried.says(MAIL)
+    carried.gets(MAIL)
+    assert carried.gate.asked == 0
+
+
 def test_an_eof_behind_a_held_mail_comes_after_it(carried):
     carried.says(MAIL)
     carried.client.sendall(frames.encode(m.Eof()))
@@ -195,7 +215,7 @@ def test_the_gate_asks_the_manager_and_gives_everything_back():
     places = manager.admit("a", 1.0, "192.0.2.1", "198.51.100.1", manager.flows(session, (0,)), now)
     assert isinstance(places, Places)
     woken: list[bool] = []
-    gate = Gate(admission, places, lambda: woken.append(gate.closed))
+    gate = Gate(admission, places, Way("192.0.2.1", "198.51.100.1"), lambda: woken.append(gate.closed))
 
     manager.demand(session, 0, 1, 0, 0, 0, 0, clock_ns())
     assert manager.take(session, clock_ns()).grants
@@ -211,3 +231,74 @@ def test_the_gate_asks_the_manager_and_gives_everything_back():
     assert not gate.closed
     assert not admission._answers
     assert manager.unpermitted == 0
+
+
+WAY = Way("192.0.2.1", "198.51.100.1")
+
+
+class Blocked:
+    """A session under a block of the proxy's own, and under a path of its instance."""
+
+    def __init__(self, rate: Limit, wait: float = 30.0, path: Limit | None = None) -> None:
+        block = Block(max_concurrent_connections=0, max_delivery_rate=(rate,), wait=wait)
+        self.manager = manager = Manager(1, clock_ns() - 10_000 * SECOND, blocks=Limits((block,)))
+        self.admission = Admission(manager, lambda throttle: False)
+        self.session = manager.hello("a", b"run", "host", 1.0, clock_ns())
+        manager.ping(self.session, 1, clock_ns())
+        ids = () if path is None else (0,)
+        if path is not None:
+            manager.register(self.session, 0, [(Key(WAY.source, "rule"), Part((path,)))], clock_ns())
+        flows = manager.flows(self.session, ids)
+        places = manager.admit("a", 1.0, WAY.source, WAY.destination, flows, clock_ns(), rated=False)
+        assert isinstance(places, Places)
+        self.woken = 0
+        self.gate = Gate(self.admission, places, WAY, self._wake)
+
+    def _wake(self) -> None:
+        self.woken += 1
+
+
+def test_each_mail_takes_a_slot_of_the_proxys_own_throttles_and_the_connection_none():
+    it = Blocked(Limit(4, 1))
+    gone: list[int] = []
+    for number in range(4):
+        if not it.gate.mail():
+            assert number, "the connection has not taken the first one's"
+            until(lambda: not it.gate.closed, what="its slot")
+        gone.append(clock_ns())
+    assert it.woken == 3
+    # Never sooner; a slot may be used a little later than it came.
+    assert gone[-1] - gone[0] >= 3 * SECOND // 4 - 4 * LATENESS
+
+
+def test_a_block_that_refuses_says_why():
+    it = Blocked(Limit(1, 3600), wait=0.02)
+    assert it.gate.mail()
+    assert not it.gate.mail()
+    until(lambda: not it.gate.closed, what="its time is up")
+    assert it.woken == 1
+    assert it.gate.refusal is not None
+    assert "narrow" in str(it.gate.refusal)
+
+
+def test_what_is_not_understood_takes_one_slot():
+    it = Blocked(Limit(1, 3600))
+    assert it.gate.unseen()
+    assert it.gate.unseen()
+    assert not it.gate.mail(), "the hour's only one is gone"
+    it.gate.leave()
+    assert not it.admission._answers
+
+
+def test_a_permit_that_lapses_while_its_mail_waits_for_the_block_is_late():
+    """The permit has to be good in the moment in which the MAIL goes."""
+    it = Blocked(Limit(1, 3), path=Limit(1, 1))
+    assert it.gate.mail()
+    it.manager.demand(it.session, 0, 1, 0, 0, 0, 0, clock_ns())
+    until(
+        lambda: bool(it.manager.advance(clock_ns()) or it.manager.take(it.session, clock_ns()).grants), what="a permit"
+    )
+    assert not it.gate.mail(), "the block's next slot is seconds away, the permit lives for a tenth"
+    until(lambda: not it.gate.closed, what="both slots")
+    assert it.gate.refusal is None
+    assert it.manager._audit.late == 1
