@@ -70,6 +70,7 @@ setup(
         "gevent>=23.9",
         "idna>=3.4",  # Python's own codec is IDNA 2003, for which straße.example and strasse.example are one name
         "configargparse>=1.7",
+        "dnspython>=2.4",
         "colorlog>=6",
         "msgspec>=0.18",
         "cryptography>=42",

@@ -132,6 +132,7 @@ class Settings:
     smtp_tls: SmtpTls
     throttle_enforce: bool
     throttle_close_timeout: float
+    dns_server: Endpoint | None  # None: as the system's resolver is configured
     throttle_store: str = field(repr=False)  # a redis:// address may hold a password
     workers: int | Literal["auto"]
     log_verbose: bool

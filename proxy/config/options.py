@@ -12,6 +12,7 @@ from typing import Any
 from proxy.config.values import (
     ADDRESSES,
     BOOLEAN,
+    DNS_SERVER,
     DOMAIN,
     EHLO,
     ENDPOINT,
@@ -157,6 +158,7 @@ OPTIONS: tuple[Option, ...] = (
     _one("throttle_enforce", BOOLEAN, "no", "YES|NO", "an instance that sent without a permit waits"),
     _one("throttle_close_timeout", duration(), "1s", "DURATION", "how long a place waits for a receiver to close, too"),
     _one("throttle_store", STORE, "memory", "STORE", "where the throttles live; only memory in this version", True),
+    _one("dns_server", DNS_SERVER, None, "IP[:PORT]", "who is asked for the domains of blocks (the system's)"),
     _one("workers", WORKERS, "1", "NUMBER", "processes; only 1 in this version"),
     _one("log_verbose", BOOLEAN, "no", "YES|NO", "log details for debugging"),
     _one("log_format", choice("text", "json"), "text", "WORD", "text, or one JSON object a line"),

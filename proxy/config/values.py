@@ -99,6 +99,14 @@ def parse_endpoint(text: str) -> Endpoint:
     return Endpoint(host, number)
 
 
+def parse_dns_server(text: str) -> Endpoint:
+    """`192.0.2.53`, `2001:db8::53`, or with a port as in `parse_endpoint`."""
+    try:
+        return Endpoint(canonical_ip(text), 53)
+    except ValueError:
+        return parse_endpoint(text)
+
+
 def parse_network(text: str) -> Network:
     """An IP address or a CIDR; `10.0.0.1/8` is an error, since one of its two parts was meant otherwise."""
     address, slash, length = text.partition("/")
@@ -310,6 +318,7 @@ def duration(minimum: float = 0.0) -> Kind:
 
 BOOLEAN = Kind("boolean", parse_boolean, "yes or no")
 ENDPOINT = Kind("endpoint", parse_endpoint, "an IP:port such as 192.0.2.1:807 or [::]:807")
+DNS_SERVER = Kind("server", parse_dns_server, "an IP address, with or without a port: 192.0.2.53 or [::1]:5353")
 NETWORK = Kind(
     "network",
     parse_networks,

@@ -67,6 +67,7 @@ class Event(enum.StrEnum):
     RELOAD_FAILED = "reload_failed"
     CONFIG = "config"
     ADDRESS = "address"
+    DNS = "dns"
     DRAIN = "drain"
     STOP = "stop"
     CONTROL = "control"

@@ -26,6 +26,7 @@ from proxy.egress import via
 from proxy.egress.admission import Admission, clock_ns
 from proxy.egress.broken_tls import BrokenTls
 from proxy.egress.keeper import Keeper
+from proxy.egress.look_ups import LookUps
 from proxy.errors import ConfigError, Draining
 from proxy.log import lines as log
 from proxy.model import Breathe, Ending, Endpoint, hold_breath
@@ -36,6 +37,7 @@ from proxy.net.relay import make_engine
 from proxy.net.turns import Breather, rest
 from proxy.policy.access import Access
 from proxy.policy.budget import FailureBudget
+from proxy.policy.directory import Book
 from proxy.policy.limits import Limits
 from proxy.policy.modes import Modes, any_smtp
 from proxy.policy.trouble import Troubles
@@ -103,9 +105,11 @@ class Server:
         self._budget = FailureBudget()
         self._instances = Instances()
         self._incarnation: int = int.from_bytes(os.urandom(4), "big")
-        limits = Limits(settings.throttle, settings.source)
+        self._book = Book()
+        limits = Limits(settings.throttle, settings.source, self._book)
         manager = Manager(self._incarnation, clock_ns(), settings.throttle_enforce, limits)
         self._admission = Admission(manager, lambda throttle: self._keeper.make_way(throttle))
+        self._look_ups = LookUps(self._book, manager.blocks.forget_verdicts)
         self._keeper = Keeper(self._engine, self._crew, self._counters, settings, self._admission)
         self._broken_tls = BrokenTls()
         self._via: via.Via | None = None
@@ -183,7 +187,7 @@ class Server:
             raise
         judge = self._judge(settings)
         services = self._wire(settings, identity, self._doors.endpoints(settings, opened), breathe)
-        limits = Limits(settings.throttle, settings.source, None, breathe)
+        limits = Limits(settings.throttle, settings.source, self._book, breathe)
         return _Prepared(services, opened, judge, limits, control_socket)
 
     def _judge(self, settings: Settings) -> certificates.Judge | None:
@@ -308,6 +312,8 @@ class Server:
             self._gauges.ends = set()
         self._keeper.apply(settings)
         self._engine.half_close_timeout = settings.half_close_timeout
+        domains = [domain for block in settings.throttle for domain in block.domain]
+        self._look_ups.use(domains, settings.dns_server, breathe)
         self._admission.manager.reload(settings.throttle_enforce, prepared.limits, clock_ns())
         self._admission.settle()
         for session in list(self._instances.sessions):
@@ -415,6 +421,7 @@ class Server:
         for session in list(self._instances.sessions):
             session.cut(Draining("the proxy is shutting down"))
         rest()
+        self._look_ups.stop()
         if self._control is not None:
             self._control.close()
         log.note(log.Event.STOP, log.INFO, "stopped", reset_connections=cut)

@@ -162,6 +162,7 @@ def settings(**changes: object) -> Settings:
         "smtp_tls": "opportunistic",
         "throttle_enforce": False,
         "throttle_close_timeout": 1.0,
+        "dns_server": None,
         "throttle_store": "memory",
         "workers": 1,
         "log_verbose": False,
