@@ -25,7 +25,7 @@ from proxy.egress.receiver import (
 )
 from proxy.errors import Overloaded, UpstreamError
 from proxy.log import lines as log
-from proxy.model import Discard, TlsMode
+from proxy.model import Discard, Endpoint, TlsMode
 from proxy.net.relay import RawSocket
 from proxy.net.tls import Stream
 from proxy.policy.access import place_within
@@ -308,11 +308,22 @@ class Direct:
 
     def _connected(self, seconds: float, sock: RawSocket | None) -> Receiver:
         services, terms, ends = self._services, self._terms, self._services.gauges.ends
-        begun = None if ends is None else (lambda sock: ends.add(upstream.local_endpoint(sock)))
+        noted: list[Endpoint] = []
+
+        def note(sock: RawSocket) -> None:
+            if ends is not None:
+                noted.append(upstream.local_endpoint(sock))
+                ends.update(noted)
+
         idle = services.settings.idle_timeout
-        return connect_receiver(
-            services.engine, terms.source, terms.destination, max(seconds, 0.001), idle, sock, begun
-        )
+        try:
+            return connect_receiver(
+                services.engine, terms.source, terms.destination, max(seconds, 0.001), idle, sock, note
+            )
+        except BaseException:
+            if ends is not None:
+                ends.difference_update(noted)
+            raise
 
     def _goes_in_clear(self, error: UpstreamError) -> bool:
         """TLS failed, and may be done without (RFC 7435)."""
