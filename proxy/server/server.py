@@ -292,6 +292,7 @@ class Server:
                 draining=self._stop.is_set,
                 reload_failure=lambda: self._reload_failure,
                 spare=self._reserve.lent,
+                book=self._book,
             )
         )
 

@@ -28,6 +28,7 @@ from proxy.model import Endpoint, canonical_ip
 from proxy.net.addresses import own_addresses
 from proxy.net.relay import RawSocket, engine_name
 from proxy.net.turns import rest
+from proxy.policy.directory import Book
 from proxy.protocols.recognise import wrong_door
 from proxy.services import Door, Newcomers, Services, numbers
 from proxy.stats import Snapshot
@@ -76,6 +77,7 @@ class House(NamedTuple):
         limit: `max_connections` in force. clients: open client connections. draining: whether a stop has begun.
         reload_failure: None: the configuration in force is that of the last reload.
         spare: gives descriptors that are held back for work that must not fail for want of one.
+        book: what the domains of throttle blocks mean.
     """
 
     services: Callable[[], Services]
@@ -87,6 +89,7 @@ class House(NamedTuple):
     draining: Callable[[], bool]
     reload_failure: Callable[[], ReloadFailure | None]
     spare: Callable[[], AbstractContextManager[None]]
+    book: Book = Book()
 
 
 class Answer(NamedTuple):
@@ -292,6 +295,8 @@ class StatusDoor:
             own_addresses().__contains__,
             services.host_name,
             datetime.now(UTC).isoformat(timespec="seconds"),
+            house.book,
+            services.settings.throttle,
         )
         return sources, now
 

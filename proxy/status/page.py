@@ -22,10 +22,12 @@ from proxy.status.rows import (
     ThrottleRow,
     ago,
     between,
+    block_doubt,
     failures_text,
     held_by,
     instance_state,
     limits_text,
+    means,
     next_slot,
     percent,
     places_text,
@@ -76,7 +78,7 @@ def pieces(view: Status) -> Iterator[str]:
             _overview(view),
         )
     )
-    for section in (_throttles, _receivers, _sources, _sessions, _pool, _counters):
+    for section in (_throttles, _names, _receivers, _sources, _sessions, _pool, _counters):
         yield from section(view)
     yield "</main></body></html>\n"
 
@@ -126,6 +128,15 @@ def _throttles(view: Status) -> Iterator[str]:
 
     left_out = f"<p>{view.throttles_left_out} more are not shown.</p>" if view.throttles_left_out else ""
     yield from _section("Throttles", _markup_table(head, rows()), left_out)
+
+
+def _names(view: Status) -> Iterator[str]:
+    if not view.blocks:
+        return
+    left_out = f"<p>{view.blocks_left_out} more are not shown.</p>" if view.blocks_left_out else ""
+    rows = ((row.name, row.hosts, means(row), block_doubt(row)) for row in view.blocks)
+    head = ("throttle block", "#MX hosts", "its names mean now", "not known")
+    yield from _section("Names in throttle blocks", _table(head, rows), left_out)
 
 
 def _throttle_cells(row: ThrottleRow) -> tuple[object, ...]:

@@ -123,6 +123,23 @@ class ThrottleRow(Struct):
     would_refuse: int = 0
 
 
+class BlockRow(Struct):
+    """What the names in a `throttle` block mean at the moment, as DNS says.
+
+    Args:
+        hosts: MX hosts; addresses: theirs, with those left out. failures: what of it cannot be looked up, in words;
+            what was known of it stays in force. asking: domains that have had no answer yet.
+    """
+
+    name: str
+    hosts: int = 0
+    addresses: list[str] = []
+    addresses_left_out: int = 0
+    failures: list[str] = []
+    failures_left_out: int = 0
+    asking: int = 0
+
+
 class Queues(Struct):
     """Frames that wait to enter a stage, to leave it, and parked records; see docs/operations.md."""
 
@@ -265,6 +282,8 @@ class Status(Overview, kw_only=True):
 
     throttles: list[ThrottleRow]
     throttles_left_out: int
+    blocks: list[BlockRow] = []
+    blocks_left_out: int = 0
 
 
 # --- how figures are spelled, on the page and in the terminal ---
@@ -308,6 +327,18 @@ def throttle_state(row: ThrottleRow) -> str:
         refused = f", {row.would_refuse} refused" if row.would_refuse else ""
         return f"shadow: would have waited {row.would_wait} times{refused}"
     return f"backoff {whole_seconds(row.backoff)}" if row.state == "backoff" else row.state
+
+
+def means(row: BlockRow) -> str:
+    """The addresses; `and 12 more`."""
+    more = [f"and {row.addresses_left_out} more"] * (row.addresses_left_out > 0)
+    return " ".join([", ".join(row.addresses), *more]) or "no address"
+
+
+def block_doubt(row: BlockRow) -> str:
+    """What is not known of its names."""
+    more = [f"and {row.failures_left_out} more"] * (row.failures_left_out > 0)
+    return "; ".join([*row.failures, *more, *[f"{row.asking} without an answer yet"] * (row.asking > 0)])
 
 
 def trouble_text(row: TroubleRow) -> str:

@@ -26,10 +26,12 @@ from proxy.status.rows import (
     ThrottleRow,
     ago,
     between,
+    block_doubt,
     failures_text,
     held_by,
     instance_state,
     limits_text,
+    means,
     next_slot,
     percent,
     places_text,
@@ -145,6 +147,7 @@ _THROTTLE_HEAD = (
     *("HELD BY", "#NEXT", "#USE"),
 )
 _LONGEST_TROUBLE = 400
+_LONGEST_NAMES = 3000
 _PEER_HEAD = ("FAILING FOR", "#5 MIN", "#AGO", "FAILED", "#4XX", "#5XX", "#CONNECTIONS", "LAST")
 _SOURCE_HEAD = ("SOURCE", "HERE", "#DELIVERED", "#DEFERRED", "#REJECTED", *_PEER_HEAD)
 _SESSION_HEAD = ("SESSION", "ADDRESS", "#CONNECTED", "#PING", "#AGO", "#RAM", "#BOUNCE", "#DISK", "#FORWARD", "#BACK")
@@ -171,6 +174,9 @@ def lines(status: Status) -> Iterator[str]:
     yield from _table(_THROTTLE_HEAD, _throttles(status.throttles))
     if status.throttles_left_out:
         yield f"and {status.throttles_left_out} more throttles"
+    if status.blocks:
+        yield ""
+        yield from _names(status)
     yield ""
     yield from _table(("RECEIVER", *_PEER_HEAD), ((row.name, *_peer(row)) for row in status.receivers))
     if status.receivers_left_out:
@@ -185,6 +191,16 @@ def lines(status: Status) -> Iterator[str]:
         yield f"and {status.sessions_left_out} more sessions"
     if manager.without_permit:
         yield f"{manager.without_permit} messages were sent without a permit"
+
+
+def _names(status: Status) -> Iterator[str]:
+    """Addresses stand at the end: there may be many of them."""
+    for row in status.blocks:
+        doubt = block_doubt(row)
+        words = f"{row.name}: {row.hosts} MX hosts, {means(row)}" + f" (not known: {doubt})" * bool(doubt)
+        yield "NAMES OF " + printable(words, _LONGEST_NAMES)
+    if status.blocks_left_out:
+        yield f"and {status.blocks_left_out} more blocks with names"
 
 
 def _throttles(rows: Iterable[ThrottleRow]) -> Iterator[tuple[object, ...]]:

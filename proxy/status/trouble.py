@@ -6,7 +6,7 @@ now and then is no trouble: a receiver is in it when nothing goes well there any
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from proxy.policy.trouble import LATELY, Troubles
 from proxy.status.rows import Overview, PeerRow, SourceRow, TroubleRow
@@ -31,13 +31,14 @@ _REFUSALS = {
 }
 
 
-def found(view: Overview, troubles: Troubles, now: float) -> list[TroubleRow]:
+def found(view: Overview, troubles: Troubles, now: float, dns: Sequence[str] = ()) -> list[TroubleRow]:
     """All of it, the worst first.
 
     Args:
         view: all else of it. now: seconds of the clock of `troubles`.
+        dns: what cannot be looked up.
     """
-    return [*_program(view), *_sources(view), *_receivers(view), *_refusals(troubles, now)]
+    return [*_program(view), *_sources(view), *_receivers(view), *_dns(dns), *_refusals(troubles, now)]
 
 
 def _program(view: Overview) -> Iterator[TroubleRow]:
@@ -69,6 +70,13 @@ def _receivers(view: Overview) -> Iterator[TroubleRow]:
     failing = [row for row in view.receivers if _in_trouble(row)]
     if failing:
         yield _failing("receivers_failing", "receiver", failing)
+
+
+def _dns(failures: Sequence[str]) -> Iterator[TroubleRow]:
+    if failures:
+        are = "domain of throttle blocks" if len(failures) == 1 else "domains of throttle blocks"
+        text = f"{len(failures)} {are} cannot be looked up, what was known stays in force: {failures[0]}"
+        yield TroubleRow("dns", text)
 
 
 def _failing(kind: str, what: str, rows: list[PeerRow] | list[SourceRow]) -> TroubleRow:

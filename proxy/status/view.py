@@ -6,14 +6,17 @@ run, and it lists a bounded number of everything. What was counted in different 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from heapq import nlargest
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
 from proxy.egress.pool import Entry, Pool, PoolKey
+from proxy.policy.directory import Book
 from proxy.policy.trouble import Record, Troubles
+from proxy.settings import ThrottleSettings
 from proxy.stats import OTHER, Backlog, Counters, Flow, Snapshot
+from proxy.status.names import block_rows, failing
 from proxy.status.rows import (
     CachedRow,
     Connections,
@@ -63,6 +66,8 @@ class Sources(NamedTuple):
     present: Callable[[str], bool]
     host: str = ""
     generated_at: str = ""
+    book: Book = Book()
+    blocks: Sequence[ThrottleSettings] = ()
 
 
 class _Sample(NamedTuple):
@@ -137,7 +142,7 @@ def overview(sources: Sources, now: float) -> Generator[None, None, Overview]:
         sources=sources_[:MOST_PEERS],
         sources_left_out=max(0, len(sources_) - MOST_PEERS),
     )
-    view.trouble = found(view, sources.troubles, now)
+    view.trouble = found(view, sources.troubles, now, failing(sources.book))
     return view
 
 
@@ -166,7 +171,9 @@ def survey(
             yield
     meter.turn()
     known = {name: getattr(view, name) for name in Overview.__struct_fields__}
-    return Status(**known, throttles=rows, throttles_left_out=len(everything) - len(rows))
+    blocks, blocks_left_out = yield from block_rows(sources.blocks, sources.book)
+    left_out = len(everything) - len(rows)
+    return Status(**known, throttles=rows, throttles_left_out=left_out, blocks=blocks, blocks_left_out=blocks_left_out)
 
 
 def _rank(throttle: Throttle, now: int) -> tuple[float, ...]:

@@ -43,7 +43,10 @@ HOUSE = {
 }
 #: Rooms that only decide, and the files that only decide in a room that does.
 PURE = {VOCABULARY, "throttling", "protocols", "policy", "config"}
-PURE_FILES = {"control.commands", "egress.broken_tls", "egress.pool", "status.rows", "status.trouble", "status.view"}
+PURE_FILES = {
+    *("control.commands", "egress.broken_tls", "egress.pool"),
+    *("status.names", "status.rows", "status.trouble", "status.view"),
+}
 #: What the library shares with the program of `throttling`; it must stay small, since MTAs carry it with them.
 CLIENT_THROTTLING = {"proxy.throttling.lease", "proxy.throttling.wheel"}
 

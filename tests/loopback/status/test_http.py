@@ -54,7 +54,7 @@ class Room:
             instances=SimpleNamespace(channels={}, dialogues={}),
             keeper=SimpleNamespace(pool=Pool(None)),
             newcomers=Newcomers(10),
-            settings=SimpleNamespace(throttle_enforce=False),
+            settings=SimpleNamespace(throttle_enforce=False, throttle=()),
             troubles=Troubles(),
         )
         self.room = StatusDoor(
