@@ -323,7 +323,13 @@ def _blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
             )
     for throttle in settings.throttle:
         breathe()
-        if not throttle.max_delivery_rate and not throttle.max_concurrent_connections:
+        for directive in ("max_delivery_rate", "max_connection_rate"):
+            rates = getattr(throttle, directive)
+            for rate in rates:
+                if any(o != rate and o.amount <= rate.amount and o.seconds >= rate.seconds for o in rates):
+                    message = f"{throttle.name}: {directive} {rate.amount} in {rate.seconds} s is never reached"
+                    yield Finding(False, "throttle", throttle.name, f"{message}: another one allows less in longer")
+        if not (throttle.max_delivery_rate or throttle.max_concurrent_connections or throttle.max_connection_rate):
             yield Finding(False, "throttle", throttle.name, f"{throttle.name}: no limit is set in it")
         if throttle.wait is not None and throttle.wait > (longest := place_within(SHORTEST_ANSWER)):
             message = f"{throttle.name}: wait is cut to {longest:.0f} s for clients that must have an answer in time"

@@ -238,6 +238,10 @@ OWN = " auth_shared_secret 0f9c2b7e54d1a8637bb04e1d92c6f3a5\n"
         ("allow_destination 127.0.0.0/8\n", "F:4: warning: allow_destination: loopback"),
         ("throttle a {\n}\n", "F:4: warning: throttle: a: no limit"),
         ("throttle a {\n max_delivery_rate 1/hr\n wait 2m\n}\n", "F:4: warning: throttle: a: wait is cut to 40 s"),
+        (
+            "throttle a {\n max_delivery_rate 100/min, 50/hr\n}\n",
+            "F:4: warning: throttle: a: max_delivery_rate 100 in 60 s is never reached",
+        ),
         (f"instance a {{\n allow_from 127.0.0.2\n{OWN}}}\n", "F:4: warning: instance: a: its allow_from goes beyond"),
         ("instance a {\n source_ip 127.0.0.2\n}\n", "F:4: warning: instance: a: no border without an auth_shared_sec"),
         (
