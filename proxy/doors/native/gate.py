@@ -40,7 +40,7 @@ class Gate:
         wake: called when a MAIL that was held may go on, or never will; must not wait.
 
     Attributes:
-        refusal: why the MAIL that is held will not go on.
+        refusal: why the MAIL that is held will not go on; whoever acts upon it takes it away.
     """
 
     def __init__(self, admission: Admission, places: Places, way: Way, wake: Callable[[], None]) -> None:

@@ -191,7 +191,7 @@ class Session:
             if in_vain:
                 self._gate.in_vain()
         outcomes, tracker = Outcomes(), transfer.tracker
-        outcomes.add(mails, tracker.accepted, tracker.deferred, tracker.rejected)
+        outcomes.add(mails, tracker.accepted, tracker.deferred + transfer.refused, tracker.rejected)
         services.counters.count_outcomes(self._peer.instance, receiver.source, outcomes)
         return outcomes
 

@@ -25,7 +25,9 @@ from proxy.net.turns import TurnOver
 from proxy.policy.turns import FRAME, READ
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
+from proxy.protocols.smtp import replies
 from proxy.protocols.smtp.tracker import Tracker
+from proxy.protocols.smtp.turned_away import TurnedAway, Unanswerable
 
 _READ_SIZE = 65536
 #: Reads of one side before the other has its say. When all others have theirs is `Link.turn`'s.
@@ -47,6 +49,7 @@ class Transfer:
         receiver_done: the receiver said FIN, or is broken.
         broken: the connection to the receiver ended otherwise than by a FIN.
         end: what the client ended the session with.
+        refused: messages that we refused at MAIL.
     """
 
     def __init__(
@@ -59,12 +62,15 @@ class Transfer:
         self.receiver_done = False
         self.broken: Ending | None = None
         self.end: m.End | None = None
+        self.refused = 0
         self._link = link
         self._reused = reused
         self._gate = gate
         if gate is not None and tracker is not None:
             tracker.mails_allowed = 0
         self._kept = b""  # of the client, from a MAIL on that has to wait
+        self._refusing = False  # that MAIL is refused, once the receiver has answered what came before it
+        self._turned_away: TurnedAway | None = None  # the message whose MAIL was refused last
         self._stream = receiver.stream
         self._readable = True  # the receiver may have something to be read
         self._missed = True  # events of the receiver may have gone by that nobody acted upon
@@ -123,13 +129,15 @@ class Transfer:
         if self._link.blocked or self._blocked:
             return True
         self._from_receiver()
-        return self._readable or self.receiver_done or self._link.blocked or self._blocked
+        return self._readable or self.receiver_done or self._link.blocked or self._blocked or self._refusing
 
     def unclean(self) -> Discard | None:
         """Why the connection cannot serve another client, as far as its bytes tell."""
         if self.receiver_done or self.broken is not None:
             return Discard.PEER_CLOSED
         if self._blocked or self._finished or self._kept:
+            return Discard.OUTSTANDING
+        if self._turned_away is not None and self._turned_away.in_line:
             return Discard.OUTSTANDING
         return self.tracker.verdict() if self.tracker is not None else Discard.NOT_OFFERED
 
@@ -255,6 +263,8 @@ class Transfer:
         if self._kept:
             self._kept += piece
             return True
+        if self._turned_away is not None:
+            piece = self._answer(self._turned_away, piece)
         if self.tracker is not None:
             piece = self._track(self.tracker, piece)
         self.up += len(piece)
@@ -278,8 +288,8 @@ class Transfer:
     def _go_on(self) -> bool:
         """Send on what was kept, if its slot has come; whether it has.
 
-        When it will not come any more, it is to the client as if the receiver had been lost: it has waited for longer
-        than a client waits for an answer.
+        When it will not come any more, the client is told so in the receiver's place, behind all that the receiver owes
+        it. Where that cannot be done in order, it is to the client as if the receiver had been lost.
         """
         gate, tracker = self._gate, self.tracker
         assert gate is not None
@@ -287,17 +297,41 @@ class Transfer:
         assert tracker.mails_allowed is not None
         if gate.closed:
             return False
+        refusal = gate.refusal if not self.receiver_done else None
+        self._refusing = refusal is not None and tracker.owes and not tracker.lost
+        if self._refusing:
+            return False
         kept, self._kept = self._kept, b""
-        if gate.refusal is not None and not self.receiver_done:
-            self._aborted(OSError(errno.ETIMEDOUT, ""), str(gate.refusal))
-        else:
+        gate.refusal = None
+        if refusal is None:
             tracker.mails_allowed += 1
-            self._give(kept)
+        elif tracker.may_answer:
+            self._turned_away = TurnedAway(replies.throttled(refusal))
+            self.refused += 1
+        else:
+            self._aborted(OSError(errno.ETIMEDOUT, ""), str(refusal))
+            return True
+        self._give(kept)
         return True
 
+    def _answer(self, message: TurnedAway, piece: bytes) -> bytes:
+        """Give our replies to a message that was refused; what is for the receiver again."""
+        try:
+            said, rest = message.take(piece)
+        except Unanswerable as error:
+            self._aborted(OSError(errno.EPROTO, ""), str(error))
+            return b""
+        if said:
+            self._link.moved += len(said)
+            self._link.queue(frames.encode_data(said))
+        if message.over:
+            self._turned_away = None
+        return rest
+
     def _is_full(self) -> bool:
-        """Nothing more is read behind a MAIL that waits; an END that comes soon is seen."""
-        return len(self._kept) >= _READ_SIZE
+        """Nothing more is read behind a MAIL that waits, nor while replies of ours wait; an END that comes soon is
+        seen."""
+        return len(self._kept) >= _READ_SIZE or (self._turned_away is not None and self._link.blocked)
 
     def _push(self) -> bool:
         """Hand what is held back to the receiver; whether nothing is left."""

@@ -118,7 +118,7 @@ class Tracker:
             return self._reason
         if self._client is _Client.DATA:
             return Discard.IN_DATA
-        if self._outstanding or self._line or self._reply_line or self._code:
+        if self.owes or self._line:
             return Discard.OUTSTANDING
         return None
 
@@ -127,7 +127,17 @@ class Tracker:
         """Whether the receiver waits for a command, so that QUIT can be said to it, fit for others or not."""
         if self._client is not _Client.COMMAND or self._server_lost or self._ending:
             return False
-        return not (self._outstanding or self._line or self._reply_line or self._code)
+        return not (self.owes or self._line)
+
+    @property
+    def owes(self) -> bool:
+        """Whether the receiver has not answered all that it was told."""
+        return bool(self._outstanding or self._reply_line or self._code)
+
+    @property
+    def may_answer(self) -> bool:
+        """Whether a reply of our own, in the receiver's place, would be the next one that the client waits for."""
+        return self.at_rest and self._reason not in (Discard.PROTOCOL_ERROR, Discard.SAID_421)
 
     @property
     def lost(self) -> bool:

@@ -72,6 +72,7 @@ class Carried:
         )
         self.stream = PlainStream(theirs)
         self.gate = Barrier()
+        self.heard = frames.FrameDecoder(frames.MAX_PAYLOAD)
         self.transfer: Transfer | None = None
         self.greenlet = gevent.spawn(self._carry)
         until(lambda: self.transfer is not None, what="the transfer began")
@@ -88,6 +89,23 @@ class Carried:
 
     def held(self, asked: int = 1) -> None:
         until(lambda: self.gate.asked == asked and self.gate.closed, what="a MAIL is held")
+
+    def hears(self, expected: bytes) -> None:
+        """The client, in DATA frames."""
+        got = b""
+        while len(got) < len(expected):
+            kind, payload = self._frame()
+            assert kind == frames.DATA
+            got += payload
+        assert got == expected
+
+    def hears_word(self) -> m.Message:
+        return frames.decode(self._frame(), frames.CHANNEL_FROM_PROXY)
+
+    def _frame(self) -> frames.Frame:
+        while (frame := self.heard.next_frame()) is None:
+            self.heard.receive(self.client.recv(1000))
+        return frame[0], bytes(frame[1])
 
     def gets(self, expected: bytes) -> None:
         got = b""
@@ -193,15 +211,62 @@ def test_a_client_that_leaves_while_its_mail_waits_ends_the_session(carried, flo
         carried.greenlet.get(timeout=10)
 
 
-def test_a_slot_that_never_comes_is_a_receiver_that_was_lost(carried):
+NOT_NOW, NO_MAIL = b"451 4.7.1 throttle rule: again in 2 s\r\n", b"503 5.5.1 no message was begun\r\n"
+
+
+def test_a_slot_that_never_comes_is_451_and_the_receiver_hears_nothing_of_the_message(carried):
+    carried.says(MAIL + REST)
+    carried.held()
+    carried.gate.open(Throttled("no", "rule", 1.5))
+    carried.hears(NOT_NOW + NO_MAIL + NO_MAIL)
+    carried.gets_nothing()
+    carried.gate.holds = False
+    carried.says(b"RSET\r\n" + MAIL + REST)
+    carried.gets(b"RSET\r\n" + MAIL + REST)
+    assert (carried.gate.asked, carried.transfer.refused) == (2, 1)
+
+
+def test_after_a_451_the_connection_may_be_kept(carried):
     carried.says(MAIL)
     carried.held()
-    carried.gate.open(Throttled("no", "rule", 1.0))
-    message = frames.FrameDecoder(frames.MAX_PAYLOAD)
-    message.receive(carried.client.recv(1000))
-    aborted = frames.decode(message.next_frame(), frames.CHANNEL_FROM_PROXY)
-    assert isinstance(aborted, m.Aborted)
+    carried.gate.open(Throttled("no", "rule", 1.5))
+    carried.hears(NOT_NOW)
+    carried.client.sendall(frames.encode(m.End(True, 0)))
+    transfer = carried.greenlet.get(timeout=10)
+    assert transfer.unclean() is None
     carried.gets_nothing()
+
+
+def test_a_451_does_not_overtake_what_the_receiver_owes(carried):
+    carried.says(b"RSET\r\nNOOP\r\n" + MAIL + REST)
+    carried.held()
+    carried.gets(b"RSET\r\nNOOP\r\n")
+    carried.gate.open(Throttled("no", "rule", 1.5))
+    carried.receiver.sendall(b"250 reset\r\n250-noth")
+    carried.hears(b"250 reset\r\n250-noth")
+    carried.receiver.sendall(b"ing\r\n250 at all\r\n")
+    carried.hears(b"ing\r\n250 at all\r\n" + NOT_NOW + NO_MAIL + NO_MAIL)
+    carried.gets_nothing()
+
+
+@pytest.mark.parametrize(
+    ("gone", "answer", "held"),
+    [
+        pytest.param(MAIL[:4], b"", MAIL[4:], id="the receiver has a part of the line already"),
+        pytest.param(b"QUIT\r\n", b"221 bye\r\n", MAIL, id="behind QUIT"),
+        pytest.param(b"NOOP\r\n", b"250 OK\r\n250 more\r\n", MAIL, id="the receiver says more than it was asked"),
+        pytest.param(b"", b"", MAIL + b"DATA\r\nMAIL FROM:<text>\r\n", id="text behind DATA is no command"),
+    ],
+)
+def test_where_no_reply_would_be_right_the_receiver_is_lost(carried, gone, answer, held):
+    carried.says(gone)
+    carried.gets(gone)
+    carried.receiver.sendall(answer)
+    carried.hears(answer)
+    carried.says(held)
+    carried.held()
+    carried.gate.open(Throttled("no", "rule", 1.5))
+    assert isinstance(carried.hears_word(), m.Aborted)
 
 
 def test_the_gate_asks_the_manager_and_gives_everything_back():
