@@ -286,7 +286,7 @@ class Dispenser:
                     wheel.arm(throttle, slot)
                     return False
                 return True
-        rival = self._rival(flow, slot, now)
+        rival, delayed = self._rival(flow, slot, now)
         if rival is not None:
             first, where, when = rival
             if when > now + first.path.horizon and where is not throttle:
@@ -294,6 +294,8 @@ class Dispenser:
                 return True
             flow, slot, turn, ahead = first, when, when << 1, first.path.horizon
         if slot <= now + ahead and not (agenda and agenda[0][0] < turn):
+            for claim in delayed:
+                claim.delayed = True
             self._grant(flow, slot, throttle, agenda, now)
             return True
         if several and rival is None:
@@ -370,7 +372,7 @@ class Dispenser:
             for index, other in enumerate(path.throttles):
                 if not flow.turns >> index & 1:
                     slots = other.slots
-                    if slots is None or slots.path is path or not slots.queue:
+                    if slots is None or not slots.queue:
                         continue
                     mine = slots.times[name], flow.order
                     # An entry that is out of date is never behind its true place.
@@ -405,16 +407,21 @@ class Dispenser:
         """`flow` has got its slot, or waits no more."""
         if flow.turns:
             flow.turns = 0
+            flow.delayed = False
             for each in flow.path.throttles:
                 if each.slots is not None and each.slots.claim is flow:
                     each.slots.claim = None
 
-    def _rival(self, flow: Flow, slot: int, now: int) -> tuple[Flow, Throttle, int] | None:
+    def _rival(self, flow: Flow, slot: int, now: int) -> tuple[tuple[Flow, Throttle, int] | None, list[Flow]]:
         """Who has waited longer and has a claim that `flow` would delay if it took `slot`; where, and to which slot.
 
-        A delay does not count if it is a smaller part of an interval than the throttle would stand idle for it. It
-        happens once: the next slot there is the claimant's own.
+        A delay does not count if it is a smaller part of an interval than the throttle would stand idle for it; but
+        once only, or two throttles by turns could put a claim off for ever.
+
+        Returns:
+            the rival, and whose claims `slot` delays although they are no rivals.
         """
+        delayed: list[Flow] = []
         for throttle in flow.path.throttles:
             slots = throttle.slots
             if slots is None or (claim := slots.claim) is None or claim is flow or claim.order > flow.order:
@@ -426,9 +433,10 @@ class Dispenser:
             step = throttle.after(slot)
             if step > when and decider is not None:
                 idle, interval = max(0, when - slot), decider.after(when) - when
-                if (step - when) * (step - slot) > idle * interval:
-                    return claim, throttle, when
-        return None
+                if claim.delayed or (step - when) * (step - slot) > idle * interval:
+                    return (claim, throttle, when), []
+                delayed.append(claim)
+        return None, delayed
 
     def _stand_aside(self, flow: Flow) -> None:
         self._leave(flow)

@@ -146,7 +146,8 @@ class Flow:
         id: the session's number for the path.
         want: permits wanted beyond those on their way. granted: permits granted so far.
         order: who waits longer has the smaller one; `turn`, once it has had its first turn, will be the next one.
-        turns: throttles of its path, by bit, where it has had its turn.
+        turns: throttles of its path, by bit, where it has had its turn. delayed: somebody who came later was let in
+            before it meanwhile.
         fine: slots to take from this flow's share without giving them (messages that were sent without a permit).
         queued: the throttle in whose queue it stands. open: the run that may still grow. held: runs that were sent.
         places, waiting_places: connections open and requested. listed: either is not 0, and its throttles know.
@@ -156,7 +157,7 @@ class Flow:
     # One flow for each path of each session: 100,000 of them must stay small.
     __slots__ = (
         *("id", "receiver", "path", "want", "granted", "fine", "paused", "queued", "open", "held"),
-        *("places", "waiting_places", "listed", "gated", "cap", "order", "turn", "turns"),
+        *("places", "waiting_places", "listed", "gated", "cap", "order", "turn", "turns", "delayed"),
     )
 
     def __init__(self, receiver: Receiver, id: int, path: Path) -> None:
@@ -168,6 +169,7 @@ class Flow:
         self.order = 0
         self.turn = 0
         self.turns = 0
+        self.delayed = False
         self.fine = 0
         self.paused = False
         self.queued: Throttle | None = None

@@ -14,8 +14,9 @@ from typing import NamedTuple
 from proxy.throttling.throttle import SECOND, Limit
 from tests.unit.throttling.benches import MS, SOURCE, Bench, Key, part
 
-#: Slots of two throttles that do not coincide cost up to one more interval each: this part of a share is promised.
-PROMISED = Fraction(1, 2)
+#: Slots of two throttles that do not coincide cost up to one more interval each: this part of a share is the rule, and
+#: this is what nobody gets less than, in any topology.
+RULE, PROMISED = Fraction(1, 2), Fraction(1, 5)
 
 
 class Unfair(AssertionError):
@@ -126,8 +127,8 @@ def judge(got: dict[Line, int], promised: dict[Line, Fraction], seconds: int) ->
             raise Unfair(f"{line} got {got[line]} in {seconds} s, promised were {float(share * seconds):.1f}: {got}")
 
 
-def halves(shares: dict[Line, Fraction]) -> dict[Line, Fraction]:
-    return {line: share * PROMISED for line, share in shares.items()}
+def parts_of(shares: dict[Line, Fraction], part: Fraction) -> dict[Line, Fraction]:
+    return {line: share * part for line, share in shares.items()}
 
 
 def measured(topology: Topology, seed: int, warm: int, seconds: int) -> dict[Line, int]:
@@ -136,14 +137,14 @@ def measured(topology: Topology, seed: int, warm: int, seconds: int) -> dict[Lin
     return world.run(seconds * SECOND)
 
 
-def check(seeds: Iterable[int], amounts: tuple[int, ...], seconds: int, span: int) -> None:
-    """Topologies with one path a session, and others with several: all shares are kept.
+def check(seeds: Iterable[int], amounts: tuple[int, ...], seconds: int, span: int, part: Fraction = RULE) -> None:
+    """Topologies with one path a session, and others with several: everybody gets this part of its share.
 
     Raises:
         Unfair: one was not.
     """
     for seed in seeds:
         single = draw(seed, amounts, seconds)
-        judge(measured(single, seed, span // 4, span), halves(fair_shares(single)), span)
+        judge(measured(single, seed, span // 4, span), parts_of(fair_shares(single), part), span)
         several = draw(seed, amounts, seconds, several=True)
-        judge(measured(several, seed, span // 4, span), halves(least_shares(several)), span)
+        judge(measured(several, seed, span // 4, span), parts_of(least_shares(several), part), span)
