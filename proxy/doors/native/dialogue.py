@@ -16,8 +16,10 @@ from proxy.doors.smtp.visit import Visit
 from proxy.egress import upstream
 from proxy.errors import PeerError
 from proxy.model import Ending, Endpoint
+from proxy.net.alarm import Alarm
 from proxy.net.conversation import receive, send_all
 from proxy.net.framed import FramedStream
+from proxy.net.relay import Engine
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
 from proxy.services import Door, Services
@@ -90,17 +92,7 @@ class Dialogue:
         self._visit = None
         if visit.resets:
             raise ClientGone("the dialogue was broken off")
-        try:
-            if stream.word is None:
-                stream.finish()
-                send_all(engine, stream, b"")
-                while receive(engine, stream):
-                    pass  # what crossed our last words
-                while stream.word is None:  # EOF came before END
-                    stream.next_session()
-                    receive(engine, stream)
-        except OSError:
-            raise ClientGone("the connection broke") from None
+        await_end(engine, stream, self._services.settings.half_close_timeout)
         if not isinstance(stream.word, m.End):
             raise PeerError(f"{type(stream.word).__name__.upper()} in the middle of an SMTP session")
         link.look_again()
@@ -110,3 +102,29 @@ class Dialogue:
         """End it; must not wait."""
         if self._visit is not None:
             self._visit.cut(ending)
+
+
+def await_end(engine: Engine, stream: FramedStream, seconds: float) -> None:
+    """Say EOF and read on until the client says END, for so long at most: the sweep takes this for an OPEN in progress.
+
+    Raises:
+        ClientGone: it did not, or its connection broke. PeerError: it broke its protocol.
+    """
+    alarm = engine.alarms.start(seconds)
+    try:
+        if stream.word is None:
+            stream.finish()
+            send_all(engine, stream, b"")
+            while receive(engine, stream):
+                pass  # what crossed our last words
+            while stream.word is None:  # EOF came before END
+                stream.next_session()
+                receive(engine, stream)
+    except Alarm as fired:
+        if fired is not alarm:
+            raise
+        raise ClientGone("no END within half_close_timeout") from None
+    except OSError:
+        raise ClientGone("the connection broke") from None
+    finally:
+        alarm.cancel()
