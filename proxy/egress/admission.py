@@ -70,8 +70,6 @@ class Admission:
         self._deadlines: Wheel[Ticket | MessageTicket] = Wheel(10 * MILLISECOND)
         self._keys: dict[Ticket, Hashable] = {}  # what those who wait would share
         self._awaited: Counter[Hashable] = Counter()  # the same, how often
-        #: Of sockets that are open while their places are passed on: who got in and is told when the socket is closed.
-        self._behind: dict[Places | None, list[Ticket]] = {}
         self._timer: Any = self._hub.loop.timer(0)
         self._armed_for: int | None = None
         self._settling = False
@@ -130,8 +128,6 @@ class Admission:
             whether it may, and the new places; if not, the old ones are as they were.
         """
         manager = self.manager
-        if old in self._behind:
-            return False, None  # it is promised to another
         if old is None:
             if not flows and not manager.blocks:
                 return True, None
@@ -149,7 +145,6 @@ class Admission:
     def leave(self, places: Places | None) -> None:
         """The socket is closed."""
         if places is not None:
-            self._wake(self._behind.pop(places, []))
             self._wake(self.manager.release(places, clock_ns()))
             self.settle()
 
@@ -161,19 +156,16 @@ class Admission:
         """Whether one who waits for places, anywhere, asks for this key."""
         return key in self._awaited
 
-    def pass_on(self, places: Places, key: Hashable) -> tuple[bool, Places]:
-        """Places of a cached connection go to who is next; whether this is one who asks for its key.
+    def pass_on(self, places: Places, key: Hashable) -> bool:
+        """Give the places of a cached connection back; whether one who waited and asks for its key got in by that.
 
-        That one takes over the connection when it runs next. Otherwise the caller has to close the socket at once. It
-        counts by the places that are returned until these are given back, and who got in and does not take it over
-        learns of it then: two sockets are never open by one place.
+        That one takes over the connection when it runs next. Otherwise the caller has to close the socket at once.
         """
-        tickets, kept = self.manager.pass_on(places, clock_ns())
-        takers = [ticket for ticket in tickets if self._keys.get(ticket) == key]
-        self._behind[kept] = [ticket for ticket in tickets if ticket not in takers]
-        self._wake(takers)
+        tickets = self.manager.release(places, clock_ns())
+        taker = any(self._keys.get(ticket) == key for ticket in tickets)
+        self._wake(tickets)
         self.settle()
-        return bool(takers), kept
+        return taker
 
     def _wait_for(self, ticket: Ticket, seconds: float, key: Hashable) -> None:
         """Until the ticket is admitted.

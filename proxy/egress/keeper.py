@@ -80,8 +80,8 @@ class PlaceOffice(Protocol):
     def awaited(self, key: Hashable) -> bool:
         """Whether one who waits for places, anywhere, asks for this key."""
 
-    def pass_on(self, places: Places, key: Hashable) -> tuple[bool, Places]:
-        """Places go to who is next; whether this one asks for this key, and what the socket counts by meanwhile."""
+    def pass_on(self, places: Places, key: Hashable) -> bool:
+        """Give places back; whether one who waited for them and asks for this key got in by that."""
 
 
 class Keeper:
@@ -301,17 +301,15 @@ class Keeper:
     def _pass_on(self, receiver: Receiver, key: PoolKey) -> None:
         """Somebody waits for this connection's place: it gets the place, and the connection if it wants just this one.
 
-        Otherwise the socket is closed in this very call, and whoever comes next connects when the receiver has closed,
-        too: at no time do more sockets exist than places allow, here or there.
+        Otherwise the socket is closed in this very call, so at no time do more sockets exist than places allow; and its
+        place stays taken until the receiver has closed, too, unless who gets it might have wanted the connection.
         """
         if not self._office.awaited(key):
             self._unclaimed(receiver)
             return
+        places, receiver.place = receiver.place, None
         self._pool.promise(receiver)
-        taken = False
-        if receiver.place is not None:
-            taken, receiver.place = self._office.pass_on(receiver.place, key)
-        if taken:
+        if places is not None and self._office.pass_on(places, key):
             # Whoever got the place was woken before this is called, and has taken the connection by then.
             self._loop.run_callback(self._unclaimed, receiver)
         else:

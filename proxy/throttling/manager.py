@@ -302,16 +302,6 @@ class Manager:
         self._settle(now)
         return self.take_admitted()
 
-    def pass_on(self, places: Places, now: int) -> tuple[list[Ticket], Places]:
-        """The places go to who is next; the socket is still open, and counts until what is returned is released.
-
-        Returns:
-            tickets as `release`, and what the socket is counted by.
-        """
-        kept = self._book.pass_on(places, now)
-        self._settle(now)
-        return self.take_admitted(), kept
-
     def cancel(self, ticket: Ticket, now: int) -> list[Ticket]:
         """Nobody waits for `ticket` any more, whether it got in or not. Returns as `release`."""
         self._book.cancel(ticket, now)

@@ -108,27 +108,6 @@ class PlaceBook:
         self._leave(places)
         self._pump([throttle for throttle in reversed(places.throttles) if throttle.line is not None], now)
 
-    def pass_on(self, places: Places, now: int) -> Places:
-        """Let in who is next for the places of a socket that is still open; what this one is counted by until it goes.
-
-        Until then the throttles may count one more than they allow, so that whoever got in, and leaves again, makes no
-        room for yet another.
-        """
-        self.release(places, now)
-        kept = Places(places.owner, places.weight, places.throttles, places.flows)
-        for throttle in kept.throttles:
-            self.idle.pop(throttle, None)
-            if not throttle.used:
-                throttle.along = kept.throttles
-            throttle.take_place(kept.owner)
-            if throttle.line is not None:
-                throttle.line.rank(kept.owner, throttle)
-        for flow in kept.flows:
-            flow.places += 1
-            if not flow.listed:
-                _list(flow)
-        return kept
-
     def cancel(self, ticket: Ticket, now: int) -> None:
         """Nobody waits for `ticket` any more; places that it got meanwhile are given back."""
         if ticket.places is not None:
