@@ -20,6 +20,8 @@ from proxy.services import Services
 
 #: A receiver that was out of sight for so long may have closed meanwhile.
 _OUT_OF_SIGHT = 0.5
+#: Read of what it said meanwhile; how much there is makes no difference.
+_UNASKED_SIZE = 4096
 
 
 class Errands:
@@ -89,6 +91,7 @@ class Errands:
                     egress.keep(holding.line)
             if holding.line is not None:
                 egress.redeem()  # a turn of the loop late at most
+            self._hear_receiver()
             mediator.slot_granted(monotonic() - started >= _OUT_OF_SIGHT)
             return
         if want is Want.GREETING:
@@ -110,6 +113,20 @@ class Errands:
         holding.attach()
         in_time = not mediator.says_mail or egress.redeem()
         mediator.attached_to(line.hello, line.left, True, line.reused, in_time)
+
+    def _hear_receiver(self) -> None:
+        """What it said while nobody asked it anything: later it would be taken for the answer to MAIL."""
+        receiver = self._wires.receiver
+        if receiver is None or not receiver.readable:
+            return
+        try:
+            data = receiver.read(_UNASKED_SIZE, self.stream.turn)
+        except OSError:
+            data = b""
+        if data:
+            self._mediator.receiver(data)
+        elif data is not None:
+            self._mediator.receiver_done()
 
     def _start_tls(self) -> None:
         """TLS with the client, under the deadline of a login.

@@ -11,13 +11,15 @@ from proxy.protocols.smtp.group import Line
 from proxy.protocols.smtp.states import State
 
 #: States in which a receiver has nothing to say.
-_SILENT = frozenset((State.HELLO, State.READY))
+_SILENT = frozenset((State.HELLO, State.READY, State.SWALLOW))
 
 
 def take(dialogue: Course, line: Line) -> bool:
     """One line of a reply, or what stands in its place; False: what comes behind it is none, or nobody's."""
     if dialogue.state in _SILENT and dialogue.may_change:  # it speaks although nobody asked it anything
-        dialogue.lost_line(Discard.SAID_421 if line.code == 421 else Discard.PEER_SPOKE)
+        dialogue.lost_line(_why(line))
+    elif dialogue.state is State.HELD and not dialogue.group and dialogue.may_change:
+        dialogue.death = _why(line)  # no answer to the MAIL, which it has not heard; that goes on elsewhere
     elif line.code == 421 and dialogue.group.repeatable:
         dialogue.replace(Discard.SAID_421)
     else:
@@ -28,6 +30,10 @@ def take(dialogue: Course, line: Line) -> bool:
         elif line.last:
             _on_reply(dialogue, line.code)
     return dialogue.death is None and dialogue.state is not State.RAW
+
+
+def _why(line: Line) -> Discard:
+    return Discard.SAID_421 if line.code == 421 else Discard.PEER_SPOKE
 
 
 def _on_reply(dialogue: Course, code: int) -> None:

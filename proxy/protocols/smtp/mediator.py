@@ -140,6 +140,8 @@ class Mediator(Course):
         self.want, last = None, False
         if self.state is State.HELD and isinstance(error, Throttled):
             self.refuse(replies.throttled(error))
+            if self.attached and self.death is not None:
+                self.want = Want.LEAVE
         elif self.state is State.HELD:
             # A receiver's refusal of the host would be one of the message here.
             self.attached = False
@@ -160,8 +162,10 @@ class Mediator(Course):
         self.old = self.old or waited
         if not self.attached:
             self.ask_line()
-        elif self.mails_left == 0 and self.may_change:
+        elif self.may_change and (self.mails_left == 0 or self.death is not None):
             self.want = Want.LEAVE
+        elif self.death is not None:
+            self.end()
         else:
             self.go_on()
             self._run()

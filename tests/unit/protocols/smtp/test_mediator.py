@@ -795,6 +795,29 @@ def test_a_connection_that_is_taken_while_its_mail_is_held():
     assert [bool(mx.messages) for mx in world.mxs] == [False, True]
 
 
+@pytest.mark.parametrize("words", [b"421 4.4.2 idle for too long\r\n", b"250 2.0.0 what?\r\n", b"nonsense\r\n", None])
+@pytest.mark.parametrize("refused", [False, True])
+def test_what_the_receiver_says_while_a_mail_is_held_is_no_answer_to_it(words, refused):
+    """It was asked nothing: its connection is lost, and the message goes on another."""
+    world = opened()
+    world.automatic = False
+    group = message(1) if not refused else b"MAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nDATA\r\n"
+    world.mediator.client(group)
+    assert world.mediator.want is Want.SLOT
+    if words is None:
+        world.mediator.receiver_done()
+    else:
+        world.mediator.receiver(words)
+        world.mediator.receiver(b"250 and more\r\n")
+    assert (world.mediator.want, world.mediator.to_client) == (Want.SLOT, [])
+    assert world.mediator.death is not None
+    world.slots = [throttled()] if refused else []
+    world.automatic = True
+    world.settle()
+    assert codes(world.client_sees) == ([451, 503, 503] if refused else [250, 250, 354, 250])
+    assert not world.mxs[0].messages
+
+
 def test_after_auth_it_stays_while_a_mail_is_held():
     world = opened(scripts=[{b"AUTH": [b"235 ok\r\n"]}])
     world.say(b"AUTH PLAIN x\r\n")
