@@ -13,7 +13,7 @@ import re
 import ssl
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from time import monotonic
 from typing import Literal, NamedTuple
@@ -120,7 +120,7 @@ class Judge:
 
         Args:
             chain: as the receiver sent it, in DER, its own certificate first.
-            when: the time to judge by, for tests.
+            when: the time to judge by, for tests; None: now.
         """
         if not chain:
             return Verdict(False, Result.VALIDATION_FAILURE, "no certificate")
@@ -128,7 +128,7 @@ class Judge:
             return Verdict(False, Result.VALIDATION_FAILURE, "the chain of certificates is too long")
         try:
             parsed = [x509.load_der_x509_certificate(der) for der in chain]
-            case = _Case(chain, parsed, demand, when or datetime.now(UTC), self._authorities)
+            case = _Case(chain, parsed, demand, when, self._authorities)
             return case.verdict()._replace(key=case.key, subject=parsed[0].subject.rfc4514_string()[:200])
         except (ValueError, TypeError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as error:
             return Verdict(False, Result.VALIDATION_FAILURE, f"a certificate cannot be read: {error}"[:200])
@@ -175,7 +175,7 @@ class _Case:
         chain: Sequence[bytes],
         parsed: list[x509.Certificate],
         demand: Demand,
-        when: datetime,
+        when: datetime | None,
         authorities: Authorities,
     ) -> None:
         self._chain = chain
@@ -234,7 +234,8 @@ class _Case:
 
     def _path(self, store: crypto.X509Store) -> Verdict | None:
         """What is wrong between the leaf and those who are trusted; None: nothing."""
-        store.set_time(self._when.replace(tzinfo=None))
+        if self._when is not None:  # else OpenSSL asks the clock: the store is many threads' and is not changed
+            store.set_time(self._when.replace(tzinfo=None))
         certificates = [crypto.X509.from_cryptography(parsed) for parsed in self._parsed]
         context = crypto.X509StoreContext(store, certificates[0], chain=certificates[1:])
         try:
