@@ -2,7 +2,7 @@
 
 The handshake itself verifies nothing: so TLS that was only welcome can be judged as well, without failing, and what was
 demanded is judged by the same code (RFC 7672 asks for judgements that a handshake's own cannot make). A verdict costs
-0.2 to 2 ms, so each distinct chain is judged once in a while, in a thread (`apart`).
+up to 0.25 ms, more with long keys, so each distinct chain is judged once in a while, in a thread (`apart`).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Verdict(NamedTuple):
 
 
 class Authorities:
-    """Those that we trust. It takes 10 ms and more to make them, so a program that serves has a thread do it.
+    """Those that we trust. It takes 5 ms and more to make them, so a program that serves has a thread do it.
 
     Args:
         pem: certificates.
