@@ -69,36 +69,6 @@ def test_all_instances_together_keep_the_limits_and_nobody_starves():
         more(*processes, count=2, path="slow")
 
 
-#: The first: a rule below its address, of which b uses the address alone. The second: z is under both rules.
-CROSSING: dict[str, list[tuple[str, Paths]]] = {
-    "an-address-and-a-rule": [
-        ("a", {"low": [("rule", 20, 1, 1), ("address", 30, 1, 1)]}),
-        ("b", {"high": [("address", 30, 1, 1)]}),
-        ("z", {"low": [("rule", 20, 1, 1), ("address", 30, 1, 1)]}),
-    ],
-    "two-rules": [
-        ("a", {"one": [("r1", 40, 1, 1)]}),
-        ("b", {"two": [("r2", 40, 1, 1)]}),
-        ("z", {"both": [("r1", 40, 1, 1), ("r2", 40, 1, 1)]}),
-    ],
-}
-
-
-@pytest.mark.parametrize("topology", CROSSING)
-def test_nobody_starves_where_paths_share_throttles(topology):
-    """Each has used its half of a fair share when all together have used what the limits let through in two seconds."""
-    members = CROSSING[topology]
-    every = {name: limits for _, paths in members for name, limits in paths.items()}
-    with Proxy(PLAIN) as proxy, contextlib.ExitStack() as stack:
-        processes = [stack.enter_context(Mta(proxy, name, paths)) for name, paths in members]
-        wait_for(lambda: all(each.uses for each in processes), 20, "all of them send")
-        begin, total = clock(), 2 * (30 if topology == "an-address-and-a-rule" else 60)
-        wait_for(lambda: sum(each.used(begin) for each in processes) >= total, 20, "they go on sending")
-        used = [each.used(begin) for each in processes]
-        assert min(used) >= total / len(used) / 2, used
-    check_uses(chain.from_iterable(each.uses for each in processes), every)
-
-
 @pytest.mark.parametrize("seconds", [0.3, 1.5, pytest.param(10, marks=pytest.mark.slow)])
 def test_an_mta_that_was_stopped_uses_no_stale_permit(seconds):
     with Proxy(PLAIN) as proxy, mtas(proxy, "a", "b") as (stopped, other):
