@@ -139,6 +139,8 @@ def test_the_wheel_of_the_source_distribution_has_the_compiled_relay(
     command = python.with_name("greenarrow_proxy")
     assert "(relay: compiled)" in done(command, "--version", cwd=tmp_path)
     assert "throttle" in done(command, "--help", cwd=tmp_path)
+    installed = tmp_path / "env" / "share" / "greenarrow_proxy" / "throttles"
+    assert {path.name for path in installed.iterdir()} == {path.name for path in (ROOT / "etc" / "throttles").iterdir()}
 
     # The MTA's package of the same name comes into the same environment: one sentence, no traceback.
     done(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "proxy.py")

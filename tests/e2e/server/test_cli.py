@@ -96,6 +96,13 @@ def test_check_config_of_the_documented_sample():
     assert "the configuration is good" in out
 
 
+def test_check_config_of_all_limits_for_large_providers(conf):
+    """They go together, and there is nothing to say of any."""
+    flag = conf(BASE + f"include {ROOT}/etc/throttles/*.conf\n")
+    path = flag.partition("=")[2]
+    assert run("--check-config", flag) == (0, f"{path}: the configuration is good\n", "")
+
+
 def test_check_config_tells_every_mistake_with_its_line(conf):
     flag = conf(BASE + f"lissten 1\nlog_verbose maybe\nauth_shared_secret {SECRET}`\n")
     path = flag.partition("=")[2]
