@@ -8,16 +8,15 @@ logged as one line.
 
 from __future__ import annotations
 
-import contextlib
-from _socket import MSG_PEEK
-from collections.abc import Callable, Iterator
-from select import EPOLLERR, EPOLLHUP, EPOLLRDHUP
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from time import monotonic
 from typing import Any
 
-from gevent import get_hub, getcurrent, sleep
+from gevent import sleep
 
 from proxy.doors.failures import wrong_secret
+from proxy.doors.presence import HALF_CLOSED, while_client_stays
 from proxy.doors.smtp import visit as smtp
 from proxy.doors.smtp.books import Facts
 from proxy.doors.smtp.direct import egress_for
@@ -48,7 +47,6 @@ from proxy.model import (
 from proxy.net import redirect
 from proxy.net.alarm import Alarm
 from proxy.net.conversation import farewell, watch_over
-from proxy.net.peer import has_gone
 from proxy.net.relay import GONE, UNSURE, RawSocket
 from proxy.net.tls import PlainStream
 from proxy.policy.access import place_within
@@ -60,11 +58,6 @@ from proxy.protocols.socks5 import Socks5
 from proxy.services import Door, Services, note_failure, numbers
 from proxy.throttling.flows import Places
 
-#: A client that has closed its sending side, with nothing said beyond its request, is taken for gone after so many
-#: seconds of connecting: who has died looks the same, and in SMTP the receiver speaks first. A receiver that answers
-#: within that time is handed over, half-closed as the client is.
-_HALF_CLOSED = 1.0
-_RESET = EPOLLERR | EPOLLHUP
 _READ_SIZE = 4096
 #: Seconds between a SOCKS reply and a greeting that is at hand, since its connection was parked. A receiver's own takes
 #: a round trip, and there are libraries (socks of npm, as Nodemailer uses it) that lose what they read in one go with
@@ -209,7 +202,7 @@ class Visit:
         dialogue = modes.any_smtp and modes.is_smtp(instance, self.door.configured, destination)
         within = self._answer_within()
         through = Through(services, via, self.socket, instance, route, source, dialogue, within)
-        channel, opened = through.open()
+        channel, opened = through.open(handshake.trailing)
         self.source = opened.local.host
         self.handshake = None
 
@@ -350,7 +343,7 @@ class Visit:
         left = asked_at + self._answer_within() - monotonic()
         timeout = min(settings.connect_timeout, upstream.LONGEST_CONNECT, left)
         begun = None if services.gauges.ends is None else self._note_end
-        with self._while_client_stays(_HALF_CLOSED):
+        with self._while_client_stays(HALF_CLOSED):
             return upstream.connect(services.engine, sock, source, destination, timeout, begun)
 
     def _note_end(self, sock: RawSocket) -> None:
@@ -374,60 +367,22 @@ class Visit:
         owner = instance or self.client.host
         weight = services.access.weight_of(instance)
         seconds = place_within(self._answer_within())
-        with self._while_client_stays():
+        with self._while_client_stays(0.0):
             self.place = services.admission.enter(owner, weight, source, destination.host, (), seconds)
 
     def _answer_within(self) -> float:
         return self.services.access.answer_within(self.instance, self.door.protocol)
 
-    @contextlib.contextmanager
-    def _while_client_stays(self, half_closed: float = 0.0) -> Iterator[None]:
-        """A client that goes away ends what is waited for within.
-
-        Args:
-            half_closed: seconds that one which has closed only its sending side, as far as that can be told, may stay.
+    def _while_client_stays(self, half_closed: float) -> AbstractContextManager[None]:
+        """See `presence`.
 
         Raises:
             OSError: the client is gone.
         """
-        services, fd, greenlet, loop = self.services, self.socket.fileno(), getcurrent(), get_hub().loop
-        waiting, timer = True, None
-
-        def leave() -> None:
-            if waiting and not self._has_said_more():
-                greenlet.throw(ConnectionResetError())
-
-        def client_event(events: int) -> None:
-            nonlocal timer
-            self.missed = True
-            if not (events & GONE and waiting):
-                return
-            if events & _RESET or not half_closed:
-                greenlet.throw(ConnectionResetError())
-            elif timer is None:
-                timer = loop.timer(half_closed)
-                timer.start(leave)
-
-        services.engine.watch(fd, client_event)
-        # With its request, so no event will tell; matters only to who has to wait.
-        if self.missed and has_gone(self.socket):
-            loop.run_callback(client_event, EPOLLRDHUP)
-        try:
-            yield
-        finally:
-            waiting = False
-            if timer is not None:
-                timer.close()
-            services.engine.watch(fd, self._miss)
-
-    def _has_said_more(self) -> bool:
-        """Whether a client that has closed its sending side has sent more than its request, to be passed on."""
-        if self.handshake is not None and self.handshake.trailing:
-            return True
-        try:
-            return bool(self.socket.recv(1, MSG_PEEK))
-        except OSError:
-            return False
+        early = self.handshake.trailing if self.handshake is not None else b""
+        return while_client_stays(
+            self.services.engine, self.socket, early, half_closed, noted=self._miss, missed=self.missed
+        )
 
     def _bind(self, source: str) -> RawSocket:
         try:
@@ -469,7 +424,7 @@ class Visit:
         owner, weight = instance or self.client.host, services.access.weight_of(instance)
         egress = egress_for(services, terms, owner, weight, bound, self._answer_within())
         try:
-            with self._while_client_stays():
+            with self._while_client_stays(HALF_CLOSED):
                 line = egress.connect()
         finally:
             egress.close()

@@ -8,16 +8,13 @@ access rules of this one hold as well.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from gevent import getcurrent
-
+from proxy.doors.presence import while_client_stays
 from proxy.egress.via import CalledOff, Channel, Via
 from proxy.model import Ending, Route
 from proxy.net.conversation import send_all
-from proxy.net.peer import has_gone
 from proxy.net.pump import Pump
-from proxy.net.relay import GONE, RawSocket
+from proxy.net.relay import RawSocket
 from proxy.net.tls import PlainStream
 from proxy.policy.idleness import Idleness
 from proxy.protocols.native import messages as m
@@ -63,32 +60,23 @@ class Through:
             deadline_ms=max(1, int(min(within, _LONGEST) * 1000)),
             dialogue=dialogue,
         )
-        self._greenlet: Any = getcurrent()
         self._pump: Pump | None = None
         self._idleness = Idleness()
 
-    def open(self) -> tuple[Channel, m.Opened]:
+    def open(self, early: bytes) -> tuple[Channel, m.Opened]:
         """Ask the other proxy; a client that goes away meanwhile calls it off.
+
+        Args:
+            early: what the client sent behind its handshake.
 
         Raises:
             ProxyError: no. OSError: the client is gone.
         """
-        engine, fd, opening = self._services.engine, self._client.fileno(), True
-
-        def client_event(events: int) -> None:
-            if events & GONE and opening:
-                self._greenlet.throw(CalledOff())
-
-        engine.watch(fd, client_event)
-        if has_gone(self._client):
-            raise ConnectionResetError
         try:
-            return self._via.open(self._request)
+            with while_client_stays(self._services.engine, self._client, early, thrown=CalledOff):
+                return self._via.open(self._request)
         except CalledOff:
             raise ConnectionResetError from None
-        finally:
-            opening = False
-            engine.watch(fd, None)
 
     def carry(self, channel: Channel, first: bytes, answered: Callable[[], None]) -> Ending:
         """Bytes both ways until the end, which the other proxy is told; the channel is given back or closed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from time import monotonic
 
 from gevent import Timeout
@@ -27,6 +28,9 @@ _UNASKED_SIZE = 4096
 class Errands:
     """Of one client, in its greenlet.
 
+    Args:
+        hear: see `Wires.begin_errand`.
+
     Attributes:
         stream: the client's; another one once TLS has begun.
     """
@@ -39,8 +43,10 @@ class Errands:
         wires: Wires,
         holding: Holding,
         books: Books,
+        hear: Callable[[], float | None],
     ) -> None:
         self.stream = stream
+        self._hear = hear
         self._services = services
         self._mediator = mediator
         self._wires = wires
@@ -61,7 +67,7 @@ class Errands:
             self._start_tls()
             return
         started = monotonic()
-        self._wires.begin_errand()
+        self._wires.begin_errand(self._hear)
         try:
             self._fetch(want, started)
         except ClientGone:

@@ -34,6 +34,9 @@ _MESSAGE_SIZE = 65536
 _LINES_SIZE = 4096
 #: Work for some bytes of those, as `policy.turns` counts.
 _BYTES_A_UNIT = 16
+#: Seconds for which a MAIL waits on for a client that has closed its sending side with no message behind it: who has
+#: died looks like this, and must not keep a turn from others.
+_HOPELESS = 1.0
 
 
 class Visit:
@@ -56,7 +59,7 @@ class Visit:
         self._wires = Wires(services.engine, stream)
         self._mediator = Mediator(services.host_name, starttls, terms.show_auth, judge)
         self._holding = Holding(services, egress, line, self._mediator, self._wires, self._books)
-        self._errands = Errands(services, stream, self._mediator, self._wires, self._holding, self._books)
+        self._errands = Errands(services, stream, self._mediator, self._wires, self._holding, self._books, self._hear)
         self._turn = stream.turn
         self._turn.key = facts.client.host
         self._client_done = False  # it has said FIN
@@ -180,19 +183,42 @@ class Visit:
             if receiver.readable and not client.blocked:
                 moved = self._read_receiver()
         if mediator.want is None and mediator.reads_client and client.readable:
-            blocked = receiver is not None and receiver.blocked
             size = _MESSAGE_SIZE if mediator.state is State.DATA else _LINES_SIZE
-            if not blocked and (data := client.read(size, self._turn)) is not None:
-                moved = True
-                self._spend(size, data)
-                if data:
-                    mediator.client(data)
-                else:
-                    self._client_done = True
-                    mediator.client_done()
+            if receiver is None or not receiver.blocked:
+                moved |= self._read_client(size)
         if client.broken and not moved:
             raise ClientGone("reset")
         return moved
+
+    def _read_client(self, size: int) -> bool:
+        data = self._wires.client.read(size, self._turn)
+        if data is None:
+            return False
+        self._spend(size, data)
+        if data:
+            self._mediator.client(data)
+        else:
+            self._client_done = True
+            self._mediator.client_done()
+        return True
+
+    def _hear(self) -> float | None:
+        """The client's bytes while an errand is under way, kept for later; see `Wires.begin_errand`. Does not wait.
+
+        A client that has said all may well wait for its replies half-closed. As long as in mode tcp, or until it gets
+        its slot or is refused; but not for a MAIL without a message.
+
+        Raises:
+            OSError: it is gone.
+        """
+        mediator = self._mediator
+        while self._wires.client.readable and mediator.hears_client and self._read_client(_LINES_SIZE):
+            pass
+        if not self._client_done:
+            return None
+        if mediator.hopeless:
+            return _HOPELESS
+        return None if mediator.state is State.HELD else self._services.settings.half_close_timeout
 
     def _read_receiver(self) -> bool:
         mediator, receiver = self._mediator, self._wires.receiver

@@ -13,9 +13,8 @@ from typing import Any
 from gevent import get_hub, getcurrent
 
 from proxy.doors.smtp.egress import LineStream
-from proxy.errors import PeerError
-from proxy.net.peer import has_gone
-from proxy.net.relay import GONE, UNSURE, Engine
+from proxy.errors import PeerError, ProxyError
+from proxy.net.relay import UNSURE, Engine
 from proxy.net.turns import TurnOver
 from proxy.policy.turns import READ, Turn
 
@@ -24,6 +23,12 @@ _RESET = select.EPOLLERR | select.EPOLLHUP
 
 class ClientGone(PeerError):
     """The client has closed, or is to be cut off, while something was waited for on its behalf."""
+
+    code = "client_gone"
+
+
+class InVain(ProxyError):
+    """The client has closed its sending side, and what is waited for is of no use to it, or takes too long."""
 
     code = "client_gone"
 
@@ -37,14 +42,13 @@ class End:
 
     Attributes:
         readable: there may be something to read.
-        gone: it has closed, at least its sending side. broken: it was reset; what was sent will not arrive.
+        broken: it was reset; what was sent will not arrive.
         moved: bytes read and taken by the stream.
     """
 
     def __init__(self, engine: Engine, stream: LineStream, happened: Callable[[End, int], None]) -> None:
         self.stream = stream
         self.readable = True
-        self.gone = False
         self._unsure = False
         self.broken = False
         self.moved = 0
@@ -126,7 +130,6 @@ class End:
 
     def _event(self, events: int) -> None:
         self.readable = True
-        self.gone = self.gone or bool(events & GONE)
         self._unsure = self._unsure or bool(events & UNSURE)  # a short read need not be the last one
         self.broken = self.broken or bool(events & _RESET)
         self._happened(self, events)
@@ -147,9 +150,9 @@ class Wires:
         self._greenlet: Any = getcurrent()
         self._hub: Any = get_hub()
         self._waiting = False
-        self._cancellable = False
+        self._hear: Callable[[], float | None] | None = None  # while an errand is under way
+        self._timer: Any = None
         self.client.watch()
-        self.client.gone = has_gone(client.socket)  # before; no edge would tell of it again
 
     def attach(self, stream: LineStream) -> None:
         """A receiver, from now on; its events of before may have gone by."""
@@ -183,34 +186,57 @@ class Wires:
     def interrupt(self) -> None:
         """End whatever is in progress; must not wait."""
         self.doom = True
-        self._hub.loop.run_callback(self._cancel)
+        self._hub.loop.run_callback(self._cancel, ClientGone("to be cut off"))
         self.wake()
 
-    def begin_errand(self) -> None:
-        """The greenlet goes to wait elsewhere: from now on the client's going away is thrown in as ClientGone.
+    def begin_errand(self, hear: Callable[[], float | None]) -> None:
+        """The greenlet goes to wait elsewhere: from now on the client's going away is thrown in as ClientGone, and that
+        nothing can come of the errand any more, though the client may still listen, as InVain.
+
+        Args:
+            hear: read what the client says meanwhile; the seconds that the errand may take from now on, None: as many
+                as it likes. Must not wait.
 
         Raises:
-            ClientGone: it is gone already.
+            ClientGone, OSError: the client is gone already.
         """
-        if self.doom or self.client.gone:
-            raise ClientGone("the client has closed")
-        self._cancellable = True
+        if self.doom:
+            raise ClientGone("to be cut off")
+        self._limit(hear())
+        self._hear = hear
 
     def end_errand(self) -> None:
         """The greenlet is back."""
-        self._cancellable = False
+        self._hear = None
+        if self._timer is not None:
+            self._timer.close()
+            self._timer = None
+
+    def _limit(self, seconds: float | None) -> None:
+        if seconds is not None and self._timer is None:
+            self._timer = self._hub.loop.timer(seconds)
+            self._timer.start(self._cancel, InVain("the client has closed its sending side"))
 
     def _happened(self, end: End, events: int) -> None:
         if self._waiting:
             self._greenlet.switch()
-        elif end is self.client and events & GONE:
-            self._cancel()
+        elif end is self.client and self._hear is not None:
+            self._overhear(self._hear, events)
+
+    def _overhear(self, hear: Callable[[], float | None], events: int) -> None:
+        try:
+            if not events & _RESET:
+                self._limit(hear())
+                return
+        except (OSError, PeerError):
+            pass
+        self._cancel(ClientGone("the client has closed"))
 
     def _resume(self) -> None:
         if self._waiting:  # by now it may wait for something else
             self._greenlet.switch()
 
-    def _cancel(self) -> None:
-        if self._cancellable:
-            self._cancellable = False
-            self._greenlet.throw(ClientGone("the client has closed"))
+    def _cancel(self, why: ProxyError) -> None:
+        if self._hear is not None:
+            self._hear = None
+            self._greenlet.throw(why)

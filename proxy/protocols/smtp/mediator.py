@@ -22,6 +22,7 @@ that are not the receiver's alone stands in `commands`, what replies do in `answ
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 from proxy.errors import ProxyError, Throttled
@@ -36,6 +37,9 @@ from proxy.protocols.smtp.tracker import MAX_COMMAND_LINE, Tracker
 MOST_INPUT = 65536
 #: Commands that wait for their replies before more are taken.
 MOST_OUTSTANDING = 1000
+
+#: A line with which a message ends, or a dialogue.
+_AN_END = re.compile(rb"^(?:\.|QUIT)[ \t]*\r?$", re.MULTILINE | re.IGNORECASE)
 
 #: States in which the client may be told to go.
 _BETWEEN = frozenset((State.HELLO, State.READY, State.DETACHED, State.SWALLOW))
@@ -67,6 +71,16 @@ class Mediator(Course):
         if self.want is not None or self._client_done or len(self.unread) >= MOST_INPUT:
             return False
         return self.state not in _DEAF
+
+    @property
+    def hears_client(self) -> bool:
+        """While something is wanted: whether what the client says meanwhile is kept for later."""
+        return not self._client_done and len(self.unread) < MOST_INPUT
+
+    @property
+    def hopeless(self) -> bool:
+        """A MAIL waits of which nothing can come: the client has ended without the message, and without a QUIT."""
+        return self._client_done and self.says_mail and not _AN_END.search(self.unread)
 
     @property
     def idle(self) -> bool:

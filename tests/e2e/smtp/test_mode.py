@@ -362,7 +362,7 @@ def test_who_waits_at_mail_and_goes_away_leaves_its_turn(mx):
         smtp.putcmd("MAIL FROM:<a@example.com>")
         sharing.wait_for(lambda: proxy.open_connections("socks5") == 1)
         smtp.close()
-        proxy.wait_line(r"^connection .*outcome=client_reset messages=0")
+        proxy.wait_line(r"^connection .*outcome=kept messages=0")
         cached(proxy, 1, mx)
 
 

@@ -582,6 +582,32 @@ def test_a_client_that_says_all_and_shuts_its_side_gets_all_replies():
     assert world.verdicts == [None]
 
 
+@pytest.mark.parametrize(
+    ("behind", "hopeless"),
+    [
+        (b"", True),
+        (b"RCPT TO:<c@d.example>\r\nDATA\r\n", True),
+        (b"RCPT TO:<c@d.example>\r\nDATA\r\nhalf a mess\r\n.. \r\n quit\r\n", True),
+        (b"RCPT TO:<c@d.example>\r\nDATA\r\nx\r\n.\r\n", False),
+        (b"RCPT TO:<c@d.example>\r\nquit\r\n", False),
+        (b"RSET\nQUIT \n", False),
+        (b"x" * MOST_INPUT, False),
+    ],
+    ids=["nothing", "no message", "half a message", "a message", "a question", "bare line feeds", "not all is known"],
+)
+def test_whether_anything_can_come_of_a_mail_whose_client_has_closed_its_side(behind, hopeless):
+    world = opened()
+    world.mediator.client(b"MAIL FROM:<a@b.example>\r\n")
+    assert world.mediator.want is Want.SLOT
+    assert world.mediator.hears_client
+    world.mediator.client(behind)
+    if world.mediator.hears_client:
+        assert not world.mediator.hopeless
+        world.mediator.client_done()
+    assert not world.mediator.hears_client
+    assert world.mediator.hopeless == hopeless
+
+
 def test_half_a_command_before_the_end_is_no_command():
     world = opened()
     world.say(b"MAIL FROM:<a@b.exam")
