@@ -10,7 +10,7 @@ import enum
 from collections.abc import Callable
 from functools import lru_cache
 from ipaddress import IPv6Address, ip_address, ip_network
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from proxy.errors import ProxyError
 
@@ -20,6 +20,13 @@ Breathe = Callable[[], object]
 
 def hold_breath() -> None:
     """The `Breathe` of work that nobody waits for."""
+
+
+def let_go(things: list[Any], breathe: Breathe) -> None:
+    """Empty a list that is the last to hold much: freed in one go, 20,000 blocks of a configuration take 20 ms."""
+    while things:
+        things.pop()
+        breathe()
 
 
 class Endpoint(NamedTuple):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -91,7 +92,7 @@ def parse(text: str, file: str, breathe: Breathe = hold_breath) -> Document:
     if len(text) > LONGEST_FILE:
         reader.mistake(0, f"the file is longer than {LONGEST_FILE} characters")
         return reader.document
-    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
+    for number, line in enumerate(_lines(text.removeprefix("\ufeff")), 1):
         breathe()
         plain = _PLAIN.fullmatch(line)
         if plain is not None:
@@ -105,6 +106,15 @@ def parse(text: str, file: str, breathe: Breathe = hold_breath) -> Document:
             reader.mistake(number, str(mistake))
     reader.finish()
     return reader.document
+
+
+def _lines(text: str) -> Iterator[str]:
+    """As `text.split("\\n")`, one after the other."""
+    begin = 0
+    while (end := text.find("\n", begin)) >= 0:
+        yield text[begin:end]
+        begin = end + 1
+    yield text[begin:]
 
 
 def _tokens(line: str, breathe: Breathe) -> list[_Token]:

@@ -28,7 +28,7 @@ from proxy.config.reading import read
 from proxy.config.sources import STAR, expand
 from proxy.config.values import parse_endpoint, parse_text
 from proxy.errors import ConfigError
-from proxy.model import Breathe, hold_breath
+from proxy.model import Breathe, hold_breath, let_go
 from proxy.settings import InstanceSettings, ListenerSettings, Settings, SourceSettings, ThrottleSettings
 
 __all__ = ["LONGEST_NAME", "MOST_MISTAKES", "Loaded", "build_parser", "load"]
@@ -87,7 +87,9 @@ def load(
     loader = _Loader(file.mistakes, read_file, breathe)
     settings, origins = loader.settings(given, file)
     names = tuple(file.texts.files)
+    blocks = file.texts.blocks
     file.texts = Texts()  # argparse's objects hold each other, and this, until the garbage collector finds them
+    let_go(blocks, breathe)
     _raise_for(file.mistakes)
     doubts = tuple(f"{name} is not a variable of ours{hint}" for name, hint in unknown_variables(environ))
     return Loaded(settings, origins, doubts, names)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from proxy.config.values import Kind
 from proxy.errors import ConfigError
-from proxy.model import Breathe, hold_breath
+from proxy.model import Breathe, hold_breath, let_go
 
 
 class Given(NamedTuple):
@@ -39,7 +39,7 @@ class Origins:
 
     def __init__(
         self,
-        given: Mapping[str, Sequence[Given]],
+        given: Mapping[str, list[Given]],
         kinds: Mapping[str, Kind],
         fallback: Given,
         breathe: Breathe = hold_breath,
@@ -63,6 +63,15 @@ class Origins:
             if value in self._found[directive]:
                 return self._found[directive][value]
         return given[-1] if given else self._fallback
+
+    def let_go(self, breathe: Breathe) -> None:
+        """Forget all places; they are not asked for any more."""
+        for index in self._found.values():
+            things = list(index)
+            index.clear()
+            let_go(things, breathe)
+        for given in self._given.values():
+            let_go(given, breathe)
 
     def _index(self, directive: str) -> dict[Hashable, Given]:
         kind = self._kinds.get(directive)

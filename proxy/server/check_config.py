@@ -297,6 +297,7 @@ def _dialogues(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
     names = ["", *(block.name for block in settings.instance if block.mode == "smtp")]
     doors = (*settings.listen_socks5, *settings.listen_proxy_protocol, *settings.listen_redirect)
     for door in doors:
+        breathe()
         seen = not ip_address(door.host).is_loopback and any(modes.is_smtp(name, door, _AN_MX) for name in names)
         if seen and not settings.mode_smtp_starttls:
             message = f"smtp on {door}: mail that was encrypted from end to end is in clear on the way to the proxy; "

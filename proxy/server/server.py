@@ -11,6 +11,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import fields
 from time import monotonic
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ from proxy.egress.keeper import Keeper
 from proxy.egress.look_ups import LookUps
 from proxy.errors import ConfigError, Draining
 from proxy.log import lines as log
-from proxy.model import Breathe, Ending, Endpoint, hold_breath
+from proxy.model import Breathe, Ending, Endpoint, hold_breath, let_go
 from proxy.net import certificates, tls
 from proxy.net.addresses import own_addresses
 from proxy.net.crew import Crew
@@ -346,12 +347,15 @@ class Server:
 
     def _reload_now(self) -> list[str]:
         breathe = Breather("reload")
+        old = _values(self.services.settings)  # else all of them are freed in one go, by whoever is the last
         try:
             with process.no_garbage_collection():
                 loaded = self._load(breathe, self._reserve.lent)
                 self._take(self._prepare(loaded, breathe), breathe)
                 log.reconfigure(loaded.settings)
                 _tell_doubts(loaded, breathe)
+                loaded.origins.let_go(breathe)
+                let_go(old, breathe)
         except (ConfigError, ListenError) as error:
             return str(error).splitlines()
         except MemoryError:
@@ -476,6 +480,12 @@ class _Prepared(NamedTuple):
     judge: certificates.Judge | None
     limits: Limits
     control_socket: gevent.socket.socket | None
+
+
+def _values(settings: Settings) -> list[object]:
+    """What is in all lists of the settings."""
+    lists = [value for field in fields(settings) if isinstance(value := getattr(settings, field.name), tuple)]
+    return [value for values in lists for value in values]
 
 
 def _in_turns(lines: Iterable[str]) -> Iterator[str]:
