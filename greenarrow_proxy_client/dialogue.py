@@ -47,12 +47,15 @@ class Dialogue:
         self._thread.start()
         control.listen(self)
 
-    def throttle(self, source_ip: str, limits: Sequence[Limits]) -> Throttle:
+    def throttle(
+        self, source_ip: str | None, limits: Sequence[Limits], source: str | None, mx: str | None, domain: str | None
+    ) -> Throttle:
         """See `Session.throttle`."""
-        records = [each.record() for each in limits]
+        if source_ip is not None:
+            source_ip = m.canonical_host(source_ip)
         with self.lock:
-            throttle = Throttle(next(self._ids), m.canonical_host(source_ip), tuple(limits), self)
-            _check(s.Path(throttle.id, throttle.source_ip, records))
+            throttle = Throttle(next(self._ids), source_ip, tuple(limits), self, source, mx, domain)
+            _check(throttle.record())
             self._throttles[throttle.id] = throttle
             self._unregistered[throttle] = None
             self._something.notify()
@@ -60,7 +63,7 @@ class Dialogue:
 
     def change(self, throttle: Throttle, limits: Sequence[Limits]) -> None:
         """See `Session.change_limits`."""
-        _check(s.Path(throttle.id, throttle.source_ip, [each.record() for each in limits]))
+        _check(throttle.record(limits))
         with self.lock:
             throttle.limits, throttle._rejected = tuple(limits), ""
             self._unregistered[throttle] = None
@@ -195,7 +198,7 @@ class Dialogue:
                     self._later.arm(throttle, later)
             frames: list[m.Message] = []
             if paths:
-                frames.append(s.Reg(incarnation, [_path(throttle) for throttle in paths]))
+                frames.append(s.Reg(incarnation, [throttle.record() for throttle in paths]))
             if returns:
                 frames.append(s.Return(incarnation, returns))
             if wants:
@@ -246,10 +249,6 @@ class Dialogue:
         if lapses is not None:
             later = lapses if later is None else min(later, lapses)
         return later
-
-
-def _path(throttle: Throttle) -> s.Path:
-    return s.Path(throttle.id, throttle.source_ip, [each.record() for each in throttle.limits])
 
 
 def _check(path: s.Path) -> None:

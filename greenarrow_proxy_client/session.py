@@ -107,17 +107,27 @@ class Session:
 
     # --- throttles ---
 
-    def throttle(self, source_ip: str, *limits: Limits) -> Throttle:
+    def throttle(
+        self,
+        source_ip: str | None,
+        *limits: Limits,
+        source: str | None = None,
+        mx: str | None = None,
+        domain: str | None = None,
+    ) -> Throttle:
         """The throttle, or the several throttles, that one kind of message passes.
 
         Args:
             source_ip: address of the proxy's machine that the messages leave from.
             limits: what this instance has configured; the proxy reconciles it with what others have.
+            source: instead of `source_ip` (None), the name of a source that the proxy's configuration has.
+            mx, domain: the MX host's name and the recipient domain of all its connections, for the proxy's own limits
+                by these; `smtp` may say others.
 
         Raises:
             ValueError: a name or figure that the protocol does not allow.
         """
-        return self._speaker().throttle(source_ip, limits)
+        return self._speaker().throttle(source_ip, limits, source, mx, domain)
 
     def change_limits(self, throttle: Throttle, *limits: Limits) -> None:
         """Other limits for the same throttles, in force when the proxy has answered.
@@ -179,9 +189,10 @@ class Session:
             tls_min: the oldest version, "TLSv1.2" or "TLSv1.3". tls_ciphers: OpenSSL's words for TLS 1.2's.
             reuse: take a shared connection if there is one, and be able to `release` this one.
             smtputf8, requiretls, tenant: shared only with connections opened with the same.
-            mx, domain: the MX host's name and the recipient domain, for the proxy's own limits by these.
-            throttles: those whose connections this one is among; `source_ip` is theirs if not given. The proxy waits
-                for a place under each.
+            mx, domain: the MX host's name and the recipient domain, for the proxy's own limits by these; None: the
+                throttles'.
+            throttles: those whose connections this one is among; `source_ip` or `source` is theirs if not given. The
+                proxy waits for a place under each.
             deadline: seconds until the proxy answers, waiting for throttles included.
             timeout: seconds that a reply may take, as for `smtplib.SMTP`.
 
@@ -190,8 +201,9 @@ class Session:
             ProxyRejected, ProxyUnavailable: no channel to the proxy.
             ValueError: not an IP address, or another value that the protocol does not allow.
         """
+        source_ip, source = _leaving(source_ip, source, throttles)
         request = m.Open(
-            _source(source_ip, throttles) if source is None else source_ip,
+            source_ip,
             [m.Address(host, port) for host, port in destinations],
             ehlo_name,
             TlsMode(tls),
@@ -223,11 +235,13 @@ class Session:
         timeout: float | None = 300.0,
     ) -> Stream:
         """A raw connection; the proxy stays out of the dialogue. Arguments and errors as for `smtp`."""
+        source_ip, source = _leaving(source_ip, None, throttles)
         request = m.Open(
-            _source(source_ip, throttles),
+            source_ip,
             [m.Address(host, port) for host, port in destinations],
             throttles=[throttle.id for throttle in throttles],
             deadline_ms=int(deadline * 1000),
+            source=source,
         )
         return self._stream(request, timeout, throttles)
 
@@ -329,8 +343,11 @@ class Session:
             each.retire()
 
 
-def _source(source_ip: str | None, throttles: Sequence[Throttle]) -> str | None:
-    return throttles[0].source_ip if source_ip is None and throttles else source_ip
+def _leaving(source_ip: str | None, source: str | None, throttles: Sequence[Throttle]) -> tuple[str | None, str | None]:
+    """Address and name to leave from, one of them or none: what is said, else the throttles'."""
+    if source_ip is None and source is None and throttles:
+        return throttles[0].source_ip, throttles[0].source
+    return source_ip, source
 
 
 def _validate(request: m.Open) -> None:

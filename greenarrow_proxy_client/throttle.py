@@ -151,6 +151,7 @@ class Throttle:
 
     Attributes:
         id: the path's number in OPEN.
+        source_ip, source: what it leaves from, an address or a name. mx, domain: of its receivers.
         limits: what this instance has configured.
         effective: (rates, connections) of each throttle as the proxy has reconciled them; empty before the first
         answer.
@@ -160,9 +161,12 @@ class Throttle:
     """
 
     id: int
-    source_ip: str
+    source_ip: str | None
     limits: tuple[Limits, ...]
     _dialogue: Speaker = field(repr=False)
+    source: str | None = None
+    mx: str | None = None
+    domain: str | None = None
     effective: list[tuple[list[tuple[int, int]], int]] = field(default_factory=list)
     cap: int | None = None
     connections: int = 0
@@ -182,6 +186,11 @@ class Throttle:
 
     def __post_init__(self) -> None:
         self._arrived = threading.Condition(self._dialogue.lock)
+
+    def record(self, limits: Sequence[Limits] | None = None) -> s.Path:
+        """As REG carries it, with these limits or its own."""
+        records = [each.record() for each in (self.limits if limits is None else limits)]
+        return s.Path(self.id, self.source_ip, records, self.source, self.mx, self.domain)
 
     def acquire(self, timeout: float | None = None) -> Permit:
         """Wait for a permit to send one message.

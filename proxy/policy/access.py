@@ -20,7 +20,7 @@ from typing import Literal
 
 from proxy.errors import BadCredentials, DestinationNotAllowed, FamilyMismatch, SourceNotAllowed
 from proxy.model import Breathe, Endpoint, Login, canonical_ip, hold_breath
-from proxy.policy.sources import Sources, split_user
+from proxy.policy.sources import Sources, address_or_unknown, split_user
 from proxy.settings import InstanceSettings, Network, Settings
 
 Door = Literal["native", "socks5", "proxy_protocol", "redirect", "status"]
@@ -159,6 +159,33 @@ class Access:
         reason = self._source_verdict(instance, ip)
         if reason:
             raise SourceNotAllowed(reason)
+
+    def source_of_path(self, instance: str, name: str) -> str:
+        """What a throttle counts by whose path has a source's name: its one address, or the name where it has several.
+
+        Raises:
+            SourceNotAllowed: no block has the name, or the instance may leave from none of its addresses.
+        """
+        self.check_source_of_path(instance, name)
+        addresses = self._source_names.addresses(name)
+        return name if len(addresses) > 1 else addresses[0]
+
+    def check_source_of_path(self, instance: str, source: str) -> None:
+        """Whether the instance may leave from an address, or from one of those that a name stands for.
+
+        Raises:
+            SourceNotAllowed: it may not, or there is no such name (any more).
+        """
+        reason = ""
+        for ip in self._source_names.addresses(source) or (address_or_unknown(source),):
+            reason = self._source_verdict(instance, ip)
+            if not reason:
+                return
+        raise SourceNotAllowed(reason)
+
+    def is_source_of_path(self, source: str, ip: str) -> bool:
+        """Whether the address is that of a path, or one of those that its source's name stands for."""
+        return source == ip or source == self._source_names.name_of(ip)
 
     def lists_source(self, instance: str, ip: str) -> bool:
         """Whether the address stands in `source_ip`, the global one or the instance's, and may be left from."""

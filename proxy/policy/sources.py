@@ -6,11 +6,11 @@ leave from an address is `access`'s; nothing is allowed here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle
 
 from proxy.errors import FamilyMismatch, SourceNotAllowed
-from proxy.model import Breathe, Endpoint, hold_breath
+from proxy.model import Breathe, Endpoint, canonical_ip, hold_breath
 from proxy.settings import Network, SourceSettings
 
 #: Between an instance's name and that of a source, where a client has one word for both.
@@ -25,15 +25,16 @@ class Sources:
     def __init__(self, blocks: Iterable[SourceSettings], breathe: Breathe = hold_breath) -> None:
         self._names: dict[str, str] = {}
         self._turns: dict[tuple[str, bool], Iterator[str]] = {}
-        self._known: set[str] = set()
+        self._known: dict[str, list[str]] = {}
         for block in blocks:
-            self._known.add(block.name)
+            known = self._known.setdefault(block.name, [])
             families: dict[bool, list[str]] = {}
             for network in block.ip:
                 breathe()
                 address = str(network.network_address)
                 self._names[address] = block.name
                 families.setdefault(network.version == 6, []).append(address)
+                known.append(address)
             for ipv6, addresses in families.items():
                 self._turns[block.name, ipv6] = cycle(addresses)
 
@@ -43,6 +44,10 @@ class Sources:
     def name_of(self, address: str) -> str:
         """The name of an address in canonical form, or ""."""
         return self._names.get(address, "")
+
+    def addresses(self, name: str) -> Sequence[str]:
+        """All that this name stands for; empty: no block has it."""
+        return self._known.get(name, ())
 
     def address(self, name: str, destination: Endpoint) -> str:
         """The address that this name stands for, of the destination's family; several take turns.
@@ -54,8 +59,24 @@ class Sources:
         if turns is not None:
             return next(turns)
         if name not in self._known:
-            raise SourceNotAllowed(f"source {name} is not known: no source block has this name")
+            raise _unknown(name)
         raise FamilyMismatch(f"source {name} and {destination} are not of the same address family")
+
+
+def address_or_unknown(source: str) -> str:
+    """What is no name of a source: an address.
+
+    Raises:
+        SourceNotAllowed: neither, but a name that no block has.
+    """
+    try:
+        return canonical_ip(source)
+    except ValueError:
+        raise _unknown(source) from None
+
+
+def _unknown(name: str) -> SourceNotAllowed:
+    return SourceNotAllowed(f"source {name} is not known: no source block has this name")
 
 
 def split_user(user: str) -> tuple[str, str | None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
+from proxy.model import UNNAMED, Names
 from proxy.throttling.limits import Backoff, BackoffRule, Effective, Part, reconcile
 from proxy.throttling.line import Line, Request
 from proxy.throttling.share import clamp_weight
@@ -152,12 +153,14 @@ class Flow:
         queued: the throttle in whose queue it stands. open: the run that may still grow. held: runs that were sent.
         places, waiting_places: connections open and requested. listed: either is not 0, and its throttles know.
         gated: tickets for connections that wait for this flow itself. cap: the last advice and when it was given.
+        names: of the receivers that its connections go to, where an OPEN does not say.
     """
 
     # One flow for each path of each session: 100,000 of them must stay small.
     __slots__ = (
         *("id", "receiver", "path", "want", "granted", "fine", "paused", "queued", "open", "held"),
         *("places", "waiting_places", "listed", "gated", "cap", "order", "turn", "turns", "delayed"),
+        "names",
     )
 
     def __init__(self, receiver: Receiver, id: int, path: Path) -> None:
@@ -180,6 +183,7 @@ class Flow:
         self.listed = False
         self.gated: list[Ticket] | None = None
         self.cap: tuple[int, int] | None = None
+        self.names: Names = UNNAMED
 
     def has_had_turn(self, throttle: Throttle) -> bool:
         """Whether it may go before the others at `throttle` (of its path)."""

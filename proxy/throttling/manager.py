@@ -115,8 +115,13 @@ class Manager:
 
     # --- what an instance says ---
 
-    def register(self, session: Session, id: int, parts: Sequence[tuple[Key, Part]], now: int) -> None:
+    def register(
+        self, session: Session, id: int, parts: Sequence[tuple[Key, Part]], now: int, names: Names = UNNAMED
+    ) -> None:
         """`id` names the path of these throttles, with the instance's limits for each.
+
+        Args:
+            names: of the receivers that connections on it go to, where these do not say themselves.
 
         Raises:
             ValueError: a limit that would not hold (see `throttle.check`), no throttle, one named twice, or more than
@@ -150,7 +155,7 @@ class Manager:
             if old is not None:  # last, so that no throttle is without limits in between
                 registry.leave(old, now, None)
                 session.backlog(id, 0, 0, 0)
-        flow.paused = paused
+        flow.paused, flow.names = paused, names
         if not flow.paused:
             self._dispenser.activate(flow, now)
             self._book.retry(flow, now)

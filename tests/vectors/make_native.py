@@ -24,6 +24,10 @@ SERVER_NONCE = bytes(range(0x80, 0xA0))
 KEY_ID = bytes(range(0xA0, 0xA8))
 KEY = bytes(range(0xC0, 0xE0))
 INCARNATION = 0x0543B19C
+#: Throttles as REG carries them, and what a path may say of its source and its receivers by name.
+RULE = ["yahoo", [[1000, 3600, 0]], 20, "average", False, [50, None, 1800, 30]]
+PLAIN = ["yahoo", [[1000, 3600, 0]], 0, "average", False, None]
+PATH_NAMES = ["vmta7", "mx1.example.net", "example.net"]
 SOFTWARE = "example/1.0"
 
 
@@ -292,8 +296,8 @@ def session(maker: Maker) -> None:
     maker.message("ping", "PING", 0x20, **inc, t=123456789012)
     maker.message("pong", "PONG", 0x21, **inc, t=123456789012, hold_us=40)
     maker.message("cert", "CERT", 0x22, **inc, hashes=[CERT])
-    rule = ["yahoo", [[1000, 3600, 0]], 20, "average", False, [50, None, 1800, 30]]
-    maker.message("reg", "REG", 0x23, **inc, paths=[[7, "192.0.2.1", [rule]]])
+    maker.message("reg", "REG", 0x23, **inc, paths=[[7, "192.0.2.1", [RULE], None, None, None]])
+    maker.message("reg-named", "REG", 0x23, **inc, paths=[[8, None, [PLAIN], *PATH_NAMES]])
     maker.message("demand", "DEMAND", 0x24, **inc, records=[[7, 120, 45, 100, 0, 20, 3]])
     maker.message("return", "RETURN", 0x25, **inc, records=[[7, 43, 2]])
     maker.message("outcome", "OUTCOME", 0x26, **inc, records=[[7, 41, 2, 0, False]])
@@ -326,6 +330,10 @@ def lenient() -> list[dict[str, object]]:
          "hex": frame(0x16, b"\xdc\x00\x02" + end[1:]).hex()},
         {"name": "a string in a longer form", "table": "CHANNEL_FROM_PROXY", "like": "ended",
          "hex": frame(0x17, b"\x92\xc3\xda\x00\x04kept").hex()},
+        {"name": "a path without what may be left out", "table": "SESSION_FROM_CLIENT", "like": "reg",
+         "hex": frame(0x23, pack([INCARNATION, [[7, "192.0.2.1", [RULE]]]])).hex()},
+        {"name": "a throttle without what may be left out", "table": "SESSION_FROM_CLIENT", "like": "reg-named",
+         "hex": frame(0x23, pack([INCARNATION, [[8, None, [PLAIN[:2]], *PATH_NAMES]]])).hex()},
     ]  # fmt: skip
 
 
@@ -402,7 +410,7 @@ def invalid() -> list[dict[str, str]]:
 
 def to_control() -> dict[str, bytes]:
     """Frames of a session that the proxy must refuse."""
-    rule = ["yahoo", [[1000, 3600, 0]], 20, "average", False, [50, None, 1800, 30]]
+    rule = RULE
 
     def reg(at: int, value: object) -> bytes:
         return frame(0x23, pack([INCARNATION, [[7, "192.0.2.1", [[*rule[:at], value, *rule[at + 1 :]]]]]]))
@@ -422,6 +430,11 @@ def to_control() -> dict[str, bytes]:
         "reg: no throttle": path(7, "192.0.2.1", []),
         "reg: nine throttles": path(7, "192.0.2.1", [[f"t{number}", []] for number in range(9)]),
         "reg: source is no IP address": path(7, "mta.example.com", [rule]),
+        "reg: neither source_ip nor source": path(7, None, [rule]),
+        "reg: source_ip and source": path(7, "192.0.2.1", [rule], "vmta7"),
+        "reg: source that is no name": path(7, None, [rule], "vmta 7\n"),
+        "reg: empty mx": path(7, "192.0.2.1", [rule], None, ""),
+        "reg: integer for domain": path(7, "192.0.2.1", [rule], None, None, 7),
         "reg: id above 32 bits": path(2**32, "192.0.2.1", [rule]),
         "reg: empty name": reg(0, ""),
         "reg: name with a control character": reg(0, "yahoo\n"),

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from proxy.doors.native import control_frames
 from proxy.doors.native.control_frames import MAX_CACHED
+from proxy.doors.native.receiver_names import names_of
 from proxy.egress.admission import clock_ns
 from proxy.errors import Refused
 from proxy.policy.turns import RECORD
@@ -95,13 +96,26 @@ class Acts:
         refused: dict[int, str] = {}
         for path in self._slowly(paths):
             try:
-                self._current().access.check_source(self._instance, path.source_ip)
-                parts = [(Key(path.source_ip, each.name), control_frames.part_of(each)) for each in path.throttles]
-                self._manager.register(self._session, path.id, parts, clock_ns())
+                source = self._source_of(path)
+                parts = [(Key(source, each.name), control_frames.part_of(each)) for each in path.throttles]
+                self._manager.register(self._session, path.id, parts, clock_ns(), names_of(path))
             except (ValueError, Refused) as error:
                 refused[path.id] = str(error)
         if refused:
             self._queue(control_frames.refusals(refused, self._current().incarnation))
+
+    def _source_of(self, path: s.Path) -> str:
+        """What the path's throttles count by: an address, or the name of a source of several.
+
+        Raises:
+            SourceNotAllowed: the instance may not leave from there, or the name is not known.
+        """
+        access = self._current().access
+        if path.source is not None:
+            return access.source_of_path(self._instance, path.source)
+        assert path.source_ip is not None, "one of both, see `session_messages.Path`"
+        access.check_source(self._instance, path.source_ip)
+        return path.source_ip
 
     def recheck_sources(self) -> None:
         """After a reload: paths of a source address that the instance may not use any more are unbound, and it is told.
@@ -120,7 +134,7 @@ class Acts:
 
     def _why_not(self, source: str) -> str:
         try:
-            self._current().access.check_source(self._instance, source)
+            self._current().access.check_source_of_path(self._instance, source)
         except Refused as error:
             return str(error)
         return ""

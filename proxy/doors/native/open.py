@@ -12,16 +12,16 @@ from time import monotonic
 from typing import NamedTuple
 
 from proxy.doors.native.entrance import Guest
+from proxy.doors.native.receiver_names import host_name, names_of
 from proxy.egress import upstream
 from proxy.egress.pool import PoolKey
 from proxy.egress.receiver import InClear, Limits, Receiver, Wish, may_do_without, open_receiver
-from proxy.errors import BadCiphers, BadServerName, Overloaded, Step, UnknownPath, UpstreamError
-from proxy.model import UNNAMED, Endpoint, Names, TlsMode
+from proxy.errors import BadCiphers, Overloaded, Step, UnknownPath, UpstreamError
+from proxy.model import UNNAMED, Endpoint, TlsMode
 from proxy.net.tls import Profile, Stream, client_context
 from proxy.policy.certificates import Demand, Result, Tlsa
 from proxy.protocols.native import messages as m
 from proxy.protocols.native.auth import Peer
-from proxy.protocols.server_name import server_name
 from proxy.protocols.smtp.dialogue import try_next_destination
 from proxy.services import Services
 from proxy.throttling.flows import Flow, Places
@@ -83,12 +83,13 @@ class Opener:
             ProxyError: refused, or all have failed: then it is what the last one tried failed with.
         """
         request, access, instance = self._request, self._services.access, self._peer.instance
-        self._server_name = _host_name("tls_server_name", request.tls_server_name)
-        self._names = names_of(request)
+        self._server_name = host_name("tls_server_name", request.tls_server_name)
+        names_of(request)  # refused now, if they cannot be
         _check_ciphers(request)
         for address in request.destinations:
             access.check_route(instance, self._wanted(address.endpoint), address.endpoint)
         self._flows = self._paths()
+        self._names = names_of(request, self._flows)
         left = len(request.destinations)
         for address in request.destinations:
             try:
@@ -121,7 +122,7 @@ class Opener:
         leaves_from = self._source_for(request.destinations[0].endpoint)
         for flow in flows:
             source = flow.path.throttles[0].key.source
-            if source != leaves_from:
+            if not self._services.access.is_source_of_path(source, leaves_from):
                 raise UnknownPath(f"path {flow.id} is for source {source}, and this OPEN leaves from {leaves_from}")
         return flows
 
@@ -304,32 +305,9 @@ def is_raw(request: m.Open) -> bool:
     return request.ehlo_name is None
 
 
-def names_of(request: m.Open) -> Names:
-    """What the OPEN says of its receiver.
-
-    Raises:
-        BadServerName: it cannot be.
-    """
-    return Names(_host_name("mx", request.mx), _host_name("domain", request.domain))
-
-
 def _remembered(why: str) -> InClear:
     """It is not known any more what exactly was wrong with its TLS."""
     return InClear("remembered", f"not tried, for it has failed before: {why}", Result.VALIDATION_FAILURE)
-
-
-def _host_name(field: str, text: str | None) -> str:
-    """The canonical form of a name that the OPEN gives, or empty.
-
-    Raises:
-        BadServerName: it cannot be one.
-    """
-    if text is None:
-        return ""
-    try:
-        return server_name(text)
-    except ValueError as error:
-        raise BadServerName(f"{field} {text}: {error}") from None
 
 
 def _check_ciphers(request: m.Open) -> None:

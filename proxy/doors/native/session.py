@@ -11,7 +11,8 @@ from time import monotonic
 from proxy.doors.native.entrance import Guest, check_still_welcome
 from proxy.doors.native.gate import Gate, Way
 from proxy.doors.native.link import Link
-from proxy.doors.native.open import Attempts, Taken, is_raw, names_of
+from proxy.doors.native.open import Attempts, Taken, is_raw
+from proxy.doors.native.receiver_names import names_of
 from proxy.doors.native.transfer import Transfer
 from proxy.egress.receiver import TlsFacts
 from proxy.errors import Refused
@@ -72,7 +73,7 @@ class Session:
         tracked = not is_raw(request) and (request.reuse or request.throttles or place is not None)
         self._gate: Gate | None = None
         if tracked and place is not None:
-            way = Way(taken.receiver.source, taken.receiver.destination.host, names_of(request))
+            way = Way(taken.receiver.source, taken.receiver.destination.host, names_of(request, place.flows))
             self._gate = Gate(services.admission, place, way, link.wake)
         tracker = self._tracker() if tracked else None
         self.transfer = Transfer(link, taken.receiver, tracker, taken.reused, self._gate)

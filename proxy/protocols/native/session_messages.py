@@ -21,6 +21,7 @@ from proxy.protocols.native.messages import (
     Incarnation,
     LongName,
     Message,
+    Name,
     Part,
     PathId,
     Sentence,
@@ -92,14 +93,23 @@ class Throttle(Part, frozen=True):
 
 
 class Path(Part, frozen=True):
-    """The throttles that one kind of message passes, all of one source address."""
+    """The throttles that one kind of message passes, all of one source: an address, or the name of a `source` block.
+
+    `mx`, `domain`: of the receivers that OPENs of this path go to, where these say nothing themselves.
+    """
 
     id: PathId
-    source_ip: Annotated[str, Meta(max_length=45)]
+    source_ip: Annotated[str, Meta(max_length=45)] | None
     throttles: Annotated[list[Throttle], Meta(min_length=1, max_length=8)]
+    source: Name | None = None
+    mx: LongName | None = None
+    domain: LongName | None = None
 
     def __post_init__(self) -> None:
-        msgspec.structs.force_setattr(self, "source_ip", canonical_host(self.source_ip))
+        if (self.source_ip is None) == (self.source is None):
+            raise ValueError("source_ip and source: one of them names it")
+        if self.source_ip is not None:
+            msgspec.structs.force_setattr(self, "source_ip", canonical_host(self.source_ip))
 
 
 class Reg(Message, frozen=True):

@@ -63,6 +63,29 @@ def test_who_names_none_that_is_there_is_refused():
         sources.address("v", V6)
 
 
+def test_a_path_counts_by_an_address_or_by_the_name_of_several():
+    rules = access(
+        "source_ip 192.0.2.0/24\nsource one {\n ip 192.0.2.1\n}\nsource two {\n ip 192.0.2.2, 198.51.100.2\n}\n"
+    )
+    assert rules.source_of_path("", "one") == "192.0.2.1"
+    assert rules.source_of_path("", "two") == "two"
+    for source, address in (("192.0.2.1", "192.0.2.1"), ("two", "192.0.2.2"), ("two", "198.51.100.2")):
+        assert rules.is_source_of_path(source, address)
+    assert not rules.is_source_of_path("two", "192.0.2.1")
+    with pytest.raises(SourceNotAllowed, match="source typo is not known"):
+        rules.source_of_path("", "typo")
+
+
+def test_a_path_by_name_needs_one_address_that_may_be_left_from():
+    text = "source_ip {}\nsource two {{\n ip 192.0.2.2, 198.51.100.2\n}}\n"
+    access(text.format("198.51.100.0/24")).check_source_of_path("", "two")
+    with pytest.raises(SourceNotAllowed, match="is not in source_ip"):
+        access(text.format("203.0.113.0/24")).check_source_of_path("", "two")
+    access(text.format("203.0.113.0/24")).check_source_of_path("", "203.0.113.1")
+    with pytest.raises(SourceNotAllowed, match="is not in source_ip"):
+        access(text.format("203.0.113.0/24")).check_source_of_path("", "192.0.2.1")
+
+
 def test_the_user_of_a_login_may_name_a_source():
     assert split_user("box+vmta7") == ("box", "vmta7")
     assert split_user("a+b+vmta7") == ("a+b", "vmta7")

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from greenarrow_proxy_client import Limits, Session
+from greenarrow_proxy_client import Limits, ProxyRefused, Session
 from greenarrow_proxy_client.throttle import ThrottleRejected
 from tests.independent_client import (
     CERT,
@@ -30,6 +30,7 @@ from tests.independent_client import (
 )
 from tests.mta import SECOND, Use, check_uses, clock
 from tests.program import SECRET, Proxy
+from tests.sinks import Sink
 from tests.waiting import wait_for
 
 REG, DEMAND, RETURN, OUTCOME, BYE, GRANT, CAP, LIMIT, LIST, CACHED = range(0x23, 0x2D)
@@ -390,6 +391,72 @@ def test_a_source_that_a_reload_takes_away_takes_its_paths_along():
         # It can be bound again, to an address that is left.
         a.tell(REG, [[1, "127.0.0.6", [["r", [[10, 1, 1]]]]]])
         assert a.limit()[1]
+
+
+NAMED = """\
+source vmta* {
+    ip 127.0.7.1-127.0.7.9
+}
+source pair {
+    ip 127.0.8.1, 127.0.8.2
+}
+throttle narrow {
+    mx *.yahoodns.example
+    max_concurrent_connections 1
+    wait 0s
+}
+"""
+
+
+@pytest.fixture
+def named():
+    """A proxy with names for sources and a block by MX, and a receiver."""
+    with Proxy(PLAIN + NAMED) as proxy, Sink() as mx:
+        yield proxy, mx
+
+
+def test_a_path_by_the_names_of_its_source_and_its_receivers(named):
+    """OPENs on it say neither: they leave from there, and the proxy's own limits by MX hold for them."""
+    proxy, mx = named
+    limits = Limits("yahoo", max_connections=2)
+    plainly = {"tls": "none", "reuse": False}
+    with Session(proxy.native, SECRET, "a", tls=False) as a, Session(proxy.native, SECRET, "b", tls=False) as b:
+        by_name = a.throttle(None, limits, source="vmta7", mx="mta5.yahoodns.example")
+        by_address = b.throttle("127.0.7.7", limits)
+        with a.smtp([mx.endpoint], "a.example", throttles=[by_name], **plainly) as one:
+            assert one.opened.local.host == "127.0.7.7"
+            with pytest.raises(ProxyRefused, match=r"throttle narrow for 127\.0\.7\.7") as refused:
+                a.smtp([mx.endpoint], "a.example", throttles=[by_name], **plainly)
+            assert refused.value.throttle == "narrow"
+            # The other instance's path says no names: the block is not for it. Both have one throttle, though.
+            with b.smtp([mx.endpoint], "b.example", throttles=[by_address], **plainly):
+                with pytest.raises(ProxyRefused) as refused:
+                    b.smtp([mx.endpoint], "b.example", throttles=[by_address], deadline=0.2, **plainly)
+                assert refused.value.throttle == "yahoo"
+        with pytest.raises(ThrottleRejected, match="source typo is not known"):
+            a.throttle(None, Limits("yahoo"), source="typo").wait_until_registered(20)
+        with pytest.raises(ThrottleRejected, match="mx"):
+            a.throttle("127.0.7.7", Limits("yahoo"), mx="no host name").wait_until_registered(20)
+
+
+def test_a_path_by_the_name_of_several_addresses_counts_them_together(named):
+    proxy, mx = named
+    plainly = {"tls": "none", "reuse": False}
+    with Session(proxy.native, SECRET, "a", tls=False) as a:
+        pair = a.throttle(None, Limits("yahoo", max_connections=2), source="pair")
+        one, two = (a.smtp([mx.endpoint], "a", throttles=[pair], **plainly) for _ in range(2))
+        with one, two:
+            assert {one.opened.local.host, two.opened.local.host} == {"127.0.8.1", "127.0.8.2"}
+            with pytest.raises(ProxyRefused) as refused:
+                a.smtp([mx.endpoint], "a", throttles=[pair], deadline=0.2, **plainly)
+            assert refused.value.throttle == "yahoo"
+            with pytest.raises(ProxyRefused) as refused:
+                a.smtp([mx.endpoint], "a", source_ip="127.0.7.1", throttles=[pair], **plainly)
+            assert refused.value.code == "unknown_path"
+        proxy.hup(PLAIN)
+        wait_for(lambda: "source pair is not known" in pair.warning)
+        with pytest.raises(ThrottleRejected):
+            a.smtp([mx.endpoint], "a", throttles=[pair], **plainly)
 
 
 def test_list_names_an_address_or_nothing(proxy):
