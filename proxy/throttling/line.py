@@ -88,11 +88,11 @@ class Line(Generic[Waiting]):
 
     def _key(self, owner: str, meter: Meter) -> tuple[float, int, str]:
         held = meter.held.get(owner, 0) if meter.held else 0
-        return (held + 1) / self._owners[owner][0].weight, self._served.get(owner, 0), owner
+        return (held + 1) / self._owners[owner][0].weight, self._served[owner], owner
 
     def _first(self, meter: Meter) -> str | None:
         """Whose turn it is. Entries of the heap that are out of date are dropped: newer ones say it better."""
-        if self._poor and self._poor[0][0] <= self._clock and (overdue := self._overdue(meter)) is not None:
+        if (overdue := self._overdue(meter)) is not None:
             return overdue
         while self._heap:
             owner = self._heap[0][2]

@@ -1,7 +1,7 @@
 """Fairness of connection places where requests need places of several throttles: nobody starves in any topology.
 
 The same random topologies and the same oracle as for slots (`test_topologies`), and broken variants that it must catch;
-and what the lines and the counts of a flow must keep through all of it.
+and what the counts of a flow must keep through all of it.
 """
 
 from __future__ import annotations
@@ -163,60 +163,6 @@ def test_a_paused_flow_keeps_nothing() -> None:
 
 
 # --- what must hold at any time ---
-
-
-def serve(line: Queue[Request], meter: Throttle) -> Request | None:
-    """Who is next leaves the line."""
-    request = line.peek(meter)
-    if request is not None:
-        line.served(request, meter)
-    return request
-
-
-def test_the_next_in_line_is_the_one_that_a_plain_search_finds() -> None:
-    """Ranks change often enough for the heaps to be compacted; they stay small, and the order is the same."""
-    rng = random.Random(1)
-    meter, line = Throttle(Key(SOURCE, "t")), Queue[Request](0)
-    names = [f"o{index}" for index in range(9)]
-    waiting: Counter[str] = Counter()
-    weights = {name: rng.choice((0.5, 1.0, 2.0)) for name in names}
-    served = 0
-    for _ in range(4000):
-        name = rng.choice(names)
-        what = rng.randrange(4)
-        if what == 0:
-            line.add(Request(name, weights[name]), meter)
-            waiting[name] += 1
-        elif what == 1:
-            meter.take_place(name)
-            line.rank(name, meter)
-        elif what == 2 and meter.holds(name):
-            meter.free_place(name)
-            line.rank(name, meter)
-        elif what == 3 and (request := serve(line, meter)) is not None:
-            fewest = min((meter.holds(each) + 1) / weights[each] for each in +waiting)
-            overdue = not meter.holds(request.owner) and line._due[request.owner] <= line._clock
-            assert overdue or (meter.holds(request.owner) + 1) / weights[request.owner] == fewest
-            waiting[request.owner] -= 1
-            line.got_in(request)
-            served += 1
-        assert line.size == waiting.total()
-        assert line.waiting() == {each: (count, weights[each]) for each, count in (+waiting).items()}
-        assert len(line._heap) <= 65 + 4 * len(names)
-    assert served > 500
-
-
-def test_equals_go_round_however_often_the_line_is_compacted() -> None:
-    meter, line = Throttle(Key(SOURCE, "t")), Queue[Request](0)
-    for turn in range(3):
-        for name in ("c", "a", "b"):
-            line.add(Request(name, 1.0), meter)
-        if turn == 1:
-            serve(line, meter)  # c has had a turn more than the others
-            for _ in range(200):
-                line.rank("a", meter)
-    order = [request.owner for request in iter(lambda: serve(line, meter), None)]
-    assert order == ["a", "b", "c", "a", "b", "c", "a", "b"]
 
 
 @pytest.mark.parametrize("seed", range(4))
