@@ -12,6 +12,7 @@ expected. How to speak to the doors is in `clients`, who answers behind them in 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -20,9 +21,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import urllib.request
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 from tests.waiting import wait_for
 
@@ -232,6 +234,13 @@ class Proxy:
         self.signal(signal.SIGUSR1)
         self.wait_line(r"^direct_remote_smtp: ", since=mark)
         return [line for line in self.lines[mark:] if re.match(r"listener\(|throttle: |direct_remote_smtp: ", line)]
+
+    def throttles(self) -> list[dict[str, Any]]:
+        """The rows of all throttles of this moment; needs `listen_status`."""
+        host, port = self.door("status")
+        with urllib.request.urlopen(f"http://{host}:{port}/status.json", timeout=10) as answer:
+            rows: list[dict[str, Any]] = json.load(answer)["throttles"]
+        return rows
 
     def _write(self, text: str) -> None:
         temporary = self.path.with_suffix(".new")

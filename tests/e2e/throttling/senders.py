@@ -23,7 +23,9 @@ _LOOK_UP_EVERY = 0.2  # whether it is over
 
 
 class Sender:
-    """One instance and one path of it; a context manager. Its mail is from `instance`@example.com.
+    """One instance and one path of it, which the proxy knows when this is made; a context manager.
+
+    Its mail is from `instance`@example.com.
 
     Args:
         threads: so many senders, each with a connection of its own.
@@ -37,6 +39,7 @@ class Sender:
         self.instance = instance
         self.session = Session(address, SECRET, instance, tls=False, timeout=5)
         self.path = self.session.throttle(SOURCE, *limits)
+        assert self.path.wait_until_registered(20)
         self._mx = mx
         self._each = each
         self._over = threading.Event()

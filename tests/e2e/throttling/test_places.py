@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import signal
 import threading
 import time
-import urllib.request
 
 import pytest
 
@@ -71,12 +69,7 @@ class Opening:
 
 def waiting(proxy, count):
     """Until so many connections wait for a place."""
-
-    def look():
-        with urllib.request.urlopen("http://{}:{}/status.json".format(*proxy.door("status")), timeout=10) as answer:
-            return sum(row["waiting"] for row in json.load(answer)["throttles"]) == count
-
-    wait_for(look, what=f"{count} wait")
+    wait_for(lambda: sum(row["waiting"] for row in proxy.throttles()) == count, what=f"{count} wait")
 
 
 def test_the_refusal_names_the_throttle_and_when_to_come_back(proxy, mx):
