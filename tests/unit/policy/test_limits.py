@@ -1,5 +1,7 @@
 """Which throttle blocks hold for a connection, what counts by itself, and what thousands of blocks cost."""
 
+import gc
+import weakref
 from ipaddress import ip_address
 
 import pytest
@@ -133,6 +135,13 @@ def test_names_are_canonical():
 
 # --- against the plain reading of the rule ---
 
+
+def test_a_list_may_say_something_twice():
+    twice = "destination 98.136.96.0/24, 98.136.96.0/24\n source 192.0.2.1, 192.0.2.1\n domain a.example, a.example"
+    blocks = limits(twice, "domain a.example, a.example")
+    assert holds(blocks, domain="a.example") == "ab"
+
+
 PREFIXES = ("10.0.0.0/8", "10.1.0.0/16", "10.1.1.1", "0.0.0.0/0", "2001:db8::/32")
 ADDRESSES = ("10.1.1.1", "10.1.2.2", "10.9.9.9", "192.0.2.1")
 LINES = st.lists(
@@ -176,10 +185,13 @@ def test_the_tables_say_what_the_rule_says(blocks, instance, source, destination
 # --- what it costs ---
 
 
+def blocks_of(number, line):
+    return Limits(settings("".join(f"throttle t{n} {{\n {line(n)}\n}}\n" for n in range(number))).throttle)
+
+
 def steps(number, line):
     """Look-ups of one connection under `number` blocks, of which few hold."""
-    text = "".join(f"throttle t{n} {{\n {line(n)}\n}}\n" for n in range(number))
-    found = Limits(settings(text).throttle)
+    found = blocks_of(number, line)
     assert len(found.match("box1", "10.0.0.1", "98.0.0.1", Names("mx1.example.net", "d1.example"))) <= 2
     return found.steps
 
@@ -193,7 +205,57 @@ def steps(number, line):
         lambda n: f"source 0.0.0.0/0\n destination 98.{n // 256}.{n % 256}.0/24",
         lambda n: f"domain d{n}.example",
         lambda n: f"mx *.z{n}.example\n instance box{n}",
+        # All different, and all of them have the receiver, or the source, or both.
+        lambda n: f"destination 98.0.0.0/8, 99.{n // 256}.{n % 256}.0/24\n source 10.0.{n // 256}.{n % 256}",
+        lambda n: f"mx *.example.net, *.z{n}.example\n domain d1.example\n source 10.0.{n // 256}.{n % 256}",
+        lambda n: f"source 10.0.0.0/8, 11.{n // 256}.{n % 256}.0/24\n destination 98.0.{n // 256}.{n % 256}",
+        lambda n: (
+            f"source 10.0.0.0/8, 11.{n // 256}.{n % 256}.0/24\n instance box{n}\n "
+            f"destination 98.0.0.0/8, 99.{n // 256}.{n % 256}.0/24"
+        ),
     ],
 )
 def test_ten_thousand_blocks_cost_what_ten_do(line):
     assert steps(10_000, line) <= steps(10, line) + 3
+
+
+def halves(n):
+    """Half of the blocks have the receiver and never the source, the other half the source and never the receiver."""
+    other = f"{n // 256}.{n % 256}.0/24"
+    if n % 2:
+        return f"destination 98.0.0.0/8, 99.{other}\n source 11.{other}, 12.0.0.0/8"
+    return f"source 10.0.0.0/8, 11.{other}\n destination 99.{other}, 97.0.0.0/8"
+
+
+def test_what_cannot_be_found_in_a_few_steps_is_remembered():
+    """For all connections that stand in the same lists, whatever their addresses."""
+    found = blocks_of(2_000, halves)
+    assert found.match("", "10.0.0.1", "98.0.0.1") == ()
+    assert 1_000 <= found.steps <= 2_010
+    before = found.steps
+    for n in range(1, 101):
+        assert found.match("", f"10.0.1.{n}", f"98.0.{n}.1") == ()
+    assert found.steps - before <= 100 * 4
+
+
+def test_what_is_remembered_is_bounded(monkeypatch):
+    found = blocks_of(100, lambda n: f"destination 98.0.0.0/8, 99.0.{n}.0/24, 100.0.{n}.0/24\n instance a, b{n % 20}")
+    everything = found.match("a", "10.0.0.1", "98.0.0.1")
+    assert len(everything) == 100
+    monkeypatch.setattr("proxy.policy.limits._MOST_REMEMBERED", 150)
+    for n in range(20):
+        assert len(found.match(f"b{n}", "10.0.0.1", "98.0.0.1")) == 5
+        assert found.match("a", "10.0.0.1", "98.0.0.1") == everything
+    assert sum(1 + len(each) for each in found._found.values()) <= 150
+
+
+def test_an_old_configuration_leaves_no_circles_behind():
+    found = blocks_of(20, lambda n: f"destination 98.0.0.0/8\n source 10.0.0.0/8\n instance a\n domain d{n}.example")
+    assert found.match("a", "10.0.0.1", "98.0.0.1")
+    watched = weakref.ref(found._receivers)
+    gc.disable()
+    try:
+        del found
+        assert watched() is None
+    finally:
+        gc.enable()
