@@ -28,6 +28,7 @@ SHARED = (
     "protocols/smtp/dialogue.py",
     "throttling/__init__.py",
     "throttling/lease.py",
+    "throttling/many.py",
     "throttling/wheel.py",
 )
 _IMPORT = re.compile(r"^(\s*(?:from|import) )proxy(?=[ .])", re.MULTILINE)

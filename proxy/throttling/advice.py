@@ -29,10 +29,13 @@ class Adviser:
         self.given: dict[Flow, None] = {}
 
     def crowded(self, throttle: Throttle, now: int) -> None:
-        self.wheel.arm_earlier(throttle, now)
+        """The line or the number of places has changed; without anybody there, there is nothing to advise."""
+        terms = throttle.terms
+        if throttle.used or throttle.line is not None or (terms is not None and terms.advice is not None):
+            self.wheel.arm_earlier(throttle, now)
 
-    def expire(self, now: int) -> None:
-        for throttle in self.wheel.expire(now):
+    def expire(self, now: int, most: int) -> None:
+        for throttle in self.wheel.expire(now, most):
             self._advise(throttle, now)
 
     def _advise(self, throttle: Throttle, now: int) -> None:

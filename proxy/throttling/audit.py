@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from proxy.throttling.dispenser import LONGEST_SLACK
 from proxy.throttling.flows import WORD, Flow, Run, Throttle
+from proxy.throttling.many import Pieces
 from proxy.throttling.registry import Notice, Remark
 from proxy.throttling.session import Session
 from proxy.throttling.throttle import AHEAD, SECOND
@@ -129,7 +130,7 @@ class Account:
                 left += holding.cut(low, high)
             else:
                 left.append(holding)
-        self._holdings = left
+        self._holdings[:] = left
         return found
 
     def spend(self, now: int) -> tuple[int, int] | None:
@@ -161,13 +162,16 @@ class Account:
         """Permits that are too old from `now` on are no permits any more."""
         if now >= self.lapsed_until:
             self.lapsed = 0
+        empty = False
         for holding in self._holdings:
             if holding.last < now:
                 old = min(holding.n, -(-(now - holding.last) // holding.step)) if holding.step else holding.n
                 holding.skip(old)
                 self.lapsed += old
                 self.lapsed_until = now + LATE
-        self._holdings = [holding for holding in self._holdings if holding.n]
+                empty = empty or not holding.n
+        if empty:  # in the same list: 100,000 made anew are looked at by the next collection
+            self._holdings[:] = [holding for holding in self._holdings if holding.n]
 
     def over_at(self, now: int) -> int | None:
         """When to look again; None: there is nothing left."""
@@ -194,7 +198,7 @@ class Audit:
         self.remarks: list[Remark] = []
         self.wheel: Wheel[Holder] = Wheel(SECOND)
         self._known_from = start + LONGEST_SLACK + AHEAD
-        self._accounts: dict[Holder, Account] = {}
+        self._accounts: Pieces[Holder, Account] = Pieces()
         self._told: dict[tuple[str, Notice], int] = {}
 
     def granted(self, run: Run) -> None:

@@ -19,6 +19,7 @@ from itertools import count
 
 from proxy.throttling.doubt import Doubt
 from proxy.throttling.flows import WORD, Flow, Path, Receiver, Run, Slots, Throttle
+from proxy.throttling.many import Rota
 from proxy.throttling.throttle import MICROSECOND, MILLISECOND, TICK
 from proxy.throttling.wheel import Wheel
 
@@ -57,8 +58,8 @@ class Dispenser:
         self.fine: Wheel[Throttle] = Wheel(MILLISECOND)
         self.touched: dict[Receiver, None] = {}
         self.paid: list[Flow] = []
-        self.idle: dict[Throttle, None] = {}
-        self.unfinished: dict[Throttle, None] = {}
+        self.idle: set[Throttle] = set()
+        self.unfinished: Rota[Throttle] = Rota()
         self._left = SLOTS_IN_A_TURN
         self._order = count()
 
@@ -106,7 +107,7 @@ class Dispenser:
     def _give_alone(self, flow: Flow, slot: int, decider: Throttle | None, now: int) -> None:
         """All that `flow` wants is one slot, which is near, and nobody waits for it: no queue is needed."""
         for throttle in flow.path.throttles:
-            self.idle[throttle] = None
+            self.idle.add(throttle)
             if decider is not None:
                 throttle.take_slot(slot)
         if decider is None:
@@ -155,7 +156,7 @@ class Dispenser:
             slots.waiting -= 1
             if not slots.waiting:
                 throttle.slots = None
-                self.idle[throttle] = None
+                self.idle.add(throttle)
                 self._wheel(throttle).disarm(throttle)
 
     def _enqueue(self, flow: Flow, throttle: Throttle) -> None:
@@ -183,8 +184,7 @@ class Dispenser:
         left, waiting = SLOTS_IN_A_TURN, len(self.unfinished)
         part = max(SLOTS_IN_A_TURN // max(waiting, 1), SMALLEST_PART)
         while waiting and left > 0:
-            throttle = next(iter(self.unfinished))
-            del self.unfinished[throttle]
+            throttle = self.unfinished.next()
             self._left = part = min(part, left)
             self._serve([throttle], now)  # what is not done of it stands behind the others now
             left -= part - self._left + 1
@@ -201,7 +201,7 @@ class Dispenser:
         while agenda:
             throttle = heappop(agenda)[2]
             if self._left <= 0:
-                self.unfinished[throttle] = None
+                self.unfinished.add(throttle)
             elif throttle.slots is not None:
                 self._take_turn(throttle, throttle.slots, agenda, now)
 
@@ -210,7 +210,7 @@ class Dispenser:
         queue, times = slots.queue, slots.times
         while queue:
             if self._left <= 0:
-                self.unfinished[throttle] = None
+                self.unfinished.add(throttle)
                 return
             time, order, flow = queue[0]
             receiver = flow.receiver

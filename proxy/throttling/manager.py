@@ -9,7 +9,8 @@ arithmetic is in `throttle`, `dispenser`, `places` and `limits`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 
 from proxy.errors import Throttled
@@ -59,9 +60,9 @@ class Manager:
         self._desk = Desk(self._dispenser, self._registry)
         self._adviser = Adviser()
         self._pings: Wheel[Session] = Wheel(TICK)
-        self._departed: list[tuple[Session, Iterator[Flow], int | None]] = []
+        self._departed: deque[tuple[Session, int | None]] = deque()  # and until when their parts stay
         self._stretching: dict[Session, Iterator[Flow]] = {}  # sessions that need more slack, and flows not looked at
-        self._active: dict[Throttle, None] = {}
+        self._active: set[Throttle] = set()
         self._debts: Wheel[Throttle] = Wheel(SECOND)  # throttles that are active, as far as is known, for debt alone
         self._ended: list[Session] = []
 
@@ -203,7 +204,7 @@ class Manager:
         self._dispenser.demand(flow, want, got, now, session.doubted.get(flow) if session.doubted else None)
         if want:
             for throttle in flow.path.throttles:
-                self._active[throttle] = None
+                self._active.add(throttle)
         self._settle(now)
 
     def give_back(self, session: Session, id: int, first: int, n: int, now: int) -> None:
@@ -269,7 +270,7 @@ class Manager:
         )
         if isinstance(answer, Places):
             for throttle in answer.throttles:
-                self._active[throttle] = None
+                self._active.add(throttle)
         self._settle(now)
         return answer
 
@@ -291,7 +292,7 @@ class Manager:
         )
         if new is not None:
             for throttle in new.throttles:
-                self._active[throttle] = None
+                self._active.add(throttle)
             self._registry.released(old, now)
         self._settle(now)
         return new
@@ -363,7 +364,7 @@ class Manager:
         ticket = self._desk.ask(owner, weight, throttles, now)
         if ticket is not None:
             for throttle in throttles:
-                self._active[throttle] = None
+                self._active.add(throttle)
         self._settle(now)
         return ticket
 
@@ -449,7 +450,7 @@ class Manager:
         self._dispenser.expire(now, SWEEP)
         self._desk.expire(now, SWEEP)
         self._settle(now)
-        self._adviser.expire(now)
+        self._adviser.expire(now, SWEEP)
         self._audit.expire(now, SWEEP)
         for throttle in self._registry.forgetting.expire(now, SWEEP):
             self._registry.forget(throttle, now)
@@ -515,7 +516,7 @@ class Manager:
         return remarks
 
     @property
-    def throttles(self) -> dict[Key, Throttle]:
+    def throttles(self) -> Mapping[Key, Throttle]:
         """Those that instances have named, by key; to be read only."""
         return self._registry.throttles
 
@@ -545,10 +546,10 @@ class Manager:
         throttles = self._debts.expire(now, most)
         for idle in (self._dispenser.idle, self._book.idle):
             while idle and len(throttles) != most:
-                throttles.append(idle.popitem()[0])
+                throttles.append(idle.pop())
         for throttle in throttles:
             if not throttle.busy(now):
-                self._active.pop(throttle, None)
+                self._active.discard(throttle)
             elif not throttle.in_use() and throttle in self._active:
                 self._debts.arm(throttle, throttle.debt_until())
 
@@ -641,7 +642,7 @@ class Manager:
         if reason in (End.SILENT, End.FENCED, End.REPLACED):
             self._ended.append(session)
         lease = None if reason is End.BYE else session.pong_at + LEASE
-        self._departed.append((session, iter(session.flows.values()), lease))
+        self._departed.append((session, lease))
         self._sweep(now)
         self._settle(now)
 
@@ -664,14 +665,12 @@ class Manager:
         """Clear away some flows of sessions that ended."""
         left = SWEEP
         while self._departed and left:
-            session, flows, lease = self._departed[0]
-            for flow in flows:
-                self._registry.leave(flow, now, lease)
+            session, lease = self._departed[0]
+            while session.flows and left:
+                self._registry.leave(session.flows.popitem()[1], now, lease)
                 left -= 1
-                if not left:
-                    break
-            else:
-                del self._departed[0]
+            if not session.flows:
+                self._departed.popleft()
                 session.forget()
 
     def _settle(self, now: int) -> None:

@@ -44,7 +44,7 @@ class PlaceBook:
         self.admitted: list[Ticket] = []
         self.blocked: dict[Throttle, None] = {}
         self.crowded: dict[Throttle, None] = {}
-        self.idle: dict[Throttle, None] = {}
+        self.idle: set[Throttle] = set()
         self.wheel: Wheel[Throttle] = Wheel(MILLISECOND)
         self._shut = shut
         self._numbers = count()
@@ -310,7 +310,7 @@ class PlaceBook:
             throttle.free_place(places.owner)
             if not throttle.used:
                 throttle.along = ()
-                self.idle[throttle] = None
+                self.idle.add(throttle)
             if throttle.line is not None:
                 throttle.line.rank(places.owner, throttle)
             if throttle.terms is not None and throttle.terms.advice is not None:
@@ -339,7 +339,7 @@ class PlaceBook:
     def _drop_empty(self, throttle: Throttle) -> None:
         if throttle.line is not None and throttle.line.size == 0 and throttle.line.claim is None:
             throttle.line = None
-            self.idle[throttle] = None
+            self.idle.add(throttle)
             self.crowded[throttle] = None
 
 

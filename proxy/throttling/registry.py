@@ -13,6 +13,7 @@ from typing import NamedTuple
 from proxy.throttling.dispenser import Dispenser
 from proxy.throttling.flows import Flow, Path, Places, Receiver, Stake, Terms, Throttle
 from proxy.throttling.limits import BackoffRule, Part
+from proxy.throttling.many import Pieces
 from proxy.throttling.places import PlaceBook
 from proxy.throttling.telling import Teller
 from proxy.throttling.throttle import SECOND, TICK, Key
@@ -55,7 +56,7 @@ class Registry:
     """
 
     def __init__(self, start: int, dispenser: Dispenser, book: PlaceBook) -> None:
-        self.throttles: dict[Key, Throttle] = {}
+        self.throttles: Pieces[Key, Throttle] = Pieces()
         self.remarks: list[Remark] = []
         self.leases: Wheel[tuple[Throttle, str]] = Wheel(SECOND)
         self.backoffs: Wheel[Throttle] = Wheel(TICK)
@@ -64,7 +65,7 @@ class Registry:
         self.teller = Teller(dispenser)
         self._dispenser = dispenser
         self._book = book
-        self._paths: dict[tuple[Throttle, ...], Path] = {}
+        self._paths: Pieces[tuple[Throttle, ...], Path] = Pieces()
         self._parts: dict[Part, Part] = {}
         self._fines: dict[tuple[str, tuple[Throttle, ...]], int] = {}
 

@@ -11,6 +11,8 @@ from collections.abc import Hashable
 from heapq import heappop, heappush
 from typing import Generic, TypeVar
 
+from proxy.throttling.many import MASK, Pieces
+
 Item = TypeVar("Item", bound=Hashable)
 #: A bucket is kept in lists of so many items: one of 100,000 would be looked at whole by each collection of garbage.
 _PIECE = 1_000
@@ -29,7 +31,7 @@ class Wheel(Generic[Item]):
 
     def __init__(self, tick_ns: int) -> None:
         self._tick = tick_ns
-        self._bucket_of: dict[Item, int] = {}
+        self._bucket_of: Pieces[Item, int] = Pieces()
         self._buckets: dict[int, list[list[Item]]] = {}  # in pieces, see `_PIECE`
         self._live: dict[int, int] = {}  # bucket → items that are really in it: moved ones leave a stale entry behind
         self._order: list[int] = []
@@ -43,12 +45,13 @@ class Wheel(Generic[Item]):
     def arm(self, item: Item, due_ns: int) -> None:
         """Let `item` fall due at `due_ns`, whatever was said about it before."""
         index = -(-due_ns // self._tick)
-        old = self._bucket_of.get(item)
+        piece = self._bucket_of.pieces[hash(item) & MASK]
+        old = piece.get(item)
         if old == index:
             return
         if old is not None:
             self._live[old] -= 1
-        self._bucket_of[item] = index
+        piece[item] = index
         bucket = self._buckets.get(index)
         if bucket is None:
             self._buckets[index] = [[item]]
@@ -62,13 +65,13 @@ class Wheel(Generic[Item]):
 
     def arm_earlier(self, item: Item, due_ns: int) -> None:
         """Like `arm`, but never later than it already is."""
-        index = self._bucket_of.get(item)
+        index = self._bucket_of.pieces[hash(item) & MASK].get(item)
         if index is None or -(-due_ns // self._tick) < index:
             self.arm(item, due_ns)
 
     def disarm(self, item: Item) -> None:
         """Forget `item`; its place in a bucket is cleared when that bucket fires."""
-        index = self._bucket_of.pop(item, None)
+        index = self._bucket_of.pieces[hash(item) & MASK].pop(item, None)
         if index is not None:
             self._live[index] -= 1
 
@@ -79,7 +82,7 @@ class Wheel(Generic[Item]):
             most: that many of them at most; the others stay due, so that `next_wakeup` is in the past.
         """
         due: list[Item] = []
-        bucket_of = self._bucket_of
+        pieces = self._bucket_of.pieces
         looks = None if most is None else _LOOKS * most
         while self._order and self._order[0] * self._tick <= now_ns:
             index = self._order[0]
@@ -87,14 +90,15 @@ class Wheel(Generic[Item]):
             while bucket:
                 if len(due) == most or looks == 0:
                     return due
-                piece = bucket[-1]
-                item = piece.pop()
-                if not piece:
+                last = bucket[-1]
+                item = last.pop()
+                if not last:
                     bucket.pop()
                 if looks is not None:
                     looks -= 1
-                if bucket_of.get(item) == index:
-                    del bucket_of[item]
+                piece = pieces[hash(item) & MASK]
+                if piece.get(item) == index:
+                    del piece[item]
                     self._live[index] -= 1
                     due.append(item)
             self._drop_first()

@@ -55,3 +55,33 @@ def test_what_is_made_while_the_collector_rests_is_not_looked_at_later(untouched
     with process.no_garbage_collection():
         kept = [[index] for index in range(50_000)]
     assert len(gc.get_objects()) < len(kept)
+
+
+def test_nor_does_any_where_new_ones_take_the_place_of_old_ones(untouched_collector) -> None:
+    """Python's own count stays where it is then, so it would look at all of them, late and in one go."""
+    collector = process.Collector(lambda: True)
+    kept = [[index] for index in range(100_000)]
+    collector.begin()
+    looked_at: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            looked_at.append(sum(len(gc.get_objects(each)) for each in range(info["generation"] + 1)))
+
+    gc.callbacks.append(note)
+    try:
+        for index in range(len(kept)):
+            kept[index] = [-index]
+            if index % 2_000 == 0:
+                collector.step()
+        gc.collect()
+    finally:
+        gc.callbacks.remove(note)
+        collector.end()
+    assert max(looked_at) < 40_000
+
+
+def test_with_little_to_keep_a_step_does_nothing(untouched_collector) -> None:
+    collections = [each["collections"] for each in gc.get_stats()]
+    process.Collector(lambda: False).step()
+    assert [each["collections"] for each in gc.get_stats()] == collections

@@ -13,7 +13,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from proxy.throttling.flows import Places, Ticket
+from proxy.throttling import flows as records
+from proxy.throttling.audit import Account
+from proxy.throttling.flows import Flow, Places, Receiver, Run, Throttle, Ticket
 from proxy.throttling.throttle import SECOND, Key, Limit
 from tests.unit.throttling.benches import SOURCE, Bench, part
 
@@ -82,3 +84,18 @@ def test_throttling_makes_no_circles() -> None:
     """In a process of its own: what tests before this one have left behind is no matter of throttling."""
     done = subprocess.run([sys.executable, "-c", f"from {MODULE} import look; look()"], cwd=ROOT, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_looking_at_permits_again_makes_nothing_new() -> None:
+    """The collector would look at it: 100,000 paths are 100,000 lists, when their permits have lapsed."""
+    throttle = Throttle(Key(SOURCE, "rule"))
+    throttle.limit_to((Limit(20, 1),), 0, SECOND)
+    flow = Flow(Receiver("mta", 1.0), 0, records.Path((throttle,)))
+    account = Account()
+    holdings = account._holdings
+    account.granted(Run(flow, 0, SECOND, 2, SECOND), SECOND // 10)
+    for now, left in ((SECOND, 1), (3 * SECOND // 2, 1), (10 * SECOND, 0)):
+        account.over_at(now)
+        assert account._holdings is holdings
+        assert len(holdings) == left
+    assert account.lapsed == 2

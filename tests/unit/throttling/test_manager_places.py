@@ -339,6 +339,27 @@ def advice(doors: Doors, session: Session) -> list[int]:
     return [cap for _, cap in doors.caps.pop(session, [])]
 
 
+def test_advice_for_many_throttles_is_worked_out_some_at_a_time(doors: Doors) -> None:
+    session = doors.session("a")
+    count = 3 * SWEEP
+    for id in range(count):
+        doors.register(session, (Key(SOURCE, f"rule{id}"), part(places=1)), id=id)
+    doors.run(SECOND)
+    adviser = doors.manager._adviser
+    assert not adviser.wheel, "nobody is there: there is nothing to advise"
+    for id in range(count):
+        doors.opened(session, id)
+        doors.waiting(session, id)
+    doors.now += SECOND
+    rounds = []
+    while any(len(throttle.terms.advice or ()) == 0 for throttle in doors.manager.throttles.values()):
+        assert doors.manager.next_wakeup() < doors.now, "at once"
+        before = len(session.caps)
+        doors.manager.advance(doors.now)
+        rounds.append(len(session.caps) - before)
+    assert rounds == [SWEEP] * 3
+
+
 def test_advice_comes_and_is_lifted(doors: Doors) -> None:
     a, b = doors.joined("a", 4), doors.joined("b", 4)
     held = [doors.opened(a) for _ in range(4)]
