@@ -1,8 +1,8 @@
 """Containers for very many things, no step of which takes long however many they are.
 
 A dict that grows is copied whole, now and then: 30 to 80 ms at 350,000 entries. One whose first entries go looks at
-their empty places again, whenever it is asked for its first. Both would be a pause of everybody. Nothing here knows what
-is kept.
+their empty places again, whenever it is asked for its first. Both would be a pause of everybody. Nothing here knows
+what is kept.
 """
 
 from __future__ import annotations
