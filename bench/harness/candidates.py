@@ -184,7 +184,8 @@ _MANY_KEPT["MORE"] += "reuse_connections_max_cached 2000\nreuse_connections_max_
 #: The generator's sources, and what it says in EHLO: with that name a source's connections are shared.
 _NAMED = "".join(f"source s{n} {{\n  ip 127.0.2.{n}\n  ehlo mta1.sender.example.com\n}}\n" for n in range(1, 17))
 _SMTP_OWN = _QUIET | {"MORE": "mode smtp\n"}
-_SMTP = _QUIET | {"MORE": f"mode smtp\nreuse_connections_max_messages 1000000\n{_NAMED}"}
+_SHARING = "reuse_connections_max_messages 1000000\nreuse_connections_max_cached_per_destination 100\n"
+_SMTP = _QUIET | {"MORE": f"mode smtp\n{_SHARING}{_NAMED}"}
 _PYTHON = {"GREENARROW_PROXY_RELAY": "python"}
 _PLAIN = {"OPTIONS": "", "BIND": ""}
 _SPLICE = {"OPTIONS": "option splice-auto", "BIND": ""}

@@ -91,7 +91,7 @@ def facts() -> dict[str, object]:
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": commit(),
-        "relay": "compiled" if list((ROOT / "proxy").glob("*.so")) else "pure Python",
+        "relay": "compiled" if list((ROOT / "proxy").rglob("*.so")) else "pure Python",
         "processor": _processor(),
         "cores": os.cpu_count(),
         "kernel": platform.release(),
