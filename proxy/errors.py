@@ -274,6 +274,14 @@ class SourceMissing(UpstreamError):
         self.source = source
 
 
+class Mistake(Exception):
+    """Why a request on the control socket is none; `code` as in `control.commands.Answer`."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class ConfigError(ProxyError):
     """A mistake in the configuration, located.
 

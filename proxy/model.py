@@ -209,6 +209,7 @@ class Ending(enum.StrEnum):
     HALF_CLOSE_TIMEOUT = "half_close_timeout"
     DRAIN_TIMEOUT = "drain_timeout"
     NO_LONGER_ALLOWED = "no_longer_allowed"
+    CLOSED_BY_OPERATOR = "closed_by_operator"
     PROTOCOL_ERROR = "protocol_error"
     INTERNAL_ERROR = "internal_error"
 

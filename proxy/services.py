@@ -33,7 +33,7 @@ from proxy.policy.modes import Modes
 from proxy.policy.trouble import Troubles
 from proxy.protocols.native.auth import ChannelKey, Fences
 from proxy.settings import Settings
-from proxy.stats import Counters, SessionFigures
+from proxy.stats import Counters, SessionFigures, Standing
 
 
 class Door:
@@ -128,9 +128,10 @@ class Instances:
         channel_keys: key id → what a live session handed out for its channels.
         fences: which run of each name holds the name.
         channels: the open channels. sessions: the open sessions. dialogues: the clients of mode smtp.
+        connections: whatever has a client, of all doors.
     """
 
-    __slots__ = ("channel_keys", "channels", "dialogues", "fences", "sessions")
+    __slots__ = ("channel_keys", "channels", "connections", "dialogues", "fences", "sessions")
 
     def __init__(self) -> None:
         self.channel_keys: dict[bytes, ChannelKey] = {}
@@ -138,6 +139,17 @@ class Instances:
         self.channels: dict[HostedChannel, None] = {}
         self.dialogues: dict[HostedDialogue, None] = {}
         self.sessions: dict[HostedSession, None] = {}
+        self.connections: dict[HostedConnection, None] = {}
+
+
+class HostedConnection(Protocol):
+    """What an operator can look at and end. None of these calls waits."""
+
+    def standing(self) -> Standing | None:
+        """How it stands; None: nothing is in progress."""
+
+    def cut(self, ending: Ending) -> None:
+        """End it now, whatever is in progress."""
 
 
 class HostedChannel(Protocol):
@@ -159,7 +171,14 @@ class HostedChannel(Protocol):
 
 
 class HostedDialogue(Protocol):
-    """A client of mode smtp, as the program's housekeeping sees it. None of these calls waits."""
+    """A client of mode smtp, as the program's housekeeping sees it. None of these calls waits.
+
+    Attributes:
+        doing: what it wants from us now, or else how far the dialogue is: a word.
+    """
+
+    @property
+    def doing(self) -> str: ...
 
     def goaway(self) -> None:
         """Tell the client between two messages that the proxy stops."""

@@ -25,6 +25,24 @@ MOST_LINES = 100
 _Item = TypeVar("_Item")
 
 
+class Standing(NamedTuple):
+    """One client's connection, or one SMTP session of a native channel, as it stands.
+
+    Args:
+        number: as in the log. protocol: of its door. source: "" and destination: None until it has said them.
+        state: what it waits for or is in the middle of. started: on the monotonic clock.
+    """
+
+    number: int
+    instance: str
+    protocol: str
+    client: Endpoint
+    source: str
+    destination: Endpoint | None
+    state: str
+    started: float
+
+
 class Backlog(NamedTuple):
     """Messages that are ready for an attempt now and wait: first attempts, bounces' first attempts, later attempts."""
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from proxy.config import rules
 from proxy.config.hints import did_you_mean, shown
+from proxy.config.in_force import Block, Row, in_force
 from proxy.config.includes import Find, Texts
 from proxy.config.layers import (
     BY_NAME,
@@ -51,12 +52,14 @@ class Loaded(NamedTuple):
         origins: where its values stand.
         doubts: what was given and has no effect, one sentence each.
         files: the configuration file and those that it includes, in the order in which they were read.
+        in_force: what was written, for who asks the running program.
     """
 
     settings: Settings
     origins: Origins
     doubts: tuple[str, ...]
     files: tuple[str, ...] = ()
+    in_force: tuple[Row, ...] = ()
 
 
 def load(
@@ -92,7 +95,7 @@ def load(
     let_go(blocks, breathe)
     _raise_for(file.mistakes)
     doubts = tuple(f"{name} is not a variable of ours{hint}" for name, hint in unknown_variables(environ))
-    return Loaded(settings, origins, doubts, names)
+    return Loaded(settings, origins, doubts, names, in_force(given, loader.blocks, breathe))
 
 
 def _nothing(file: str) -> str:
@@ -130,6 +133,8 @@ class _Loader:
         self._mistakes = mistakes
         self._read_file = read_file
         self._breathe = breathe
+        #: Well-formed ones, as they were written.
+        self.blocks: list[Block] = []
 
     def settings(self, given: dict[str, list[Given]], file: File) -> tuple[Settings, Origins]:
         values = {option.name: self._value(option, given.get(option.name), "") for option in OPTIONS}
@@ -211,6 +216,7 @@ class _Loader:
             prefix = f"{kind} {shown(name)}: "
             given = collect([(where, directives)], _BLOCK_OPTIONS[kind], prefix, self._mistakes, self._breathe)
             values = {option.name: self._value(option, given.get(option.name), prefix) for option in BLOCKS[kind]}
+            self.blocks.append((kind, name, Given("", where, line), given))
             built[kind].append(BLOCK_TYPES[kind](name=name, **values))
         built["source"] = [each for block in built["source"] for each in expand(block, self._breathe)]
         return {kind: tuple(items) for kind, items in built.items()}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec import Struct
 
-from proxy.status.rows import Status
+from proxy.errors import Mistake
 
 VERSION = 1
 #: Bytes of one request.
@@ -45,57 +45,50 @@ class Answer(Struct, omit_defaults=True):
     rows: list[Any] = []
 
 
-class Mistake(Exception):
-    """Why a request is none; `code` as in `Answer`."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
 class Command(NamedTuple):
-    """One form of command: its words in front, and how many may follow. `changes`: only for who may change."""
+    """One form of command: its words in front, and how many must and may follow. `changes`: only for who may change."""
 
     words: tuple[str, ...]
     help: str
     most_arguments: int = 0
     changes: bool = False
     arguments: str = ""
+    least_arguments: int = 0
 
 
-#: Tables of `show` → field of `Status`.
-TABLES = {
-    "trouble": "trouble",
-    "throttles": "throttles",
-    "sessions": "sessions",
-    "cached": "pool",
-    "listeners": "listeners",
-    "sources": "sources",
-    "receivers": "receivers",
-}
+_FILTERS = "[COLUMN=VALUE ...] [older=30s]"
 
 COMMANDS: tuple[Command, ...] = (
     Command(("show", "status"), "program, connections and counters"),
     Command(("show", "trouble"), "what is wrong, in words"),
-    Command(("show", "throttles"), "limits, who holds places, who waits and for what", 2, arguments="[NAME [SOURCE]]"),
-    Command(("show", "sessions"), "instances with a session", 1, arguments="[INSTANCE]"),
-    Command(("show", "cached"), "held-open connections", 1, arguments="[DESTINATION]"),
-    Command(("show", "listeners"), "listening sockets"),
-    Command(("show", "sources"), "source addresses", 1, arguments="[SOURCE]"),
-    Command(("show", "receivers"), "receivers with trouble", 1, arguments="[RECEIVER]"),
+    Command(
+        ("show", "throttles"),
+        "limits, who holds places, who waits and for what",
+        8,
+        arguments="[NAME [SOURCE]] [COLUMN=VALUE ...]",
+    ),
+    Command(("show", "sessions"), "instances with a session", 8, arguments="[INSTANCE] [COLUMN=VALUE ...]"),
+    Command(("show", "connections"), "clients' connections: whose, how far, since when", 8, arguments=_FILTERS),
+    Command(("show", "cached"), "held-open connections", 8, arguments="[DESTINATION] [COLUMN=VALUE ...]"),
+    Command(("show", "listeners"), "listening sockets", 8, arguments="[COLUMN=VALUE ...]"),
+    Command(("show", "sources"), "source addresses", 8, arguments="[SOURCE] [COLUMN=VALUE ...]"),
+    Command(("show", "receivers"), "receivers with trouble", 8, arguments="[RECEIVER] [COLUMN=VALUE ...]"),
+    Command(("show", "events"), "what was logged lately, single connections left out", 8, arguments=_FILTERS),
+    Command(("show", "config"), "what is in force, and where it is written", 1, arguments="[DIRECTIVE|BLOCK]"),
+    Command(
+        ("explain",),
+        "what would happen to a connection now; SOURCE -: the client names none",
+        3,
+        arguments="SOURCE DESTINATION[:PORT] [instance=NAME]",
+        least_arguments=2,
+    ),
     Command(("reload",), "read the configuration anew and wait for the outcome", changes=True),
-    Command(("drop", "cached"), "close held-open connections that leave from an address", 1, True, "SOURCE"),
+    Command(("close", "connection"), "end a client's connection, whatever it is doing", 1, True, "ID", 1),
+    Command(("drop", "cached"), "close held-open connections that leave from an address", 1, True, "SOURCE", 1),
+    Command(("drain",), "the same as stop", changes=True),
     Command(("stop",), "accept nothing new, let what is open finish, and end", changes=True),
     Command(("help",), "the commands"),
 )
-#: Which fields of a row the arguments of `show` are compared with, in their order.
-_KEYS = {
-    "throttles": ("name", "source"),
-    "sessions": ("name",),
-    "cached": ("destination",),
-    "sources": ("name",),
-    "receivers": ("name",),
-}
 
 
 def decode(line: bytes) -> Request:
@@ -136,7 +129,7 @@ def parse(words: Sequence[str], may_change: bool) -> tuple[Command, list[str]]:
             arguments = list(words[count:])
             if len(arguments) > command.most_arguments:
                 raise Mistake("bad_command", f"too many words: {usage(command)}")
-            if command.changes and command.arguments and not arguments:
+            if len(arguments) < command.least_arguments:
                 raise Mistake("bad_command", f"something is missing: {usage(command)}")
             if command.changes and not may_change:
                 who = "root, the user of the proxy, and members of control_group"
@@ -152,16 +145,3 @@ def usage(command: Command) -> str:
 def helped() -> Answer:
     width = max(len(usage(command)) for command in COMMANDS)
     return done(*(f"{usage(command):{width}}  {command.help}" for command in COMMANDS))
-
-
-def show(table: str, arguments: Sequence[str], view: Status) -> Answer:
-    """The rows of one table, those that fit the arguments."""
-    if table == "status":
-        figures: dict[str, Any] = {"host": view.host, "generated_at": view.generated_at}
-        for name in ("program", "connections", "manager"):
-            figures |= {f"{name}.{key}": value for key, value in msgspec.structs.asdict(getattr(view, name)).items()}
-        return Answer(VERSION, True, table=table, rows=[figures])
-    found: list[Any] = view.pool.keys if table == "cached" else getattr(view, TABLES[table])
-    for key, wanted in zip(_KEYS.get(table, ()), arguments, strict=False):
-        found = [row for row in found if getattr(row, key) == wanted]
-    return Answer(VERSION, True, table=table, rows=list(found))

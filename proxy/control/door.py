@@ -13,18 +13,18 @@ import grp
 import os
 import socket as plain
 import struct
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import gevent
 from gevent import Timeout, socket
 
 from proxy.control import commands
-from proxy.control.commands import Answer, Mistake
-from proxy.errors import ConfigError
+from proxy.control.changes import change
+from proxy.control.commands import Answer
+from proxy.control.house import House
+from proxy.control.looks import look
+from proxy.errors import ConfigError, Mistake
 from proxy.log import lines as log
-from proxy.status.rows import Status
 
 #: Connections at a time; who is one too many is closed.
 _MOST = 16
@@ -33,24 +33,6 @@ _IDLE = 600.0
 _CREDENTIALS = struct.Struct("3i")
 _SO_PEERGROUPS = 59
 _MOST_GROUPS = 4096
-
-
-class House(NamedTuple):
-    """What the control room may ask the program.
-
-    Args:
-        view: the whole view; may wait. changed: it is to be made anew.
-        reload: read the configuration anew; every mistake, none: it is in force. May wait.
-        drop_cached: close held-open connections that leave from a source address; how many.
-        stop: begin the drain. spare: lends held-back descriptors.
-    """
-
-    view: Callable[[], Status]
-    changed: Callable[[], object]
-    reload: Callable[[], list[str]]
-    drop_cached: Callable[[str], int]
-    stop: Callable[[], object]
-    spare: Callable[[], AbstractContextManager[None]]
 
 
 class Caller(NamedTuple):
@@ -187,27 +169,19 @@ class ControlDoor:
             if mistake.code == "not_allowed":
                 log.note(log.Event.CONTROL, log.WARNING, "refused", uid=caller.uid, pid=caller.pid, why=str(mistake))
             return commands.refused(mistake.code, str(mistake))
-        if command.words == ("help",):
-            return commands.helped()
-        if not command.changes:
-            return commands.show(command.words[1], arguments, self._house.view())
         words = " ".join((*command.words, *arguments))
-        if request.dry_run:
-            return commands.done(f"would do: {words}")
-        answer = self._change(command.words, arguments)
+        try:
+            if command.words == ("help",):
+                return commands.helped()
+            if not command.changes:
+                return look(command.words, arguments, self._house)
+            if request.dry_run:
+                return commands.done(f"would do: {words}")
+            answer = change(command.words, arguments, self._house)
+        except Mistake as mistake:
+            return commands.refused(mistake.code, str(mistake))
         self._house.changed()
         result = "done" if answer.ok else answer.error
         because = {"because": request.because} if request.because else {}
         log.note(log.Event.CONTROL, log.INFO, words, uid=caller.uid, pid=caller.pid, result=result, **because)
         return answer
-
-    def _change(self, words: tuple[str, ...], arguments: list[str]) -> Answer:
-        if words == ("reload",):
-            mistakes = self._house.reload()
-            if mistakes:
-                return commands.refused("failed", "the old configuration is still in force", mistakes)
-            return commands.done("the new configuration is in force")
-        if words == ("drop", "cached"):
-            return commands.done(f"{self._house.drop_cached(arguments[0])} connections closed")
-        self._house.stop()
-        return commands.done("stopping: no new connections")

@@ -8,6 +8,8 @@ logged as one line.
 
 from __future__ import annotations
 
+import contextlib
+from _socket import SHUT_RDWR
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from time import monotonic
@@ -55,7 +57,8 @@ from proxy.protocols.recognise import SILENT, wrong_door
 from proxy.protocols.redirect import Redirected
 from proxy.protocols.smtp.dialogue import refusal
 from proxy.protocols.socks5 import Socks5
-from proxy.services import Door, Services, note_failure, numbers
+from proxy.services import Door, HostedChannel, HostedDialogue, Services, note_failure, numbers
+from proxy.stats import Standing
 from proxy.throttling.flows import Places
 
 _READ_SIZE = 4096
@@ -131,6 +134,8 @@ class Visit:
             "place",
             "end",
             "reply",
+            "state",
+            "hosted",
         ),
     )
 
@@ -152,6 +157,9 @@ class Visit:
         self.place: Places | None = None
         self.reply = ""  # the receiver's greeting, if it was a refusal
         self.end: Endpoint | None = None  # of the outgoing connection, where `Gauges.ends` wants to know
+        self.state = "request"  # for operators
+        self.hosted: HostedChannel | HostedDialogue | None = None  # who carries the bytes, if not the engine
+        services.instances.connections[self] = None
         door.open_connections += 1
         services.counters.accepted.count(door.protocol)
 
@@ -202,6 +210,7 @@ class Visit:
         dialogue = modes.any_smtp and modes.is_smtp(instance, self.door.configured, destination)
         within = self._answer_within()
         through = Through(services, via, self.socket, instance, route, source, dialogue, within)
+        self.state = "connect"
         channel, opened = through.open(handshake.trailing)
         self.source = opened.local.host
         self.handshake = None
@@ -212,6 +221,7 @@ class Visit:
 
         services.gauges.outgoing += 1
         services.counters.fresh += 1
+        self.state, self.hosted = "relay", through
         try:
             ending = through.carry(channel, handshake.trailing, answered)
         except BaseException:
@@ -338,7 +348,9 @@ class Visit:
         settings = services.settings
         asked_at = monotonic()
         if services.admission.manager.blocks:
+            self.state = "place"
             self._take_place(self.instance, source, destination)
+        self.state = "connect"
         sock = self.upstream or self._bind(source)
         left = asked_at + self._answer_within() - monotonic()
         timeout = min(settings.connect_timeout, upstream.LONGEST_CONNECT, left)
@@ -403,6 +415,7 @@ class Visit:
             upstream_events = GONE  # while we waited, edges of both sides went by
         early = handshake.trailing
         self.relayed = True
+        self.state = "relay"
         self.handshake = None
         del self.socket, self.upstream  # this record lives as long as the relay, and there may be many
         services.counters.fresh += 1
@@ -423,6 +436,7 @@ class Visit:
             services.gauges.outgoing -= 1  # it is counted by who has it
         owner, weight = instance or self.client.host, services.access.weight_of(instance)
         egress = egress_for(services, terms, owner, weight, bound, self._answer_within())
+        self.source, self.state = source, "connect"
         try:
             with self._while_client_stays(HALF_CLOSED):
                 line = egress.connect()
@@ -439,6 +453,7 @@ class Visit:
         self.handshake = None
         facts = Facts(self.number, self.client, terms, self.started)
         visit = smtp.Visit(services, self.door, PlainStream(self.socket), facts, egress, line)
+        self.hosted = visit
         visit.serve(handshake.trailing)
         if visit.resets:
             services.engine.close(self.socket, True)
@@ -464,6 +479,7 @@ class Visit:
         if self.place is not None:
             services.admission.leave(self.place)
         self.door.open_connections -= 1
+        del services.instances.connections[self]
         log.connection(
             self.number,
             self.instance,
@@ -495,6 +511,23 @@ class Visit:
         elif self.place is not None:
             self.services.admission.leave(self.place)
         self.door.open_connections -= 1
+        del self.services.instances.connections[self]
+
+    # ---------------------------------------------------------------- for operators
+
+    def standing(self) -> Standing:
+        """See `services.HostedConnection`."""
+        state = self.hosted.doing if isinstance(self.hosted, smtp.Visit) else self.state
+        ends = self.source, self.destination
+        return Standing(self.number, self.instance, self.door.protocol, self.client, *ends, state, self.started)
+
+    def cut(self, ending: Ending) -> None:
+        """See `services.HostedConnection`. Who is not served yet sees the end of the file, and is given up for gone."""
+        if self.hosted is not None:
+            self.hosted.cut(ending)
+        elif not self.services.engine.abort(self, ending):
+            with contextlib.suppress(OSError, AttributeError):  # closed, or the engine's, while it was looked for
+                self.socket.shutdown(SHUT_RDWR)
 
     def failed(self, error: ProxyError) -> None:
         """Count and log an outcome that is not a relay."""

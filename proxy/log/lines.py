@@ -16,10 +16,11 @@ import os
 import re
 import time
 import traceback
+from collections import deque
 from collections.abc import Iterable, Mapping
 from functools import lru_cache, partial
 from logging import DEBUG, ERROR, INFO, WARNING
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import colorlog
 import msgspec
@@ -50,6 +51,7 @@ __all__ = [
     "lines_lost",
     "note",
     "printable",
+    "recent",
     "reconfigure",
     "refused",
     "setup",
@@ -101,6 +103,21 @@ class LogSettings(Protocol):
 #: The longest text taken from a field, and the longest message; characters.
 FIELD_LIMIT = 200
 MESSAGE_LIMIT = 1000
+
+#: What is remembered for who asks: not what comes with each connection, or every few seconds.
+_OFTEN = frozenset((Event.STATUS, Event.CONNECTION, Event.MESSAGE, Event.REFUSED, Event.FAILED))
+_MOST_RECENT = 200
+
+
+class Recent(NamedTuple):
+    """A line as it is remembered; `at` on the monotonic clock."""
+
+    time: str
+    at: float
+    level: str
+    event: Event
+    text: str
+
 
 #: Lines that look like the closing line, with the message last.
 _ABOUT_CONNECTIONS = frozenset((Event.REFUSED, Event.FAILED, Event.MESSAGE))
@@ -239,6 +256,7 @@ _err: Writer | None = None
 _json = False
 _stamped = True
 _connections = "all"
+_recent: deque[Recent] = deque(maxlen=_MOST_RECENT)
 _limiter = Limiter()
 #: A missing source address: told once a minute for each, since every connection from it fails.
 _sources = Limiter(lines=1)
@@ -287,6 +305,11 @@ def reconfigure(settings: LogSettings) -> None:
     logging.getLogger().setLevel(WARNING)
 
 
+def recent() -> list[Recent]:
+    """The last lines, the newest last, without those about single connections."""
+    return list(_recent)
+
+
 def flush(timeout: float) -> None:
     """Write what waits, blocking up to `timeout` seconds for each output; at the end of the program only."""
     for writer in {_out, _err}:
@@ -308,6 +331,10 @@ def note(event: Event, level: int, message: str, **fields: object) -> None:
         message: an English sentence; control characters in it are escaped.
         fields: figures and names, in this order; never a secret.
     """
+    if event not in _OFTEN and level > DEBUG:
+        figures = "".join(f" {key}={_figure(value)}" for key, value in fields.items())
+        text = printable(message, MESSAGE_LIMIT) + figures
+        _recent.append(Recent(_clock.stamp(), time.monotonic(), logging.getLevelName(level), event, text))
     if _logger.isEnabledFor(level):
         _logger.log(level, "%s", message, extra={"event": event, "fields": fields})
 

@@ -384,6 +384,20 @@ cdef class Engine:
                 self._finish(half.pair, number, True)
         self._settle()
 
+    def abort(self, owner, ending):
+        cdef int fd
+        cdef int number = _ENDINGS.index(ending)
+        cdef Half *half
+        cdef bint found = False
+        for fd in range(self._size):
+            half = self._table[fd].half
+            if half != NULL and half.pair.owner == <PyObject *> owner:
+                self._finish(half.pair, number, True)
+                found = True
+                break
+        self._settle()
+        return found
+
     def sweep(self, double now):
         cdef int fd = 0
         if not self._watcher.active:

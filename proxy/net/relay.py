@@ -338,6 +338,13 @@ class Engine:
         for pair in list(self._pairs):
             self._abort(pair, ending)
 
+    def abort(self, owner: Owner, ending: Ending) -> bool:
+        """Reset the pair of this owner; False: it has none."""
+        found = [pair for pair in self._pairs if pair.owner is owner]
+        for pair in found:
+            self._abort(pair, ending)
+        return bool(found)
+
     def sweep(self, now: float) -> Iterator[None]:
         """Reset pairs that moved no byte for their idle timeout, or of which one side has closed and that moved none
         for `half_close_timeout`; yields now and then so that others can run."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from time import monotonic
@@ -21,6 +21,7 @@ from gevent.event import Event
 from gevent.lock import Semaphore
 
 from proxy import __version__
+from proxy.config.in_force import Row
 from proxy.config.load import Loaded
 from proxy.control import door as control
 from proxy.egress import via
@@ -47,6 +48,7 @@ from proxy.server.listener import ListenError
 from proxy.server.listeners import Doors, Opened
 from proxy.server.reception import Reception
 from proxy.server.signals import Signals
+from proxy.server.steering import Steering
 from proxy.services import Gauges, Instances, Newcomers, Services
 from proxy.settings import Settings
 from proxy.stats import MOST_LINES, Counters, Snapshot
@@ -134,6 +136,14 @@ class Server:
         )
         self._doors = Doors(self._reception.admit, self._reception.accept_failed, self._reserve.lent, inherited)
         self._status = self._status_door()
+        self._steering = Steering(
+            lambda: self.services,
+            self._status,
+            self._doors.listening,
+            self._reload,
+            self._stop.set,
+            self._reserve.lent,
+        )
         self._control: control.ControlDoor | None = None
         self._reloading = Semaphore()
         self._reload_failure: ReloadFailure | None = None
@@ -191,7 +201,7 @@ class Server:
         judge = self._judge(settings)
         services = self._wire(settings, identity, self._doors.endpoints(settings, opened), breathe)
         limits = Limits(settings.throttle, settings.source, self._book, breathe)
-        return _Prepared(services, opened, judge, limits, control_socket)
+        return _Prepared(services, opened, judge, limits, control_socket, loaded.in_force)
 
     def _judge(self, settings: Settings) -> certificates.Judge | None:
         """With the authorities as they are now: read by each reload, and not under the first connection."""
@@ -219,15 +229,7 @@ class Server:
             self._control = None
         if opened is None or settings.control_socket is None:
             return
-        house = control.House(
-            view=self._status.view,
-            changed=self._status.changed,
-            reload=self._reload,
-            drop_cached=self._keeper.forsake,
-            stop=self._stop.set,
-            spare=self._reserve.lent,
-        )
-        self._control = control.ControlDoor(opened, settings.control_socket, settings.control_group, house)
+        self._control = control.ControlDoor(opened, settings.control_socket, settings.control_group, self._steering)
 
     def _wire(
         self,
@@ -309,6 +311,7 @@ class Server:
         if prepared.judge is not None:
             certificates.use_judge(prepared.judge)
         self._take_control(settings, prepared.control_socket)
+        self._steering.in_force, self._steering.limits = prepared.in_force, prepared.limits
         self._doors.take(settings, prepared.opened, breathe)
         if not settings.listen_redirect:
             self._gauges.ends = None
@@ -482,6 +485,7 @@ class _Prepared(NamedTuple):
     judge: certificates.Judge | None
     limits: Limits
     control_socket: gevent.socket.socket | None
+    in_force: Sequence[Row]
 
 
 def _values(settings: Settings) -> list[object]:

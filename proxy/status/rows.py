@@ -257,6 +257,39 @@ class TroubleRow(Struct):
     since: float | None = None
 
 
+class ConnectionRow(Struct):
+    """A client's connection, or the SMTP session that a native channel has now. `id`: as in the log; `state`: what it
+    waits for or is in the middle of (docs/operations.md); `age`: seconds since it was accepted."""
+
+    id: int
+    state: str
+    age: float
+    instance: str
+    protocol: str
+    client: str
+    source: str
+    destination: str
+
+
+class EventRow(Struct):
+    """A line of the log. `ago`: seconds; `text`: message and fields."""
+
+    time: str
+    ago: float
+    level: str
+    event: str
+    text: str
+
+
+class ConfigRow(Struct):
+    """One value of a directive in force. `block`: kind and name, "" outside of blocks; `place`: where it is written."""
+
+    block: str
+    directive: str
+    value: str
+    place: str
+
+
 class Overview(Struct):
     """All but the single throttles. `generated_at`: UTC, RFC 3339; `trouble`: the worst first."""
 

@@ -36,7 +36,7 @@ HOUSE = {
     "services": f"{_PURE_ROOMS} log net egress",
     "doors": f"{_PURE_ROOMS} log net egress services",
     "status": f"{_PURE_ROOMS} log net egress services",
-    "control": f"{_PURE_ROOMS} log status",
+    "control": f"{_PURE_ROOMS} config log status",
     "server": f"{_PURE_ROOMS} config log net egress services doors status control",
     "cli": "vocabulary config log net status control server",
     CLIENT: "vocabulary protocols throttling",
@@ -44,7 +44,7 @@ HOUSE = {
 #: Rooms that only decide, and the files that only decide in a room that does.
 PURE = {VOCABULARY, "throttling", "protocols", "policy", "config"}
 PURE_FILES = {
-    *("control.commands", "egress.broken_tls", "egress.pool"),
+    *("control.commands", "control.explain", "control.filters", "control.house", "egress.broken_tls", "egress.pool"),
     *("status.names", "status.rows", "status.trouble", "status.view"),
 }
 #: What the library shares with the program of `throttling`; it must stay small, since MTAs carry it with them.

@@ -31,6 +31,7 @@ from proxy.policy.turns import Refusals
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
 from proxy.services import Door, Services, note_failure, numbers
+from proxy.stats import Standing
 
 #: Seconds; the shortest time of a timer.
 _AT_ONCE = 1e-9
@@ -66,6 +67,7 @@ class Channel:
         self._idleness = Idleness()
         self._deadline: Any = None  # a timer of the loop, once there is an end in sight
         self._refusals = Refusals()
+        self._standing: Standing | None = None
 
     @property
     def instance(self) -> str:
@@ -81,12 +83,13 @@ class Channel:
         """Serve until the client closes, breaks the protocol, or is told to go away. Closes nothing; never raises."""
         services, link = self._current(), self._link
         instances = services.instances
-        instances.channels[self] = None
+        instances.channels[self] = instances.connections[self] = None
         try:
             if not self._peer.one_flight:
                 link.send(self._welcome(services))
             while (request := self._next_open()) is not None:
                 self._serve_session(request)
+                self._standing = None
             link.part()
         except ClientGone:
             goodbye = self._goodbye()
@@ -104,7 +107,7 @@ class Channel:
         finally:
             if self._deadline is not None:
                 self._deadline.close()
-            del instances.channels[self]
+            del instances.channels[self], instances.connections[self]
 
     def _welcome(self, services: Services) -> bytes:
         settings = services.settings
@@ -119,6 +122,8 @@ class Channel:
         link = self._link
         if link.doom in (Ending.IDLE_TIMEOUT, Ending.HALF_CLOSE_TIMEOUT):
             return IdleTooLong("nothing was said for too long")
+        if link.doom is Ending.CLOSED_BY_OPERATOR:
+            return Draining("closed by the operator")
         if link.doom is Ending.DRAIN_TIMEOUT:
             return Draining(link.goes_why or "the proxy is shutting down")
         return NameInUse(link.goes_why) if link.doom is Ending.NO_LONGER_ALLOWED else None
@@ -132,6 +137,17 @@ class Channel:
             self._deadline = get_hub().loop.timer(max(seconds, _AT_ONCE))
             self._deadline.start(self.cut, ending)
             link.wake()
+
+    def standing(self) -> Standing | None:
+        """See `services.HostedConnection`."""
+        standing = self._standing
+        if standing is None:
+            return None
+        if self._dialogue is not None:
+            return standing._replace(source=self._dialogue.source, state=self._dialogue.doing)
+        if self._receiver is not None:
+            return standing._replace(source=self._receiver.local.host, state="relay")
+        return standing
 
     def sweep(self, now: float) -> None:
         """See `services.HostedChannel`: byte progress, as the relay counts it. An OPEN has its own deadline."""
@@ -203,6 +219,9 @@ class Channel:
         attempts: Attempts = []
         if link.decoder.unread:
             raise _Impatient
+        client, destination = self._guest.client, request.destinations[0].endpoint
+        source = request.source_ip or ""
+        self._standing = Standing(number, self.instance, "native", client, source, destination, "open", started)
         if request.dialogue:
             self._serve_dialogue(services, request, number, started)
             return

@@ -60,6 +60,11 @@ class Dialogue:
         return self._facts.terms.source
 
     @property
+    def doing(self) -> str:
+        """How far it is; see `services.HostedDialogue`."""
+        return self._visit.doing if self._visit is not None else "open"
+
+    @property
     def destination(self) -> Endpoint:
         return self._facts.terms.destination
 

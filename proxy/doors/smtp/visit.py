@@ -111,6 +111,12 @@ class Visit:
         self._reset = True
         self._wires.interrupt()
 
+    @property
+    def doing(self) -> str:
+        """See `services.HostedDialogue`."""
+        want, state = self._mediator.want, self._mediator.state
+        return (want if want is not None else state).name.lower()
+
     def sweep(self, now: float) -> None:
         """See `services.HostedDialogue`: byte progress, as the relay counts it. Errands have their own deadlines."""
         busy = self._mediator.want is not None

@@ -12,7 +12,7 @@ import uuid
 
 import pytest
 
-from tests.clients import socks5
+from tests.clients import dial, socks5, v2
 from tests.mx import Mx, close, say
 from tests.program import ROOT, Proxy
 from tests.sinks import Raw, greet
@@ -136,3 +136,79 @@ def test_a_socket_that_is_in_use_is_not_taken(tmp_path):
         dead.bind(str(file))
     with Proxy(f"control_socket {file}\n"):
         assert ctl(str(file), "help")[0] == 0
+
+
+def rows(path, *words):
+    code, out, err = ctl(path, "--json", *words)
+    assert code == 0, (out, err)
+    return json.loads(out).get("rows", [])
+
+
+def test_what_is_in_force_and_where_it_is_written(path):
+    with Proxy(
+        f"control_socket {path}\nmax_connections 77\nthrottle t {{\n  max_concurrent_connections 5\n}}\n"
+    ) as proxy:
+        (row,) = rows(path, "show", "config", "max_connections")
+        assert (row["value"], row["block"]) == ("77", "")
+        assert row["place"].startswith(f"{proxy.path}:")
+        assert [row["value"] for row in rows(path, "show", "config", "t")] == ["5"]
+        assert rows(path, "show", "config", "idle_timeout")[0]["place"] == "default"
+        proxy.path.write_text(proxy.path.read_text().replace("max_connections 77", "max_connections many"))
+        assert ctl(path, "reload")[0] == 78
+        assert rows(path, "show", "config", "max_connections")[0]["value"] == "77"
+        assert ctl(path, "show", "config", "no_such_thing")[0] == 64
+        events = rows(path, "show", "events", "reload_failed")
+        assert "max_connections" in events[0]["text"]
+        assert rows(path, "show", "events", "older=1h") == []
+
+
+def test_connections_are_seen_and_can_be_ended(path):
+    """At a door before the request, while connecting waits for a place, and relayed: each ends at once."""
+    block = "throttle one {\n  max_concurrent_connections 1\n  per nothing\n}\n"
+    with Proxy(f"control_socket {path}\n{block}") as proxy, Mx() as mx:
+        with socks5(proxy.socks5, mx.endpoint) as relayed, dial(proxy.socks5) as silent:
+            assert relayed.recv(100)
+            wait_for(
+                lambda: {row["state"] for row in rows(path, "show", "connections")} == {"relay", "request"}, what=""
+            )
+            (row,) = rows(path, "show", "connections", f"destination={mx.endpoint[0]}")
+            assert (row["protocol"], row["state"]) == ("socks5", "relay")
+            assert rows(path, "show", "connections", "state=request")[0]["client"].endswith(
+                f":{silent.getsockname()[1]}"
+            )
+            with dial(proxy.proxy_protocol) as asking:
+                asking.sendall(v2("127.0.0.1", mx.endpoint))
+                wait_for(lambda: rows(path, "show", "connections", "state=place"), what="it waits for its place")
+                (waits,) = rows(path, "show", "connections", "state=place")
+                assert ctl(path, "close", "connection", str(waits["id"]))[0] == 0
+                assert asking.recv(100) == b""
+            for state in ("relay", "request"):
+                (row,) = rows(path, "show", "connections", f"state={state}")
+                assert ctl(path, "--because", "it hangs", "close", "connection", str(row["id"]))[0] == 0
+            wait_for(lambda: rows(path, "show", "connections") == [], what="all are gone")
+            assert silent.recv(10) == b""
+            with pytest.raises(ConnectionResetError):
+                relayed.recv(10)
+        proxy.wait_line("outcome=closed_by_operator")
+        proxy.wait_line('control: close connection .*because="it hangs"')
+        assert ctl(path, "close", "connection", "1")[0] == 78
+        assert ctl(path, "close", "connection", "one")[0] == 64
+        assert ctl(path, "close", "connection")[0] == 64
+
+
+def test_explain_says_what_would_happen(path):
+    block = "throttle one {\n  destination 127.0.0.0/8\n  max_concurrent_connections 1\n  per nothing\n}\n"
+    more = "instance mta1 {\n  weight 2\n}\ndeny_destination 198.18.7.7\n"
+    with Proxy(f"control_socket {path}\n{block}{more}") as proxy, Mx() as mx:
+        to = f"{mx.endpoint[0]}:{mx.endpoint[1]}"
+        _, out, _ = ctl(path, "explain", "127.0.0.1", to, "instance=mta1")
+        assert "mta1, weight 2" in out
+        assert "one, counted for all together: not in use now" in out
+        assert "connects at once" in out
+        with socks5(proxy.socks5, mx.endpoint) as sock:
+            assert sock.recv(100)
+            wait_for(lambda: "waits under one" in ctl(path, "explain", "127.0.0.1", to)[1], what="its place is taken")
+        assert "refused: 198.18.7.7:25 is in a denied range" in ctl(path, "explain", "-", "198.18.7.7")[1]
+        assert "NOT on this machine" in ctl(path, "explain", "198.51.100.9", to)[1]
+        assert ctl(path, "explain", "127.0.0.1")[0] == 64
+        assert ctl(path, "explain", "here", to)[0] == 64

@@ -6,6 +6,7 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import gevent
@@ -46,8 +47,7 @@ def test_the_reserve_is_not_lent_while_nobody_calls(no_more_descriptors) -> None
                 lent -= 1
 
     path = f"@control-door-{os.getpid()}"
-    nothing: Any = lambda *_: None  # noqa: E731
-    house = door.House(view=nothing, changed=nothing, reload=list, drop_cached=lambda _: 0, stop=nothing, spare=spare)
+    house: Any = SimpleNamespace(spare=spare)
     caller = socket.socket(socket.AF_UNIX)
     listening = door.listen(path, "0600", None)
     gevent.sleep(0)

@@ -542,6 +542,18 @@ def test_abort_all(engine: relay.Engine) -> None:
     assert engine.free_pipes == engine.pipes
 
 
+def test_abort_one(engine: relay.Engine) -> None:
+    pairs = [Relayed(engine) for _ in range(3)]
+    assert engine.abort(pairs[1].owner, Ending.CLOSED_BY_OPERATOR)
+    assert pairs[1].owner.ending()[0] == Ending.CLOSED_BY_OPERATOR
+    assert was_reset(pairs[1].client)
+    assert was_reset(pairs[1].upstream)
+    assert not engine.abort(pairs[1].owner, Ending.CLOSED_BY_OPERATOR)
+    for pair in (pairs[0], pairs[2]):
+        pair.check()
+        pair.close()
+
+
 # -------------------------------------------------------------------- faults
 
 

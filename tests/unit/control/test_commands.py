@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 
 import msgspec
 import pytest
@@ -12,7 +13,6 @@ from hypothesis import strategies as st
 from proxy.control.commands import (
     COMMANDS,
     VERSION,
-    Mistake,
     Request,
     decode,
     done,
@@ -22,6 +22,8 @@ from proxy.control.commands import (
     refused,
     usage,
 )
+from proxy.errors import Mistake
+from tests.program import ROOT
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=usage)
@@ -61,6 +63,13 @@ def test_what_is_no_request(line: bytes) -> None:
 def test_random_bytes_are_a_request_or_a_mistake(line: bytes) -> None:
     with contextlib.suppress(Mistake):
         assert isinstance(decode(line), Request)
+
+
+def test_the_manual_knows_every_command() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text()
+    table = text[text.index("## Control socket") : text.index("Every table can be narrowed down")]
+    said = {word for code in re.findall(r"`([a-z][a-z ]*)", table) for word in [code.strip()]}
+    assert {" ".join(command.words) for command in COMMANDS} <= said
 
 
 def test_an_answer_is_one_line_with_version_and_verdict() -> None:

@@ -1,0 +1,51 @@
+"""What the control room may ask the program: an interface, which `server.steering` implements.
+
+Nothing here knows a command; `looks` and `changes` say which question each is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from proxy.config.in_force import Row
+from proxy.model import Endpoint
+from proxy.status.rows import ConnectionRow, EventRow, Status
+
+
+class House(Protocol):
+    """None of these changes what it looks at, but those that say so."""
+
+    def view(self) -> Status:
+        """The whole view, as the status page has it; may wait."""
+
+    def config(self) -> Sequence[Row]:
+        """What is in force, as it was written."""
+
+    def events(self) -> list[EventRow]:
+        """What was logged lately, the newest last, without the lines about single connections."""
+
+    def connections(self) -> list[ConnectionRow]:
+        """Clients' connections as they stand, the oldest first."""
+
+    def explain(self, source: str | None, destination: Endpoint, instance: str) -> list[tuple[str, str]]:
+        """What would happen to such a connection now, subject by subject; may wait."""
+
+    def changed(self) -> None:
+        """The view is to be made anew."""
+
+    def reload(self) -> list[str]:
+        """Read the configuration anew; every mistake, none: it is in force. May wait."""
+
+    def drop_cached(self, source: str) -> int:
+        """Close held-open connections that leave from an address; how many."""
+
+    def close(self, number: int) -> bool:
+        """End a client's connection; False: there is none of this number."""
+
+    def stop(self) -> None:
+        """Begin the drain."""
+
+    def spare(self) -> AbstractContextManager[None]:
+        """Lends held-back descriptors."""

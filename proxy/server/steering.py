@@ -1,0 +1,108 @@
+"""What the control socket may ask and tell the program: `control.house.House`, wired."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from time import monotonic
+
+from proxy.config.in_force import Row
+from proxy.control.explain import Rules, explained
+from proxy.egress import upstream
+from proxy.log import lines as log
+from proxy.model import Ending, Endpoint
+from proxy.net.addresses import own_addresses
+from proxy.policy.limits import Limits
+from proxy.services import Door, Services
+from proxy.stats import Standing
+from proxy.status.http import StatusDoor
+from proxy.status.rows import ConnectionRow, EventRow, Status
+
+_STANDARD = frozenset(("socks5", "proxy_protocol", "redirect"))
+
+
+class Steering:
+    """Implements `control.house.House`.
+
+    Args:
+        services: those of the moment. status: whose view it is. doors: those that listen.
+        reload, stop, spare: see `House`.
+
+    Attributes:
+        in_force: the configuration, as it was written; limits: its throttle blocks. Set by whoever puts one in force.
+    """
+
+    def __init__(
+        self,
+        services: Callable[[], Services],
+        status: StatusDoor,
+        doors: Callable[[], Iterable[Door]],
+        reload: Callable[[], list[str]],
+        stop: Callable[[], object],
+        spare: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.in_force: Sequence[Row] = ()
+        self.limits = Limits(())
+        self.reload = reload
+        self.spare = spare
+        self._services = services
+        self._status = status
+        self._doors = doors
+        self._stop = stop
+
+    # ---------------------------------------------------------------- looking
+
+    def view(self) -> Status:
+        return self._status.view()
+
+    def config(self) -> Sequence[Row]:
+        return self.in_force
+
+    def events(self) -> list[EventRow]:
+        now = monotonic()
+        return [EventRow(line.time, now - line.at, line.level, line.event, line.text) for line in log.recent()]
+
+    def connections(self) -> list[ConnectionRow]:
+        now = monotonic()
+        found = [each.standing() for each in list(self._services().instances.connections)]
+        standing = sorted((each for each in found if each is not None), key=lambda each: each.started)
+        return [_row(each, now) for each in standing]
+
+    def explain(self, source: str | None, destination: Endpoint, instance: str) -> list[tuple[str, str]]:
+        services = self._services()
+        standard = [door.configured for door in self._doors() if door.protocol in _STANDARD]
+        here, choose = own_addresses().__contains__, upstream.system_source
+        rules = Rules(services.access, services.modes, self.limits, standard, here, choose)
+        return explained(rules, self.view(), source, destination, instance)
+
+    # ---------------------------------------------------------------- steering
+
+    def changed(self) -> None:
+        self._status.changed()
+
+    def drop_cached(self, source: str) -> int:
+        return self._services().keeper.forsake(source)
+
+    def close(self, number: int) -> bool:
+        for connection in list(self._services().instances.connections):
+            standing = connection.standing()
+            if standing is not None and standing.number == number:
+                connection.cut(Ending.CLOSED_BY_OPERATOR)
+                return True
+        return False
+
+    def stop(self) -> None:
+        self._stop()
+
+
+def _row(standing: Standing, now: float) -> ConnectionRow:
+    return ConnectionRow(
+        id=standing.number,
+        state=standing.state,
+        age=now - standing.started,
+        instance=standing.instance,
+        protocol=standing.protocol,
+        client=str(standing.client),
+        source=standing.source,
+        destination=str(standing.destination or ""),
+    )
