@@ -1,8 +1,8 @@
 """What recipient domains mean at the moment: their MX hosts, and the addresses of these, as DNS says.
 
 `look_up` is one look-up: it yields questions, is sent the replies, and returns an `Answer`. The `Book` says whom to
-look up when, keeps the last good answers, and is the `Directory` of `policy.limits`. Names are resolved forward, never
-by PTR. Pure: `egress.look_ups` asks; seconds of a monotonic clock are arguments.
+look up when, keeps the last good answers, and is the `Directory` of `policy.matching`. Names are resolved forward,
+never by PTR. Pure: `egress.look_ups` asks; seconds of a monotonic clock are arguments.
 """
 
 from __future__ import annotations

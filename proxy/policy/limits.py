@@ -1,36 +1,15 @@
 """Which `throttle` blocks hold for a connection, and what counts by itself under each: the blocks of one `Settings`.
 
-A block asks up to three questions: who asks (`instance`), from where (`source`), to which receiver (`domain`, `mx`,
-`destination`: any of these will do). A connection may fit several blocks, and all of them hold.
-
-Thousands of blocks cost no more than a few. What blocks ask is interned: of each question only the different answers
-are kept, each with a number, in tables by exact name, by the end of a name and by length of prefix. What a table has is
-a *bundle*, the answers with that name or prefix: one as a rule, thousands where so many different lists overlap. A
-connection has a handful of bundles for each question. Each combination of them is looked up from the side that has the
-fewest blocks, and what took more than a few steps all the same is remembered.
-
-Pure: what names stand for is a `Directory`'s, which changes with DNS. What is remembered depends on the blocks alone.
+A connection may fit several blocks, and all of them hold. Which fit is `matching`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from ipaddress import ip_address
-from itertools import product
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple
 
-from proxy.model import UNNAMED, Breathe, Names, hold_breath
-from proxy.settings import Network, SourceSettings, ThrottleSettings
-
-#: The answer of who does not ask.
-_ANY = 0
-#: Steps of a search that are not worth remembering what they found.
-_A_FEW = 16
-#: Blocks, in all that is remembered together; more, and it is forgotten.
-_MOST_REMEMBERED = 1_000_000
-
-
-_Member = TypeVar("_Member", str, int)
+from proxy.model import UNNAMED, Names
+from proxy.policy.matching import Matcher
+from proxy.settings import ThrottleSettings
 
 
 class Hit(NamedTuple):
@@ -41,63 +20,8 @@ class Hit(NamedTuple):
     receiver: str
 
 
-class Directory(Protocol):
-    """What is known of an address."""
-
-    def hosts(self, address: str) -> tuple[str, ...]:
-        """The MX hosts that have it, the first one standing for all."""
-
-    def domains(self, address: str) -> tuple[str, ...]:
-        """The recipient domains that it is an MX of."""
-
-
-class Nothing:
-    """The directory of who looks nothing up."""
-
-    def hosts(self, address: str) -> tuple[str, ...]:
-        return ()
-
-    def domains(self, address: str) -> tuple[str, ...]:
-        return ()
-
-
-class Limits:
-    """All blocks, ready to be matched; false without any.
-
-    Args:
-        sources: what names stand for in a block's `source`.
-
-    Attributes:
-        blocks: by name.
-        by_instance: whether any asks for the instance; if none does, who it is changes no verdict.
-        steps: look-ups so far.
-    """
-
-    def __init__(
-        self,
-        blocks: Iterable[ThrottleSettings],
-        sources: Iterable[SourceSettings] = (),
-        directory: Directory | None = None,
-        breathe: Breathe = hold_breath,
-    ) -> None:
-        self.blocks: dict[str, ThrottleSettings] = {}
-        self.steps = 0
-        self._directory = directory or Nothing()
-        self._sources, self._instances, self._receivers = _Question(), _Question(), _Receivers()
-        self._order: list[ThrottleSettings] = []
-        self._answers: list[tuple[int, int, int]] = []  # of each block, to the three questions
-        self._same: dict[frozenset[int], frozenset[int]] = {}
-        self._found: dict[tuple[frozenset[int], ...], list[int]] = {}
-        self._remembered = 0
-        named = _addresses_by_name(sources, breathe)
-        for block in blocks:
-            breathe()
-            self.blocks[block.name] = block
-            self._add(block, named, breathe)
-        self.by_instance = bool(self._instances.exact)
-
-    def __bool__(self) -> bool:
-        return bool(self._order)
+class Limits(Matcher[ThrottleSettings]):
+    """All blocks, ready to be matched; false without any."""
 
     def match(self, instance: str, source: str, destination: str, names: Names = UNNAMED) -> tuple[Hit, ...]:
         """The blocks that hold for a connection, in the order in which they stand in the file.
@@ -106,69 +30,9 @@ class Limits:
             source, destination: addresses in canonical form.
             names: what the client says of its receiver; it can only add to what is known otherwise.
         """
-        hosts = self._directory.hosts(destination)
-        known = (*hosts, names.mx) if names.mx else hosts
-        domains = self._directory.domains(destination)
-        receivers = self._receivers.of(destination, known, (*domains, names.domain) if names.domain else domains)
-        numbers: set[int] = set()
-        for bundles in product(
-            self._receivers.with_any(receivers),
-            self._sources.with_any(self._sources.of_address(source)),
-            self._instances.with_any(self._instances.of_name(instance)),
-        ):
-            numbers.update(self._under(bundles))
-        host = known[0] if known else ""
-        return tuple([_hit(self._order[number], source, destination, host) for number in sorted(numbers)])
-
-    def _under(self, bundles: tuple[_Bundle, _Bundle, _Bundle]) -> Sequence[int]:
-        """The blocks whose answer to each of the three questions is in its bundle."""
-        for bundle in bundles:
-            if not bundle.answers:  # equal ones get the same object, so that comparing them costs nothing
-                answers = frozenset(bundle.numbers)
-                bundle.settle(self._same.setdefault(answers, answers))
-        key = bundles[0].answers, bundles[1].answers, bundles[2].answers
-        self.steps += 1
-        if self._found and (known := self._found.get(key)) is not None:
-            return known
-        before = self.steps
-        found = self._search(bundles)
-        if self.steps - before > _A_FEW:
-            self._remember(key, found)
-        return found
-
-    def _search(self, bundles: tuple[_Bundle, _Bundle, _Bundle]) -> list[int]:
-        receivers, leaving, asking = (bundle.answers for bundle in bundles)
-        found: list[int] = []
-        for number in min(bundles, key=_weight).blocks():
-            self.steps += 1
-            receiver, leave, ask = self._answers[number]
-            if receiver in receivers and leave in leaving and ask in asking:
-                found.append(number)
-        return found
-
-    def _remember(self, key: tuple[frozenset[int], ...], found: list[int]) -> None:
-        self._remembered += 1 + len(found)
-        if self._remembered > _MOST_REMEMBERED:
-            self._found.clear()
-            self._remembered = 1 + len(found)
-        self._found[key] = found
-
-    def _add(self, block: ThrottleSettings, named: Mapping[str, list[Network]], breathe: Breathe) -> None:
-        leaving: list[Network] = []
-        for source in block.source:
-            leaving += named.get(source, ()) if isinstance(source, str) else (source,)
-            breathe()
-        leave = self._sources.number(leaving, breathe, asked=bool(block.source))
-        ask = self._instances.number(block.instance, breathe)
-        receiver = self._receivers.number(
-            (*(f"@{domain}" for domain in block.domain), *block.mx, *block.destination), breathe
-        )
-        self._receivers.enter(receiver, block, breathe)
-        answers = receiver, leave, ask
-        for question, answer in zip((self._receivers, self._sources, self._instances), answers, strict=True):
-            question.blocks.setdefault(answer, []).append(len(self._order))
-        self._answers.append(answers)
-        self._order.append(block)
+        found = self.fitting(instance, source, destination, names)
+        hosts = self.hosts(destination, names) if found else ()
+        return tuple([_hit(block, source, destination, hosts[0] if hosts else "") for block in found])
 
 
 def _hit(block: ThrottleSettings, source: str, destination: str, host: str) -> Hit:
@@ -177,160 +41,3 @@ def _hit(block: ThrottleSettings, source: str, destination: str, host: str) -> H
     if "receiver" in block.per:
         receiver = (host if block.mx or block.domain else "") or destination
     return Hit(block.name, source if "source" in block.per else "", receiver)
-
-
-def _addresses_by_name(sources: Iterable[SourceSettings], breathe: Breathe) -> dict[str, list[Network]]:
-    """A block with a star stands for all that it has made."""
-    named: dict[str, list[Network]] = {}
-    for source in sources:
-        breathe()
-        for name in (source.name, source.block) if source.block else (source.name,):
-            named.setdefault(name, []).extend(source.ip)
-    return named
-
-
-class _Bundle:
-    """The answers to a question that have one name, or one prefix.
-
-    Args:
-        blocks: answer → the blocks that have it.
-        first: the number of the first one.
-
-    Attributes:
-        numbers: of the answers. answers: the same, once all blocks are there (`settle`). weight: how many blocks have
-            any of them.
-    """
-
-    __slots__ = ("_blocks", "answers", "numbers", "weight")
-
-    def __init__(self, blocks: Mapping[int, Sequence[int]], first: int) -> None:
-        self._blocks = blocks  # and not the question, which has this bundle: circles stay in memory
-        self.numbers = [first]
-        self.answers: frozenset[int] = frozenset()
-        self.weight = 0
-
-    def add(self, number: int) -> None:
-        if self.numbers[-1] != number:  # a list may have one member twice
-            self.numbers.append(number)
-
-    def settle(self, answers: frozenset[int]) -> None:
-        self.answers = answers
-        self.weight = sum([len(self._blocks.get(answer, ())) for answer in self.numbers])
-
-    def blocks(self) -> Iterator[int]:
-        for answer in self.numbers:
-            yield from self._blocks.get(answer, ())
-
-
-def _weight(bundle: _Bundle) -> int:
-    return bundle.weight
-
-
-class _Question:
-    """One question's different answers, each a set of networks or names with a number.
-
-    Attributes:
-        exact: name → the sets that have it. blocks: a set's number → the blocks whose answer it is.
-    """
-
-    def __init__(self) -> None:
-        self.exact: dict[str, _Bundle] = {}
-        self.blocks: dict[int, list[int]] = {}
-        self._any = _Bundle(self.blocks, _ANY)
-        self._numbers: dict[Hashable, int] = {}
-        self._prefixes: dict[int, dict[int, dict[int, _Bundle]]] = {4: {}, 6: {}}  # version, shift, prefix
-
-    def number(self, answer: Iterable[Network | str], breathe: Breathe, asked: bool = False) -> int:
-        """The answer's number; it is entered if it is a new one, but see `_Receivers`.
-
-        Args:
-            asked: a set without anything in it is an answer, too, which nothing fits.
-        """
-        members = frozenset(answer)
-        if not members and not asked:
-            return _ANY
-        number = self._numbers.get(members)
-        if number is None:
-            number = self._numbers[members] = len(self._numbers) + 1
-            self._enter_new(number, members, breathe)
-        return number
-
-    def with_any(self, bundles: Iterable[_Bundle]) -> list[_Bundle]:
-        """Each once, and the answer of who does not ask."""
-        return list(dict.fromkeys((self._any, *bundles)))
-
-    def of_name(self, name: str) -> Iterator[_Bundle]:
-        if (bundle := self.exact.get(name)) is not None:
-            yield bundle
-
-    def of_address(self, address: str) -> Iterator[_Bundle]:
-        """The sets that it lies in, those of each prefix; one set may be in several."""
-        if not (self._prefixes[4] or self._prefixes[6]):
-            return
-        ip = ip_address(address)
-        value = int(ip)
-        for shift, prefixes in self._prefixes[ip.version].items():
-            if (bundle := prefixes.get(value >> shift)) is not None:
-                yield bundle
-
-    def _enter_new(self, number: int, members: frozenset[Network | str], breathe: Breathe) -> None:
-        for member in members:
-            breathe()
-            if isinstance(member, str):
-                self._put(self.exact, member, number)
-            else:
-                self._enter_network(number, member)
-
-    def _enter_network(self, number: int, network: Network) -> None:
-        shift = network.max_prefixlen - network.prefixlen
-        level = self._prefixes[network.version].setdefault(shift, {})
-        self._put(level, int(network.network_address) >> shift, number)
-
-    def _put(self, table: dict[_Member, _Bundle], member: _Member, number: int) -> None:
-        bundle = table.get(member)
-        if bundle is None:
-            table[member] = _Bundle(self.blocks, number)
-        else:
-            bundle.add(number)
-
-
-class _Receivers(_Question):
-    """The receivers' question: domains, hosts by name or by the end of it, addresses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._hosts: dict[str, _Bundle] = {}
-        self._ends: dict[str, _Bundle] = {}
-        self._entered: set[int] = {_ANY}
-
-    def enter(self, number: int, block: ThrottleSettings, breathe: Breathe) -> None:
-        """What the block says is `number`."""
-        if number in self._entered:
-            return
-        self._entered.add(number)
-        for domain in block.domain:
-            breathe()
-            self._put(self.exact, domain, number)
-        for host in block.mx:
-            breathe()
-            table, key = (self._ends, host[2:]) if host.startswith("*.") else (self._hosts, host)
-            self._put(table, key, number)
-        for network in block.destination:
-            breathe()
-            self._enter_network(number, network)
-
-    def of(self, address: str, hosts: Iterable[str], domains: Iterable[str]) -> Iterator[_Bundle]:
-        yield from self.of_address(address)
-        for domain in domains:
-            yield from self.of_name(domain)
-        for host in hosts:
-            if (bundle := self._hosts.get(host)) is not None:
-                yield bundle
-            end = host
-            while self._ends and "." in end:
-                end = end.partition(".")[2]
-                if (bundle := self._ends.get(end)) is not None:
-                    yield bundle
-
-    def _enter_new(self, number: int, members: frozenset[Network | str], breathe: Breathe) -> None:
-        """Done by `enter`, which can tell a domain from a host."""

@@ -242,7 +242,7 @@ def test_what_is_remembered_is_bounded(monkeypatch):
     found = blocks_of(100, lambda n: f"destination 98.0.0.0/8, 99.0.{n}.0/24, 100.0.{n}.0/24\n instance a, b{n % 20}")
     everything = found.match("a", "10.0.0.1", "98.0.0.1")
     assert len(everything) == 100
-    monkeypatch.setattr("proxy.policy.limits._MOST_REMEMBERED", 150)
+    monkeypatch.setattr("proxy.policy.matching._MOST_REMEMBERED", 150)
     for n in range(20):
         assert len(found.match(f"b{n}", "10.0.0.1", "98.0.0.1")) == 5
         assert found.match("a", "10.0.0.1", "98.0.0.1") == everything
