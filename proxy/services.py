@@ -18,6 +18,7 @@ from typing import Protocol
 
 from proxy.egress.admission import Admission
 from proxy.egress.broken_tls import BrokenTls
+from proxy.egress.demands import Demands
 from proxy.egress.keeper import Keeper
 from proxy.egress.via import Via
 from proxy.errors import ProxyError, UpstreamError
@@ -237,6 +238,7 @@ class Services:
     instances: Instances
     keeper: Keeper
     broken_tls: BrokenTls
+    demands: Demands
     admission: Admission
     via: Via | None
     identity: ServerIdentity | None

@@ -15,6 +15,7 @@ from proxy.model import Endpoint
 Network = IPv4Network | IPv6Network
 Mode = Literal["tcp", "smtp"]
 SmtpTls = Literal["none", "opportunistic", "required"]
+TlsLevel = Literal["none", "opportunistic", "required", "verify", "dane", "dane-only"]
 
 
 class Rate(NamedTuple):
@@ -83,6 +84,22 @@ class ThrottleSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TlsSettings:
+    """One `tls NAME { … }` block: what TLS with these receivers has to be; for whom, as in a throttle block."""
+
+    name: str
+    domain: tuple[str, ...] = ()
+    mx: tuple[str, ...] = ()
+    destination: tuple[Network, ...] = ()
+    source: tuple[Network | str, ...] = ()
+    instance: tuple[str, ...] = ()
+    level: TlsLevel | None = None  # None: the block does not say
+    names: tuple[str, ...] = ()
+    min: str | None = None  # the oldest version; None: what is usual
+    ciphers: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The whole configuration. `None` and empty tuples mean what the comments say."""
 
@@ -133,6 +150,7 @@ class Settings:
     throttle_enforce: bool
     throttle_close_timeout: float
     dns_server: Endpoint | None  # None: as the system's resolver is configured
+    dns_trust_ad: bool
     throttle_store: str = field(repr=False)  # a redis:// address may hold a password
     workers: int | Literal["auto"]
     log_verbose: bool
@@ -144,3 +162,4 @@ class Settings:
     listener: tuple[ListenerSettings, ...]
     source: tuple[SourceSettings, ...]
     throttle: tuple[ThrottleSettings, ...]
+    tls: tuple[TlsSettings, ...]

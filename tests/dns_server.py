@@ -30,12 +30,14 @@ class DnsServer:
         records: name → kind → texts (`"10 mx.example."`). Names end with a dot.
 
     Attributes:
+        secure: names whose answers have the AD bit, as a server that checks DNSSEC sets it (all names of a chain).
         codes: name → an rcode instead of an answer, or SILENT. ttl: of all records.
         asked: how often, by (name, kind). by_tcp: questions that came by TCP.
     """
 
     def __init__(self, records: dict[str, dict[str, list[str]]] | None = None) -> None:
         self.records = records or {}
+        self.secure: set[str] = set()
         self.codes: dict[str, int] = {}
         self.ttl = 300
         self.asked: Counter[tuple[str, str]] = Counter()
@@ -92,7 +94,9 @@ class DnsServer:
         if code is not None:
             answer.set_rcode(dns.rcode.Rcode(code))
             return answer
+        proven = True
         for _ in range(20):  # a chain of aliases
+            proven &= name in self.secure
             here = self.records.get(name)
             if here is None:
                 answer.set_rcode(dns.rcode.NXDOMAIN)
@@ -103,6 +107,8 @@ class DnsServer:
             elif kind in here:
                 answer.answer.append(dns.rrset.from_text(name, self.ttl, "IN", kind, *here[kind]))
             break
+        if proven and query.flags & dns.flags.AD:
+            answer.flags |= dns.flags.AD
         return answer
 
 

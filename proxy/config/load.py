@@ -30,7 +30,7 @@ from proxy.config.sources import STAR, expand
 from proxy.config.values import parse_endpoint, parse_text
 from proxy.errors import ConfigError
 from proxy.model import Breathe, hold_breath, let_go
-from proxy.settings import InstanceSettings, ListenerSettings, Settings, SourceSettings, ThrottleSettings
+from proxy.settings import InstanceSettings, ListenerSettings, Settings, SourceSettings, ThrottleSettings, TlsSettings
 
 __all__ = ["LONGEST_NAME", "MOST_MISTAKES", "Loaded", "build_parser", "load"]
 
@@ -40,6 +40,7 @@ BLOCK_TYPES: dict[str, Callable[..., Any]] = {
     "listener": ListenerSettings,
     "source": SourceSettings,
     "throttle": ThrottleSettings,
+    "tls": TlsSettings,
 }
 _KINDS = {option.name: option.kind for option in OPTIONS}
 LONGEST_NAME = 64  # as in the native protocol

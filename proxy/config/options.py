@@ -12,6 +12,7 @@ from typing import Any
 from proxy.config.values import (
     ADDRESSES,
     BOOLEAN,
+    CIPHERS,
     DNS_SERVER,
     DOMAIN,
     EHLO,
@@ -48,6 +49,8 @@ DENIED = (
 POSITIVE = duration(minimum=0.001)
 MODE = choice("tcp", "smtp")
 SMTP_TLS = choice("none", "opportunistic", "required")
+TLS_LEVEL = choice("none", "opportunistic", "required", "verify", "dane", "dane-only")
+TLS_VERSION = choice("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +162,7 @@ OPTIONS: tuple[Option, ...] = (
     _one("throttle_close_timeout", duration(), "1s", "DURATION", "how long a place waits for a receiver to close, too"),
     _one("throttle_store", STORE, "memory", "STORE", "where the throttles live; only memory in this version", True),
     _one("dns_server", DNS_SERVER, None, "IP[:PORT]", "who is asked for the domains of blocks (the system's)"),
+    _one("dns_trust_ad", BOOLEAN, "no", "YES|NO", "dns_server checks DNSSEC: believe the AD bit of its answers"),
     _one("workers", WORKERS, "1", "NUMBER", "processes; only 1 in this version"),
     _one("log_verbose", BOOLEAN, "no", "YES|NO", "log details for debugging"),
     _one("log_format", choice("text", "json"), "text", "WORD", "text, or one JSON object a line"),
@@ -199,5 +203,16 @@ BLOCKS: dict[str, tuple[Option, ...]] = {
         _many("max_connection_rate", RATE, None, "RATE", "new connections in a time; all listed limits hold"),
         _one("wait", duration(), None, "DURATION", "how long a request may wait for its turn (while there is time)"),
         _one("enforce", BOOLEAN, "yes", "YES|NO", "no: shadow mode, which counts what would have waited"),
+    ),
+    "tls": (
+        _many("domain", DOMAIN, None, "DOMAIN", "recipient domains: all addresses of their MXs"),
+        _many("mx", MX, None, "HOST", "MX hosts: NAME, or *.NAME"),
+        _many("destination", NETWORK, None, "NETWORK", "addresses of receivers (any, if no domain or mx is given)"),
+        _many("source", LEAVING, None, "SOURCE", "local addresses, or names of sources, that it applies to (any)"),
+        _many("instance", NAME, None, "INSTANCE", "instances that it applies to (any)"),
+        _one("level", TLS_LEVEL, None, "WORD", "what TLS with them has to be (what smtp_tls or the client says)"),
+        _many("names", MX, None, "HOST", "of which the certificate has to carry one (the MX host's)"),
+        _one("min", TLS_VERSION, None, "VERSION", "the oldest version of TLS (what the level takes)"),
+        _one("ciphers", CIPHERS, None, "CIPHERS", "OpenSSL's words for ciphers of TLS 1.2 (what the level takes)"),
     ),
 }

@@ -10,7 +10,7 @@ from collections.abc import Collection, Hashable, Iterator
 from ipaddress import ip_address
 
 from proxy.model import Breathe, Endpoint, hold_breath
-from proxy.settings import Settings
+from proxy.settings import Settings, ThrottleSettings, TlsSettings
 
 _WILDCARDS = ("0.0.0.0", "::")
 DOORS = ("listen", "listen_socks5", "listen_proxy_protocol", "listen_redirect")
@@ -40,6 +40,7 @@ def broken(settings: Settings, given: Collection[str], breathe: Breathe = hold_b
     yield from _listener_blocks(settings)
     yield from _source_blocks(settings, breathe)
     yield from _throttle_blocks(settings, breathe)
+    yield from _tls_blocks(settings, breathe)
     yield from _agent(settings, given)
     yield from _not_in_this_version(settings)
 
@@ -169,17 +170,42 @@ def _source_blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
 
 
 def _throttle_blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
-    names = {name for block in settings.source for name in (block.name, block.block)}
+    names = _names_of_sources(settings)
     for block in settings.throttle:
         breathe()
-        for source in block.source:
-            if isinstance(source, str) and source not in names:
-                message = f"{block.name}: source {source} is neither a network nor the name of a source block"
-                yield "throttle", block.name, message
+        yield from _unknown_sources("throttle", block, names)
         if "nothing" in block.per and len(set(block.per)) > 1:
             yield "throttle", block.name, f"{block.name}: per: `nothing` stands alone"
         if block.scope != "proxy":
             yield "throttle", block.name, f"{block.name}: scope: not available in this version: only proxy"
+
+
+def _tls_blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
+    if settings.dns_trust_ad and settings.dns_server is None:
+        message = "dns_server is missing: which server's answers are to be believed has to be said"
+        yield "dns_trust_ad", None, message
+    names = _names_of_sources(settings)
+    for block in settings.tls:
+        breathe()
+        yield from _unknown_sources("tls", block, names)
+        if block.level in ("dane", "dane-only") and not settings.dns_trust_ad:
+            message = f"{block.name}: level {block.level} needs a dns_server that checks DNSSEC, and dns_trust_ad yes"
+            yield "tls", block.name, message
+        if block.names and block.level not in ("verify", "dane", "dane-only"):
+            yield "tls", block.name, f"{block.name}: names have no effect without level verify, dane or dane-only"
+        if block.level == "none" and (block.min or block.ciphers):
+            yield "tls", block.name, f"{block.name}: level none, and what TLS has to be"
+
+
+def _names_of_sources(settings: Settings) -> set[str]:
+    return {name for block in settings.source for name in (block.name, block.block)}
+
+
+def _unknown_sources(kind: str, block: ThrottleSettings | TlsSettings, names: Collection[str]) -> Iterator[Finding]:
+    for source in block.source:
+        if isinstance(source, str) and source not in names:
+            message = f"{block.name}: source {source} is neither a network nor the name of a source block"
+            yield kind, block.name, message
 
 
 def _unfit_name(name: str) -> str:

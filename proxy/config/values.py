@@ -248,6 +248,13 @@ def parse_ehlo(text: str) -> str:
     return text
 
 
+def parse_ciphers(text: str) -> str:
+    """Ciphers as OpenSSL names them; whether it knows them it says itself. The level of security is not theirs."""
+    if not re.fullmatch(r"[A-Za-z0-9:!+_-]{1,255}", text):
+        raise ValueError
+    return text
+
+
 def parse_secret(text: str) -> bytes:
     """A shared secret: 32 characters or more, as UTF-8."""
     parse_text(text)
@@ -343,6 +350,7 @@ MX = Kind("host", parse_mx, "an MX host such as mx1.example.net or *.example.net
 LEAVING = Kind(
     "source", parse_leaving, "a network such as 192.0.2.7 or 192.0.2.0/24, or the name of a source", several=True
 )
+CIPHERS = Kind("ciphers", parse_ciphers, "a list of ciphers such as ECDHE-RSA-AES256-GCM-SHA384:HIGH", verbatim=True)
 SECRET = Kind("secret", parse_secret, f"a secret of at least {SHORTEST_SECRET} characters", verbatim=True)
 WORKERS = Kind("number", parse_workers, "a number of processes or the word auto")
 STORE = Kind("store", parse_store, "memory or a redis:// address", verbatim=True)

@@ -5,5 +5,6 @@ vocabulary is served the same.
 
 Read `upstream` (a socket), `receiver` (greeting, EHLO, TLS on it), `pool` (pure: which idle connection fits) and
 `keeper` (its doing side), then `admission` (who waits for a place or a slot, and the throttles' clock).
-`look_ups` asks DNS what the domains of throttle blocks mean.
+`look_ups` asks DNS what the domains of blocks mean, `tlsa` for TLSA records, and `demands` joins what a client and the
+operator's `tls` blocks want of TLS.
 """

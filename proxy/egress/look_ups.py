@@ -1,8 +1,8 @@
-"""Asks DNS what the domains of throttle blocks mean, off the hub: dnspython waits in sockets, so it has real threads.
+"""Asks DNS what the domains of blocks mean, off the hub: dnspython waits in sockets, so it has real threads.
 
-What to ask, when, and what answers mean is decided in `policy.directory`. Nobody waits for an answer: until there is
-one, a block by domain holds for what clients themselves say of their receivers. A server that hangs occupies these
-threads and nothing else.
+What to ask, when, and what answers mean is decided in `policy.directory`. Until there is an answer, a block by domain
+holds for what clients themselves say of their receivers; nobody waits for one, but for the first of each domain in
+`tls` blocks. A server that hangs occupies these threads and nothing else.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class LookUps:
         self._apart = Apart(AT_ONCE)
         self._pool = Pool(AT_ONCE)
         self._wake = Event()
+        self._heard = Event()  # pulsed by each answer
         self._server: Endpoint | None = None
         self._running: gevent.Greenlet[Any] | None = None
 
@@ -71,6 +72,12 @@ class LookUps:
         """Look at the clock again."""
         self._wake.set()
 
+    def hear_of(self, domains: frozenset[str], seconds: float) -> None:
+        """Wait until something was heard of each of these, even a failure; for so long at the most."""
+        ends = self._clock() + seconds
+        while not domains.isdisjoint(self._book.unheard) and self._clock() < ends:
+            self._heard.wait(max(ends - self._clock(), 0.001))
+
     def _run(self) -> None:
         while True:
             self._wake.clear()
@@ -87,6 +94,8 @@ class LookUps:
         before = entry.doubt if entry is not None else ""
         changed = self._book.learn(domain, answer, self._clock())
         self._wake.set()
+        self._heard.set()
+        self._heard.clear()
         if entry is not None and answer.doubt != before:
             _tell(domain, answer)
         if changed:
@@ -96,9 +105,9 @@ class LookUps:
 def _tell(domain: str, answer: Answer) -> None:
     """A failure when it begins, changes and ends; not each repetition."""
     if answer.doubt:
-        log.note(log.Event.DNS, log.WARNING, "a domain of a throttle block", domain=domain, reason=answer.doubt)
+        log.note(log.Event.DNS, log.WARNING, "a domain of a block", domain=domain, reason=answer.doubt)
     else:
-        log.note(log.Event.DNS, log.INFO, "a domain of a throttle block can be looked up again", domain=domain)
+        log.note(log.Event.DNS, log.INFO, "a domain of a block can be looked up again", domain=domain)
 
 
 # --- in a thread ---
@@ -107,7 +116,7 @@ def _tell(domain: str, answer: Answer) -> None:
 def _conduct(domain: str, server: Endpoint | None, patience: float) -> Answer:
     """One look-up, from the first question to the answer. Touches nothing of the program's."""
     try:
-        resolver = _resolver(server, patience)
+        resolver = resolver_of(server, patience)
     except Exception as error:  # the system's resolv.conf: absent, or without a server
         return Answer(None, 0.0, f"no resolver: {str(error) or type(error).__name__}")
     ends = monotonic() + _TIMES * patience
@@ -125,7 +134,13 @@ def _conduct(domain: str, server: Endpoint | None, patience: float) -> Answer:
         return Answer(None, 0.0, type(error).__name__)
 
 
-def _resolver(server: Endpoint | None, patience: float) -> Any:
+def resolver_of(server: Endpoint | None, patience: float) -> Any:
+    """Asks this server, or the system's.
+
+    Raises:
+        Exception: the system's resolv.conf is of no use.
+    """
+    import dns.flags
     import dns.resolver  # a tenth of a second, for those only who have a block by domain
 
     resolver = dns.resolver.Resolver(configure=server is None)
@@ -133,6 +148,7 @@ def _resolver(server: Endpoint | None, patience: float) -> Any:
         resolver.nameservers, resolver.port = [server.host], server.port
     resolver.search = []
     resolver.use_edns(0, 0, 1232)
+    resolver.flags = dns.flags.RD | dns.flags.AD  # of the answer we want to hear, too (RFC 6840 section 5.7)
     resolver.lifetime = patience
     resolver.timeout = patience / 2
     return resolver
@@ -141,6 +157,7 @@ def _resolver(server: Endpoint | None, patience: float) -> Any:
 def ask(resolver: Any, question: Question, seconds: float) -> Reply:
     """One question, over TCP where the answer is too long for a datagram."""
     import dns.exception
+    import dns.flags
     import dns.name
     import dns.resolver
 
@@ -150,7 +167,7 @@ def ask(resolver: Any, question: Question, seconds: float) -> Reply:
             name, question.kind, lifetime=min(seconds, resolver.lifetime), search=False, raise_on_no_answer=False
         )
     except dns.resolver.NXDOMAIN:
-        return Reply(failure=_failed(question, "NXDOMAIN"))
+        return Reply(failure=_failed(question, "NXDOMAIN"), nxdomain=True)
     except dns.resolver.LifetimeTimeout:
         return Reply(failure=_failed(question, "no answer in time"))
     except dns.resolver.NoNameservers as error:
@@ -158,7 +175,9 @@ def ask(resolver: Any, question: Question, seconds: float) -> Reply:
         return Reply(failure=_failed(question, " ".join(sorted(codes)) or "no server can be asked"))
     except (dns.exception.DNSException, OSError, ValueError) as error:
         return Reply(failure=_failed(question, type(error).__name__))
-    return Reply(_records(question, found.rrset), float(found.chaining_result.minimum_ttl))
+    secure = bool(found.response.flags & dns.flags.AD)
+    real = found.canonical_name.to_text(omit_final_dot=True).lower()
+    return Reply(_records(question, found.rrset), float(found.chaining_result.minimum_ttl), secure=secure, name=real)
 
 
 def _records(question: Question, records: Any) -> tuple[str, ...]:
@@ -167,6 +186,8 @@ def _records(question: Question, records: Any) -> tuple[str, ...]:
     if question.kind == "MX":
         ranked = sorted(records, key=lambda record: (record.preference, record.exchange))
         return tuple([record.exchange.to_text(omit_final_dot=True).lower().strip(".") for record in ranked])
+    if question.kind == "TLSA":
+        return tuple(sorted(f"{each.usage} {each.selector} {each.mtype} {each.cert.hex()}" for each in records))
     return tuple([canonical_ip(record.address) for record in sorted(records)])
 
 

@@ -49,6 +49,11 @@ class Wish(NamedTuple):
     minimum: str = ""
     ciphers: str = ""
 
+    @property
+    def proof(self) -> str:
+        """What TLS had to be, for the pool: who demands more never gets a connection that proved less."""
+        return " ".join(filter(None, (self.demand.word, self.minimum, self.ciphers)))
+
 
 class Limits(NamedTuple):
     """How long what may take, in seconds.

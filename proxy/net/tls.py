@@ -168,7 +168,8 @@ class Profile(NamedTuple):
 
     Args:
         strict: somebody leans on it. Else weak TLS is better than none (RFC 7435), as Postfix and Exim have it.
-        minimum: the oldest version, `TLSv1.2` or `TLSv1.3`; empty: what is usual.
+        minimum: the oldest version, a key of `MINIMA`; empty: what is usual. With one older than TLS 1.2 weak TLS is
+            taken by whoever leans on it, too.
         ciphers: OpenSSL's words for those of TLS 1.2 and older; empty: what is usual.
     """
 
@@ -177,7 +178,13 @@ class Profile(NamedTuple):
     ciphers: str = ""
 
 
-MINIMA = {"TLSv1.2": ssl.TLSVersion.TLSv1_2, "TLSv1.3": ssl.TLSVersion.TLSv1_3}
+MINIMA = {
+    "TLSv1": ssl.TLSVersion.TLSv1,
+    "TLSv1.1": ssl.TLSVersion.TLSv1_1,
+    "TLSv1.2": ssl.TLSVersion.TLSv1_2,
+    "TLSv1.3": ssl.TLSVersion.TLSv1_3,
+}
+_OLD = frozenset({"TLSv1", "TLSv1.1"})
 #: Ciphers by name, and minus or plus words of OpenSSL's; nothing that changes the level of security (@SECLEVEL).
 _CIPHERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_+!:")
 
@@ -193,7 +200,7 @@ def client_context(profile: Profile) -> ssl.SSLContext:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     context.options |= ssl.OP_NO_RENEGOTIATION  # in the middle of a write we could not read
-    if not profile.strict:
+    if not profile.strict or profile.minimum in _OLD:
         context.options &= ~(ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1)
         context.options |= _LEGACY_SERVER_CONNECT
         with warnings.catch_warnings():
@@ -203,7 +210,9 @@ def client_context(profile: Profile) -> ssl.SSLContext:
     if profile.minimum:
         if profile.minimum not in MINIMA:
             raise ValueError(f"{profile.minimum}: not one of {', '.join(MINIMA)}")
-        context.minimum_version = MINIMA[profile.minimum]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            context.minimum_version = MINIMA[profile.minimum]
     if profile.ciphers:
         try:
             if not _CIPHERS.issuperset(profile.ciphers):

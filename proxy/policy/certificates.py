@@ -24,6 +24,8 @@ class Result(enum.StrEnum):
     NOT_TRUSTED = "certificate-not-trusted"
     VALIDATION_FAILURE = "validation-failure"
     TLSA_INVALID = "tlsa-invalid"
+    DNSSEC_INVALID = "dnssec-invalid"
+    DANE_REQUIRED = "dane-required"
 
 
 class Tlsa(NamedTuple):

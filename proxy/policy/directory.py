@@ -21,7 +21,7 @@ SHORTEST, LONGEST = 30.0, 3600.0
 #: Seconds until the next attempt, doubled with each failure in a row.
 _FIRST_RETRY, _LONGEST_RETRY = 30.0, 600.0
 
-Kind = Literal["MX", "A", "AAAA"]
+Kind = Literal["MX", "A", "AAAA", "TLSA"]
 
 
 class Question(NamedTuple):
@@ -33,14 +33,21 @@ class Reply(NamedTuple):
     """What became of one question, aliases followed.
 
     Args:
-        records: addresses; of MX the hosts, best first, in canonical spelling, "" for the root.
+        records: addresses; of MX the hosts, best first, in canonical spelling, "" for the root; TLSA: its three
+            numbers and the hexadecimal digits of its data.
         ttl: seconds, the shortest on the way.
         failure: in words; "" for an answer. That a name has nothing of the kind is an answer.
+        secure: a server that we believe has checked all of it by DNSSEC.
+        name: where the aliases lead to.
+        nxdomain: it failed because there is no such name.
     """
 
     records: tuple[str, ...] = ()
     ttl: float = LONGEST
     failure: str = ""
+    secure: bool = False
+    name: str = ""
+    nxdomain: bool = False
 
 
 class Host(NamedTuple):
@@ -98,10 +105,12 @@ class Book:
 
     Attributes:
         entries: by domain.
+        unheard: domains of which nothing was heard yet, not even a failure.
     """
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
+        self.unheard: set[str] = set()
         self._order: list[tuple[float, str]] = []  # those whose time is not their entry's are of no account
         self._hosts: dict[str, dict[str, int]] = {}  # address → host → domains that name it
         self._domains: dict[str, dict[str, None]] = {}
@@ -112,6 +121,10 @@ class Book:
     def domains(self, address: str) -> tuple[str, ...]:
         return tuple(self._domains.get(address, ()))
 
+    def hosts_of(self, address: str, domains: Iterable[str]) -> tuple[str, ...]:
+        known = [self.entries[domain].known for domain in domains if domain in self.entries]
+        return tuple(dict.fromkeys(host for hosts in known for host, has in hosts.items() if address in has))
+
     def want(self, domains: Iterable[str], now: float, breathe: Breathe = hold_breath) -> bool:
         """These from now on; new ones are due at once. Whether what is known has changed."""
         wanted = set(domains)
@@ -119,11 +132,13 @@ class Book:
         for domain in [domain for domain in self.entries if domain not in wanted]:
             breathe()
             entry = self.entries.pop(domain)
+            self.unheard.discard(domain)
             changed |= bool(entry.known)
             self._replace(entry, {})
         for domain in wanted:
             breathe()
             if domain not in self.entries:
+                self.unheard.add(domain)
                 self._schedule(self.entries.setdefault(domain, Entry(domain)), now)
         return changed
 
@@ -151,6 +166,7 @@ class Book:
         entry = self.entries.get(domain)
         if entry is None:  # nobody wants it any more
             return False
+        self.unheard.discard(domain)
         entry.doubt = answer.doubt
         failed = answer.hosts is None or any(host.addresses is None for host in answer.hosts)
         entry.failures = entry.failures + 1 if failed else 0

@@ -62,6 +62,9 @@ class Directory(Protocol):
     def domains(self, address: str) -> tuple[str, ...]:
         """The recipient domains that it is an MX of."""
 
+    def hosts_of(self, address: str, domains: Iterable[str]) -> tuple[str, ...]:
+        """The MX hosts of these domains that have it, best first."""
+
 
 class Nothing:
     """The directory of who looks nothing up."""
@@ -70,6 +73,9 @@ class Nothing:
         return ()
 
     def domains(self, address: str) -> tuple[str, ...]:
+        return ()
+
+    def hosts_of(self, address: str, domains: Iterable[str]) -> tuple[str, ...]:
         return ()
 
 

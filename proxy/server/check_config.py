@@ -27,7 +27,7 @@ from proxy.model import Breathe, Endpoint, hold_breath
 from proxy.net import tls
 from proxy.net.addresses import own_addresses
 from proxy.policy.access import SHORTEST_ANSWER, place_within
-from proxy.policy.modes import Modes
+from proxy.policy.modes import Modes, any_smtp
 from proxy.settings import InstanceSettings, Network, Settings
 
 _AN_MX = Endpoint("192.0.2.1", 25)
@@ -65,7 +65,8 @@ class Finding(NamedTuple):
 
 def check(loaded: Loaded, now: datetime | None = None) -> list[Finding]:
     """Everything there is to say; `now` is the wall clock."""
-    return [*_listeners(loaded.settings), *_identity(loaded.settings), *doubts(loaded, now)]
+    settings = loaded.settings
+    return [*_listeners(settings), *_identity(settings), *unfit_tls_blocks(settings), *doubts(loaded, now)]
 
 
 def doubts(loaded: Loaded, now: datetime | None = None, breathe: Breathe = hold_breath) -> list[Finding]:
@@ -158,6 +159,15 @@ def _identity(settings: Settings) -> Iterator[Finding]:
             tls.load_identity(certificate, key)
         except tls.UnfitIdentity as error:
             yield Finding(True, error.directive, None, str(error))
+
+
+def unfit_tls_blocks(settings: Settings) -> Iterator[Finding]:
+    """What only OpenSSL knows; errors, on which a start and a reload fail."""
+    for block in settings.tls:
+        try:
+            tls.client_context(tls.Profile(True, block.min or "", block.ciphers or ""))
+        except ValueError as error:
+            yield Finding(True, "tls", block.name, f"{block.name}: ciphers: {error}")
 
 
 def _leaf(settings: Settings, now: datetime) -> Iterator[Finding]:
@@ -253,6 +263,10 @@ def _advice(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
         yield Finding(False, "listen", None, "native clients go out from here and not by via: they could connect there")
     if settings.via and settings.throttle:
         yield Finding(False, "throttle", None, "blocks limit nothing that goes out by via: they belong to that proxy")
+    if settings.tls and (settings.via or not (settings.listen or any_smtp(settings))):
+        yield Finding(
+            False, "tls", None, "blocks have no effect: TLS to receivers does not end here in mode tcp or by via"
+        )
     if settings.listen_socks5 and settings.socks5_auth == "none":
         yield Finding(False, "socks5_auth", None, "none: whoever is in allow_from may send from here")
     if settings.listen_proxy_protocol and _any(_is_everywhere, settings.listen_proxy_protocol_allow_from, breathe):
@@ -321,6 +335,12 @@ def _blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
             message = f"{block.name}: no border without an auth_shared_secret of its own"
             yield Finding(
                 False, "instance", block.name, f"{message}: who has the global one may take another name, or none"
+            )
+    for tls_block in settings.tls:
+        breathe()
+        if not (tls_block.level or tls_block.min or tls_block.ciphers):
+            yield Finding(
+                False, "tls", tls_block.name, f"{tls_block.name}: nothing is said in it of what TLS has to be"
             )
     for throttle in settings.throttle:
         breathe()

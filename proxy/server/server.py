@@ -27,8 +27,10 @@ from proxy.control import door as control
 from proxy.egress import via
 from proxy.egress.admission import Admission, clock_ns
 from proxy.egress.broken_tls import BrokenTls
+from proxy.egress.demands import Demands
 from proxy.egress.keeper import Keeper
 from proxy.egress.look_ups import LookUps
+from proxy.egress.tlsa import TlsaLookUps
 from proxy.errors import ConfigError, Draining
 from proxy.log import lines as log
 from proxy.model import Breathe, Ending, Endpoint, hold_breath, let_go
@@ -42,6 +44,7 @@ from proxy.policy.budget import FailureBudget
 from proxy.policy.directory import Book
 from proxy.policy.limits import Limits
 from proxy.policy.modes import Modes, any_smtp
+from proxy.policy.tls_rules import TlsRules
 from proxy.policy.trouble import Troubles
 from proxy.server import check_config, figures, process, systemd
 from proxy.server.listener import ListenError
@@ -115,6 +118,7 @@ class Server:
         self._look_ups = LookUps(self._book, manager.blocks.forget_verdicts)
         self._keeper = Keeper(self._engine, self._crew, self._counters, settings, self._admission)
         self._broken_tls = BrokenTls()
+        self._tlsa = TlsaLookUps()
         self._via: via.Via | None = None
         self._generated: tls.ServerIdentity | None = None
         self._stops = 0
@@ -191,6 +195,9 @@ class Server:
         except tls.UnfitIdentity as error:
             where = loaded.origins.place(error.directive)
             raise where.mistake(f"{error.directive}: {error}") from None
+        for finding in check_config.unfit_tls_blocks(settings):
+            where = loaded.origins.place(finding.directive, finding.value)
+            raise where.mistake(f"{finding.directive}: {finding.message}")
         control_socket = self._control_socket(settings)
         try:
             opened = self._doors.open_missing(settings, breathe)
@@ -253,6 +260,9 @@ class Server:
             instances=self._instances,
             keeper=self._keeper,
             broken_tls=self._broken_tls,
+            demands=Demands(
+                TlsRules(settings.tls, settings.source, self._book, breathe), self._tlsa, self._look_ups.hear_of
+            ),
             admission=self._admission,
             via=via.of_settings(self._engine, settings, socket.gethostname(), self._via),
             identity=identity if settings.listen and settings.listen_tls else None,
@@ -320,6 +330,8 @@ class Server:
         self._keeper.apply(settings)
         self._engine.half_close_timeout = settings.half_close_timeout
         domains = [domain for block in settings.throttle for domain in block.domain]
+        domains += [domain for tls_block in settings.tls for domain in tls_block.domain]
+        self._tlsa.use(settings.dns_server)
         self._look_ups.use(domains, settings.dns_server, breathe)
         self._admission.manager.reload(settings.throttle_enforce, prepared.limits, clock_ns())
         self._admission.settle()

@@ -163,6 +163,7 @@ def settings(**changes: object) -> Settings:
         "throttle_enforce": False,
         "throttle_close_timeout": 1.0,
         "dns_server": None,
+        "dns_trust_ad": False,
         "throttle_store": "memory",
         "workers": 1,
         "log_verbose": False,
@@ -174,5 +175,6 @@ def settings(**changes: object) -> Settings:
         "listener": (),
         "source": (),
         "throttle": (),
+        "tls": (),
     }
     return Settings(**(values | changes))  # type: ignore[arg-type]

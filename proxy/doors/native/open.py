@@ -152,7 +152,10 @@ class Opener:
         source = self._source = self._source_for(destination)
         if request.source_ip is None and request.source is None:
             services.access.check_route(instance, source, destination)
-        wish = self._wish(destination)
+        names, left_for_dns = self._names, self._share(left)
+        wish = services.demands.join(
+            self._wish(destination), instance, source, destination, left_for_dns, names, said=True
+        )
         why = services.broken_tls.why(destination, monotonic()) if may_do_without(wish) else ""
         if not why:
             return self._connection(wish, source, destination, left)
@@ -163,7 +166,7 @@ class Opener:
     def _connection(self, wish: Wish, source: str, destination: Endpoint, left: int) -> Taken:
         """Shared or fresh, with its places."""
         services, request, instance = self._services, self._request, self._peer.instance
-        key = self._key(source, destination, wish.tls)
+        key = self._key(source, destination, wish)
         who = (
             instance or self._guest.client.host,
             services.access.weight_of(instance),
@@ -191,7 +194,9 @@ class Opener:
         if receiver.in_clear is None:
             return Taken(receiver, key, False)
         services.counters.in_clear.count(receiver.in_clear.cause)
-        return Taken(receiver, self._key(source, destination, TlsMode.NONE), False, receiver.in_clear)
+        return Taken(
+            receiver, self._key(source, destination, wish._replace(tls=TlsMode.NONE)), False, receiver.in_clear
+        )
 
     def _kept(self, key: PoolKey, claim: Callable[[Receiver], bool], seconds: float) -> Taken | None:
         """A cached connection, if there is one and `claim` gets it its places."""
@@ -264,11 +269,6 @@ class Opener:
         """Seconds to wait for a place at the next of the destinations that are left."""
         return (self._ends_at - monotonic()) / left
 
-    def _proof(self, destination: Endpoint) -> str:
-        """What TLS had to be, for the pool."""
-        request = self._request
-        return " ".join(filter(None, (self._demand(destination).word, request.tls_min, request.tls_ciphers)))
-
     def _wish(self, destination: Endpoint) -> Wish:
         """What the OPEN asks for; whoever has a receiver's records knows that it has TLS (RFC 7672 section 2.2)."""
         request = self._request
@@ -284,15 +284,15 @@ class Opener:
         names = tuple(request.tls_names) or ((name,) if name else ())
         return Demand(names, request.tls_verify or bool(request.tls_names), records)
 
-    def _key(self, source: str, destination: Endpoint, mode: TlsMode) -> PoolKey:
-        request = self._request
+    def _key(self, source: str, destination: Endpoint, wish: Wish) -> PoolKey:
+        request, encrypted = self._request, wish.tls is not TlsMode.NONE
         return PoolKey(
             source,
             destination,
             request.ehlo_name or "",
-            mode,
-            self._server_name if mode is not TlsMode.NONE else "",
-            self._proof(destination) if mode is not TlsMode.NONE else "",
+            wish.tls,
+            wish.tls_server_name if encrypted else "",
+            wish.proof if encrypted else "",
             request.smtputf8,
             request.requiretls,
             request.tenant or "",

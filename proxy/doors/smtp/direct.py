@@ -21,6 +21,7 @@ from proxy.egress.receiver import (
     Wish,
     connect_receiver,
     is_for_want_of_tls,
+    may_do_without,
     open_receiver,
 )
 from proxy.errors import Overloaded, UpstreamError
@@ -62,12 +63,14 @@ class Direct:
         self._who = (owner, weight, terms.source, terms.destination.host, ())
         self._bound = sock
         self._slot: MessageTicket | None = None  # the last one
+        self._wished = Wish(None, terms.tls)  # see `_settle`
         self._connect_by = monotonic() + connect_within
 
     # ---------------------------------------------------------------- having one
 
     def connect(self) -> Line:
         """See `Egress`."""
+        self._settle(place_within(self._connect_by - monotonic()))
         name = self._terms.ehlo_name
         if name is not None and self._shares and (kept := self._kept(name, self._swap)) is not None:
             self._close_bound()
@@ -133,6 +136,7 @@ class Direct:
         """See `Egress`."""
         terms = self._terms
         self._services.access.check_route(terms.instance, terms.source, terms.destination)  # a reload may have come
+        self._settle(_ANSWER_WITHIN)
         shares = self._may_share(name)
         if shares and not fresh and (kept := self._kept(name, self._swap)) is not None:
             return kept
@@ -211,21 +215,33 @@ class Direct:
         own = self._terms.ehlo_name
         return self._shares and own is not None and own.lower() == name.lower()
 
+    def _settle(self, seconds: float) -> None:
+        """Find out what TLS with the receiver has to be, as settings and DNS have it now.
+
+        Raises:
+            UpstreamError: it cannot be had; see `Demands.join`.
+        """
+        terms, join = self._terms, self._services.demands.join
+        base = Wish(None, terms.tls)
+        self._wished = join(base, terms.instance, terms.source, terms.destination, max(seconds, 0.001))
+
     @property
     def _tls(self) -> TlsMode:
         """TLS as it is to be tried now: in clear where it has failed before and may be done without."""
-        terms, services = self._terms, self._services
-        if terms.tls is TlsMode.OPPORTUNISTIC and services.broken_tls.why(terms.destination, monotonic()):
+        broken = self._services.broken_tls
+        if may_do_without(self._wished) and broken.why(self._terms.destination, monotonic()):
             return TlsMode.NONE
-        return terms.tls
+        return self._wished.tls
 
     def _key(self, name: str, tls: TlsMode) -> PoolKey:
-        terms = self._terms
+        terms, wish = self._terms, self._wished
         name = terms.ehlo_name if terms.ehlo_name is not None and self._may_share(name) else name
-        return PoolKey(terms.source, terms.destination, name, tls, group=terms.group)
+        if tls is TlsMode.NONE:
+            return PoolKey(terms.source, terms.destination, name, tls, group=terms.group)
+        return PoolKey(terms.source, terms.destination, name, tls, wish.tls_server_name, wish.proof, group=terms.group)
 
     def _wish(self, name: str | None) -> Wish:
-        return Wish(name, self._tls)
+        return self._wished._replace(ehlo_name=name, tls=self._tls)
 
     def _enter(self, seconds: float, name: str | None) -> Places | None:
         """A place under the proxy's throttles, whose rates count messages here."""
@@ -327,7 +343,7 @@ class Direct:
 
     def _goes_in_clear(self, error: UpstreamError) -> bool:
         """TLS failed, and may be done without (RFC 7435)."""
-        if not is_for_want_of_tls(error) or self._terms.tls is not TlsMode.OPPORTUNISTIC:
+        if not is_for_want_of_tls(error) or not may_do_without(self._wished):
             return False
         self._services.counters.failed.count(error.step)
         self._services.broken_tls.failed(self._terms.destination, error.reason, monotonic())
@@ -336,7 +352,7 @@ class Direct:
 
     def _line(self, receiver: Receiver, name: str, tls: TlsMode, reused: bool) -> Line:
         """For the dialogue; `tls` is what was tried. In clear instead, it is shared as one that is to be in clear."""
-        services, wanted = self._services, self._terms.tls is TlsMode.OPPORTUNISTIC
+        services, wanted = self._services, may_do_without(self._wished)
         if receiver.tls is not None and not reused:
             services.broken_tls.worked(self._terms.destination)
             services.counters.tls_sessions.count(receiver.tls.seen.certificate)

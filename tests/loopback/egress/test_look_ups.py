@@ -178,3 +178,24 @@ def test_another_server_is_asked_anew_and_a_late_answer_of_the_old_one_is_droppe
 def test_nobody_there(hasty):
     hasty.use(Endpoint("127.0.0.1", 1))
     assert "MX of a.example: " in hasty.settle().doubt
+
+
+def test_who_waits_for_the_first_answer_of_a_domain_goes_on_with_it_or_with_a_failure(house, server):
+    server.codes["b.example."] = dns.rcode.SERVFAIL
+    house.use(server.endpoint, "a.example", "b.example")
+    house.look_ups.hear_of(frozenset({"a.example"}), 20.0)
+    assert house.book.domains("192.0.2.1") == ("a.example",)
+    house.look_ups.hear_of(frozenset({"a.example", "b.example", "c.example"}), 20.0)
+    assert house.book.unheard == set()
+
+
+def test_nobody_waits_for_longer_than_there_is_time(house, server):
+    server.codes["a.example."] = SILENT
+    house.use(server.endpoint)
+    waiting = gevent.spawn(house.look_ups.hear_of, frozenset({"a.example"}), 7.0)
+    gevent.sleep(0)
+    assert not waiting.ready()
+    house.now = 7.0
+    house.look_ups._heard.set()
+    waiting.get(timeout=20)
+    assert house.book.unheard == {"a.example"}
