@@ -143,7 +143,7 @@ class PlaceBook:
         """Let in who can get in under these, and where a place is no longer kept for somebody."""
         while throttles or self._freed:
             throttle = (throttles or self._freed).pop()
-            while (line := throttle.line) is not None and not throttle.full():
+            while (line := throttle.line) is not None and not throttle.full():  # (full: nobody is looked for)
                 claim = line.claim
                 if claim is not None and not any(self._full(each, now, claim, claim.rated) for each in claim.throttles):
                     self._unline(claim)
@@ -159,7 +159,7 @@ class PlaceBook:
         """It is the turn of `ticket`, the first in this line."""
         line.served(ticket, throttle)
         self._drop_empty(throttle)
-        if len(ticket.throttles) > 1:
+        if len(ticket.throttles) > 1:  # (with one it gets in now)
             ticket.turns |= {throttle}
         self._try(ticket, now, throttle)
         self._moved(ticket, -1)  # last, so that its flows are not taken for idle in between
@@ -217,13 +217,13 @@ class PlaceBook:
         Who came first goes first: one that came later loses all that was kept for it, and stands in line here.
 
         Returns:
-            where it has to stand for somebody who came earlier, if anywhere; then nothing is kept for it.
+            where it has to stand for somebody who came earlier, if anywhere; then nothing is kept for it: who has
+            something kept has it at all of its throttles.
         """
         ticket.turns = frozenset(ticket.throttles)
         others = [(each, each.line.claim) for each in ticket.throttles if each.line is not None]
         for throttle, claim in others:
             if claim is not None and claim.number < ticket.number:
-                self._unclaim(ticket)
                 return throttle if self._full(throttle, now, ticket, ticket.rated) else None
         for throttle, claim in others:
             if claim is not None and claim is not ticket:
@@ -247,7 +247,7 @@ class PlaceBook:
                 self._freed.append(throttle)
                 self._drop_empty(throttle)
 
-    def _full(self, throttle: Throttle, now: int, ticket: Ticket | None = None, rated: bool = True) -> bool:
+    def _full(self, throttle: Throttle, now: int, ticket: Ticket | None, rated: bool) -> bool:
         """Whether `throttle` has no place or slot for `ticket`, or for those who stand in line (None)."""
         if throttle.shadow is not None:
             return False
@@ -271,7 +271,7 @@ class PlaceBook:
             )
         return False
 
-    def _busy(self, throttle: Throttle, now: int, rated: bool = True) -> bool:
+    def _busy(self, throttle: Throttle, now: int, rated: bool) -> bool:
         """Full, or others came first."""
         others_first = (
             throttle.line is not None and throttle.line.size > 0 and (throttle.takes(rated) or not throttle.counts)
@@ -286,7 +286,7 @@ class PlaceBook:
             along = throttle.along
             if not throttle.used:
                 throttle.along = ticket.throttles
-            elif len(along) > 1 and along != ticket.throttles:
+            elif along != ticket.throttles:
                 throttle.along = tuple([each for each in along if each in ticket.throttles])
             throttle.take_place(ticket.owner)
             if throttle.line is not None:
@@ -301,8 +301,7 @@ class PlaceBook:
                 throttle.take_slot(throttle.earliest(now))
         for flow in ticket.flows:
             flow.places += 1
-            if not flow.listed:
-                _list(flow)
+            _list(flow)
         return Places(ticket.owner, ticket.weight, ticket.throttles, ticket.flows)
 
     def _leave(self, places: Places) -> None:
@@ -322,8 +321,7 @@ class PlaceBook:
     def _moved(self, ticket: Ticket, by: int) -> None:
         for flow in ticket.flows:
             flow.waiting_places += by
-            if flow.listed != (flow.waiting_places > 0 or flow.places > 0):
-                _list(flow)
+            _list(flow)
 
     def _unline(self, ticket: Ticket) -> None:
         blocker = ticket.blocker
