@@ -79,6 +79,8 @@ def _secrets(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
     for secret in settings.auth_shared_secret:
         if secret in PUBLISHED_SECRETS:
             yield "auth_shared_secret", secret, remedy
+    if settings.via_secret in PUBLISHED_SECRETS:
+        yield "via_secret", None, remedy
     for block in settings.instance:
         breathe()
         if not PUBLISHED_SECRETS.isdisjoint(block.auth_shared_secret):

@@ -81,3 +81,6 @@ def test_the_secrets_of_the_documents_are_refused_wherever_they_stand(secret):
     ]
     assert found[:2] == ("instance", "a")
     assert secret.decode() not in found[2]
+    agent = settings(auth_shared_secret=(), via_secret=secret)
+    (found,) = [f for f in rules.broken(agent, set()) if "everybody knows" in f[2]]
+    assert found[:2] == ("via_secret", None)
