@@ -237,6 +237,7 @@ class TlsSeen(NamedTuple):
         certificate: who has proven it (`authority`, `dane`); what is wrong with it, in a word of RFC 8460 section 4.3;
             or `trusted`: nothing, but there was no name to compare.
         key: `RSA 2048`. subject: as RFC 4514 writes it.
+        resumed: an earlier session went on, whose certificate this is.
     """
 
     version: str
@@ -244,6 +245,7 @@ class TlsSeen(NamedTuple):
     certificate: str
     key: str
     subject: str
+    resumed: bool = False
 
 
 class TlsMode(enum.StrEnum):

@@ -20,6 +20,7 @@ from proxy.egress.admission import Admission
 from proxy.egress.broken_tls import BrokenTls
 from proxy.egress.demands import Demands
 from proxy.egress.keeper import Keeper
+from proxy.egress.resumption import Sessions
 from proxy.egress.via import Via
 from proxy.errors import ProxyError, UpstreamError
 from proxy.log import lines as log
@@ -239,6 +240,7 @@ class Services:
     keeper: Keeper
     broken_tls: BrokenTls
     demands: Demands
+    tls_sessions: Sessions
     admission: Admission
     via: Via | None
     identity: ServerIdentity | None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from proxy.errors import ProxyError, UpstreamError
-from proxy.model import Endpoint
+from proxy.model import Endpoint, TlsSeen
 
 #: A table of named counters never holds more names than this; what comes later is counted under OTHER.
 MAX_NAMES = 64
@@ -271,15 +271,16 @@ class Fate(NamedTuple):
 class Counters:
     """Everything that is counted since the start. Plain integers: the hot path adds to them directly.
 
-    accepted: client connections, by protocol. refused: by the outcome's `code`. failed: outgoing connections that did
-    not come to be, by step. ended: relayed connections, by `model.Ending`. discarded: cached connections, by reason.
-    in_clear: SMTP sessions that are in clear although the receiver offered TLS and the client would have liked it, by
-    cause: `handshake` failed, `starttls` was refused, `remembered`: not tried. tls_sessions: new sessions with TLS, by
-    `model.TlsSeen.certificate`; tls_failures: what kept others from having one, by result of RFC 8460. reused and
-    fresh: how often a request was served from the cache or by a new connection. messages: MAIL commands seen where the
-    dialogue is; `audit` counts those without a permit. messages_accepted, messages_deferred and messages_rejected:
-    replies to them by class, by instance; with sources_ in front, by source address. probes: connections that closed
-    without a byte, and health checks.
+    accepted: client connections, by protocol. refused: by the outcome's `code`. failed: outgoing connections that
+    did not come to be, by step. ended: relayed connections, by `model.Ending`. discarded: cached connections, by
+    reason. in_clear: SMTP sessions that are in clear although the receiver offered TLS and the client would have
+    liked it, by cause: `handshake` failed, `starttls` was refused, `remembered`: not tried. tls_sessions: new
+    sessions with TLS, by `model.TlsSeen.certificate`; tls_resumed: those of them in which an earlier one went on;
+    tls_failures: what kept others from having one, by result of RFC 8460. reused and fresh: how often a request was
+    served from the cache or by a new connection. messages: MAIL commands seen where the dialogue is; `audit` counts
+    those without a permit. messages_accepted, messages_deferred and messages_rejected: replies to them by class, by
+    instance; with sources_ in front, by source address. probes: connections that closed without a byte, and health
+    checks.
     """
 
     __slots__ = (
@@ -306,6 +307,7 @@ class Counters:
         "sources_deferred",
         "sources_rejected",
         "tls_failures",
+        "tls_resumed",
         "tls_sessions",
     )
 
@@ -318,6 +320,7 @@ class Counters:
         self.in_clear = Table()
         self.tls_failures = Table()
         self.tls_sessions = Table()
+        self.tls_resumed = 0
         self.bytes_up = 0
         self.bytes_down = 0
         self.reused = 0
@@ -334,6 +337,11 @@ class Counters:
         self.internal_errors = 0
         self.reloads = 0
         self.reloads_failed = 0
+
+    def tls(self, seen: TlsSeen) -> None:
+        """A new session over TLS."""
+        self.tls_sessions.count(seen.certificate)
+        self.tls_resumed += seen.resumed
 
     def note(self, error: ProxyError) -> None:
         """A request that was refused, or an outgoing connection that did not come to be."""

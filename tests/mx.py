@@ -160,6 +160,7 @@ class Session:
         commands: the command lines as they came, without the line end.
         rest: bytes that came and were not understood as commands or message data (after a half-close, before TLS).
         encrypted, server_name: whether TLS is on, and the name that the client asked for (SNI).
+        resumed: its TLS session was one that an earlier connection had.
         ended: None while it runs; then `eof`, `quit`, `closed`, `reset`, `stopped`, or the error.
     """
 
@@ -173,6 +174,7 @@ class Session:
         self.commands: list[bytes] = []
         self.rest = b""
         self.encrypted = False
+        self.resumed = False
         self.server_name: str | None = None
         self.ended: str | None = None
         self.last = b""  # what was sent last: decides what follows
@@ -313,18 +315,16 @@ class Session:
     def _start_tls(self) -> None:
         if "tls" in self._script:
             self._step("tls", b"")
-        context = server_context(self.mx.certificate)
-        context.sni_callback = self._note_server_name
-        self.sock = context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
+        self.sock = sock = self.mx.context().wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
         if self.mx.stopping:  # what was shut down may have been the old socket, which has no descriptor any more
             raise Over("stopped")
-        self.sock.do_handshake()
-        self.encrypted = True
+        try:
+            sock.do_handshake()
+        finally:
+            self.server_name = self.mx.server_names.pop(sock, None)
+        self.encrypted, self.resumed = True, bool(sock.session_reused)
         with self.mx.lock:
             self.mx.handshakes += 1
-
-    def _note_server_name(self, _sock: object, name: str | None, _context: object) -> None:
-        self.server_name = name
 
 
 class Mx:
@@ -336,6 +336,7 @@ class Mx:
         starttls: whether it is offered. A refusal is `script={"starttls": say(b"454 ...")}`, a broken handshake
             `{"tls": garbage}` (or `close`, `stall`), an injection `{"starttls": say(b"220 go\\r\\n250 me\\r\\n")}`.
         implicit_tls: TLS before the greeting, as on port 465.
+        prepare: changes the TLS context before it is used.
         certificate: see `server_context`.
         extensions: what EHLO offers beside STARTTLS, e.g. "LIMITS MAILMAX=2".
         idle_timeout: seconds until an idle session is told 421 and closed; None: never.
@@ -354,6 +355,7 @@ class Mx:
         host: str = "127.0.0.1",
         starttls: bool = False,
         implicit_tls: bool = False,
+        prepare: Callable[[ssl.SSLContext], object] = id,
         certificate: str = "valid",
         extensions: tuple[str, ...] = EXTENSIONS,
         idle_timeout: float | None = None,
@@ -363,6 +365,7 @@ class Mx:
         self.script = script or {}
         self.starttls = starttls
         self.implicit_tls = implicit_tls
+        self.prepare = prepare
         self.certificate = certificate
         self.extensions = extensions
         self.idle_timeout = idle_timeout
@@ -371,6 +374,8 @@ class Mx:
         self.sessions: list[Session] = []
         self.messages: list[Message] = []
         self.handshakes = 0
+        self.server_names: dict[object, str | None] = {}
+        self._contexts: dict[str, ssl.SSLContext] = {}
         self._threads: list[threading.Thread] = []
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._listener = socket.create_server((host, port), family=family, backlog=backlog)
@@ -408,6 +413,19 @@ class Mx:
         for thread in self._threads[1:]:
             thread.join(10)
             assert not thread.is_alive(), "a session does not end"
+
+    def context(self) -> ssl.SSLContext:
+        """One for each certificate, so that sessions can be resumed."""
+        with self.lock:
+            context = self._contexts.get(self.certificate)
+            if context is None:
+                context = self._contexts[self.certificate] = server_context(self.certificate)
+                context.sni_callback = self._note_server_name
+                self.prepare(context)
+            return context
+
+    def _note_server_name(self, sock: object, name: str | None, _context: object) -> None:
+        self.server_names[sock] = name
 
     def _accept(self) -> None:
         while True:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 from gevent import Timeout
 
 from proxy.egress import upstream
+from proxy.egress.resumption import LARGEST, Known, Sessions, Terms
 from proxy.errors import Step, UpstreamError
 from proxy.model import Endpoint, TlsMode, TlsSeen
 from proxy.net import tls
@@ -50,6 +51,11 @@ class Wish(NamedTuple):
     ciphers: str = ""
 
     @property
+    def profile(self) -> Profile:
+        """What TLS may be."""
+        return Profile(self.demand.mandatory, self.minimum, self.ciphers)
+
+    @property
     def proof(self) -> str:
         """What TLS had to be, for the pool: who demands more never gets a connection that proved less."""
         return " ".join(filter(None, (self.demand.word, self.minimum, self.ciphers)))
@@ -74,19 +80,21 @@ class TlsFacts(NamedTuple):
 
     Args:
         verdict: on its certificates. chain: these, in DER, the receiver's own first.
+        resumed: an earlier session went on, in which they were shown.
     """
 
     version: str
     cipher: str
     verdict: Verdict
     chain: tuple[bytes, ...]
+    resumed: bool = False
 
     @property
     def seen(self) -> TlsSeen:
         """For the log."""
         verdict = self.verdict
         certificate = verdict.by or verdict.result or "trusted"
-        return TlsSeen(self.version, self.cipher, certificate, verdict.key, verdict.subject)
+        return TlsSeen(self.version, self.cipher, certificate, verdict.key, verdict.subject, self.resumed)
 
 
 class InClear(NamedTuple):
@@ -172,6 +180,7 @@ def open_receiver(
     idle_timeout: float,
     failed: Callable[[Stream], None],
     once_more: Callable[[UpstreamError], None] | None = None,
+    sessions: Sessions | None = None,
 ) -> Receiver:
     """Connect and bring the session up.
 
@@ -180,13 +189,14 @@ def open_receiver(
             holds its place for so long. Must not wait.
         once_more: called when the handshake has failed, its connection was `failed`, and a new one is made in clear: it
             may wait for that one's place, and give up by an exception.
+        sessions: see `BringUp`.
 
     Raises:
         UpstreamError: with the step that failed; a deadline is ETIMEDOUT at the step it was in.
         Overloaded: no descriptor.
     """
     try:
-        return _attempt(engine, wish, source, destination, limits, idle_timeout, failed)
+        return _attempt(engine, wish, source, destination, limits, idle_timeout, failed, sessions)
     except UpstreamError as error:
         if not (may_do_without(wish) and is_for_want_of_tls(error)) or monotonic() >= limits.ends_at:
             raise
@@ -207,13 +217,14 @@ def _attempt(
     limits: Limits,
     idle_timeout: float,
     failed: Callable[[Stream], None],
+    sessions: Sessions | None = None,
 ) -> Receiver:
     seconds = max(min(limits.connect, limits.ends_at - monotonic()), 0.001)
     receiver = connect_receiver(engine, source, destination, seconds, idle_timeout)
     if wish.ehlo_name is None:
         return receiver
     try:
-        BringUp(engine, receiver, wish).run(max(min(limits.session, limits.ends_at - monotonic()), 0.001))
+        BringUp(engine, receiver, wish, sessions).run(max(min(limits.session, limits.ends_at - monotonic()), 0.001))
         return receiver
     except BaseException:
         failed(receiver.stream)
@@ -255,15 +266,17 @@ class BringUp:
 
     Args:
         wish: without an EHLO name it is `greet`, and `hello` with the name that turned up meanwhile; else `run`.
+        sessions: of TLS, to be resumed and to be kept; None: each handshake is a full one.
 
     Attributes:
         mode: the TLS that is tried.
     """
 
-    def __init__(self, engine: Engine, receiver: Receiver, wish: Wish) -> None:
+    def __init__(self, engine: Engine, receiver: Receiver, wish: Wish, sessions: Sessions | None = None) -> None:
         self._engine = engine
         self.receiver = receiver
         self._wish = wish
+        self._sessions = sessions
         self.mode = wish.tls
         self._dialogue = ClientDialogue(wish.ehlo_name, wish.tls, str(receiver.destination))
         self._ends_at = math.inf
@@ -334,17 +347,43 @@ class BringUp:
     def _start_tls(self) -> None:
         wish, receiver = self._wish, self.receiver
         name = wish.tls_server_name or None
-        context = tls.client_context(Profile(wish.demand.mandatory, wish.minimum, wish.ciphers))
+        context = tls.client_context(wish.profile)
+        known = self._sessions.get(self._terms, context, monotonic()) if self._sessions is not None else None
         try:
-            stream = TlsStream(receiver.stream.socket, context, server_side=False, name=name)
+            session = known.session if known is not None else None
+            stream = TlsStream(receiver.stream.socket, context, server_side=False, name=name, session=session)
         except ValueError:
             raise self._failed(f"{name} cannot be a TLS server name", 0) from None
         stream.turn.key = receiver.destination.host
-        shake_hands(self._engine, stream, for_receivers())
-        receiver.stream = stream
-        receiver.tls = facts = _facts(stream, wish.demand)
-        if wish.demand.binding and not facts.verdict.verified:
-            raise self._failed(facts.verdict.why, 0, facts.verdict.result)
+        try:
+            shake_hands(self._engine, stream, for_receivers())
+            receiver.stream = stream
+            receiver.tls = facts = _facts(stream, wish.demand, known)
+            if wish.demand.binding and not facts.verdict.verified:
+                raise self._failed(facts.verdict.why, 0, facts.verdict.result)
+        except BaseException:
+            if known is not None and self._sessions is not None:  # the next one begins anew
+                self._sessions.forget(self._terms)
+            raise
+
+    @property
+    def _terms(self) -> Terms:
+        """Whose TLS session this is."""
+        receiver, wish = self.receiver, self._wish
+        return Terms(receiver.source, receiver.destination, wish.tls_server_name, wish.profile, wish.demand.word)
+
+    def _keep_session(self) -> None:
+        """For the next connection; tickets of TLS 1.3 came in front of the first reply that was read."""
+        stream, facts = self.receiver.stream, self.receiver.tls
+        if self._sessions is None or facts is None or not isinstance(stream, TlsStream):
+            return
+        session = stream.tls.session
+        if session is None or not (session.has_ticket or facts.version != "TLSv1.3"):
+            return
+        if stream.own_bytes > LARGEST or sum(map(len, facts.chain)) > LARGEST:
+            return
+        known = Known(session, stream.tls.context, facts.chain)
+        self._sessions.keep(self._terms, known, session.ticket_lifetime_hint or session.timeout, monotonic())
 
     @contextlib.contextmanager
     def _hurrying(self, hangs: str) -> Iterator[None]:
@@ -375,6 +414,7 @@ class BringUp:
         receiver.greeting = str(dialogue.greeting) if dialogue.greeting else None
         receiver.hello = dialogue.hello.lines if dialogue.hello else ()
         receiver.mailmax = mailmax(dialogue.capabilities)
+        self._keep_session()
 
     def _failed(self, why: str, number: int, result: str = "") -> UpstreamError:
         receiver, step = self.receiver, self._dialogue.step
@@ -386,7 +426,11 @@ def _tls_reason(error: ssl.SSLError) -> str:
     return f"TLS handshake failed: {error.reason or error.strerror}"
 
 
-def _facts(stream: TlsStream, demand: Demand) -> TlsFacts:
-    cipher, chain = stream.tls.cipher(), stream.chain()
+def _facts(stream: TlsStream, demand: Demand, known: Known | None) -> TlsFacts:
+    """Args:
+    known: the session that was offered to the receiver.
+    """
+    resumed, cipher = known is not None and bool(stream.tls.session_reused), stream.tls.cipher()
+    chain = known.chain if known is not None and resumed else stream.chain()
     verdict = judged(stream.turn.key, chain, demand)
-    return TlsFacts(stream.tls.version() or "", cipher[0] if cipher else "", verdict, chain)
+    return TlsFacts(stream.tls.version() or "", cipher[0] if cipher else "", verdict, chain, resumed)

@@ -397,7 +397,7 @@ def connection(
             entry["reply"] = printable(reply)
         if seen is not None:
             entry |= {"cipher": seen.cipher, "certificate": seen.certificate, "key": seen.key}
-            entry["subject"] = printable(seen.subject)
+            entry |= {"subject": printable(seen.subject), "resumed": seen.resumed}
         _out.put(msgspec.json.encode(entry).decode())
         return
     stamp = _clock.stamp() + " " if _stamped else ""
@@ -407,6 +407,7 @@ def connection(
     if seen is not None:
         said += (
             f" cipher={seen.cipher} certificate={seen.certificate} key={word(seen.key)} subject={word(seen.subject)}"
+            f" resumed={'yes' if seen.resumed else 'no'}"
         )
     _out.put(
         f"{stamp}connection id={id} instance={word(instance)} protocol={protocol} client={client} "

@@ -301,15 +301,27 @@ class TlsStream:
     Args:
         socket: connected; stays the caller's to close.
         tls: an object on two memory BIOs.
+        session: of an earlier connection, that the peer may resume.
+
+    Attributes:
+        own_bytes: of the peer's records since the handshake that brought no plaintext: tickets, key updates.
     """
 
     __slots__ = (
         *("_at", "_ciphertext", "_in_record", "_incoming", "_outgoing", "_record", "_silent", "_took_all", "_unfed"),
-        *("socket", "tls", "turn"),
+        *("own_bytes", "socket", "tls", "turn"),
     )
 
-    def __init__(self, socket: RawSocket, context: ssl.SSLContext, server_side: bool, name: str | None = None) -> None:
+    def __init__(
+        self,
+        socket: RawSocket,
+        context: ssl.SSLContext,
+        server_side: bool,
+        name: str | None = None,
+        session: ssl.SSLSession | None = None,
+    ) -> None:
         self.socket = socket
+        self.own_bytes = 0
         self.turn = Turn()
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
@@ -320,7 +332,7 @@ class TlsStream:
         self._in_record = 0
         self._silent = 0  # bytes of records that brought no plaintext, since the last that did
         self._ciphertext = memoryview(b"")  # read from the BIO, not yet taken by the kernel
-        self.tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side, server_hostname=name)
+        self.tls = context.wrap_bio(self._incoming, self._outgoing, server_side, name, session)
 
     @property
     def drained(self) -> bool:
@@ -376,6 +388,7 @@ class TlsStream:
         for _ in range(_RECORDS_A_CALL):
             try:
                 data = self.tls.read(size)
+                self.own_bytes += self._silent
                 self._silent = self._record = 0
                 return data
             except ssl.SSLWantReadError:

@@ -30,6 +30,7 @@ from proxy.egress.broken_tls import BrokenTls
 from proxy.egress.demands import Demands
 from proxy.egress.keeper import Keeper
 from proxy.egress.look_ups import LookUps
+from proxy.egress.resumption import Sessions
 from proxy.egress.tlsa import TlsaLookUps
 from proxy.errors import ConfigError, Draining
 from proxy.log import lines as log
@@ -119,6 +120,7 @@ class Server:
         self._keeper = Keeper(self._engine, self._crew, self._counters, settings, self._admission)
         self._broken_tls = BrokenTls()
         self._tlsa = TlsaLookUps()
+        self._tls_sessions = Sessions()
         self._via: via.Via | None = None
         self._generated: tls.ServerIdentity | None = None
         self._stops = 0
@@ -263,6 +265,7 @@ class Server:
             demands=Demands(
                 TlsRules(settings.tls, settings.source, self._book, breathe), self._tlsa, self._look_ups.hear_of
             ),
+            tls_sessions=self._tls_sessions,
             admission=self._admission,
             via=via.of_settings(self._engine, settings, socket.gethostname(), self._via),
             identity=identity if settings.listen and settings.listen_tls else None,

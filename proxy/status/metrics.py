@@ -26,6 +26,11 @@ _COUNTERS = {
     "ended": ("ended_connections", "outcome", "Relayed connections that have ended"),
     "discarded": ("discarded_connections", "reason", "Held-open connections that were closed"),
     "tls_sessions": ("tls_sessions", "certificate", "new SMTP sessions over TLS, by what the certificate proves"),
+    "tls_resumed": (
+        "tls_sessions_resumed",
+        "",
+        "those of them that an earlier session went on in: no new certificates",
+    ),
     "tls_failures": ("tls_failures", "result", "sessions whose TLS failed, by result of RFC 8460"),
     "in_clear": ("sessions_in_clear", "cause", "SMTP sessions in clear although TLS was offered and wanted"),
     "bytes_up": ("bytes_up", "", "Bytes from clients to receivers"),

@@ -44,7 +44,15 @@ HOUSE = {
 #: Rooms that only decide, and the files that only decide in a room that does.
 PURE = {VOCABULARY, "throttling", "protocols", "policy", "config"}
 PURE_FILES = {
-    *("control.commands", "control.explain", "control.filters", "control.house", "egress.broken_tls", "egress.pool"),
+    *(
+        "control.commands",
+        "control.explain",
+        "control.filters",
+        "control.house",
+        "egress.broken_tls",
+        "egress.pool",
+        "egress.resumption",
+    ),
     *("status.names", "status.rows", "status.trouble", "status.view"),
 }
 #: What the library shares with the program of `throttling`; it must stay small, since MTAs carry it with them.

@@ -190,7 +190,7 @@ class Opener:
         receiver = self._fresh(wish, source, destination, left, who, places)
         if receiver.tls is not None:
             services.broken_tls.worked(destination)
-            services.counters.tls_sessions.count(receiver.tls.seen.certificate)
+            services.counters.tls(receiver.tls.seen)
         if receiver.in_clear is None:
             return Taken(receiver, key, False)
         services.counters.in_clear.count(receiver.in_clear.cause)
@@ -243,7 +243,15 @@ class Opener:
             if limits.connect <= 0:
                 raise UpstreamError(f"connect {source} -> {destination}: no time left", Step.CONNECT, errno.ETIMEDOUT)
             receiver = open_receiver(
-                services.engine, wish, source, destination, limits, services.settings.idle_timeout, failed, once_more
+                services.engine,
+                wish,
+                source,
+                destination,
+                limits,
+                services.settings.idle_timeout,
+                failed,
+                once_more,
+                services.tls_sessions,
             )
         except BaseException as error:
             services.gauges.outgoing -= 1

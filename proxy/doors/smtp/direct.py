@@ -89,7 +89,7 @@ class Direct:
             self._services.admission.leave(places)
             raise
         receiver.place = places
-        bring_up = BringUp(self._services.engine, receiver, self._wish(None))
+        bring_up = BringUp(self._services.engine, receiver, self._wish(None), self._services.tls_sessions)
         return Line(receiver.stream, receiver.local, handle=_Held(receiver, None, bring_up))
 
     def greet(self, line: Line) -> None:
@@ -298,7 +298,7 @@ class Direct:
 
         def make() -> Receiver:
             ends = terms.source, terms.destination
-            return open_receiver(services.engine, wish, *ends, limits, idle, failed, once_more)
+            return open_receiver(services.engine, wish, *ends, limits, idle, failed, once_more, services.tls_sessions)
 
         try:
             receiver = self._had(make)
@@ -355,7 +355,7 @@ class Direct:
         services, wanted = self._services, may_do_without(self._wished)
         if receiver.tls is not None and not reused:
             services.broken_tls.worked(self._terms.destination)
-            services.counters.tls_sessions.count(receiver.tls.seen.certificate)
+            services.counters.tls(receiver.tls.seen)
         cause = receiver.in_clear.cause if receiver.in_clear is not None and not reused else ""
         if not cause and wanted and tls is TlsMode.NONE:
             cause = "remembered"

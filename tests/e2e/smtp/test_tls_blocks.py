@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -223,3 +224,20 @@ def test_dane_for_an_open_that_says_its_mx(stack: ExitStack) -> None:
     zone.dns.secure.add(f"_{broken.port}._tcp.{NAME}.")
     failed = peer.failed(broken.endpoint, ehlo_name=EHLO, tls="opportunistic", mx=NAME)
     assert (failed[0], failed[9]) == ("starttls", "starttls-not-supported")
+
+
+# --- sessions of TLS that go on ---
+
+
+def test_a_resumed_session_is_told(trusted: dict[str, str]) -> None:
+    text = SMTP + "reuse_connections no\nlisten_status 127.0.1.9:0\n" + block(HERE, "level verify", f"names {NAME}")
+    with Mx(starttls=True) as mx, Proxy(text, environ=trusted) as proxy:
+        for resumed in ("no", "yes"):
+            assert delivered(proxy, mx)
+            proxy.wait_line(f"^connection .*certificate=authority .*resumed={resumed}$")
+        assert [session.resumed for session in mx.sessions] == [False, True]
+        host, port = proxy.door("status")
+        with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
+            lines = answer.read().decode().splitlines()
+        assert "greenarrow_proxy_tls_sessions_resumed_total 1.0" in lines
+        assert 'greenarrow_proxy_tls_sessions_total{certificate="authority"} 2.0' in lines
