@@ -3,14 +3,17 @@
 import contextlib
 import os
 import resource
+import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.clients import proxied
-from tests.program import BASE, SECRET, Proxy
+from tests.program import BASE, ROOT, SECRET, Proxy
 from tests.sinks import Raw, echo
 from tests.waiting import wait_for
 
@@ -51,6 +54,32 @@ def test_a_signal_ends_what_does_not_serve(tmp_path):
         contextlib.suppress(BrokenPipeError),
     ):
         file.let_read(lambda: (proxy.signal(signal.SIGHUP), proxy.wait_exit()))
+
+
+def test_as_the_first_process_of_a_container(tmp_path):
+    """To PID 1 the kernel brings no signal that it has not asked for: a stop would be the kill of its time-out."""
+    unshare = shutil.which("unshare")
+    if os.geteuid() or unshare is None:
+        pytest.skip("a namespace of process numbers needs root and unshare")
+    path = tmp_path / "greenarrow_proxy.conf"
+    path.write_text(BASE)
+    path.chmod(0o600)
+    command = [sys.executable, str(ROOT / "greenarrow_proxy.py"), f"--config-filename={path}"]
+    outside = [unshare, "--pid", "--fork", "--mount-proc", "--kill-child", *command]
+    with subprocess.Popen(outside, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            assert process.stdout is not None
+            lines = iter(process.stdout)
+            next(line for line in lines if "listening on" in line)
+            (number,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            assert Path(f"/proc/{number}/status").read_text().partition("NSpid:")[2].split()[1] == "1"
+            os.kill(int(number), signal.SIGHUP)
+            next(line for line in lines if "the new configuration is in force" in line)
+            os.kill(int(number), signal.SIGTERM)
+            next(line for line in lines if "stopped" in line)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
 
 
 # -- no memory
