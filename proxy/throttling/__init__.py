@@ -5,5 +5,6 @@ and their proof are docs/throttling.md. Frames, sockets and timers are elsewhere
 clock, `doors.native.control` speaks for it.
 
 Read `throttle` (when the next slots are), `limits` (what several instances demand), `flows`, `dispenser` (who gets a
-slot) and `places` (who gets a connection), then `manager`, which holds them together. `lease` is the MTA's side.
+slot; below it `queues`, `returns`, `giving`) and `places` (who gets a connection), then `manager`, which holds them
+together: `core`, `attendance`, `statements` and `requests` are parts of it. `lease` is the MTA's side.
 """

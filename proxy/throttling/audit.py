@@ -13,10 +13,10 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
-from proxy.throttling.dispenser import LONGEST_SLACK
 from proxy.throttling.flows import WORD, Flow, Run, Throttle
 from proxy.throttling.many import Pieces
 from proxy.throttling.registry import Notice, Remark
+from proxy.throttling.returns import LONGEST_SLACK
 from proxy.throttling.session import Session
 from proxy.throttling.throttle import AHEAD, SECOND
 from proxy.throttling.wheel import Wheel

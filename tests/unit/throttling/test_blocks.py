@@ -7,8 +7,9 @@ from ipaddress import ip_network
 from proxy.model import Names
 from proxy.policy.limits import Limits
 from proxy.settings import Rate, ThrottleSettings
+from proxy.throttling.core import SWEEP
 from proxy.throttling.flows import Places, Ticket
-from proxy.throttling.manager import SWEEP, Manager
+from proxy.throttling.manager import Manager
 from proxy.throttling.throttle import SECOND
 
 START = 100_000 * SECOND

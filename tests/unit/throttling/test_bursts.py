@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proxy.throttling.dispenser import SLOTS_IN_A_TURN
+from proxy.throttling.giving import SLOTS_IN_A_TURN
 from proxy.throttling.session import GrantRecord
 from proxy.throttling.throttle import LARGEST_BURST, SECOND, Limit, check
 from tests.unit.throttling.benches import KEY, MS, OTHER, Bench, count, part

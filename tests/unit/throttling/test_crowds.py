@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 
 from proxy.throttling import registry, telling
+from proxy.throttling.core import DELIVERY
 from proxy.throttling.flows import Path
 from proxy.throttling.limits import BackoffRule
-from proxy.throttling.manager import DELIVERY
 from proxy.throttling.session import Session
 from proxy.throttling.throttle import SECOND, Key, Limit
 from tests.unit.throttling.benches import KEY, MS, SOURCE, Bench, part

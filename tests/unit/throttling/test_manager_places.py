@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from proxy.policy.limits import Limits
 from proxy.settings import Rate, ThrottleSettings
 from proxy.throttling.advice import NO_CAP
+from proxy.throttling.core import SWEEP
 from proxy.throttling.flows import Places, Ticket
-from proxy.throttling.manager import SWEEP
 from proxy.throttling.session import Session
 from proxy.throttling.throttle import LATENESS, SECOND, Key, Limit
 from tests.unit.throttling.benches import ALL, KEY, OTHER, SOURCE, Bench, part
