@@ -244,6 +244,17 @@ def test_a_reload_that_turns_it_off_says_quit_and_tells_so(proxy, pair, mx):
     assert mx.sessions[1].ended == "quit"
 
 
+def test_what_an_instance_gives_back_that_a_reload_removed_is_not_kept(proxy, pair, mx):
+    """It may not come here any more: no session of its making is for the others."""
+    smtp = send(pair[0], mx, 0, release=False)
+    proxy.hup(PLAIN + "instance server-a {\n    allow_from 127.0.0.77\n}\n")
+    assert smtp.release(wait=True) == "disabled"
+    wait_for(lambda: mx.sessions[0].ended)
+    assert mx.sessions[0].ended == "quit"
+    assert not send(pair[1], mx, 1).opened.reused
+    proxy.hup(PLAIN)
+
+
 def test_a_drain_says_quit_to_all():
     with Mx() as mx, Mx() as other, Proxy(PLAIN) as proxy, instances(proxy, "server-a") as (session,):
         for number in range(3):
