@@ -235,11 +235,16 @@ class Proxy:
         self.wait_line(r"^direct_remote_smtp: ", since=mark)
         return [line for line in self.lines[mark:] if re.match(r"listener\(|throttle: |direct_remote_smtp: ", line)]
 
-    def throttles(self) -> list[dict[str, Any]]:
-        """The rows of all throttles of this moment; needs `listen_status`."""
+    def page(self) -> dict[str, Any]:
+        """The status page of this moment; needs `listen_status`."""
         host, port = self.door("status")
         with urllib.request.urlopen(f"http://{host}:{port}/status.json", timeout=10) as answer:
-            rows: list[dict[str, Any]] = json.load(answer)["throttles"]
+            page: dict[str, Any] = json.load(answer)
+        return page
+
+    def throttles(self) -> list[dict[str, Any]]:
+        """The rows of all throttles on that page."""
+        rows: list[dict[str, Any]] = self.page()["throttles"]
         return rows
 
     def _write(self, text: str) -> None:

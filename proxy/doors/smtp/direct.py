@@ -98,8 +98,8 @@ class Direct:
         assert held.bring_up is not None
         try:
             held.bring_up.greet(self._services.settings.idle_timeout)
-        except UpstreamError as error:
-            if error.smtp_reply is None:
+        except BaseException as error:
+            if not isinstance(error, UpstreamError) or error.smtp_reply is None:
                 self.drop(line, False)
                 raise
             line.greeting = error.smtp_reply

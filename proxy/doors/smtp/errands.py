@@ -103,7 +103,9 @@ class Errands:
         if want is Want.GREETING:
             assert line is not None
             if line.greeting is None:
+                holding.lose()
                 egress.greet(line)
+                holding.line = line
             holding.attach()
             if (line.greeting or "")[:1] in ("4", "5"):
                 self._books.refused_by = self._books.reply = line.greeting or ""

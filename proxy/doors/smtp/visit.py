@@ -34,8 +34,8 @@ _MESSAGE_SIZE = 65536
 _LINES_SIZE = 4096
 #: Work for some bytes of those, as `policy.turns` counts.
 _BYTES_A_UNIT = 16
-#: Seconds for which a MAIL waits on for a client that has closed its sending side with no message behind it: who has
-#: died looks like this, and must not keep a turn from others.
+#: Seconds for which a session or a MAIL's slot is waited for on behalf of a client that has closed its sending side and
+#: said no message: who has died, or has given up, looks like this, and must not keep a place or a turn from others.
 _HOPELESS = 1.0
 
 
@@ -212,7 +212,7 @@ class Visit:
         """The client's bytes while an errand is under way, kept for later; see `Wires.begin_errand`. Does not wait.
 
         A client that has said all may well wait for its replies half-closed. As long as in mode tcp, or until it gets
-        its slot or is refused; but not for a MAIL without a message.
+        its slot or is refused; but not without a message or a QUIT.
 
         Raises:
             OSError: it is gone.

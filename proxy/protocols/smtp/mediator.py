@@ -45,6 +45,8 @@ _AN_END = re.compile(rb"^(?:\.|QUIT)[ \t]*\r?$", re.MULTILINE | re.IGNORECASE)
 _BETWEEN = frozenset((State.HELLO, State.READY, State.DETACHED, State.SWALLOW))
 #: States in which the client has nothing in progress on its connection: behind a refused MAIL, too.
 _RESTING = frozenset((State.READY, State.SWALLOW))
+#: States in which the receiver's session is not up yet.
+_NO_SESSION = frozenset((State.GREET, State.HELLO))
 #: States in which nothing of the client is taken.
 _DEAF = frozenset((State.GREET, State.HELD, State.DATA_ASKED, State.OVER))
 
@@ -79,8 +81,10 @@ class Mediator(Course):
 
     @property
     def hopeless(self) -> bool:
-        """A MAIL waits of which nothing can come: the client has ended without the message, and without a QUIT."""
-        return self._client_done and self.says_mail and not _AN_END.search(self.unread)
+        """Nothing can come of the session or the MAIL's slot that is waited for: the client has ended with no message
+        and no QUIT said."""
+        waits = self.says_mail or self.state in _NO_SESSION
+        return self._client_done and waits and not _AN_END.search(self.unread)
 
     @property
     def idle(self) -> bool:

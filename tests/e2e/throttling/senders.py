@@ -120,4 +120,4 @@ def more(witness: Witness, number: int, since: int, *senders: str) -> None:
 def passed(witness: Witness, seconds: float) -> None:
     """Until the receiver has got mail so many seconds after the first one."""
     first = witness.mails()[0].at
-    wait_for(lambda: witness.mails()[-1].at >= first + seconds * SECOND, 60, f"{seconds} s of mail")
+    wait_for(lambda: witness.mails()[-1].at >= first + seconds * SECOND, seconds + 60, f"{seconds} s of mail")

@@ -608,6 +608,29 @@ def test_whether_anything_can_come_of_a_mail_whose_client_has_closed_its_side(be
     assert world.mediator.hopeless == hopeless
 
 
+@pytest.mark.parametrize("said_first", [b"", EHLO], ids=["greeting", "session"])
+@pytest.mark.parametrize(
+    ("behind", "hopeless"),
+    [
+        (b"", True),
+        (b"MAIL FROM:<a@b.example>\r\n", True),
+        (b"MAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nDATA\r\nx\r\n.\r\n", False),
+        (b"QUIT\r\n", False),
+    ],
+    ids=["nothing", "no message", "a message", "a question"],
+)
+def test_whether_anything_can_come_of_a_session_whose_client_has_closed_its_side(said_first, behind, hopeless):
+    world = World()
+    if said_first:
+        world.settle()
+        world.mediator.client(said_first)
+    assert world.mediator.want is (Want.HELLO if said_first else Want.GREETING)
+    world.mediator.client(behind)
+    assert not world.mediator.hopeless
+    world.mediator.client_done()
+    assert world.mediator.hopeless == hopeless
+
+
 def test_half_a_command_before_the_end_is_no_command():
     world = opened()
     world.say(b"MAIL FROM:<a@b.exam")
