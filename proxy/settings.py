@@ -59,6 +59,8 @@ class SourceSettings:
     ip: tuple[Network, ...]
     ehlo: str | None  # with {ip} for the address
     block: str = ""
+    tls_client_certificate_file: str | None = None  # None of these two: the global ones
+    tls_client_private_key_file: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +123,8 @@ class Settings:
     listen_tls: bool
     tls_certificate_file: str | None  # None: a certificate is made in memory
     tls_private_key_file: str | None
+    tls_client_certificate_file: str | None  # None: receivers are shown none
+    tls_client_private_key_file: str | None
     via: tuple[Endpoint, ...]
     via_secret: bytes | None = field(repr=False)
     via_instance: str | None  # None: the host name

@@ -160,6 +160,7 @@ class Session:
         commands: the command lines as they came, without the line end.
         rest: bytes that came and were not understood as commands or message data (after a half-close, before TLS).
         encrypted, server_name: whether TLS is on, and the name that the client asked for (SNI).
+        client_certificate: in DER, where `prepare` had it asked for.
         resumed: its TLS session was one that an earlier connection had.
         ended: None while it runs; then `eof`, `quit`, `closed`, `reset`, `stopped`, or the error.
     """
@@ -175,6 +176,7 @@ class Session:
         self.rest = b""
         self.encrypted = False
         self.resumed = False
+        self.client_certificate: bytes | None = None
         self.server_name: str | None = None
         self.ended: str | None = None
         self.last = b""  # what was sent last: decides what follows
@@ -323,6 +325,7 @@ class Session:
         finally:
             self.server_name = self.mx.server_names.pop(sock, None)
         self.encrypted, self.resumed = True, bool(sock.session_reused)
+        self.client_certificate = sock.getpeercert(binary_form=True)
         with self.mx.lock:
             self.mx.handshakes += 1
 

@@ -124,6 +124,8 @@ OPTIONS: tuple[Option, ...] = (
     _one("listen_tls", BOOLEAN, "yes", "YES|NO", "TLS on the native listener"),
     _one("tls_certificate_file", PATH, None, "FILE", "certificate chain, PEM (made in memory)"),
     _one("tls_private_key_file", PATH, None, "FILE", "private key of that certificate, PEM"),
+    _one("tls_client_certificate_file", PATH, None, "FILE", "certificate chain for receivers that ask for one, PEM"),
+    _one("tls_client_private_key_file", PATH, None, "FILE", "private key of that certificate, PEM"),
     _many("via", ENDPOINT, None, "IP:PORT", "go out through the proxy with this native listener; several: in order"),
     _one("via_secret", SECRET, None, "SECRET", "shared secret of that proxy; visible in ps when given as a flag", True),
     _one("via_instance", NAME, None, "NAME", "our name there (this machine's)"),
@@ -189,6 +191,8 @@ BLOCKS: dict[str, tuple[Option, ...]] = {
     "source": (
         _many("ip", ADDRESSES, None, "IP", "the addresses of this name"),
         _one("ehlo", EHLO, None, "NAME", "the name that is said in EHLO when leaving from them (the client's)"),
+        _one("tls_client_certificate_file", PATH, None, "FILE", "certificate for receivers that ask (the global one)"),
+        _one("tls_client_private_key_file", PATH, None, "FILE", "private key of that certificate, PEM"),
     ),
     "throttle": (
         _many("domain", DOMAIN, None, "DOMAIN", "recipient domains: all addresses of their MXs"),

@@ -15,6 +15,7 @@ from proxy.settings import Settings, ThrottleSettings, TlsSettings
 _WILDCARDS = ("0.0.0.0", "::")
 DOORS = ("listen", "listen_socks5", "listen_proxy_protocol", "listen_redirect")
 
+_CLIENT_PAIR = ("tls_client_certificate_file", "tls_client_private_key_file")
 #: RFC 1929: the length of a password is one byte.
 LONGEST_SOCKS_PASSWORD = 255
 
@@ -67,10 +68,10 @@ def _required(settings: Settings, given: Collection[str], breathe: Breathe) -> I
 
 
 def _tls(given: Collection[str]) -> Iterator[Finding]:
-    pair = ("tls_certificate_file", "tls_private_key_file")
-    for one, other in (pair, pair[::-1]):
-        if one in given and other not in given:
-            yield one, None, f"{other} is missing: the two go together"
+    for pair in (("tls_certificate_file", "tls_private_key_file"), _CLIENT_PAIR):
+        for one, other in (pair, pair[::-1]):
+            if one in given and other not in given:
+                yield one, None, f"{other} is missing: the two go together"
 
 
 def _secrets(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
@@ -164,6 +165,9 @@ def _source_blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
         elif problem := _unfit_name(block.name):
             yield "source", where, f"{block.name}: {problem}"
         names.add(block.name)
+        missing = [name for name in _CLIENT_PAIR if getattr(block, name) is None]
+        if len(missing) == 1:
+            yield "source", where, f"{block.name}: {missing[0]} is missing: the two go together"
         for network in block.ip:
             breathe()
             if owner.setdefault(network, block.name) != block.name:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from proxy.model import Breathe
 from proxy.settings import Network, SourceSettings
@@ -22,4 +23,4 @@ def expand(block: SourceSettings, breathe: Breathe) -> Iterator[SourceSettings]:
     for number in range(max(map(len, families.values()), default=0)):
         breathe()
         ip = tuple(networks[number] for networks in families.values() if number < len(networks))
-        yield SourceSettings(name=block.name.replace(STAR, str(number + 1)), ip=ip, ehlo=block.ehlo, block=block.name)
+        yield replace(block, name=block.name.replace(STAR, str(number + 1)), ip=ip, block=block.name)

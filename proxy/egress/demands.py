@@ -14,6 +14,7 @@ from proxy.egress.receiver import Wish
 from proxy.egress.tlsa import TlsaLookUps
 from proxy.errors import Step, UpstreamError
 from proxy.model import UNNAMED, Endpoint, Names, TlsMode
+from proxy.net.tls import ClientIdentity
 from proxy.policy.certificates import Demand, Result
 from proxy.policy.dane import Found
 from proxy.policy.tls_rules import TlsRule, TlsRules
@@ -29,10 +30,18 @@ class Demands:
 
     Args:
         hear_of: see `LookUps.hear_of`.
+        shown: the certificate that receivers are shown by who leaves from an address, if they ask for one.
     """
 
-    def __init__(self, rules: TlsRules, tlsa: TlsaLookUps, hear_of: Callable[[frozenset[str], float], None]) -> None:
+    def __init__(
+        self,
+        rules: TlsRules,
+        tlsa: TlsaLookUps,
+        hear_of: Callable[[frozenset[str], float], None],
+        shown: Callable[[str], ClientIdentity | None],
+    ) -> None:
         self._rules = rules
+        self._shown = shown
         self._tlsa = tlsa
         self._hear_of = hear_of
 
@@ -56,6 +65,12 @@ class Demands:
         Raises:
             UpstreamError: the records cannot be had, or are required and not there; nothing may be sent (RFC 7672).
         """
+        joined = self._joined(wish, instance, source, destination, seconds, names, said)
+        return joined if joined.tls is TlsMode.NONE else joined._replace(identity=self._shown(source))
+
+    def _joined(
+        self, wish: Wish, instance: str, source: str, destination: Endpoint, seconds: float, names: Names, said: bool
+    ) -> Wish:
         if not self._rules or (said and (_demanding(wish) or wish.tls is TlsMode.NONE)):
             return wish
         self._hear_of(self._rules.domains, min(seconds, _FIRST_ANSWER))

@@ -28,7 +28,7 @@ from proxy.net.apart import for_receivers
 from proxy.net.certificates import Verdict, judged
 from proxy.net.conversation import receive, send_all, shake_hands
 from proxy.net.relay import Engine, RawSocket, keep_alive
-from proxy.net.tls import PlainStream, Profile, Stream, TlsStream
+from proxy.net.tls import ClientIdentity, PlainStream, Profile, Stream, TlsStream
 from proxy.policy.certificates import Demand, Result
 from proxy.protocols.smtp.dialogue import Action, ClientDialogue, Then, mailmax
 from proxy.throttling.flows import Places
@@ -40,7 +40,7 @@ class Wish(NamedTuple):
     Args:
         ehlo_name: None: no session at all, the proxy stays out of the dialogue.
         tls_server_name: as `server_name` has it; empty: none.
-        demand: what the receiver's certificate has to prove. minimum, ciphers: see `tls.Profile`.
+        demand: what the receiver's certificate has to prove. minimum, ciphers, identity: see `tls.Profile`.
     """
 
     ehlo_name: str | None
@@ -49,16 +49,19 @@ class Wish(NamedTuple):
     demand: Demand = Demand()
     minimum: str = ""
     ciphers: str = ""
+    identity: ClientIdentity | None = None
 
     @property
     def profile(self) -> Profile:
         """What TLS may be."""
-        return Profile(self.demand.mandatory, self.minimum, self.ciphers)
+        return Profile(self.demand.mandatory, self.minimum, self.ciphers, self.identity)
 
     @property
     def proof(self) -> str:
-        """What TLS had to be, for the pool: who demands more never gets a connection that proved less."""
-        return " ".join(filter(None, (self.demand.word, self.minimum, self.ciphers)))
+        """What TLS had to be, for the pool: who demands more never gets a connection that proved less, and nobody one
+        that was had with another's certificate."""
+        shown = f"as {self.identity.digest}" if self.identity is not None else ""
+        return " ".join(filter(None, (self.demand.word, self.minimum, self.ciphers, shown)))
 
 
 class Limits(NamedTuple):
@@ -280,6 +283,7 @@ class BringUp:
         self.mode = wish.tls
         self._dialogue = ClientDialogue(wish.ehlo_name, wish.tls, str(receiver.destination))
         self._ends_at = math.inf
+        self._heard = True  # anything since TLS began: before that, an alert is its failure
 
     def run(self, seconds: float) -> None:
         """Bring the session up within `seconds`.
@@ -314,7 +318,8 @@ class BringUp:
         try:
             self._converse(action)
         except ssl.SSLError as error:
-            raise self._failed(_tls_reason(error), 0) from None
+            step = self._dialogue.step if self._heard else Step.TLS
+            raise self._failed(_tls_reason(error), 0, step=step) from None
         except OSError as error:
             number = error.errno or errno.ECONNRESET
             raise self._failed(os.strerror(number), number) from None
@@ -334,6 +339,7 @@ class BringUp:
                 with self._hurrying("the TLS handshake hangs"):
                     self._start_tls()
                 action = dialogue.tls_started()
+                self._heard = False
                 continue
             if dialogue.step is Step.STARTTLS:
                 with self._hurrying("STARTTLS is not answered"):
@@ -342,6 +348,7 @@ class BringUp:
                 data = receive(self._engine, self.receiver.stream)
             if not data:
                 raise dialogue.eof()
+            self._heard = True
             action = dialogue.receive(data)
 
     def _start_tls(self) -> None:
@@ -416,8 +423,8 @@ class BringUp:
         receiver.mailmax = mailmax(dialogue.capabilities)
         self._keep_session()
 
-    def _failed(self, why: str, number: int, result: str = "") -> UpstreamError:
-        receiver, step = self.receiver, self._dialogue.step
+    def _failed(self, why: str, number: int, result: str = "", step: Step | None = None) -> UpstreamError:
+        receiver, step = self.receiver, step or self._dialogue.step
         message = f"{step} {receiver.source} -> {receiver.destination}: {why}"
         return UpstreamError(message, step, number, reason=why, tls_result=result)
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import ssl
 import warnings
 from _socket import SHUT_WR
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -29,6 +30,7 @@ from proxy.net.turns import TurnOver
 from proxy.policy.turns import Turn
 from proxy.protocols.native.auth import certificate_hash
 
+_T = TypeVar("_T")
 #: Ciphertext read or written in one call.
 _CHUNK = 65536
 #: Plaintext given to OpenSSL in one call: four whole records.
@@ -106,21 +108,35 @@ def load_identity(certificate_file: str, key_file: str) -> ServerIdentity:
     Raises:
         UnfitIdentity: a file cannot be read, holds something else, or the key does not fit the certificate.
     """
-    certificates = _pem("tls_certificate_file", certificate_file, b"CERTIFICATE-----", "certificate")
-    key = _pem("tls_private_key_file", key_file, b"PRIVATE KEY-----", "private key")
+    return _load(_identity, certificate_file, key_file, "tls_certificate_file", "tls_private_key_file")
+
+
+def _load(
+    make: Callable[[bytes], _T], certificate_file: str, key_file: str, certificate_directive: str, key_directive: str
+) -> _T:
+    """Reads both files.
+
+    Args:
+        make: from certificates and key in PEM to what is wanted.
+
+    Raises:
+        UnfitIdentity: as `load_identity`.
+    """
+    certificates = _pem(certificate_directive, certificate_file, b"CERTIFICATE-----", "certificate")
+    key = _pem(key_directive, key_file, b"PRIVATE KEY-----", "private key")
     if b"BEGIN ENCRYPTED PRIVATE KEY" in key or b"Proc-Type: 4,ENCRYPTED" in key:
         why = "the key has a password, and nobody is asked for it; `openssl pkey -in FILE -out NEW` takes it off"
-        raise UnfitIdentity("tls_private_key_file", f"{key_file}: {why}")
+        raise UnfitIdentity(key_directive, f"{key_file}: {why}")
     try:
-        return _identity(certificates + b"\n" + key)
+        return make(certificates + b"\n" + key)
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             message = f"{key_file}: this key does not belong to the certificate in {certificate_file}"
-            raise UnfitIdentity("tls_private_key_file", message) from None
+            raise UnfitIdentity(key_directive, message) from None
         why = (error.reason or "not readable as PEM").replace("_", " ").lower()
     except ValueError:
         why = "not readable as PEM"
-    raise UnfitIdentity("tls_certificate_file", f"{certificate_file} and {key_file}: {why}")
+    raise UnfitIdentity(certificate_directive, f"{certificate_file} and {key_file}: {why}")
 
 
 def _pem(directive: str, path: str, wanted: bytes, name: str) -> bytes:
@@ -152,6 +168,12 @@ def _identity(pem: bytes) -> ServerIdentity:
         context.num_tickets = 0  # a resumed handshake costs no less here, and channels live long
         contexts.append(context)
     leaf = x509.load_pem_x509_certificates(pem)[0]
+    _show(contexts, pem)
+    return ServerIdentity(contexts[0], certificate_hash(leaf.public_bytes(serialization.Encoding.DER)), contexts[1])
+
+
+def _show(contexts: Iterable[ssl.SSLContext], pem: bytes) -> None:
+    """Have these show certificates, the leaf first, and prove them with the key behind them."""
     fd = os.memfd_create("certificate", os.MFD_CLOEXEC)
     try:
         os.write(fd, pem)
@@ -160,7 +182,36 @@ def _identity(pem: bytes) -> ServerIdentity:
             context.load_cert_chain(f"/proc/self/fd/{fd}", password="")
     finally:
         os.close(fd)
-    return ServerIdentity(contexts[0], certificate_hash(leaf.public_bytes(serialization.Encoding.DER)), contexts[1])
+
+
+class ClientIdentity(NamedTuple):
+    """What this proxy shows to a receiver that asks for a certificate.
+
+    Args:
+        pem: certificates and key. digest: of both, to tell one from another.
+    """
+
+    pem: bytes
+    digest: str
+
+    def __repr__(self) -> str:
+        return f"ClientIdentity({self.digest})"
+
+
+def load_client_identity(certificate_file: str, key_file: str) -> ClientIdentity:
+    """The operator's certificate and key towards receivers, fit for every context that may show them.
+
+    Raises:
+        UnfitIdentity: as `load_identity`.
+    """
+
+    def make(pem: bytes) -> ClientIdentity:
+        identity = ClientIdentity(pem, hashlib.sha256(pem).hexdigest()[:16])
+        for strict in (True, False):
+            _show([client_context.__wrapped__(Profile(strict))], pem)
+        return identity
+
+    return _load(make, certificate_file, key_file, "tls_client_certificate_file", "tls_client_private_key_file")
 
 
 class Profile(NamedTuple):
@@ -171,11 +222,13 @@ class Profile(NamedTuple):
         minimum: the oldest version, a key of `MINIMA`; empty: what is usual. With one older than TLS 1.2 weak TLS is
             taken by whoever leans on it, too.
         ciphers: OpenSSL's words for those of TLS 1.2 and older; empty: what is usual.
+        identity: what is shown to a receiver that asks; None: nothing.
     """
 
     strict: bool = False
     minimum: str = ""
     ciphers: str = ""
+    identity: ClientIdentity | None = None
 
 
 MINIMA = {
@@ -189,7 +242,7 @@ _OLD = frozenset({"TLSv1", "TLSv1.1"})
 _CIPHERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_+!:")
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def client_context(profile: Profile) -> ssl.SSLContext:
     """For TLS to a receiver. It verifies nothing: `certificates` judges afterwards what was shown.
 
@@ -220,6 +273,8 @@ def client_context(profile: Profile) -> ssl.SSLContext:
             context.set_ciphers(f"{profile.ciphers}:!eNULL:!aNULL")
         except ssl.SSLError:
             raise ValueError(f"{profile.ciphers}: no ciphers that OpenSSL knows") from None
+    if profile.identity is not None:
+        _show([context], profile.identity.pem)
     return context
 
 

@@ -28,6 +28,7 @@ from proxy.net import tls
 from proxy.net.addresses import own_addresses
 from proxy.policy.access import SHORTEST_ANSWER, place_within
 from proxy.policy.modes import Modes, any_smtp
+from proxy.server.shown import pairs
 from proxy.settings import InstanceSettings, Network, Settings
 
 _AN_MX = Endpoint("192.0.2.1", 25)
@@ -79,7 +80,7 @@ def doubts(loaded: Loaded, now: datetime | None = None, breathe: Breathe = hold_
     findings: list[Finding] = []
     for found in (
         (Finding(False, _ENVIRONMENT, None, doubt) for doubt in loaded.doubts),
-        _leaf(settings, now or datetime.now(UTC)),
+        _leaves(settings, now or datetime.now(UTC), breathe),
         _absent(settings, breathe),
         _sources(settings, breathe),
         _descriptors(settings),
@@ -159,6 +160,12 @@ def _identity(settings: Settings) -> Iterator[Finding]:
             tls.load_identity(certificate, key)
         except tls.UnfitIdentity as error:
             yield Finding(True, error.directive, None, str(error))
+    for pair in pairs(settings, hold_breath):
+        try:
+            pair.load()
+        except tls.UnfitIdentity as error:
+            directive = error.directive if pair.value is None else pair.directive
+            yield Finding(True, directive, pair.value, pair.sentence(error))
 
 
 def unfit_tls_blocks(settings: Settings) -> Iterator[Finding]:
@@ -170,17 +177,18 @@ def unfit_tls_blocks(settings: Settings) -> Iterator[Finding]:
             yield Finding(True, "tls", block.name, f"{block.name}: ciphers: {error}")
 
 
-def _leaf(settings: Settings, now: datetime) -> Iterator[Finding]:
+def _leaves(settings: Settings, now: datetime, breathe: Breathe) -> Iterator[Finding]:
+    """Certificates that are good for nothing any more, or cost too much."""
+    for pair in pairs(settings, breathe):
+        leaf = _read_leaf(pair.certificate)
+        if leaf is not None and (end := leaf.not_valid_after_utc) < now:
+            prefix = f"{pair.value}: " if pair.value else ""
+            yield Finding(False, pair.directive, pair.value, f"{prefix}{pair.certificate}: expired on {end:%Y-%m-%d}")
     path = settings.tls_certificate_file
-    if path is None:
+    leaf = _read_leaf(path) if path is not None else None
+    if leaf is None:
         return
-    try:
-        with open(path, "rb") as file:
-            leaf = x509.load_pem_x509_certificate(file.read())
-            key = leaf.public_key()
-    except (OSError, ValueError):
-        return  # an error of its own
-    end = leaf.not_valid_after_utc
+    key, end = leaf.public_key(), leaf.not_valid_after_utc
     if end < now:
         yield Finding(False, "tls_certificate_file", None, f"{path}: expired on {end:%Y-%m-%d}")
     if isinstance(key, rsa.RSAPublicKey) and key.key_size > LONGEST_RSA_KEY:
@@ -189,6 +197,17 @@ def _leaf(settings: Settings, now: datetime) -> Iterator[Finding]:
             "ask for them; a key of 2048 bits or P-256 costs a fraction of that"
         )
         yield Finding(False, "tls_certificate_file", None, message)
+
+
+def _read_leaf(path: str) -> x509.Certificate | None:
+    """None: it is of no use, which is an error of its own."""
+    try:
+        with open(path, "rb") as file:
+            leaf = x509.load_pem_x509_certificate(file.read())
+            leaf.public_key()
+            return leaf
+    except (OSError, ValueError):
+        return None
 
 
 def _absent(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
@@ -203,8 +222,8 @@ def _sources(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
     """Single addresses only: a network may well be wider than what the machine has of it."""
     single = ((n, str(n.network_address)) for n in settings.source_ip if n.prefixlen == n.max_prefixlen)
     chosen = ((ip, ip) for ip in settings.default_source_ip if ip != "same")
-    for directive, pairs in (("source_ip", single), ("default_source_ip", chosen)):
-        for value, ip in pairs:
+    for directive, sources in (("source_ip", single), ("default_source_ip", chosen)):
+        for value, ip in sources:
             breathe()
             if not _is_here(ip):
                 yield Finding(False, directive, value, f"{ip} {_NOT_HERE}")
@@ -227,6 +246,7 @@ def _permissions(loaded: Loaded) -> Iterator[Finding]:
     paths += [("auth_shared_secret", secret, path) for path, secret in holding.items()]
     if settings.tls_private_key_file:
         paths.append(("tls_private_key_file", None, settings.tls_private_key_file))
+    paths += [(pair.directive, pair.value, pair.key) for pair in pairs(settings, hold_breath)]
     for directive, value, path in paths:
         try:
             readable = os.stat(path).st_mode & stat.S_IROTH

@@ -51,6 +51,7 @@ from proxy.server import check_config, figures, process, systemd
 from proxy.server.listener import ListenError
 from proxy.server.listeners import Doors, Opened
 from proxy.server.reception import Reception
+from proxy.server.shown import Shown, pairs
 from proxy.server.signals import Signals
 from proxy.server.steering import Steering
 from proxy.services import Gauges, Instances, Newcomers, Services
@@ -200,6 +201,7 @@ class Server:
         for finding in check_config.unfit_tls_blocks(settings):
             where = loaded.origins.place(finding.directive, finding.value)
             raise where.mistake(f"{finding.directive}: {finding.message}")
+        shown = self._shown(loaded, breathe)
         control_socket = self._control_socket(settings)
         try:
             opened = self._doors.open_missing(settings, breathe)
@@ -208,7 +210,7 @@ class Server:
                 control_socket.close()
             raise
         judge = self._judge(settings)
-        services = self._wire(settings, identity, self._doors.endpoints(settings, opened), breathe)
+        services = self._wire(settings, identity, self._doors.endpoints(settings, opened), breathe, shown)
         limits = Limits(settings.throttle, settings.source, self._book, breathe)
         return _Prepared(services, opened, judge, limits, control_socket, loaded.in_force)
 
@@ -246,6 +248,7 @@ class Server:
         identity: tls.ServerIdentity | None,
         own: Iterable[Endpoint] = (),
         breathe: Breathe = hold_breath,
+        shown: Shown | None = None,
     ) -> Services:
         return Services(
             settings=settings,
@@ -263,7 +266,10 @@ class Server:
             keeper=self._keeper,
             broken_tls=self._broken_tls,
             demands=Demands(
-                TlsRules(settings.tls, settings.source, self._book, breathe), self._tlsa, self._look_ups.hear_of
+                TlsRules(settings.tls, settings.source, self._book, breathe),
+                self._tlsa,
+                self._look_ups.hear_of,
+                (shown or Shown()).of,
             ),
             tls_sessions=self._tls_sessions,
             admission=self._admission,
@@ -287,6 +293,24 @@ class Server:
             self._generated = self._generated or tls.generated_identity(socket.gethostname())
             return self._generated
         return tls.load_identity(certificate, key)
+
+    def _shown(self, loaded: Loaded, breathe: Breathe) -> Shown:
+        """What receivers are shown.
+
+        Raises:
+            ConfigError: the operator's files are of no use.
+        """
+        shown = Shown()
+        for pair in pairs(loaded.settings, breathe):
+            try:
+                with self._reserve.lent():
+                    shown.add(pair, pair.load())
+            except tls.UnfitIdentity as error:
+                directive = error.directive if pair.value is None else pair.directive
+                where = loaded.origins.place(directive, pair.value)
+                raise where.mistake(f"{directive}: {pair.sentence(error)}") from None
+            breathe()
+        return shown
 
     def _source_gone(self, host: str) -> None:
         """No answer can come to it any more, so nobody shall wait for one."""

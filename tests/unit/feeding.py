@@ -116,6 +116,8 @@ def settings(**changes: object) -> Settings:
         "listen_tls": True,
         "tls_certificate_file": None,
         "tls_private_key_file": None,
+        "tls_client_certificate_file": None,
+        "tls_client_private_key_file": None,
         "via": (),
         "via_secret": None,
         "via_instance": None,

@@ -34,7 +34,7 @@ class Records:
 def join(wish: Wish, level: str | None, said: bool = False, mx: str = HOST, found: Found | None = None, **more) -> Wish:  # type: ignore[no-untyped-def]
     rules = TlsRules([TlsSettings(name="t", level=level, **more)])  # type: ignore[arg-type]
     records = Records(at=found or Found())
-    demands = Demands(rules, records, lambda domains, seconds: None)  # type: ignore[arg-type]
+    demands = Demands(rules, records, lambda domains, seconds: None, lambda source: None)  # type: ignore[arg-type]
     return demands.join(wish, "", "192.0.2.1", MX, 5.0, Names(mx), said)
 
 
@@ -77,7 +77,7 @@ def test_a_client_s_own_word_is_only_raised(level, of_welcome):
     ],
 )
 def test_who_demands_something_itself_is_left_alone(wish):
-    assert join(wish, "verify", said=True, names=("b.example",)) is wish
+    assert join(wish, "verify", said=True, names=("b.example",)) == wish
 
 
 def test_whose_name_is_compared():
