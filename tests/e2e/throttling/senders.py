@@ -95,13 +95,13 @@ class Sender:
 
 
 @contextmanager
-def sending(witness: Witness, *senders: Sender) -> Iterator[None]:
+def sending(witness: Witness, *senders: Sender, within: float = 20) -> Iterator[None]:
     """All of them have begun to send."""
     with ExitStack() as stack:
         for sender in senders:
             stack.enter_context(sender)
         names = {sender.instance for sender in senders}
-        wait_for(lambda: set(witness.counts()) == names, 20, "all of them send")
+        wait_for(lambda: set(witness.counts()) == names, within, "all of them send")
         yield
         for sender in senders:
             sender.stop()

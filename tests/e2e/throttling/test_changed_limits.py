@@ -138,7 +138,7 @@ def test_no_minute_sees_more_than_the_limit_whatever_changes() -> None:
             for name, (says, _) in MINUTES.items()
         }
         every = [sender for each in senders.values() for sender in each]
-        stack.enter_context(sending(witness, *every))
+        stack.enter_context(sending(witness, *every, within=90))
         passed(witness, 70)
         let_the_cautious_one_go(senders["leaves"])
         for step in range(12):

@@ -9,14 +9,14 @@ import pytest
 
 from proxy.doors.smtp.direct import Direct
 from proxy.errors import UpstreamError
-from proxy.model import Endpoint
+from proxy.model import Endpoint, TlsMode
 from proxy.net.relay import Engine
 
 
 def direct(ends: set[Endpoint], destination: Endpoint, engine: Engine) -> Direct:
     settings = SimpleNamespace(idle_timeout=10.0)
     services = SimpleNamespace(engine=engine, settings=settings, gauges=SimpleNamespace(ends=ends))
-    terms = SimpleNamespace(source="127.0.0.5", destination=destination)
+    terms = SimpleNamespace(source="127.0.0.5", destination=destination, tls=TlsMode.NONE)
     return Direct(services, terms, "a", 1.0, None, 10.0)  # type: ignore[arg-type]
 
 
