@@ -1,4 +1,4 @@
-"""Certificates that receivers are shown: whose, by whom they are asked for, and what becomes of files that are wrong."""
+"""Certificates that receivers are shown: whose, who asks for them, and what becomes of files that are wrong."""
 
 from __future__ import annotations
 
