@@ -9,7 +9,7 @@ Pure: the clock is an argument. It must be one that goes on while the machine or
 
 from __future__ import annotations
 
-from heapq import heapify, heappop, heappush, heapreplace
+from heapq import heappop, heappush, heapreplace
 from typing import NamedTuple
 
 MICROSECOND = 1_000
@@ -125,8 +125,7 @@ class Lease:
     def reconnected(self) -> None:
         """A new session: its counts begin anew. Permits at hand stay usable, but can no longer be returned."""
         self.got = self.voided = 0
-        self._runs = [run._replace(returnable=False) for run in self._runs]
-        heapify(self._runs)
+        self._runs = [run._replace(returnable=False) for run in self._runs]  # in the same order
 
     def _expire(self, now: int) -> None:
         while self._runs and self._runs[0].use_by < now:

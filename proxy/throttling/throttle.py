@@ -198,7 +198,7 @@ class Window:
 
 def _whole(moment: int) -> int:
     """Rounded up to a microsecond."""
-    return moment if moment % MICROSECOND == 0 else -(-moment // MICROSECOND) * MICROSECOND
+    return -(-moment // MICROSECOND) * MICROSECOND
 
 
 def _scaled(span: int, new: int, old: int) -> int:
@@ -281,7 +281,7 @@ class Meter:
 
     def after(self, slot: int) -> int:
         """The slot that comes after `slot`, if that is taken."""
-        if len(self.windows) == 1:  # nearly always, and asked for each slot
+        if len(self.windows) == 1:  # nearly always, and asked for each slot: the same, without a list
             window = self.windows[0]
             return (window.tat if window.tat > slot else slot) + window.interval - window.tau
         return max(

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.throttling.throttle import AHEAD, MICROSECOND, SECOND, Key, Limit, Meter, interval, slack_range
+from proxy.throttling.throttle import AHEAD, MICROSECOND, SECOND, Key, Limit, Meter, Window, interval, slack_range
 from tests.unit.throttling.oracle import Rule, Terms, check_windows
 
 START = 1_000 * SECOND
@@ -45,6 +45,102 @@ def fullest(slots: list[int], span: int) -> int:
 def uses_within(slots: list[int], seconds: int) -> int:
     """The most uses that a window can see."""
     return fullest(slots, seconds * SECOND + slack_range(seconds)[0])
+
+
+@pytest.mark.parametrize(
+    ("floor", "debt", "filled"),
+    [
+        (LATER - SECOND, 0, 4),
+        (LATER, 0, 4),
+        (LATER + SECOND, 1, 3),  # a slot may be owed, and all but one of the burst is not there yet
+        (LATER + 4 * SECOND, 4, 0),
+        (LATER + 9 * SECOND, 9, 0),
+    ],
+)
+def test_a_new_window_begins_with_an_empty_burst_or_what_a_predecessor_may_owe(
+    floor: int, debt: int, filled: int
+) -> None:
+    window = Window(Limit(10, 10, 5), 0, floor, LATER - 1)
+    assert window.filled_at == LATER + filled * SECOND
+    assert window.tat - window.filled_at == debt * SECOND
+    assert window.owes == (debt > 0)
+
+
+def owed(one: Meter, now: int) -> list[float]:
+    """What each window owes, in its slots."""
+    return [round((window.tat - max(now, window.filled_at)) / window.interval, 2) for window in one.windows]
+
+
+def after_a_slot(*limits: Limit) -> tuple[Meter, int]:
+    """Of a minute's one slot half is paid."""
+    one = meter(*limits)
+    one.take_slot(one.earliest(LATER))
+    return one, LATER + 30 * SECOND
+
+
+def test_a_window_that_stays_inherits_from_one_that_changes_and_from_no_other() -> None:
+    minute, hour = Limit(1, 60), Limit(3600, 3600)
+    one, now = after_a_slot(minute, hour)
+    one.limit_to((Limit(60, 60), hour), START, now)
+    assert owed(one, now) == [0.5, 0.5]
+    one, now = after_a_slot(minute, hour)
+    one.limit_to((Limit(50, 10), minute, hour), START, now)
+    assert owed(one, now)[:2] == [0.5, 0.5]  # a new one inherits from all
+    assert one.windows[2].tat == LATER + one.windows[2].interval
+    one, now = after_a_slot(hour, minute)
+    one.limit_to((Limit(1800, 3600), minute), START, now)
+    assert owed(one, now)[1] == 0.5
+    assert one.windows[0].tat == now  # it owes nothing, and what the minute owes was known
+
+
+def test_what_is_owed_to_nobody_stays_so_to_the_microsecond() -> None:
+    one = meter(Limit(100, 60))
+    for limit in (Limit(50, 60), Limit(100, 60)):
+        one.limit_to((limit,), START, LATER - 1)
+        (window,) = one.windows
+        assert window.tat == window.filled_at == one.opens == LATER
+    one.limit_to((Limit(100, 60), Limit(5, 1)), START, LATER - 1)
+    assert [window.tat for window in one.windows] == [LATER, LATER]
+
+
+def test_an_heir_has_no_more_of_its_burst_than_either() -> None:
+    """What it owes begins when the later of the two has its burst."""
+    limit = Limit(10, 10, 5)
+    for own, other in ((LATER, LATER + SECOND), (LATER + SECOND, LATER)):
+        heir, past = Window(limit, 0, 0, own), Window(limit, 0, 0, other).past()
+        heir.inherit(past, LATER)
+        assert heir.filled_at == heir.tat == LATER + 5 * SECOND
+    heir.inherit(Window(limit, 0, 0, LATER).past(), LATER + 6 * SECOND - 1)
+    assert heir.filled_at == heir.tat == LATER + 6 * SECOND
+
+
+def test_slots_of_less_slack_come_when_those_of_more_are_used() -> None:
+    """10 minutes' permits live for 2 s, a second's for 0.1: the debt begins 1.9 s after the last one."""
+    ten, later = Limit(100, 600, 5), 1_900_000_000
+    one = meter(ten)
+    for _ in range(2):
+        one.take_slot(one.earliest(LATER))
+    one.limit_to((Limit(10, 1, 5),), START, LATER)
+    assert one.earliest(LATER) == one.opens == LATER + AHEAD + later
+    assert owed(one, one.opens) == [pytest.approx(2, abs=0.01)]
+    one = meter(ten)
+    one.take_slot(one.earliest(LATER))
+    one.limit_to((Limit(10, 1),), START, LATER + SECOND)
+    assert one.opens == LATER + later
+    one = meter(ten)
+    one.take_slot(one.earliest(LATER))
+    one.limit_to((Limit(10, 1),), START, LATER + 5 * SECOND)
+    assert one.opens == LATER + 5 * SECOND
+
+
+def test_limits_change_after_the_last_slot_that_was_given_out() -> None:
+    """It is where the window says that owes least: a burst is given out at once, and counts for later."""
+    one = meter(Limit(10, 1, 5), Limit(20, 10, 15))
+    for _ in range(5):
+        one.take_slot(one.earliest(LATER))
+    now = LATER + SECOND * 39 // 100
+    one.limit_to((Limit(10, 1, 5), Limit(10, 10, 5)), START, now)
+    assert one.opens == LATER + SECOND * 4 // 10
 
 
 def test_a_burst_that_grows_begins_empty() -> None:

@@ -72,6 +72,27 @@ def test_a_late_grant_is_void_and_still_counted() -> None:
     assert one.take(500 * MS) is None
 
 
+def test_a_run_that_came_too_late_is_void_with_its_later_permits() -> None:
+    """They could be used only after their time, too. What comes at the last moment is good at that moment."""
+    one = lease()
+    grant(one, n=3, step=300_000, at=100 * MS + 1)
+    assert (len(one), one.voided) == (0, 3)
+    grant(one, at=100 * MS)
+    assert one.take(100 * MS) == Permit(100 * MS, 100 * MS, 3)
+
+
+def test_permits_lapse_whoever_looks() -> None:
+    one = lease()
+    assert (one.lapses_at(), one.next_at(0)) == (None, None)
+    grant(one, first=5_000)
+    assert one.lapses_at() == 105 * MS + 1
+    grant(one, first=200_000, pinged=105_000, at=105 * MS + 1)
+    assert (len(one), one.voided) == (1, 1)
+    grant(one, first=100_000)
+    assert one.next_at(200 * MS) == 200 * MS
+    assert one.next_at(200 * MS + 1) == 305 * MS + 1
+
+
 def test_a_run_that_came_late_leaves_little_time_for_each() -> None:
     one = lease()
     grant(one, n=10, step=10_000, at=95 * MS)

@@ -19,6 +19,7 @@ from proxy.throttling.throttle import (
     TICK,
     Key,
     Limit,
+    Shadow,
     check,
     interval,
     slack_range,
@@ -187,6 +188,63 @@ def test_several_windows_hold_together() -> None:
     check_slots(slots, Rule(5, 1, 1, SECOND // 10))
     check_slots(slots, Rule(20, 60, 1, SECOND // 4))
     assert one.slack == SECOND // 10
+
+
+@pytest.mark.parametrize("limits", [(), (Limit(50, 1, 3),), (Limit(50, 1, 3), Limit(60, 60, 9)), (Limit(9, 60),)])
+def test_the_slot_after_one_is_what_comes_when_that_is_taken(limits: tuple[Limit, ...]) -> None:
+    one = Throttle(KEY)
+    one.limit_to(limits, 0, START)
+    slot = START + SECOND
+    for count in range(1, 12):
+        after = one.after(slot)
+        one.take_slot(slot)
+        assert max(slot, after) == one.earliest(slot)
+        assert after == max([window.tat - window.tau for window in one.windows], default=slot)
+        assert one.taken == count
+        slot = one.earliest(slot)
+
+
+def test_slots_are_put_off_by_whole_microseconds_and_by_less_than_half_a_window() -> None:
+    one = throttle(Limit(10, 1), Limit(60, 60))
+    before = [window.tat for window in one.windows]
+    one.put_off(before[0], 1)
+    assert [window.tat for window in one.windows] == [tat + MICROSECOND for tat in before]
+    assert one.may_put_off(SECOND // 2 - 1)
+    assert not one.may_put_off(SECOND // 2)
+
+
+def test_debts_end_when_the_last_is_paid() -> None:
+    """A burst that is not there yet is none."""
+    one = Throttle(KEY)
+    assert one.debt_until() == 0
+    one.limit_to((Limit(10, 1, 5), Limit(60, 60, 5)), 0, START)
+    assert one.debt_until() == 0
+    one.take_slot(one.earliest(START))
+    assert one.debt_until() == one.windows[1].tat > one.windows[0].tat
+
+
+@pytest.mark.parametrize(
+    ("early", "waited", "refused"),
+    [(0, 0, 0), (999, 0, 0), (1_000, 1, 0), (SECOND, 1, 0), (SECOND + MICROSECOND, 0, 1)],
+)
+def test_a_shadow_counts_who_would_have_waited_and_who_would_not_have_been_served(
+    early: int, waited: int, refused: int
+) -> None:
+    one = throttle(Limit(1, 10))
+    one.shadow = Shadow()
+    assert one.shadow.patience == 0
+    one.shadow.patience = SECOND
+    slot = one.earliest(START)
+    one.shadow_slot(slot - early)
+    assert (one.shadow.waited, one.shadow.refused, one.taken) == (waited, refused, 1 - refused)
+
+
+@pytest.mark.parametrize(("cap", "used", "waited"), [(0, 5, 0), (1, 0, 0), (2, 1, 0), (2, 2, 1), (2, 3, 1)])
+def test_a_shadow_counts_who_would_have_waited_for_a_place(cap: int, used: int, waited: int) -> None:
+    one = Throttle(KEY)
+    one.shadow, one.cap, one.used = Shadow(), cap, used
+    one.shadow_place()
+    assert (one.shadow.waited, one.full()) == (waited, False)
 
 
 def test_without_limits_a_slot_is_now() -> None:
@@ -367,6 +425,7 @@ def test_in_use_while_somebody_waits_or_holds_a_place() -> None:
 def test_places_by_owner() -> None:
     one = Throttle(KEY)
     one.cap = 2
+    assert one.holds("a") == 0
     one.take_place("a")
     one.take_place("a")
     assert (one.full(), one.holds("a"), one.holds("b")) == (True, 2, 0)
