@@ -72,14 +72,28 @@ def test_who_needs_two_places_does_not_starve() -> None:
     assert witness.most <= 4
 
 
+def linger(session: Connection, reply: bytes) -> None:
+    """A receiver whose end is 20 ms behind its answer to QUIT; until then it counts the connection."""
+    usual(session, reply)
+    time.sleep(0.02)
+
+
+def test_few_places_are_shared_by_weight() -> None:
+    """Six at 2:1:1 are 3, 1.5 and 1.5. Comparing what each has, and not what it would have, gave 2.4, 2.0 and 1.6."""
+    witness = Witness(quit=linger)
+    with Mx(witness.script) as mx, Proxy(PLAIN + "instance a {\n    weight 2\n}\n") as proxy:
+        limit = Limits("few", max_connections=6)
+        senders = [Sender(proxy.native, mx, name, limit, threads=7, each=1) for name in "abc"]
+        with sending(witness, *senders):
+            begin = now()
+            more(witness, 300, begin)
+            counts = witness.counts(begin)
+    assert counts["a"] >= 300 * 2.7 / 6, counts
+    assert min(counts["b"], counts["c"]) >= 300 * 1.2 / 6, counts
+
+
 @pytest.mark.parametrize("places", [1, 3])
 def test_a_receiver_that_closes_late_counts_no_more_connections_than_there_are_places(places: int) -> None:
-    """Its end is 20 ms behind its answer to QUIT, and until then it counts the connection."""
-
-    def linger(session: Connection, reply: bytes) -> None:
-        usual(session, reply)
-        time.sleep(0.02)
-
     witness = Witness(quit=linger)
     with Mx(witness.script) as mx, Proxy(PLAIN) as proxy:
         limit = Limits("few", max_connections=places)

@@ -84,6 +84,33 @@ def test_the_refusal_names_the_throttle_and_when_to_come_back(proxy, mx):
         opens(b, mx, few(b, "yahoo")).quit()
 
 
+def test_the_refusal_says_when_by_the_pace_of_the_line(proxy, mx):
+    """One who waited got in at once, another one waits still: who comes back in a second has a chance."""
+    with sessions(proxy, "a", "b") as (a, b):
+        mine, yours = few(a, "yahoo"), few(b, "yahoo")
+        held = opens(a, mx, mine)
+        openings = [Opening(b, mx, yours) for _ in range(2)]
+        waiting(proxy, 2)
+        held.quit()
+        waiting(proxy, 1)
+        with pytest.raises(ProxyRefused) as caught:
+            opens(a, mx, mine, deadline=0.1)
+        assert 1 <= caught.value.retry_after < 10
+        wait_for(lambda: any(each.smtp for each in openings))
+        for each in sorted(openings, key=lambda each: each.smtp is None):
+            each.result().quit()
+
+
+def test_a_throttle_of_an_instance_with_a_blocks_name_has_not_the_blocks_wait(mx):
+    block = "throttle yahoo {\n    max_concurrent_connections 1\n    destination 198.51.100.0/24\n    wait 0s\n}\n"
+    with Proxy(PLAIN + block) as proxy, sessions(proxy, "a", "b") as (a, b):
+        held = opens(a, mx, few(a, "yahoo"))
+        other = Opening(b, mx, few(b, "yahoo"))
+        waiting(proxy, 1)
+        held.quit()
+        other.result().quit()
+
+
 @pytest.mark.parametrize(
     ("step", "tls"), [("greeting", "none"), ("ehlo", "none"), ("starttls", "required"), ("tls", "required")]
 )
@@ -271,6 +298,25 @@ def test_messages_without_a_permit_are_told_once(proxy, mx):
         assert "instance=a" in line
         opens(a, mx, path).quit()
     assert len(proxy.matching("notice=unpermitted")) == 1
+
+
+def test_permits_that_lapsed_are_no_credit(mx):
+    """Forty permits come and nobody uses one; then 200 messages are sent without."""
+    with Proxy(PLAIN + "throttle_enforce yes\n") as proxy, sessions(proxy, "a") as (a,):
+        path = rated(a)
+        path.backlog(ram=1000)
+        wait_for(lambda: path._lease.voided >= 40, 30)
+        path.backlog()
+        smtp = opens(a, mx, path)
+        for _ in range(200):
+            smtp.mail("a@example.com")
+            smtp.rset()
+        smtp.quit()
+        proxy.wait_line(r"notice=unpermitted.*instance=a|instance=a.*notice=unpermitted")
+        assert proxy.page()["counters"]["messages_without_permit"] >= 100
+        with pytest.raises(ProxyRefused) as caught:
+            opens(a, mx, path, deadline=0.2)
+        assert "were sent without a permit" in str(caught.value)
 
 
 def test_enforced_they_are_paid_for_before_the_next_connection(mx):
