@@ -32,6 +32,7 @@ from proxy.errors import (
 from proxy.model import Endpoint
 from proxy.net.conversation import receive, rest_for, send_all, shake_hands
 from proxy.net.framed import FramedStream
+from proxy.net.peer import holds_back
 from proxy.net.relay import Engine, RawSocket, keep_alive
 from proxy.net.tls import PlainStream, Stream, TlsStream, proven_context
 from proxy.net.turns import TurnOver
@@ -267,8 +268,13 @@ class Via:
         self._idle.append(channel)
 
     def close(self, channel: Channel) -> None:
-        """Close it; an SMTP session that is open on it is broken off there with a reset."""
-        self._engine.close(channel.stream.socket)
+        """Close it; an SMTP session that is open on it is broken off there with a reset.
+
+        With bytes unsent it is a reset here, too: a FIN would stand behind them, and the proxy would hold the receiver,
+        which takes nothing, and its place for minutes.
+        """
+        stream = channel.stream
+        self._engine.close(stream.socket, reset=stream.unsent or holds_back(stream.socket))
 
     def shed(self) -> None:
         """Close what has been idle for long; called now and then."""

@@ -293,3 +293,26 @@ def test_a_client_of_an_agent_that_is_reset_in_the_middle_of_a_message(mediated:
         assert mx.messages == []
         # What is left works.
         assert clients.send(socks5(front.socks5, mx.endpoint, SOURCE), MESSAGE)[0] == 250
+
+
+def test_an_agents_client_that_gives_up_on_a_receiver_that_takes_nothing(pair: tuple[Proxy, Proxy]) -> None:
+    """More is under way than all kernels between take: the agent's FIN would stand behind it for minutes."""
+    front, proxy = pair
+    gate = threading.Event()
+
+    def serve(sock: socket.socket) -> None:
+        sock.sendall(b"220 mx.example\r\n")
+        gate.wait(60)
+
+    with Raw(serve, receive_buffer=4096) as mx:
+        try:
+            sock = socks5(front.socks5, mx.endpoint, SOURCE)
+            sock.settimeout(1.0)
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    sock.sendall(bytes(65536))
+            clients.reset(sock)
+            proxy.wait_line(r"^connection .*protocol=native .*outcome=client_reset")
+            wait_for(lambda: "active=0" in proxy.status()[-1], what="the place is free")
+        finally:
+            gate.set()
