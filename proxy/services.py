@@ -16,6 +16,7 @@ from ssl import SSLContext
 from time import monotonic
 from typing import Protocol
 
+from proxy.egress.acquaintances import Acquaintances
 from proxy.egress.admission import Admission
 from proxy.egress.broken_tls import BrokenTls
 from proxy.egress.demands import Demands
@@ -241,6 +242,7 @@ class Services:
     broken_tls: BrokenTls
     demands: Demands
     tls_sessions: Sessions
+    acquaintances: Acquaintances
     admission: Admission
     via: Via | None
     identity: ServerIdentity | None

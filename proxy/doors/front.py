@@ -22,6 +22,7 @@ from proxy.doors.presence import HALF_CLOSED, while_client_stays
 from proxy.doors.smtp import visit as smtp
 from proxy.doors.smtp.books import Facts
 from proxy.doors.smtp.direct import egress_for
+from proxy.doors.smtp.egress import Line
 from proxy.doors.through import Through
 from proxy.egress import upstream
 from proxy.egress.via import Via
@@ -439,20 +440,21 @@ class Visit:
         self.source, self.state = source, "connect"
         try:
             with self._while_client_stays(HALF_CLOSED):
-                line = egress.connect()
+                first = egress.connect()
         finally:
             egress.close()
         try:
-            answer = handshake.send(Accepted(line.local) if handshake.tells_local else _YES)
+            answer = handshake.send(Accepted(first.local) if handshake.tells_local else _YES)
             self._write(answer)
-            if answer and line.greeting is not None:
+            if answer and first.greeting is not None:
                 sleep(_GREETING_AFTER)
         except BaseException:
-            egress.drop(line, False)
+            if isinstance(first, Line):
+                egress.drop(first, False)
             raise
         self.handshake = None
         facts = Facts(self.number, self.client, terms, self.started)
-        visit = smtp.Visit(services, self.door, PlainStream(self.socket), facts, egress, line)
+        visit = smtp.Visit(services, self.door, PlainStream(self.socket), facts, egress, first)
         self.hosted = visit
         visit.serve(handshake.trailing)
         if visit.resets:

@@ -25,6 +25,7 @@ from proxy.config.in_force import Row
 from proxy.config.load import Loaded
 from proxy.control import door as control
 from proxy.egress import via
+from proxy.egress.acquaintances import Acquaintances
 from proxy.egress.admission import Admission, clock_ns
 from proxy.egress.broken_tls import BrokenTls
 from proxy.egress.demands import Demands
@@ -122,6 +123,7 @@ class Server:
         self._broken_tls = BrokenTls()
         self._tlsa = TlsaLookUps()
         self._tls_sessions = Sessions()
+        self._acquaintances = Acquaintances()
         self._via: via.Via | None = None
         self._generated: tls.ServerIdentity | None = None
         self._stops = 0
@@ -272,6 +274,7 @@ class Server:
                 (shown or Shown()).of,
             ),
             tls_sessions=self._tls_sessions,
+            acquaintances=self._acquaintances,
             admission=self._admission,
             via=via.of_settings(self._engine, settings, socket.gethostname(), self._via),
             identity=identity if settings.listen and settings.listen_tls else None,

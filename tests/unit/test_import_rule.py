@@ -49,6 +49,7 @@ PURE_FILES = {
         "control.explain",
         "control.filters",
         "control.house",
+        "egress.acquaintances",
         "egress.broken_tls",
         "egress.pool",
         "egress.resumption",

@@ -12,6 +12,7 @@ from proxy.doors.native.entrance import Guest
 from proxy.doors.native.link import ClientGone, Link
 from proxy.doors.smtp.books import Facts
 from proxy.doors.smtp.direct import egress_for
+from proxy.doors.smtp.egress import Line
 from proxy.doors.smtp.visit import Visit
 from proxy.egress import upstream
 from proxy.errors import PeerError
@@ -69,20 +70,22 @@ class Dialogue:
         return self._facts.terms.destination
 
     def open(self) -> m.Opened:
-        """Have a connection, parked or fresh.
+        """Have a connection, parked or fresh, or go on without one for now.
 
         Raises:
             ProxyError: none. What else is thrown in while it waits: the client is gone.
         """
         try:
-            self._line = self._egress.connect()
+            self._first = self._egress.connect()
         finally:
             self._egress.close()
-        return m.Opened(self._line.reused, m.Address(*self.destination), m.Address(*self._line.local))
+        reused = isinstance(self._first, Line) and self._first.reused
+        return m.Opened(reused, m.Address(*self.destination), m.Local(*self._first.local))
 
     def give_up(self) -> None:
         """Nobody waits for the connection any more."""
-        self._egress.drop(self._line, False)
+        if isinstance(self._first, Line):
+            self._egress.drop(self._first, False)
 
     def serve(self) -> None:
         """From OPENED to ENDED.
@@ -92,7 +95,7 @@ class Dialogue:
         """
         link, engine = self._link, self._services.engine
         stream = FramedStream(link.stream, link.decoder, frames.CHANNEL_FROM_CLIENT)
-        visit = self._visit = Visit(self._services, self._door, stream, self._facts, self._egress, self._line)
+        visit = self._visit = Visit(self._services, self._door, stream, self._facts, self._egress, self._first)
         visit.serve(b"")
         self._visit = None
         if visit.resets:

@@ -188,6 +188,8 @@ class Opener:
             if kept is not None:
                 return kept
         receiver = self._fresh(wish, source, destination, left, who, places)
+        if receiver.greeting is not None:
+            services.acquaintances.met(destination, wish.tls, receiver.greeting, receiver.hello)
         if receiver.tls is not None:
             services.broken_tls.worked(destination)
             services.counters.tls(receiver.tls.seen)

@@ -228,7 +228,7 @@ def opened(taken: Taken, attempts: Attempts) -> m.Opened:
     return m.Opened(
         reused=taken.reused,
         destination=m.Address(*receiver.destination),
-        local=m.Address(*receiver.local),
+        local=m.Local(*receiver.local),
         messages=receiver.messages,
         age_ms=int((monotonic() - receiver.opened_at) * 1000),
         greeting=receiver.greeting.encode()[:_MAX_GREETING] if receiver.greeting is not None else None,

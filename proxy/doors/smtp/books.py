@@ -5,7 +5,7 @@ from __future__ import annotations
 from time import monotonic
 from typing import NamedTuple
 
-from proxy.doors.smtp.egress import Line
+from proxy.doors.smtp.egress import Line, Preview
 from proxy.errors import ProxyError
 from proxy.log import lines as log
 from proxy.model import Ending, Endpoint
@@ -28,7 +28,7 @@ class Books:
     """Of one client.
 
     Args:
-        line: its first connection.
+        first: its first connection, or what it has instead.
 
     Attributes:
         up, down: bytes to the receiver, and to the client.
@@ -38,12 +38,13 @@ class Books:
         refused_by: a receiver's greeting that was a refusal, or "". reply: the last refusal of any kind.
     """
 
-    def __init__(self, services: Services, door: Door, facts: Facts, line: Line) -> None:
+    def __init__(self, services: Services, door: Door, facts: Facts, first: Line | Preview) -> None:
         self.outcomes = Outcomes()
         self.up = self.down = 0
-        self.reused = line.reused
-        self.tls = line.tls
-        self.seen = line.seen
+        line = first if isinstance(first, Line) else None
+        self.reused = line is not None and line.reused
+        self.tls = line.tls if line is not None else ""
+        self.seen = line.seen if line is not None else None
         self.ending = Ending.CLIENT_CLOSED
         self.refused_by = ""
         self.reply = ""

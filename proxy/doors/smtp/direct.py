@@ -10,7 +10,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple
 
-from proxy.doors.smtp.egress import Line
+from proxy.doors.smtp.egress import Line, Preview
 from proxy.egress import upstream
 from proxy.egress.pool import PoolKey
 from proxy.egress.receiver import (
@@ -24,7 +24,7 @@ from proxy.egress.receiver import (
     may_do_without,
     open_receiver,
 )
-from proxy.errors import Overloaded, UpstreamError
+from proxy.errors import Overloaded, Throttled, UpstreamError
 from proxy.log import lines as log
 from proxy.model import Discard, Endpoint, TlsMode
 from proxy.net.relay import RawSocket
@@ -37,6 +37,9 @@ from proxy.throttling.flows import Places
 
 #: An MTA waits five minutes for the reply to EHLO or MAIL (RFC 5321 section 4.5.3.2); the answer must be there before.
 _ANSWER_WITHIN = 240.0
+#: Shown of a receiver that nobody knows: what cannot be done without by who needs it. A message that does need it is
+#: put off if it turns out not to be there; without it, some MTAs would send it back for good.
+_SUPPOSED = ("8BITMIME", "SMTPUTF8")
 
 
 class Direct:
@@ -65,22 +68,22 @@ class Direct:
         self._slot: MessageTicket | None = None  # the last one
         self._wished = Wish(None, terms.tls)  # see `_settle`
         self._connect_by = monotonic() + connect_within
+        self._answer_by: float | None = None  # of the MAIL that has its slot and no connection yet
 
     # ---------------------------------------------------------------- having one
 
-    def connect(self) -> Line:
+    def connect(self) -> Line | Preview:
         """See `Egress`."""
         self._settle(place_within(self._connect_by - monotonic()))
         name = self._terms.ehlo_name
         if name is not None and self._shares and (kept := self._kept(name, self._swap)) is not None:
             self._close_bound()
             return kept
-        places = self._enter(place_within(self._connect_by - monotonic()), name)
         try:
-            kept = self._kept_with(name, places)
-            if kept is not None:
-                self._close_bound()
-                return kept
+            places = self._enter_now()
+        except Throttled:
+            return self.preview()
+        try:
             sock, self._bound = self._bound, None
             left = self._connect_by - monotonic()
             seconds = min(self._services.settings.connect_timeout, upstream.LONGEST_CONNECT, left)
@@ -91,6 +94,13 @@ class Direct:
         receiver.place = places
         bring_up = BringUp(self._services.engine, receiver, self._wish(None), self._services.tls_sessions)
         return Line(receiver.stream, receiver.local, handle=_Held(receiver, None, bring_up))
+
+    def preview(self) -> Preview:
+        """See `Egress`."""
+        terms, services = self._terms, self._services
+        said = services.acquaintances.known(terms.destination, self._tls)
+        local, host = Endpoint(terms.source, 0), services.host_name
+        return Preview(local, *(said or (f"220 {host} ESMTP", (host, *_SUPPOSED))))
 
     def greet(self, line: Line) -> None:
         """See `Egress`."""
@@ -112,7 +122,7 @@ class Direct:
             if name.lower() == line.ehlo_name.lower():
                 return line
             self.give(line)
-            return self.renew(name, True)
+            return self.renew(name, True, False)
         held = _held(line)
         assert held.bring_up is not None
         try:
@@ -132,7 +142,7 @@ class Direct:
             InClear("handshake", failure.reason, failure.tls_result),
         )
 
-    def renew(self, name: str, fresh: bool) -> Line:
+    def renew(self, name: str, fresh: bool, patient: bool = True) -> Line:
         """See `Egress`."""
         terms = self._terms
         self._services.access.check_route(terms.instance, terms.source, terms.destination)  # a reload may have come
@@ -140,7 +150,9 @@ class Direct:
         shares = self._may_share(name)
         if shares and not fresh and (kept := self._kept(name, self._swap)) is not None:
             return kept
-        places = self._enter(_ANSWER_WITHIN, name if shares else None)
+        answer_by, self._answer_by = self._answer_by, None
+        seconds = _ANSWER_WITHIN if answer_by is None else answer_by - monotonic()
+        places = self._enter(seconds, name if shares else None) if patient else self._enter_now()
         if shares and not fresh:
             try:
                 kept = self._kept_with(name, places)
@@ -153,6 +165,7 @@ class Direct:
 
     def slot(self, waits: Callable[[], None]) -> None:
         """See `Egress`."""
+        self._answer_by = monotonic() + _ANSWER_WITHIN
         self._slot = self._services.admission.message(*self._who, _ANSWER_WITHIN, waits)
 
     def redeem(self) -> bool:
@@ -248,6 +261,17 @@ class Direct:
         key = self._key(name, self._tls) if name is not None else None
         return self._services.admission.enter(*self._who, max(seconds, 0.001), key, rated=False)
 
+    def _enter_now(self) -> Places | None:
+        """The same, if it need not be waited for.
+
+        Raises:
+            Throttled: it would have to.
+        """
+        may, places = self._services.admission.swap(None, *self._who, rated=False)
+        if not may:
+            raise Throttled("no place is free", "", 0.0)
+        return places
+
     def _kept(self, name: str, claim: Callable[[Receiver], bool]) -> Line | None:
         receiver = self._services.keeper.take(self._key(name, self._tls), claim)
         if receiver is None:
@@ -256,9 +280,9 @@ class Direct:
         self._services.counters.reused += 1
         return self._line(receiver, name, self._tls, True)
 
-    def _kept_with(self, name: str | None, places: Places | None) -> Line | None:
+    def _kept_with(self, name: str, places: Places | None) -> Line | None:
         """What came with a place that had to be waited for."""
-        if name is None or places is None or not self._shares:
+        if places is None:
             return None
 
         def move_in(kept: Receiver) -> bool:
@@ -353,6 +377,8 @@ class Direct:
     def _line(self, receiver: Receiver, name: str, tls: TlsMode, reused: bool) -> Line:
         """For the dialogue; `tls` is what was tried. In clear instead, it is shared as one that is to be in clear."""
         services, wanted = self._services, may_do_without(self._wished)
+        if not reused and receiver.greeting is not None:
+            services.acquaintances.met(self._terms.destination, tls, receiver.greeting, receiver.hello)
         if receiver.tls is not None and not reused:
             services.broken_tls.worked(self._terms.destination)
             services.counters.tls(receiver.tls.seen)

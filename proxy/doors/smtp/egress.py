@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from proxy.model import Discard, Endpoint, TlsSeen
 from proxy.net.relay import RawSocket
@@ -67,11 +67,25 @@ class Line:
     handle: object = None
 
 
+class Preview(NamedTuple):
+    """There is no place for a connection now. What the client is told instead, until its first message has one.
+
+    Args:
+        local: where the connection will leave from; port 0.
+        greeting, hello: as a `Line` has them.
+    """
+
+    local: Endpoint
+    greeting: str
+    hello: tuple[str, ...]
+
+
 class Egress(Protocol):
     """Connections and slots for one client, on the terms (`policy.modes.Terms`) that it was made with."""
 
-    def connect(self) -> Line:
-        """At the client's CONNECT: an idle connection that can be shared, else TCP to the receiver and no more.
+    def connect(self) -> Line | Preview:
+        """At the client's CONNECT: an idle connection that can be shared, else TCP to the receiver and no more; without
+        waiting for a place.
 
         Raises:
             ProxyError: what is told to the client in its own protocol, as in mode tcp.
@@ -95,11 +109,15 @@ class Egress(Protocol):
             ProxyError: the receiver's refusal is in `smtp_reply`. There is no line then.
         """
 
-    def renew(self, name: str, fresh: bool) -> Line:
+    def preview(self) -> Preview:
+        """What to tell a client for whom there is no connection yet. Does not wait."""
+
+    def renew(self, name: str, fresh: bool, patient: bool = True) -> Line:
         """A whole session under the client's name, for a client that has none: an idle one, or a new one.
 
         Args:
             fresh: a new one, whatever is idle: the last one was found dead.
+            patient: wait for its place; else Throttled at once, if there is none.
 
         Raises:
             ProxyError: as `hello`; Throttled: no place in time.

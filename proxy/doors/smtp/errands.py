@@ -10,13 +10,13 @@ from gevent import Timeout
 from proxy.doors.smtp.books import Books
 from proxy.doors.smtp.holding import Holding
 from proxy.doors.smtp.wire import ClientGone, Wires
-from proxy.errors import ProxyError
+from proxy.errors import ProxyError, Throttled
 from proxy.net.apart import for_clients
 from proxy.net.conversation import shake_hands
 from proxy.net.framed import FramedStream
 from proxy.net.tls import Stream, TlsStream
 from proxy.protocols.smtp.mediator import Mediator
-from proxy.protocols.smtp.states import Want
+from proxy.protocols.smtp.states import State, Want
 from proxy.services import Services
 
 #: A receiver that was out of sight for so long may have closed meanwhile.
@@ -73,13 +73,20 @@ class Errands:
         except ClientGone:
             raise
         except ProxyError as error:
-            if want is not Want.SLOT:
-                self._holding.lose()
-                self._books.note_failure(error)
-            self._mediator.failed(error)
+            self._failed(want, error)
         finally:
             self._wires.end_errand()
             self._books.outcomes.waited += monotonic() - started if want is Want.SLOT else 0.0
+
+    def _failed(self, want: Want, error: ProxyError) -> None:
+        mediator, holding = self._mediator, self._holding
+        if want is not Want.SLOT:
+            holding.lose()
+            if mediator.state is not State.HELD and isinstance(error, Throttled):
+                mediator.put_off(holding.egress.preview().hello)  # a place is for a MAIL to wait for
+                return
+            self._books.note_failure(error)
+        mediator.failed(error)
 
     def _fetch(self, want: Want, started: float) -> None:
         """What only the egress has.
@@ -101,7 +108,10 @@ class Errands:
             mediator.slot_granted(monotonic() - started >= _OUT_OF_SIGHT)
             return
         if want is Want.GREETING:
-            assert line is not None
+            if line is None:
+                assert holding.preview is not None
+                mediator.previewed(holding.preview.greeting, holding.preview.hello)
+                return
             if line.greeting is None:
                 holding.lose()
                 egress.greet(line)
@@ -116,7 +126,7 @@ class Errands:
             holding.lose()
             holding.line = line = egress.hello(line, name)
         else:
-            holding.line = line = egress.renew(name, mediator.fresh)
+            holding.line = line = egress.renew(name, mediator.fresh, mediator.state is State.HELD)
         self._books.tls, self._books.seen = line.tls or self._books.tls, line.seen or self._books.seen
         holding.attach()
         in_time = not mediator.says_mail or egress.redeem()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gevent import get_hub
 
 from proxy.doors.smtp.books import Books
-from proxy.doors.smtp.egress import Egress, Line
+from proxy.doors.smtp.egress import Egress, Line, Preview
 from proxy.doors.smtp.wire import Wires
 from proxy.model import Discard
 from proxy.net.alarm import Alarm
@@ -23,15 +23,22 @@ class Holding:
     """Of one client; all of it in its greenlet, but for what says otherwise.
 
     Attributes:
-        line: the connection, if there is one.
+        line: the connection, if there is one. preview: what the client is told before it has any.
         kept: whether the last one that was left was given to whoever comes next.
     """
 
     def __init__(
-        self, services: Services, egress: Egress, line: Line, mediator: Mediator, wires: Wires, books: Books
+        self,
+        services: Services,
+        egress: Egress,
+        first: Line | Preview,
+        mediator: Mediator,
+        wires: Wires,
+        books: Books,
     ) -> None:
         self.egress = egress
-        self.line: Line | None = line
+        self.line = first if isinstance(first, Line) else None
+        self.preview = first if isinstance(first, Preview) else None
         self.kept = False
         self._services = services
         self._mediator = mediator

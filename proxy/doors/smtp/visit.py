@@ -12,7 +12,7 @@ import contextlib
 from time import monotonic
 
 from proxy.doors.smtp.books import Books, Facts
-from proxy.doors.smtp.egress import Egress, Line
+from proxy.doors.smtp.egress import Egress, Line, Preview
 from proxy.doors.smtp.errands import Errands
 from proxy.doors.smtp.holding import Holding
 from proxy.doors.smtp.wire import ClientGone, Wires
@@ -44,21 +44,27 @@ class Visit:
 
     Args:
         stream: the client's, its socket registered with the engine; stays the caller's to close.
-        egress: where its receivers come from. line: the first of them.
+        egress: where its receivers come from. first: what it had at its request.
     """
 
     def __init__(
-        self, services: Services, door: Door, stream: Stream | FramedStream, facts: Facts, egress: Egress, line: Line
+        self,
+        services: Services,
+        door: Door,
+        stream: Stream | FramedStream,
+        facts: Facts,
+        egress: Egress,
+        first: Line | Preview,
     ) -> None:
         terms, settings = facts.terms, services.settings
         starttls = terms.offer_starttls and services.mta_context is not None
         judge = Tracker if not settings.log_messages else self._fate_tracker
         self._services = services
         self._facts = facts
-        self._books = Books(services, door, facts, line)
+        self._books = Books(services, door, facts, first)
         self._wires = Wires(services.engine, stream)
         self._mediator = Mediator(services.host_name, starttls, terms.show_auth, judge)
-        self._holding = Holding(services, egress, line, self._mediator, self._wires, self._books)
+        self._holding = Holding(services, egress, first, self._mediator, self._wires, self._books)
         self._errands = Errands(services, stream, self._mediator, self._wires, self._holding, self._books, self._hear)
         self._turn = stream.turn
         self._turn.key = facts.client.host
@@ -77,7 +83,8 @@ class Visit:
         dialogues = self._services.instances.dialogues
         dialogues[self] = None
         try:
-            self._holding.attach()
+            if self._holding.line is not None:
+                self._holding.attach()
             if early:
                 self._mediator.client(early)
             self._converse()

@@ -80,6 +80,12 @@ class Address(Part, frozen=True):
         return Endpoint(self.host, self.port)
 
 
+class Local(Address, frozen=True):
+    """The local address of a connection; port 0: there is none yet."""
+
+    port: Annotated[int, Meta(ge=0, le=65535)]
+
+
 # --- handshake ---
 
 
@@ -248,7 +254,7 @@ class Opened(Message, frozen=True):
     TYPE = 0x11
     reused: bool
     destination: Address
-    local: Address
+    local: Local
     messages: U32 = 0
     age_ms: U32 = 0
     greeting: Reply | None = None

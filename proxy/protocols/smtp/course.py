@@ -61,6 +61,7 @@ class Course:
         self.show_auth = show_auth
         self.hello: tuple[str, ...] = ()  # the receiver's lines under `name`
         self.promised: list[str] = []  # what the client was shown of them
+        self.foreseen: tuple[str, ...] = ()  # what a receiver is thought to say, as long as there was none
         self.said_hello = False  # since the start, or since TLS with the client
         self.secured = False  # TLS with the client
         self.helo = False  # it said HELO
@@ -93,7 +94,11 @@ class Course:
         """A name that the receiver has not heard from this client."""
         first, self.name, self.hello, self.refusal = self.name is None, name, (), b""
         self.state, self.said_hello = State.HELLO, False
-        if first and self.attached:
+        if self.foreseen:
+            self.hello, self.said_hello = self.foreseen, True
+            self.answer_hello()
+            self.rest()
+        elif first and self.attached:
             self.want = Want.HELLO
         elif self.attached:
             self.want = Want.LEAVE

@@ -27,6 +27,10 @@ SHOWN = frozenset(
 )
 
 
+#: Keywords that mean nothing but a parameter of MAIL (RFC 6152, 6531).
+_OF_MAIL = {"8BITMIME": b"BODY=8BITMIME", "SMTPUTF8": b"SMTPUTF8"}
+
+
 def shown(hello: Sequence[str], left: int | None, auth: bool) -> list[str]:
     """The lines for the client.
 
@@ -45,12 +49,17 @@ def shown(hello: Sequence[str], left: int | None, auth: bool) -> list[str]:
     return lines
 
 
-def offers(hello: Sequence[str], promised: Sequence[str]) -> bool:
-    """Whether a receiver's `hello` has all that a client was `promised` (both with their first lines)."""
+def offers(hello: Sequence[str], promised: Sequence[str], command: bytes = b"") -> bool:
+    """Whether a receiver's `hello` has all that a client was `promised` (both with their first lines).
+
+    Args:
+        command: what it is to hear. What only a MAIL can make use of has to be there if this one does.
+    """
+    used = command.upper().split()
     offered = {_keyword(line): line.partition(" ")[2].strip() for line in hello[1:]}
     for line in promised[1:]:
         keyword, parameters = _keyword(line), line.partition(" ")[2].strip()
-        if keyword == "LIMITS":
+        if keyword == "LIMITS" or (keyword in _OF_MAIL and _OF_MAIL[keyword] not in used):
             continue
         if keyword not in offered or (keyword == "SIZE" and _size(offered[keyword]) < _size(parameters)):
             return False

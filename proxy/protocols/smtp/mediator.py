@@ -128,6 +128,19 @@ class Mediator(Course):
             self.death = Discard.PEER_SPOKE
             self.end()
 
+    def previewed(self, greeting: str, hello: Sequence[str]) -> None:
+        """There is no receiver yet, since no place is free: the client is told what one is thought to say."""
+        self.want, self.attached, self.state, self.foreseen = None, False, State.HELLO, tuple(hello)
+        self.to_client.append(replies.again(greeting))
+        self._run()
+
+    def put_off(self, hello: Sequence[str]) -> None:
+        """There is no place for a connection under the name that was just said: the same as `previewed`."""
+        assert self.name is not None
+        self.want, self.attached, self.foreseen = None, False, tuple(hello)
+        self.introduce(self.name)
+        self._run()
+
     def attached_to(
         self, hello: Sequence[str], left: int | None, may_change: bool, reused: bool, in_time: bool = True
     ) -> None:
@@ -138,14 +151,14 @@ class Mediator(Course):
             may_change: another one would do as well. reused: somebody else had it before.
             in_time: the slot of the message that waits (`says_mail`) is still good.
         """
-        self.want, self.attached, self.death = None, True, None
+        self.want, self.attached, self.death, self.foreseen = None, True, None, ()
         self.tracker = self.make_tracker()
         self.lines.take_rest()
         self.mails_left, self.may_change, self.old = left, may_change, reused
         if self.state is State.HELLO:
             self.hello, self.said_hello, self.state = tuple(hello), True, State.READY
             self.answer_hello()
-        elif not keywords.offers(hello, self.promised):
+        elif not keywords.offers(hello, self.promised, self.pending or self.group.first):
             self.last_word("4.3.2", "the receiver offers less than it did")
         elif not in_time:
             self.want = Want.SLOT

@@ -943,3 +943,78 @@ def test_what_was_pipelined_before_the_receivers_garbage_goes_to_it_too():
     world.say(b"MAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nQUIT\r\n")
     assert world.state is State.RAW
     assert world.mxs[0].commands[-1] == b"QUIT"
+
+
+# --- no place at the start ---
+
+FORESEEN = ("mx.example.net", "SIZE 1000", "8BITMIME", "SMTPUTF8", "CHUNKING")
+
+
+def test_without_a_place_the_client_is_told_what_the_receiver_is_thought_to_say():
+    world = World(preview=FORESEEN)
+    world.settle()
+    assert world.client_sees == GREETING.encode() + b"\r\n"
+    assert world.say(EHLO) == b"250-mx.example.net\r\n250-SIZE 1000\r\n250-8BITMIME\r\n250 SMTPUTF8\r\n"
+    assert world.say(b"EHLO another.example\r\n").startswith(b"250-mx.example.net\r\n"), "another name, too"
+    assert world.say(b"HELO another.example\r\n") == b"250 mx.example.net\r\n"
+    assert world.say(b"NOOP\r\nRSET\r\n") == b"250 2.0.0 OK\r\n" * 2
+    assert world.say(b"QUIT\r\n").startswith(b"221 ")
+    assert (world.wants, world.mxs, world.over) == ([Want.GREETING, Want.END], [], True)
+
+
+def test_its_first_message_has_its_slot_and_then_its_connection():
+    world = World(preview=FORESEEN)
+    replies = world.say(EHLO + message(1))
+    assert codes(replies)[-4:] == [250, 250, 354, 250]
+    assert world.wants == [Want.GREETING, Want.SLOT, Want.LINE]
+    assert world.names == [NAME]
+    assert world.mxs[0].messages == [b"..1\r\n.x\r\n\r\n"]
+    assert world.say(message(2))[:3] == b"250", "as any other from then on"
+    assert len(world.mxs) == 1
+
+
+def test_no_place_for_the_first_message_is_said_to_it_alone():
+    world = World(preview=FORESEEN)
+    world.settle()
+    world.say(EHLO)
+    world.refuse = throttled(7.2)
+    replies = world.say(b"MAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nDATA\r\n")
+    assert codes(replies) == [451, 503, 503]
+    assert replies.startswith(b"451 4.7.1 throttle yahoo: again in 8 s\r\n")
+    assert codes(world.say(b"RSET\r\n" + message(1))) == [250, 250, 250, 354, 250]
+
+
+@pytest.mark.parametrize(
+    ("offered", "mail", "code"),
+    [
+        (FORESEEN, b"BODY=8BITMIME SMTPUTF8", 250),
+        (("mx", "SIZE 1000"), b"", 250),
+        (("mx", "SIZE 1000"), b"SIZE=10 BODY=7BIT", 250),
+        (("mx", "SIZE 1000"), b"body=8bitmime", 421),
+        (("mx", "SIZE 1000", "8BITMIME"), b"BODY=8BITMIME SMTPUTF8", 421),
+        (("mx", "SIZE 999", "8BITMIME", "SMTPUTF8"), b"", 421),
+        (("mx", "8BITMIME", "SMTPUTF8"), b"", 421),
+    ],
+)
+def test_what_was_foreseen_has_to_be_there_if_it_is_used(offered, mail, code):
+    """Never passed on to a receiver that would refuse it for good."""
+    world = World(preview=FORESEEN, hello=[offered])
+    world.settle()
+    world.say(EHLO)
+    assert codes(world.say(b"MAIL FROM:<a@b.example> %s\r\n" % mail)) == [code]
+    assert world.over == (code == 421)
+    assert bool(world.mxs[0].commands) == (code == 250)
+
+
+def test_a_place_that_is_gone_when_the_client_says_its_name():
+    """Another name than the kept connection's: that one goes back, and there is none for this client."""
+    world = World(reused=True, automatic=False)
+    world.do()
+    world.give(EHLO)
+    assert world.mediator.want is Want.HELLO
+    world.mediator.put_off(FORESEEN)
+    world.automatic = True
+    world.settle()
+    assert codes(world.client_sees) == [220, 250]
+    assert world.state is State.DETACHED
+    assert codes(world.say(message(1))) == [250, 250, 354, 250]

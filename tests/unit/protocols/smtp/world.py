@@ -102,6 +102,7 @@ class World:
         hello: the lines of each connection's EHLO, the last one's for all later ones.
         left: MAIL commands that each connection takes.
         late: so many times a connection comes too late for its message's slot.
+        preview: there is no place for the first connection; what the client is told at EHLO instead.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class World:
         late: int = 0,
         greeting: str = GREETING,
         automatic: bool = True,
+        preview: tuple[str, ...] = (),
         **options: bool,
     ) -> None:
         self.mediator = Mediator(HOST, **options)
@@ -128,6 +130,7 @@ class World:
         self.late = late
         self.greeting = greeting
         self.automatic = automatic  # do what is wanted as soon as it is
+        self.preview = preview
         self.refuse: ProxyError | None = None  # the next connection, or bring-up
         self.mxs: list[Mx] = []
         self.client_sees = b""
@@ -136,7 +139,8 @@ class World:
         self.names: list[str | None] = []
         self.wants: list[Want] = []
         self.over = False
-        self._connect(reused)
+        if not preview:
+            self._connect(reused)
 
     # -- what happens
 
@@ -222,7 +226,9 @@ class World:
         return error is not None
 
     def _greeting(self) -> None:
-        if not self._refused():
+        if self.preview:
+            self.mediator.previewed(self.greeting, self.preview)
+        elif not self._refused():
             self.mediator.greeted(self.greeting, self.reused)
 
     def _hello(self) -> None:
