@@ -159,6 +159,9 @@ def test_who_does_not_read_is_not_listened_to_and_nobody_else_notices(proxy):
         paths = [[id, SOURCE, [["x" * 250, [[10, 60, 10]]]]] for id in range(200)]
         storm = frame(REG, pack([deaf.incarnation, paths])) * 1000
         deaf.sock.settimeout(1.0)
+        # Little room in the kernel: it is stuck before it is given up for answering no PING, on a slow machine too.
+        deaf.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
         left = memoryview(storm)
         with contextlib.suppress(TimeoutError):  # of one piece: however slow the machine is, it is stuck in the end
             while left:
