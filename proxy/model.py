@@ -192,6 +192,14 @@ class Handshake(Protocol):
     def trailing(self) -> bytes: ...
 
 
+def is_meant(value: str, wanted: str) -> bool:
+    """Whether an operator who asks for `wanted` means this value: an address without a port means all its ports."""
+    if value == wanted:
+        return True
+    host, colon, port = value.rpartition(":")
+    return bool(colon) and port.isdigit() and host.strip("[]") == wanted.strip("[]")
+
+
 class Ending(enum.StrEnum):
     """How a relayed connection ended: the closed vocabulary of `outcome=` in the closing line and of the metrics.
 

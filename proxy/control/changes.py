@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from proxy.control.commands import Answer, done, refused
+from proxy.control.filters import columns, for_a_time
 from proxy.control.house import House
 from proxy.errors import Mistake
+from proxy.log import steps
+from proxy.stats import whole_seconds
+
+#: Seconds for which steps are logged, where nothing is said; and at most.
+_VERBOSE, _LONGEST_VERBOSE = 600.0, 86_400.0
 
 
-def change(words: tuple[str, ...], arguments: Sequence[str], house: House) -> Answer:
+def change(words: tuple[str, ...], arguments: Sequence[str], house: House, because: str) -> Answer:
     """Do it; may wait.
 
     Raises:
         Mistake: an argument cannot be understood; nothing has changed.
     """
+    if words == ("log", "verbose"):
+        return _verbose(house, arguments, because)
     return _CHANGES[words](house, list(arguments))
 
 
@@ -36,6 +44,16 @@ def _close(house: House, arguments: list[str]) -> Answer:
     if not house.close(int(number)):
         return refused("failed", f"there is no connection {number} (any more)")
     return done(f"connection {number} is closed")
+
+
+def _verbose(house: House, arguments: Sequence[str], because: str) -> Answer:
+    if list(arguments) == ["off"]:
+        return done(f"{house.log_less()} ended")
+    words, seconds = for_a_time(arguments, _VERBOSE, _LONGEST_VERBOSE)
+    wanted = columns(words, steps.COLUMNS)
+    house.log_verbose(wanted, seconds, because)
+    which = " ".join(f"{column}={value}" for column, value in wanted.items()) or "all connections"
+    return done(f"the steps of {which} are logged for {whole_seconds(seconds)}")
 
 
 def _stop(house: House, _: list[str]) -> Answer:

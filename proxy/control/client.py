@@ -25,18 +25,19 @@ Print = Callable[[str], object]
 
 
 def run(path: str, request: Request, as_json: bool, out: Print, err: Print) -> int:
-    """Say it, print the answer; the exit code (sysexits)."""
+    """Say it, print the answers as they come; the exit code (sysexits)."""
+    answer: dict[str, Any] = {}
     try:
-        answer = _ask(path, request)
+        for answer in _ask(path, request):
+            if as_json:
+                out(json.dumps(answer))
+            else:
+                for line in _lines(answer):
+                    out(line)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         err(f"greenarrow_proxy: control_socket {path}: {why}")
         return EX_UNAVAILABLE
-    if as_json:
-        out(json.dumps(answer))
-    else:
-        for line in _lines(answer):
-            out(line)
     if answer.get("ok"):
         return EX_OK
     if not as_json:
@@ -44,8 +45,9 @@ def run(path: str, request: Request, as_json: bool, out: Print, err: Print) -> i
     return _EXIT.get(str(answer.get("code")), EX_SOFTWARE)
 
 
-def _ask(path: str, request: Request) -> dict[str, Any]:
-    """
+def _ask(path: str, request: Request) -> Iterator[dict[str, Any]]:
+    """The answers, nearly always one.
+
     Raises:
         OSError: as it comes. ValueError: that was no answer.
     """
@@ -54,7 +56,18 @@ def _ask(path: str, request: Request) -> dict[str, Any]:
         sock.connect("\0" + path[1:] if path.startswith("@") else path)
         sock.sendall(msgspec.json.encode(request) + b"\n")
         with sock.makefile("rb") as file:
-            line = file.readline(_LONGEST)
+            while True:
+                answer = _decoded(file.readline(_LONGEST))
+                yield answer
+                if not answer.get("more"):
+                    return
+
+
+def _decoded(line: bytes) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: that is no answer.
+    """
     if not line.endswith(b"\n"):
         raise ValueError("no answer, or one without an end: is it the control socket of this version?")
     answer = json.loads(line)

@@ -33,7 +33,8 @@ class Answer(Struct, omit_defaults=True):
 
     Args:
         code: of a no: `bad_request`, `bad_command`, `not_allowed`, `failed`. error: the same in a sentence.
-        lines: what was done, or each mistake. table: the kind of `rows`, which are those of status.json.
+        lines: what was done, or each mistake; of `trace` what happens, and then there is `more`, in further answers.
+        table: the kind of `rows`, which are those of status.json.
     """
 
     v: Any
@@ -43,6 +44,7 @@ class Answer(Struct, omit_defaults=True):
     lines: list[str] = []
     table: str = ""
     rows: list[Any] = []
+    more: bool = False
 
 
 class Command(NamedTuple):
@@ -82,9 +84,18 @@ COMMANDS: tuple[Command, ...] = (
         arguments="SOURCE DESTINATION[:PORT] [instance=NAME]",
         least_arguments=2,
     ),
+    Command(("show", "overrides"), "what was set by hand for a time", 8, arguments="[COLUMN=VALUE ...]"),
+    Command(("trace",), "the steps of connections as they happen", 8, arguments="[COLUMN=VALUE ...] [for 60s]"),
     Command(("reload",), "read the configuration anew and wait for the outcome", changes=True),
     Command(("close", "connection"), "end a client's connection, whatever it is doing", 1, True, "ID", 1),
     Command(("drop", "cached"), "close held-open connections that leave from an address", 1, True, "SOURCE", 1),
+    Command(
+        ("log", "verbose"),
+        "the steps of connections in the log, for a time, or until off",
+        8,
+        True,
+        "[COLUMN=VALUE ...] [for 10m] | off",
+    ),
     Command(("drain",), "the same as stop", changes=True),
     Command(("stop",), "accept nothing new, let what is open finish, and end", changes=True),
     Command(("help",), "the commands"),

@@ -13,6 +13,7 @@ import grp
 import os
 import socket as plain
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import gevent
@@ -20,9 +21,9 @@ from gevent import Timeout, socket
 
 from proxy.control import commands
 from proxy.control.changes import change
-from proxy.control.commands import Answer
+from proxy.control.commands import Answer, Command, Request
 from proxy.control.house import House
-from proxy.control.looks import look
+from proxy.control.looks import look, traced
 from proxy.errors import ConfigError, Mistake
 from proxy.log import lines as log
 
@@ -136,7 +137,8 @@ class ControlDoor:
             caller = self._caller(sock)
             with sock.makefile("rb") as file:
                 while line := self._line(file):
-                    sock.sendall(commands.encode(self._answer(line, caller)))
+                    for answer in self._answers(line, caller):
+                        sock.sendall(commands.encode(answer))
         except OSError:
             pass  # it is gone
         except Exception as error:
@@ -159,7 +161,7 @@ class ControlDoor:
             groups.update(struct.unpack(f"{len(more) // 4}I", more))
         return Caller(pid, uid, uid in (0, os.geteuid()) or (self._group is not None and self._group in groups))
 
-    def _answer(self, line: bytes, caller: Caller) -> Answer:
+    def _answers(self, line: bytes, caller: Caller) -> Iterator[Answer]:
         try:
             if not line.endswith(b"\n"):
                 raise Mistake("bad_request", "the line is too long, or has no end")
@@ -168,18 +170,29 @@ class ControlDoor:
         except Mistake as mistake:
             if mistake.code == "not_allowed":
                 log.note(log.Event.CONTROL, log.WARNING, "refused", uid=caller.uid, pid=caller.pid, why=str(mistake))
-            return commands.refused(mistake.code, str(mistake))
-        words = " ".join((*command.words, *arguments))
+            yield commands.refused(mistake.code, str(mistake))
+            return
         try:
-            if command.words == ("help",):
-                return commands.helped()
-            if not command.changes:
-                return look(command.words, arguments, self._house)
-            if request.dry_run:
-                return commands.done(f"would do: {words}")
-            answer = change(command.words, arguments, self._house)
+            if command.words == ("trace",):
+                yield from traced(arguments, self._house)
+            elif command.changes:
+                yield self._change(command, arguments, request, caller)
+            elif command.words == ("help",):
+                yield commands.helped()
+            else:
+                yield look(command.words, arguments, self._house)
         except Mistake as mistake:
-            return commands.refused(mistake.code, str(mistake))
+            yield commands.refused(mistake.code, str(mistake))
+
+    def _change(self, command: Command, arguments: list[str], request: Request, caller: Caller) -> Answer:
+        """
+        Raises:
+            Mistake: an argument cannot be understood.
+        """
+        words = " ".join((*command.words, *arguments))
+        if request.dry_run:
+            return commands.done(f"would do: {words}")
+        answer = change(command.words, arguments, self._house, request.because)
         self._house.changed()
         result = "done" if answer.ok else answer.error
         because = {"because": request.because} if request.because else {}

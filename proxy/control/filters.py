@@ -11,8 +11,11 @@ from typing import Any
 
 from proxy.config.values import parse_duration
 from proxy.errors import Mistake
+from proxy.model import is_meant
+from proxy.stats import whole_seconds
 
 OLDER = "older"
+_FOR = "for"
 
 
 def chosen(rows: Iterable[Any], words: Sequence[str], keys: Sequence[str], age: str = "") -> list[Any]:
@@ -36,7 +39,7 @@ def chosen(rows: Iterable[Any], words: Sequence[str], keys: Sequence[str], age: 
         if column == OLDER:
             found = _older(found, wanted, age)
         else:
-            found = [row for row in found if _fits(_field(row, column), wanted)]
+            found = [row for row in found if is_meant(_field(row, column), wanted)]
     return found
 
 
@@ -58,8 +61,35 @@ def _field(row: Any, column: str) -> str:
     return ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
-def _fits(value: str, wanted: str) -> bool:
-    if value == wanted:
-        return True
-    host, colon, port = value.rpartition(":")
-    return bool(colon) and port.isdigit() and host.strip("[]") == wanted.strip("[]")
+def for_a_time(words: Sequence[str], default: float, most: float) -> tuple[list[str], float]:
+    """`... for 10m` → what stands in front, and the seconds.
+
+    Raises:
+        Mistake: that is no duration, or a longer one than `most`.
+    """
+    if _FOR not in words:
+        return list(words), default
+    at = list(words).index(_FOR)
+    text = " ".join(words[at + 1 :])
+    try:
+        seconds = parse_duration(text)
+    except ValueError:
+        raise Mistake("bad_command", f"for {text}: a duration such as 30s, 10m or 2h, in the last place") from None
+    if not 0 < seconds <= most:
+        raise Mistake("bad_command", f"for {text}: more than nothing, and at most {whole_seconds(most)}")
+    return list(words[:at]), seconds
+
+
+def columns(words: Sequence[str], known: Sequence[str]) -> dict[str, str]:
+    """`instance=mta1 source=192.0.2.1` as a mapping.
+
+    Raises:
+        Mistake: a word is none of that kind.
+    """
+    found = {}
+    for word in words:
+        column, equals, wanted = word.partition("=")
+        if not equals or column not in known:
+            raise Mistake("bad_command", f"{word}: what may stand here is {'=, '.join(known)}=")
+        found[column] = wanted
+    return found

@@ -5,13 +5,13 @@ Nothing here knows a command; `looks` and `changes` say which question each is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from proxy.config.in_force import Row
 from proxy.model import Endpoint
-from proxy.status.rows import ConnectionRow, EventRow, Status
+from proxy.status.rows import ConnectionRow, EventRow, OverrideRow, Status
 
 
 class House(Protocol):
@@ -29,6 +29,12 @@ class House(Protocol):
     def connections(self) -> list[ConnectionRow]:
         """Clients' connections as they stand, the oldest first."""
 
+    def overrides(self) -> list[OverrideRow]:
+        """What was set by hand for a time."""
+
+    def trace(self, wanted: Mapping[str, str], seconds: float) -> Iterator[list[str]]:
+        """The steps of connections, as they happen; waits for them."""
+
     def explain(self, source: str | None, destination: Endpoint, instance: str) -> list[tuple[str, str]]:
         """What would happen to such a connection now, subject by subject; may wait."""
 
@@ -43,6 +49,12 @@ class House(Protocol):
 
     def close(self, number: int) -> bool:
         """End a client's connection; False: there is none of this number."""
+
+    def log_verbose(self, wanted: Mapping[str, str], seconds: float, because: str) -> None:
+        """Write the steps of connections into the log, for a time."""
+
+    def log_less(self) -> int:
+        """End all of these; how many there were."""
 
     def stop(self) -> None:
         """Begin the drain."""

@@ -5,7 +5,7 @@ The tables are those of the status page's view, so that a figure has one meaning
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -14,13 +14,16 @@ import msgspec
 from proxy.config.in_force import Row
 from proxy.config.values import parse_endpoint
 from proxy.control.commands import VERSION, Answer, done
-from proxy.control.filters import chosen
+from proxy.control.filters import chosen, columns, for_a_time
 from proxy.control.house import House
 from proxy.errors import Mistake
+from proxy.log import steps
 from proxy.model import Endpoint, canonical_ip
 from proxy.status.rows import ConfigRow, Status
 
 _SMTP = 25
+#: Seconds of a trace, where nothing is said; and at most.
+_TRACE, _LONGEST_TRACE = 60.0, 3600.0
 
 
 class _Table(NamedTuple):
@@ -57,10 +60,24 @@ def look(words: tuple[str, ...], arguments: Sequence[str], house: House) -> Answ
         return _answer(table, _config(house.config(), arguments))
     if table == "events":
         return _answer(table, chosen(house.events(), arguments, ("event",), "ago"))
+    if table == "overrides":
+        return _answer(table, chosen(house.overrides(), arguments, ("what",)))
     if table == "connections":
         return _answer(table, chosen(house.connections(), arguments, ("id",), "age"))
     found = _OF_THE_VIEW[table]
     return _answer(table, chosen(attrgetter(found.path)(house.view()), arguments, found.keys, found.age))
+
+
+def traced(arguments: Sequence[str], house: House) -> Iterator[Answer]:
+    """Answers with `more`, until the time is over.
+
+    Raises:
+        Mistake: an argument cannot be understood.
+    """
+    words, seconds = for_a_time(arguments, _TRACE, _LONGEST_TRACE)
+    for lines in house.trace(columns(words, steps.COLUMNS), seconds):
+        yield Answer(VERSION, True, lines=lines, more=True)
+    yield done("the time is over")
 
 
 def _answer(table: str, rows: list[Any]) -> Answer:

@@ -35,6 +35,7 @@ from proxy.errors import (
     ProxyError,
 )
 from proxy.log import lines as log
+from proxy.log import steps
 from proxy.model import (
     Accepted,
     BindSource,
@@ -177,8 +178,11 @@ class Visit:
         request = self._greet(handshake)
         if request is None:
             self.services.counters.probes += 1
+            self._now("request", "gone without a request")
             return
         self.services.newcomers.leave(self)
+        self.destination = request.route.destination
+        self._now("request", "asks for its receiver")
         if refusal is not None:
             raise refusal
         self.services.engine.watch(self.socket.fileno(), self._miss)
@@ -211,7 +215,7 @@ class Visit:
         dialogue = modes.any_smtp and modes.is_smtp(instance, self.door.configured, destination)
         within = self._answer_within()
         through = Through(services, via, self.socket, instance, route, source, dialogue, within)
-        self.state = "connect"
+        self._now("connect", "asks the other proxy")
         channel, opened = through.open(handshake.trailing)
         self.source = opened.local.host
         self.handshake = None
@@ -222,7 +226,8 @@ class Visit:
 
         services.gauges.outgoing += 1
         services.counters.fresh += 1
-        self.state, self.hosted = "relay", through
+        self.hosted = through
+        self._now("relay", f"goes through the other proxy, from {opened.local.endpoint}")
         try:
             ending = through.carry(channel, handshake.trailing, answered)
         except BaseException:
@@ -300,7 +305,9 @@ class Visit:
         services, host = self.services, self.client.host
         instance, self.source_name = services.access.names_of(login.instance)
         try:
-            return services.access.authenticate(login._replace(instance=instance), host)
+            self.instance = services.access.authenticate(login._replace(instance=instance), host)
+            self._now("request", "has proven its name")
+            return self.instance
         except BadCredentials:
             self.instance = instance  # what it claims to be: for the log line
             wrong_secret(services, self, self.socket, host)
@@ -349,9 +356,9 @@ class Visit:
         settings = services.settings
         asked_at = monotonic()
         if services.admission.manager.blocks:
-            self.state = "place"
+            self._now("place", "wants a place under the throttles")
             self._take_place(self.instance, source, destination)
-        self.state = "connect"
+        self._now("connect", "connects")
         sock = self.upstream or self._bind(source)
         left = asked_at + self._answer_within() - monotonic()
         timeout = min(settings.connect_timeout, upstream.LONGEST_CONNECT, left)
@@ -415,8 +422,8 @@ class Visit:
         if answer and self._write(answer):
             upstream_events = GONE  # while we waited, edges of both sides went by
         early = handshake.trailing
+        self._now("relay", "connected: relayed from now on")
         self.relayed = True
-        self.state = "relay"
         self.handshake = None
         del self.socket, self.upstream  # this record lives as long as the relay, and there may be many
         services.counters.fresh += 1
@@ -437,7 +444,8 @@ class Visit:
             services.gauges.outgoing -= 1  # it is counted by who has it
         owner, weight = instance or self.client.host, services.access.weight_of(instance)
         egress = egress_for(services, terms, owner, weight, bound, self._answer_within())
-        self.source, self.state = source, "connect"
+        self.source = source
+        self._now("connect", "wants a connection, held open or new")
         try:
             with self._while_client_stays(HALF_CLOSED):
                 first = egress.connect()
@@ -482,6 +490,7 @@ class Visit:
             services.admission.leave(self.place)
         self.door.open_connections -= 1
         del services.instances.connections[self]
+        self._now("over", f"over: {ending}, {up} bytes up, {down} bytes down {reply}".rstrip())
         log.connection(
             self.number,
             self.instance,
@@ -517,6 +526,11 @@ class Visit:
 
     # ---------------------------------------------------------------- for operators
 
+    def _now(self, state: str, text: str) -> None:
+        self.state = state
+        if steps.on:
+            steps.tell(self.standing(), text)
+
     def standing(self) -> Standing:
         """See `services.HostedConnection`."""
         state = self.hosted.doing if isinstance(self.hosted, smtp.Visit) else self.state
@@ -533,6 +547,7 @@ class Visit:
 
     def failed(self, error: ProxyError) -> None:
         """Count and log an outcome that is not a relay."""
+        self._now("over", f"over: {error}")
         note_failure(
             self.services,
             self.door,

@@ -35,9 +35,10 @@ from proxy.errors import (
     SourceMissing,
     UpstreamError,
 )
+from proxy.log import steps
 from proxy.log.writer import Writer
 from proxy.model import Ending, Endpoint, TlsSeen, owner_of
-from proxy.stats import Fate, Limiter, Outcomes
+from proxy.stats import Fate, Limiter, Outcomes, Standing
 
 __all__ = [
     "DEBUG",
@@ -56,6 +57,7 @@ __all__ = [
     "refused",
     "setup",
     "status",
+    "step",
     "word",
 ]
 
@@ -74,6 +76,7 @@ class Event(enum.StrEnum):
     STOP = "stop"
     CONTROL = "control"
     STATUS = "status"
+    STEP = "step"
     CONNECTION = "connection"
     MESSAGE = "message"
     REFUSED = "refused"
@@ -105,7 +108,7 @@ FIELD_LIMIT = 200
 MESSAGE_LIMIT = 1000
 
 #: What is remembered for who asks: not what comes with each connection, or every few seconds.
-_OFTEN = frozenset((Event.STATUS, Event.CONNECTION, Event.MESSAGE, Event.REFUSED, Event.FAILED))
+_OFTEN = frozenset((Event.STATUS, Event.STEP, Event.CONNECTION, Event.MESSAGE, Event.REFUSED, Event.FAILED))
 _MOST_RECENT = 200
 
 
@@ -120,7 +123,7 @@ class Recent(NamedTuple):
 
 
 #: Lines that look like the closing line, with the message last.
-_ABOUT_CONNECTIONS = frozenset((Event.REFUSED, Event.FAILED, Event.MESSAGE))
+_ABOUT_CONNECTIONS = frozenset((Event.REFUSED, Event.FAILED, Event.MESSAGE, Event.STEP))
 _PLAIN_WORD = re.compile(r"[A-Za-z0-9._:/@\[\]+,-]{1,200}")
 
 
@@ -256,6 +259,7 @@ _err: Writer | None = None
 _json = False
 _stamped = True
 _connections = "all"
+_verbose = steps.Watch(lambda standing, text: step(standing, text), {})
 _recent: deque[Recent] = deque(maxlen=_MOST_RECENT)
 _limiter = Limiter()
 #: A missing source address: told once a minute for each, since every connection from it fails.
@@ -301,6 +305,9 @@ def reconfigure(settings: LogSettings) -> None:
     _logger.handlers = [quiet, loud]
     _logger.propagate = False
     _logger.setLevel(DEBUG if settings.log_verbose else INFO)
+    steps.end(_verbose)
+    if settings.log_verbose:
+        steps.begin(_verbose)
     logging.getLogger().handlers = [quiet, loud]
     logging.getLogger().setLevel(WARNING)
 
@@ -337,6 +344,22 @@ def note(event: Event, level: int, message: str, **fields: object) -> None:
         _recent.append(Recent(_clock.stamp(), time.monotonic(), logging.getLevelName(level), event, text))
     if _logger.isEnabledFor(level):
         _logger.log(level, "%s", message, extra={"event": event, "fields": fields})
+
+
+def step(standing: Standing, text: str) -> None:
+    """A connection has come so far: the line of `log_verbose`."""
+    note(
+        Event.STEP,
+        INFO,
+        text,
+        id=standing.number,
+        instance=standing.instance,
+        protocol=standing.protocol,
+        client=standing.client,
+        source=standing.source,
+        destination=standing.destination or "",
+        seconds=time.monotonic() - standing.started,
+    )
 
 
 def internal_error(message: str, error: BaseException) -> None:

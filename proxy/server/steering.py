@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from time import monotonic
 
 from proxy.config.in_force import Row
+from proxy.control import watching
 from proxy.control.explain import Rules, explained
 from proxy.egress import upstream
 from proxy.log import lines as log
@@ -16,7 +17,7 @@ from proxy.policy.limits import Limits
 from proxy.services import Door, Services
 from proxy.stats import Standing
 from proxy.status.http import StatusDoor
-from proxy.status.rows import ConnectionRow, EventRow, Status
+from proxy.status.rows import ConnectionRow, EventRow, OverrideRow, Status
 
 _STANDARD = frozenset(("socks5", "proxy_protocol", "redirect"))
 
@@ -49,6 +50,7 @@ class Steering:
         self._status = status
         self._doors = doors
         self._stop = stop
+        self._watching = watching.Watching()
 
     # ---------------------------------------------------------------- looking
 
@@ -67,6 +69,18 @@ class Steering:
         found = [each.standing() for each in list(self._services().instances.connections)]
         standing = sorted((each for each in found if each is not None), key=lambda each: each.started)
         return [_row(each, now) for each in standing]
+
+    def overrides(self) -> list[OverrideRow]:
+        now = monotonic()
+        return [
+            OverrideRow(
+                "log verbose " + " ".join(f"{k}={v}" for k, v in each.wanted.items()), each.ends_at - now, each.because
+            )
+            for each in self._watching.verbose
+        ]
+
+    def trace(self, wanted: Mapping[str, str], seconds: float) -> Iterator[list[str]]:
+        return watching.trace(wanted, seconds)
 
     def explain(self, source: str | None, destination: Endpoint, instance: str) -> list[tuple[str, str]]:
         services = self._services()
@@ -90,6 +104,12 @@ class Steering:
                 connection.cut(Ending.CLOSED_BY_OPERATOR)
                 return True
         return False
+
+    def log_verbose(self, wanted: Mapping[str, str], seconds: float, because: str) -> None:
+        self._watching.begin(wanted, seconds, because)
+
+    def log_less(self) -> int:
+        return self._watching.end_all()
 
     def stop(self) -> None:
         self._stop()

@@ -281,6 +281,14 @@ class EventRow(Struct):
     text: str
 
 
+class OverrideRow(Struct):
+    """Something set by hand. `ends`: seconds until it ends by itself; None: when it is ended."""
+
+    what: str
+    ends: float | None
+    because: str = ""
+
+
 class ConfigRow(Struct):
     """One value of a directive in force. `block`: kind and name, "" outside of blocks; `place`: where it is written."""
 

@@ -25,6 +25,7 @@ from proxy.doors.native.transfer import Transfer
 from proxy.egress.receiver import Receiver
 from proxy.errors import Draining, IdleTooLong, NameInUse, PeerError, ProxyError, UpstreamError
 from proxy.log import lines as log
+from proxy.log import steps
 from proxy.model import Ending, Endpoint
 from proxy.policy.idleness import Idleness
 from proxy.policy.turns import Refusals
@@ -222,6 +223,7 @@ class Channel:
         client, destination = self._guest.client, request.destinations[0].endpoint
         source = request.source_ip or ""
         self._standing = Standing(number, self.instance, "native", client, source, destination, "open", started)
+        self._step("asks for a connection, held open or new")
         if request.dialogue:
             self._serve_dialogue(services, request, number, started)
             return
@@ -245,6 +247,7 @@ class Channel:
             if link.has_spoken():
                 raise _Impatient
             link.send(frames.encode(opened(taken, attempts)))
+            self._step("has a held-open one" if taken.reused else "has a new one")
             transfer.carry()
             ending, reset = session.finish(self._current())
         except ClientGone:
@@ -256,6 +259,7 @@ class Channel:
         finally:
             self._receiver = self._transfer = None
             session.over(ending, reset)
+            self._step(f"over: {ending}")
 
     def _answer_failed(self, failed: bytes, error: ProxyError, started: float) -> None:
         """Answer FAILED. Who asks again and again for what we refuse must rest before it is heard again.
@@ -335,6 +339,10 @@ class Channel:
                 return opener.run(attempts)
         finally:
             self._opening = False
+
+    def _step(self, text: str) -> None:
+        if steps.on and (standing := self.standing()) is not None:
+            steps.tell(standing, text)
 
     # ---------------------------------------------------------------- refusals
 

@@ -8,11 +8,12 @@ from typing import NamedTuple
 from proxy.doors.smtp.egress import Line, Preview
 from proxy.errors import ProxyError
 from proxy.log import lines as log
+from proxy.log import steps
 from proxy.model import Ending, Endpoint
 from proxy.policy.modes import Terms
 from proxy.protocols.smtp.tracker import Tracker
 from proxy.services import Door, Services, note_failure
-from proxy.stats import Fate, Outcomes
+from proxy.stats import Fate, Outcomes, Standing
 
 
 class Facts(NamedTuple):
@@ -87,6 +88,16 @@ class Books:
             fate,
         )
 
+    def step(self, text: str) -> None:
+        """For who looks at steps."""
+        if steps.on:
+            facts, terms = self._facts, self._facts.terms
+            ends = terms.source, terms.destination
+            told = Standing(
+                facts.number, terms.instance, self._door.protocol, facts.client, *ends, "dialogue", facts.started
+            )
+            steps.tell(told, text)
+
     def close(self, refused: int) -> None:
         """Count and log; `refused`: messages that we refused at MAIL."""
         services, facts, terms = self._services, self._facts, self._facts.terms
@@ -96,6 +107,7 @@ class Books:
         services.troubles.over(terms.source, terms.destination, self.reply, good, now, *seen)
         outcomes.deferred += refused
         ending = self.ending.after(self.refused_by)
+        self.step(f"over: {ending}, {outcomes.messages} messages {self.reply}".rstrip())
         counters.bytes_up += self.up
         counters.bytes_down += self.down
         counters.ended.count(ending)

@@ -21,6 +21,12 @@ from proxy.services import Services
 
 #: A receiver that was out of sight for so long may have closed meanwhile.
 _OUT_OF_SIGHT = 0.5
+_STEPS = {
+    Want.GREETING: "waits for the receiver's greeting",
+    Want.HELLO: "brings the session up",
+    Want.LINE: "wants another connection to its receiver",
+    Want.SLOT: "a message wants its slot",
+}
 #: Read of what it said meanwhile; how much there is makes no difference.
 _UNASKED_SIZE = 4096
 
@@ -67,12 +73,15 @@ class Errands:
             self._start_tls()
             return
         started = monotonic()
+        self._books.step(_STEPS[want])
         self._wires.begin_errand(self._hear)
         try:
             self._fetch(want, started)
+            self._books.step(f"has it after {monotonic() - started:.3f} s")
         except ClientGone:
             raise
         except ProxyError as error:
+            self._books.step(f"has none: {error}")
             self._failed(want, error)
         finally:
             self._wires.end_errand()

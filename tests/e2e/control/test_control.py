@@ -212,3 +212,57 @@ def test_explain_says_what_would_happen(path):
         assert "NOT on this machine" in ctl(path, "explain", "198.51.100.9", to)[1]
         assert ctl(path, "explain", "127.0.0.1")[0] == 64
         assert ctl(path, "explain", "here", to)[0] == 64
+
+
+def test_steps_of_one_instance_are_logged_for_a_time(path):
+    with Proxy(f"control_socket {path}\n") as proxy, Mx() as mx:
+        code, out, _ = ctl(path, "--because", "drill", "log", "verbose", "instance=mta-2", "for", "1h")
+        assert (code, out.strip()) == (0, "the steps of instance=mta-2 are logged for 1h0m0s")
+        (row,) = rows(path, "show", "overrides")
+        assert (row["what"], row["because"]) == ("log verbose instance=mta-2", "drill")
+        assert 3500 < row["ends"] <= 3600
+        for user in ("mta-1", "mta-2"):
+            with socks5(proxy.socks5, mx.endpoint, user=user) as sock:
+                assert sock.recv(100)
+        proxy.wait_line('step .*instance=mta-2 .*message="over: ')
+        said = proxy.matching(" step ")
+        for text in ("has proven its name", "asks for its receiver", "connects", "connected: relayed from now on"):
+            assert any(f'message="{text}"' in line for line in said), text
+        assert not any("instance=mta-1" in line for line in said)
+        assert ctl(path, "log", "verbose", "off")[1].strip() == "1 ended"
+        assert rows(path, "show", "overrides") == []
+        assert ctl(path, "log", "verbose", "for", "ever")[0] == 64
+        assert ctl(path, "log", "verbose", "colour=red")[0] == 64
+
+
+def test_log_verbose_tells_the_steps_of_all(path):
+    with Proxy("log_verbose yes\n") as proxy, Mx() as mx:
+        with socks5(proxy.socks5, mx.endpoint) as sock:
+            assert sock.recv(100)
+        proxy.wait_line('step .*message="over: client_closed')
+        proxy.hup("log_verbose no\n")
+        before = len(proxy.matching(" step "))
+        with socks5(proxy.socks5, mx.endpoint) as sock:
+            assert sock.recv(100)
+        wait_for(lambda: len(proxy.matching(" connection id=")) == 2, what="it has ended")
+        assert len(proxy.matching(" step ")) == before
+
+
+def test_a_trace_shows_steps_as_they_happen_and_ends(path):
+    with Proxy(f"control_socket {path}\nmode smtp\n") as proxy, Mx() as mx:
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.settimeout(30)
+            caller.connect("\0" + path[1:])
+            caller.sendall(b'{"command":["trace","destination=' + mx.endpoint[0].encode() + b'"]}\n')
+            answers = caller.makefile("rb")
+            seen: list[str] = []
+            with socks5(proxy.socks5, mx.endpoint) as sock:
+                assert sock.recv(100).startswith(b"220")
+            while not any("over: " in line for line in seen):
+                answer = json.loads(answers.readline())
+                assert answer["more"]
+                seen += answer.get("lines", [])
+            assert any("waits for the receiver's greeting" in line for line in seen)
+        code, out, _ = ctl(path, "trace", "for", "100ms")
+        assert (code, out.strip()) == (0, "the time is over")
+        assert ctl(path, "trace", "for", "2h")[0] == 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec import Struct
 
-from proxy.control.filters import chosen
+from proxy.control.filters import chosen, columns, for_a_time
 from proxy.errors import Mistake
 
 
@@ -58,3 +58,31 @@ def test_what_cannot_be_understood(words, told) -> None:
 def test_a_table_without_ages() -> None:
     with pytest.raises(Mistake, match="has an age"):
         chosen(ROWS, ["older=1s"], ())
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["a=1", "for", "10m"], (["a=1"], 600.0)),
+        (["for", "2h"], ([], 7200.0)),
+        (["for", "1h", "30m"], None),
+        (["a=1"], (["a=1"], 60.0)),
+        (["for"], None),
+        (["for", "0s"], None),
+        (["for", "3h"], None),
+        (["for", "ever"], None),
+    ],
+)
+def test_for_a_time(words, found) -> None:
+    if found is None:
+        with pytest.raises(Mistake, match="for "):
+            for_a_time(words, 60.0, 7200.0)
+    else:
+        assert for_a_time(words, 60.0, 7200.0) == found
+
+
+def test_columns() -> None:
+    assert columns(["a=1", "b=x=y"], ("a", "b")) == {"a": "1", "b": "x=y"}
+    for word in ("c=1", "a"):
+        with pytest.raises(Mistake, match="a=, b="):
+            columns([word], ("a", "b"))

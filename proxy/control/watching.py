@@ -1,0 +1,104 @@
+"""Who looks at the steps of connections, and for how long: `log verbose` and `trace`.
+
+Both are a `steps.Watch` with an end. One writes the lines of `log_verbose` into the log, the other hands them to its
+caller, as long as that takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from time import monotonic
+from typing import Any, NamedTuple
+
+import gevent
+from gevent.queue import Empty, Queue
+
+from proxy.log import lines as log
+from proxy.log import steps
+from proxy.log.lines import printable
+from proxy.stats import Standing
+
+#: Steps that wait for a caller who does not take them; the rest is counted.
+_MOST_WAITING = 1000
+#: A caller hears something so often, and so is known to be there; seconds.
+_HEARTBEAT = 5.0
+
+
+class Verbose(NamedTuple):
+    """What is written for a time. `ends_at` on the monotonic clock."""
+
+    wanted: Mapping[str, str]
+    ends_at: float
+    because: str
+    watch: steps.Watch
+    timer: Any
+
+
+class Watching:
+    """Those that were set by hand."""
+
+    def __init__(self) -> None:
+        self.verbose: list[Verbose] = []
+
+    def begin(self, wanted: Mapping[str, str], seconds: float, because: str) -> None:
+        """Write the steps of these connections into the log, for so long."""
+        watch = steps.Watch(log.step, wanted)
+        steps.begin(watch)
+        timer = gevent.spawn_later(seconds, self._end, watch)
+        self.verbose.append(Verbose(dict(wanted), monotonic() + seconds, because, watch, timer))
+
+    def end_all(self) -> int:
+        """As if their time were over; how many."""
+        ended, self.verbose = self.verbose, []
+        for each in ended:
+            each.timer.kill(block=False)
+            steps.end(each.watch)
+        return len(ended)
+
+    def _end(self, watch: steps.Watch) -> None:
+        steps.end(watch)
+        self.verbose = [each for each in self.verbose if each.watch is not watch]
+        log.note(log.Event.CONTROL, log.INFO, "log verbose is over", **watch.wanted)
+
+
+def trace(wanted: Mapping[str, str], seconds: float) -> Iterator[list[str]]:
+    """The steps of these connections as they happen, until the time is over or nobody asks for more; [] now and then,
+    when there are none."""
+    waiting: Queue[str] = Queue(_MOST_WAITING)
+    left_out = 0
+
+    def tell(standing: Standing, text: str) -> None:
+        nonlocal left_out
+        if waiting.full():
+            left_out += 1
+        else:
+            waiting.put_nowait(_line(standing, text))
+
+    watch = steps.Watch(tell, wanted)
+    steps.begin(watch)
+    ends_at = monotonic() + seconds
+    try:
+        while (left := ends_at - monotonic()) > 0:
+            lines = _taken(waiting, min(left, _HEARTBEAT))
+            if left_out:
+                lines.append(f"{left_out} steps left out: they are not taken fast enough")
+                left_out = 0
+            yield lines
+    finally:
+        steps.end(watch)
+
+
+def _taken(waiting: Queue[str], seconds: float) -> list[str]:
+    try:
+        lines = [waiting.get(timeout=seconds)]
+    except Empty:
+        return []
+    while not waiting.empty():
+        lines.append(waiting.get_nowait())
+    return lines
+
+
+def _line(standing: Standing, text: str) -> str:
+    where = f"{standing.client} {standing.source or '-'} -> {standing.destination or '-'}"
+    age = monotonic() - standing.started
+    return printable(f"{standing.number} {standing.instance or '-'} {where} +{age:.3f} {text}", 500)
