@@ -351,18 +351,15 @@ class Keeper:
         if receiver not in self._parting:
             return  # its place was wanted meanwhile
         engine, stream, farewell = self._engine, receiver.stream, Quit()
-        engine.watch(stream.socket.fileno(), None)
+        engine.watch(stream.socket.fileno(), None)  # nor may it look when our turn is over and others run
         timer = Timeout.start_new(_QUIT_SECONDS)
         try:
             send_all(engine, stream, farewell.command)
             while data := receive(engine, stream, _READ_SIZE):
                 if farewell.receive(data):
                     break
-        except OSError:
+        except (OSError, Timeout):  # in the crew's greenlet no other can go off
             pass
-        except Timeout as fired:
-            if fired is not timer:
-                raise
         finally:
             timer.close()
             self._parted(receiver)
