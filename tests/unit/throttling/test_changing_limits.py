@@ -342,6 +342,17 @@ def test_of_one_length_a_window_holds_the_mean_of_the_limits_in_its_time(
         assert (len(inside) - 1) * span < allowed
 
 
+def test_a_burst_that_falls_soon_after_a_start_is_owed_for_the_predecessor() -> None:
+    """The one before may have given out its burst of 50 just now: together with what comes it is 100 in a minute."""
+    begin = START + SECOND
+    one = meter(Limit(100, 60, 50), now=begin)
+    assert one.earliest(begin) - begin <= interval(Limit(100, 60, 50), SECOND // 2)
+    one.limit_to((Limit(100, 60),), START, begin)
+    slots = spend(one, begin, begin + 2 * MINUTE)
+    assert 28 * SECOND <= slots[0] - begin <= 30 * SECOND
+    assert uses_within([START] * 50 + slots, 60) <= 100
+
+
 def test_equal_terms_again_change_nothing() -> None:
     one = meter(Limit(100, 60, 50))
     slots = spend(one, LATER, LATER + 1)
