@@ -225,7 +225,7 @@ def test_steps_of_one_instance_are_logged_for_a_time(path):
             with socks5(proxy.socks5, mx.endpoint, user=user) as sock:
                 assert sock.recv(100)
         proxy.wait_line('step .*instance=mta-2 .*message="over: ')
-        said = proxy.matching(" step ")
+        said = proxy.matching(r"\bstep id=")
         for text in ("has proven its name", "asks for its receiver", "connects", "connected: relayed from now on"):
             assert any(f'message="{text}"' in line for line in said), text
         assert not any("instance=mta-1" in line for line in said)
@@ -241,11 +241,11 @@ def test_log_verbose_tells_the_steps_of_all(path):
             assert sock.recv(100)
         proxy.wait_line('step .*message="over: client_closed')
         proxy.hup("log_verbose no\n")
-        before = len(proxy.matching(" step "))
+        before = len(proxy.matching(r"\bstep id="))
         with socks5(proxy.socks5, mx.endpoint) as sock:
             assert sock.recv(100)
-        wait_for(lambda: len(proxy.matching(" connection id=")) == 2, what="it has ended")
-        assert len(proxy.matching(" step ")) == before
+        wait_for(lambda: len(proxy.matching(r"\bconnection id=")) == 2, what="it has ended")
+        assert len(proxy.matching(r"\bstep id=")) == before
 
 
 def test_a_trace_shows_steps_as_they_happen_and_ends(path):
