@@ -71,6 +71,7 @@ setup(
         "idna>=3.4",  # Python's own codec is IDNA 2003, for which straße.example and strasse.example are one name
         "configargparse>=1.7",
         "dnspython>=2.4",
+        "google-re2>=1.1",  # patterns that replies are held against, in linear time
         "colorlog>=6",
         "msgspec>=0.18",
         "cryptography>=42",

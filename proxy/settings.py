@@ -64,6 +64,24 @@ class SourceSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BackoffSettings:
+    """One `backoff on … { … }` rule: which replies slow the throttle down, and to what.
+
+    Args:
+        on: patterns; any will do. over: more replies than that; None: the first does it.
+        percent: of each limit. rate: instead of that, of messages. pause: instead of both, nothing at all.
+        return_after: seconds.
+    """
+
+    on: tuple[str, ...]
+    over: Rate | None = None
+    percent: int = 50
+    rate: Rate | None = None
+    pause: bool = False
+    return_after: float = 300.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ThrottleSettings:
     """One `throttle NAME { … }` block. 0 connections or no rate: unlimited.
 
@@ -82,6 +100,7 @@ class ThrottleSettings:
     per: tuple[Literal["source", "receiver", "nothing"], ...] = ("source",)
     scope: Literal["proxy", "cluster"] = "proxy"
     max_connection_rate: tuple[Rate, ...] = ()
+    backoff: tuple[BackoffSettings, ...] = ()
     enforce: bool = True
 
 

@@ -5,7 +5,11 @@ It knows no directive's name and no value's form. No message shows a value: it m
     listen "0.0.0.0:807", [::]:807     # bare words, "JSON strings" and `raw strings`, separated by commas
     throttle yahoo {
         wait 20s
+        backoff on 421 { percent 25; return_after 1h }
     }
+
+The last one is a *rule*: a directive that ends with a body in braces, on one line or with one line for each of its
+parts. Its form is its directive's business; here it is one text.
 
 `#` begins a comment wherever a value could begin; within a value it is an ordinary character.
 """
@@ -40,12 +44,16 @@ _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
 
 
 class Directive(NamedTuple):
-    """`name value, value …`; where `problem` says what is wrong behind the name, there are no values."""
+    """`name value, value …`; where `problem` says what is wrong behind the name, there are no values.
+
+    `rule`: it ends with a body in braces; then its one value is all of its text.
+    """
 
     name: str
     values: list[str]
     line: int
     problem: str = ""
+    rule: bool = False
 
 
 class Block(NamedTuple):
@@ -66,10 +74,13 @@ class Document:
     mistakes: list[ConfigError] = field(default_factory=list)
 
 
-class _Token(NamedTuple):
-    type: str  # "word", "quoted" or "mark"
+class Token(NamedTuple):
+    """`type`: "word", "quoted" or "mark". `raw`: as it is written, where that is not its text."""
+
+    type: str
     text: str
     column: int
+    raw: str = ""
 
 
 class _Mistake(Exception):
@@ -94,12 +105,12 @@ def parse(text: str, file: str, breathe: Breathe = hold_breath) -> Document:
         return reader.document
     for number, line in enumerate(_lines(text.removeprefix("\ufeff")), 1):
         breathe()
-        plain = _PLAIN.fullmatch(line)
+        plain = _PLAIN.fullmatch(line) if not reader.in_rule else None
         if plain is not None:
             reader.directive(Directive(plain[1], [plain[2] or plain[3]], number))
             continue
         try:
-            reader.line(number, _tokens(line.removesuffix("\r"), breathe), breathe)
+            reader.line(number, _tokens(line.removesuffix("\r"), breathe, reader.in_rule), breathe)
         except _BehindName as mistake:
             reader.broken(number, line, str(mistake))
         except _Mistake as mistake:
@@ -117,12 +128,18 @@ def _lines(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def _tokens(line: str, breathe: Breathe) -> list[_Token]:
+def rule_tokens(text: str) -> list[Token]:
+    """The tokens of a rule's text. Semicolons within its braces are marks."""
+    return _tokens(text, hold_breath)
+
+
+def _tokens(line: str, breathe: Breathe, in_rule: bool = False) -> list[Token]:
     control = _CONTROL.search(line)
     if control:
         raise _BehindName(f"column {control.start() + 1}: character U+{ord(control[0]):04X}: is this file UTF-8 text?")
-    tokens: list[_Token] = []
+    tokens: list[Token] = []
     position = value_end = 0
+    depth = int(in_rule)
     while position < len(line):
         breathe()
         match = _TOKEN.match(line, position)
@@ -132,12 +149,24 @@ def _tokens(line: str, breathe: Breathe) -> list[_Token]:
             if tokens and tokens[-1].type != "mark" and value_end == position:
                 raise _BehindName(f"column {position + 1}: a quote in the middle of a value: quote the whole value")
             value_end = match.end()
-        if match.lastgroup == "word":
+        if match.lastgroup == "word" and depth > 0 and ";" in match[0]:
+            tokens += _parts(match)
+        elif match.lastgroup == "word":
             _refuse_foreign(match)
-        if match.lastgroup != "blank":
             tokens.append(_token(match))
+        elif match.lastgroup != "blank":
+            tokens.append(_token(match))
+            depth += {"{": 1, "}": -1}.get(match[0], 0)
         position = match.end()
     return tokens
+
+
+def _parts(word: re.Match[str]) -> list[Token]:
+    """Words and semicolons, within the braces of a rule."""
+    return [
+        Token("mark" if piece[0] == ";" else "word", piece[0], word.start() + piece.start() + 1)
+        for piece in re.finditer(r";|[^;]+", word[0])
+    ]
 
 
 def _refuse_foreign(word: re.Match[str]) -> None:
@@ -156,16 +185,16 @@ def _stray(character: str) -> str:
     )
 
 
-def _token(match: re.Match[str]) -> _Token:
+def _token(match: re.Match[str]) -> Token:
     text = match[0]
     if match.lastgroup == "raw":
-        return _Token("quoted", text[1:-1], match.start() + 1)
+        return Token("quoted", text[1:-1], match.start() + 1, text)
     if match.lastgroup == "json":
         try:
-            return _Token("quoted", json.loads(text), match.start() + 1)
+            return Token("quoted", json.loads(text), match.start() + 1, text)
         except ValueError:
             raise _BehindName(f"column {match.start() + 1}: not a JSON string: write \\\\ for a backslash") from None
-    return _Token("word" if match.lastgroup == "word" else "mark", text, match.start() + 1)
+    return Token("word" if match.lastgroup == "word" else "mark", text, match.start() + 1)
 
 
 class _Reader:
@@ -176,15 +205,25 @@ class _Reader:
         self._file = file
         self._open: Block | None = None
         self._nested: list[int] = []  # lines of blocks within the open one: mistakes, skipped up to their end
+        self._rule: Directive | None = None  # one whose body is open; its texts are gathered in `values`
+
+    @property
+    def in_rule(self) -> bool:
+        """Whether the next line belongs to the body of a rule."""
+        return self._rule is not None
 
     def mistake(self, line: int, message: str) -> None:
         self.document.mistakes.append(ConfigError(message, self._file, line))
 
-    def line(self, number: int, tokens: list[_Token], breathe: Breathe) -> None:
+    def line(self, number: int, tokens: list[Token], breathe: Breathe) -> None:
         if not tokens:
             return
         marks = [token.text for token in tokens if token.type == "mark"]
-        if tokens[0].type == "mark" and tokens[0].text == "}":
+        if self._rule is not None:
+            self._go_on_with_rule(self._rule, tokens, marks)
+        elif self._is_rule(tokens, marks):
+            self._begin_rule(Directive(tokens[0].text, [_text(tokens[1:])], number, rule=True), marks[-1] == "}")
+        elif tokens[0].type == "mark" and tokens[0].text == "}":
             self._close(number, rest=tokens[1:])
         elif tokens[-1].type == "mark" and tokens[-1].text == "{":
             self._begin(number, tokens)
@@ -200,7 +239,7 @@ class _Reader:
     def broken(self, number: int, line: str, problem: str) -> None:
         """A line that `line` could not take. With its name it is kept: what is there shall not be called missing."""
         name = _NAME.match(line.lstrip())
-        if name:
+        if name and self._rule is None:
             self.directive(Directive(name[0], [], number, problem))
         else:
             self.mistake(number, problem)
@@ -212,10 +251,36 @@ class _Reader:
 
     def finish(self) -> None:
         """Call after the last line."""
-        if self._open is not None:
+        if self._rule is not None:
+            self.mistake(self._rule.line, f"{self._rule.name}: its body is not closed: a line `}}` is missing")
+        elif self._open is not None:
             self.mistake(self._open.line, f"the {self._open.kind} block is not closed: a line `}}` is missing")
 
-    def _begin(self, number: int, tokens: list[_Token]) -> None:
+    def _is_rule(self, tokens: list[Token], marks: list[str]) -> bool:
+        """Whether a line is, or begins, a directive with a body, and not a block within the open one."""
+        if self._open is None or self._nested or marks.count("{") != 1 or not _NAME.fullmatch(tokens[0].text):
+            return False
+        if tokens[-1].text == "}" and tokens[-1].type == "mark":
+            return marks.count("}") == 1
+        return tokens[-1].text == "{" and tokens[-1].type == "mark" and "}" not in marks and len(tokens) > 3
+
+    def _begin_rule(self, rule: Directive, whole: bool) -> None:
+        if whole:
+            self.directive(rule)
+        else:
+            self._rule = rule
+
+    def _go_on_with_rule(self, rule: Directive, tokens: list[Token], marks: list[str]) -> None:
+        """A line of its body, or its end."""
+        if "{" in marks or ("}" in marks and (len(tokens) > 1)):
+            raise _Mistake(f"within {rule.name}: a line `}}` for line {rule.line} is missing")
+        rule.values.append(_text(tokens))
+        if marks[-1:] == ["}"]:
+            self._rule = None
+            head, *body = rule.values
+            self.directive(rule._replace(values=[head + " " + " ; ".join(body[:-1]) + " }"]))
+
+    def _begin(self, number: int, tokens: list[Token]) -> None:
         if self._open is not None:
             self._nested.append(number)
             raise _Mistake(f"a block within a block: a line `}}` for line {self._open.line} is missing")
@@ -227,7 +292,7 @@ class _Reader:
             self.document.blocks.pop()
             raise _Mistake("a block begins with its kind and one name: `KIND NAME {`")
 
-    def _close(self, number: int, rest: list[_Token]) -> None:
+    def _close(self, number: int, rest: list[Token]) -> None:
         if self._nested:
             self._nested.pop()
         elif self._open is None:
@@ -238,7 +303,12 @@ class _Reader:
             raise _Mistake("nothing may follow `}`")
 
 
-def _values(tokens: list[_Token], breathe: Breathe) -> list[str]:
+def _text(tokens: list[Token]) -> str:
+    """As they are written, without comments."""
+    return " ".join(token.raw or token.text for token in tokens)
+
+
+def _values(tokens: list[Token], breathe: Breathe) -> list[str]:
     if not tokens:
         raise _BehindName("a value is missing")
     if tokens[0].type == "word" and tokens[0].text.startswith("="):
@@ -252,7 +322,7 @@ def _values(tokens: list[_Token], breathe: Breathe) -> list[str]:
     return [token.text for token in tokens[::2]]
 
 
-def _missing(before: _Token, token: _Token) -> str:
+def _missing(before: Token, token: Token) -> str:
     """What is missing before a token that may not stand there."""
     if token.type == "mark":
         return "a value is missing (a value with blanks in it is quoted)"

@@ -207,8 +207,11 @@ def collect(
     given: dict[str, list[Given]] = {}
     first: dict[str, tuple[str, int]] = {}
     for file, directives in pieces:
-        for name, values, line, problem in directives:
+        for name, values, line, problem, rule in directives:
             breathe()
+            if name in options and rule != options[name].kind.rule:
+                needed = "" if rule else "it ends with a body in braces: `{ ... }`"
+                values, problem = [], needed or "a body in braces does not belong here"
             if problem and (name in options or name in BLOCKS):
                 mistakes.append(ConfigError(f"{prefix}{name}: {problem}", file, line))
             elif name not in options:

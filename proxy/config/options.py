@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from proxy.config.backoff import BACKOFF
 from proxy.config.values import (
     ADDRESSES,
     BOOLEAN,
@@ -205,6 +206,7 @@ BLOCKS: dict[str, tuple[Option, ...]] = {
         _one("max_concurrent_connections", count(0), "0", "NUMBER", "connections at a time; 0 is no limit"),
         _many("max_delivery_rate", RATE, None, "RATE", "messages, or connections, in a time; all listed limits hold"),
         _many("max_connection_rate", RATE, None, "RATE", "new connections in a time; all listed limits hold"),
+        _many("backoff", BACKOFF, None, "RULE", "replies that slow it down, and to what: on PATTERN, ... { ... }"),
         _one("wait", duration(), None, "DURATION", "how long a request may wait for its turn (while there is time)"),
         _one("enforce", BOOLEAN, "yes", "YES|NO", "no: shadow mode, which counts what would have waited"),
     ),

@@ -13,6 +13,8 @@ from proxy.model import Breathe, Endpoint, hold_breath
 from proxy.settings import Settings, ThrottleSettings, TlsSettings
 
 _WILDCARDS = ("0.0.0.0", "::")
+#: Rules of one block, each of which looks at every refusal.
+MOST_BACKOFFS = 20
 DOORS = ("listen", "listen_socks5", "listen_proxy_protocol", "listen_redirect")
 
 _CLIENT_PAIR = ("tls_client_certificate_file", "tls_client_private_key_file")
@@ -182,6 +184,8 @@ def _throttle_blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
         yield from _unknown_sources("throttle", block, names)
         if "nothing" in block.per and len(set(block.per)) > 1:
             yield "throttle", block.name, f"{block.name}: per: `nothing` stands alone"
+        if len(block.backoff) > MOST_BACKOFFS:
+            yield "throttle", block.name, f"{block.name}: backoff: more than {MOST_BACKOFFS} rules in one block"
         if block.scope != "proxy":
             yield "throttle", block.name, f"{block.name}: scope: not available in this version: only proxy"
 

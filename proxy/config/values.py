@@ -43,6 +43,7 @@ class Kind:
         valid: completes the sentence "this value is not …".
         verbatim: on the command line and in the environment, a comma belongs to the value instead of separating two.
         several: `parse` gives a tuple of values, since one text may stand for more than one.
+        rule: it ends with a body in braces, and all of it is one text.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Kind:
     valid: str
     verbatim: bool = False
     several: bool = False
+    rule: bool = False
 
     def values(self, text: str) -> tuple[Any, ...]:
         """All that the text stands for; a value that says nothing (a rate of 0) is left out.

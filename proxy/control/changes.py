@@ -56,6 +56,13 @@ def _verbose(house: House, arguments: Sequence[str], because: str) -> Answer:
     return done(f"the steps of {which} are logged for {whole_seconds(seconds)}")
 
 
+def _end_backoff(house: House, arguments: Sequence[str], _: str) -> Answer:
+    count = house.end_backoff(arguments[0])
+    if count is None:
+        return refused("failed", f"there is no throttle block {arguments[0]}")
+    return done(f"the back-off of {count} throttles is over")
+
+
 def _stop(house: House, _: list[str]) -> Answer:
     house.stop()
     return done("stopping: no new connections")
@@ -65,6 +72,7 @@ _CHANGES: dict[tuple[str, ...], Callable[[House, list[str]], Answer]] = {
     ("reload",): _reload,
     ("drop", "cached"): _drop_cached,
     ("close", "connection"): _close,
+    ("backoff", "end"): _end_backoff,
     ("drain",): _stop,
     ("stop",): _stop,
 }

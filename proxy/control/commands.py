@@ -96,6 +96,7 @@ COMMANDS: tuple[Command, ...] = (
         True,
         "[COLUMN=VALUE ...] [for 10m] | off",
     ),
+    Command(("backoff", "end"), "end the back-off of a throttle block: its own limits hold", 1, True, "NAME", 1),
     Command(("drain",), "the same as stop", changes=True),
     Command(("stop",), "accept nothing new, let what is open finish, and end", changes=True),
     Command(("help",), "the commands"),

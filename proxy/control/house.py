@@ -56,6 +56,9 @@ class House(Protocol):
     def log_less(self) -> int:
         """End all of these; how many there were."""
 
+    def end_backoff(self, name: str) -> int | None:
+        """End the back-offs of a throttle block, of how many throttles; None: there is no such block."""
+
     def stop(self) -> None:
         """Begin the drain."""
 

@@ -473,6 +473,9 @@ class Visit:
     def heard(self, data: bytes) -> None:
         """The receiver's first bytes, which may be a refusal; called from the hub."""
         self.reply += data.decode("utf-8", "backslashreplace")
+        said = refusal(self.reply)
+        if said:
+            self.services.admission.replied(self.place, f"{said[:3]} {said[4:]}", settle_later=True)
 
     def ended(self, ending: Ending, up: int, down: int) -> None:
         """The relay is over; called from the hub, must not wait."""

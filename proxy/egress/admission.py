@@ -22,6 +22,7 @@ from proxy.model import UNNAMED, Names
 from proxy.throttling.desk import MessageTicket
 from proxy.throttling.flows import Flow, Places, Throttle, Ticket
 from proxy.throttling.manager import Manager
+from proxy.throttling.registry import Remark
 from proxy.throttling.session import End, Session
 from proxy.throttling.throttle import MILLISECOND
 from proxy.throttling.wheel import Wheel
@@ -323,6 +324,36 @@ class Admission:
             self._deadlines.disarm(ticket)
             answer(refusal)
 
+    # ---------------------------------------------------------------- replies of receivers
+
+    @property
+    def listens(self) -> bool:
+        """Whether refusals are of interest."""
+        return self.manager.blocks.listens
+
+    def replied(self, places: Places | None, reply: str, settle_later: bool = False) -> None:
+        """A receiver refused something on the connection that has these places; must not wait.
+
+        Whoever asks from now on finds the limits that follow, and so does who waits: to be called before the places are
+        given back.
+
+        Args:
+            reply: its code and a blank, then its lines, joined by LF.
+            settle_later: the caller must not have the engine called, as `settle` may.
+        """
+        if places is not None and self.listens:
+            self.manager.replied(places, reply, clock_ns())
+            if settle_later:
+                self._hub.loop.run_callback(self.settle)
+            else:
+                self.settle()
+
+    def end_backoff(self, name: str) -> int | None:
+        """End the back-offs of a block by hand; of how many throttles. None: there is no such block."""
+        count = self.manager.end_backoff(name, clock_ns())
+        self.settle()
+        return count
+
     # ---------------------------------------------------------------- deadlines
 
     def _longest(self, ticket: Ticket | MessageTicket, seconds: float) -> float:
@@ -375,10 +406,14 @@ class Admission:
                 if not (admitted or granted or ready or ended or blocked):
                     break
             for remark in manager.take_notices():
-                log.note(log.Event.THROTTLE, log.WARNING, remark.detail, notice=remark.notice, instance=remark.instance)
+                self._tell(remark)
         finally:
             self._settling = False
         self._arm()
+
+    def _tell(self, remark: Remark) -> None:
+        level, reply = log.INFO if remark.calm else log.WARNING, {"reply": remark.reply} if remark.reply else {}
+        log.note(log.Event.THROTTLE, level, remark.detail, notice=remark.notice, instance=remark.instance, **reply)
 
     def _arm(self) -> None:
         due = self.manager.next_wakeup()

@@ -111,6 +111,9 @@ class Steering:
     def log_less(self) -> int:
         return self._watching.end_all()
 
+    def end_backoff(self, name: str) -> int | None:
+        return self._services().admission.end_backoff(name)
+
     def stop(self) -> None:
         self._stop()
 

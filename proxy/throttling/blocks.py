@@ -4,6 +4,8 @@ Which blocks hold for a connection is decided by `Rules` (in `policy.limits`); h
 whatever counts by itself there, and a reload changes these. Their delivery rate counts messages where they are seen,
 each asked for by itself, and connections else: a place takes a slot that is used at once. A connection rate has a meter
 of its own, where every new connection takes one. Waiting is done in `places`.
+
+Replies of receivers may slow them down: what was said, and until when it holds, is kept in `backoff`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from proxy.model import Names
+from proxy.throttling.backoff import NO_RATE, Backoffs, Rule
 from proxy.throttling.flows import Throttle
+from proxy.throttling.limits import Effective
 from proxy.throttling.throttle import SECOND, Key, Limit, Shadow
 
 #: Verdicts and idle throttles are dropped when there are more: addresses may come from whole prefixes.
@@ -57,9 +61,16 @@ class Rules(Protocol):
     def blocks(self) -> Mapping[str, Block]: ...
     @property
     def by_instance(self) -> bool: ...
+    @property
+    def listeners(self) -> Mapping[str, object]:
+        """Blocks that replies slow down, by name."""
+
     def __bool__(self) -> bool: ...
     def match(self, instance: str, source: str, destination: str, names: Names) -> Sequence[tuple[str, str, str]]:
         """Name, and the source and the receiver that count by themselves ("": all together), of each."""
+
+    def struck(self, names: Iterable[str], reply: str) -> Iterable[tuple[str, Sequence[Rule]]]:
+        """Those of these blocks that a reply concerns, and by which of their rules."""
 
 
 class NoRules:
@@ -69,11 +80,15 @@ class NoRules:
 
     def __init__(self) -> None:
         self.blocks: Mapping[str, Block] = {}
+        self.listeners: Mapping[str, object] = {}
 
     def __bool__(self) -> bool:
         return False
 
     def match(self, instance: str, source: str, destination: str, names: Names) -> Sequence[tuple[str, str, str]]:
+        return ()
+
+    def struck(self, names: Iterable[str], reply: str) -> Iterable[tuple[str, Sequence[Rule]]]:
         return ()
 
 
@@ -96,6 +111,9 @@ class Blocks:
 
     Args:
         start: when the proxy began, in nanoseconds: what its predecessor did is unknown.
+
+    Attributes:
+        backoffs: which of them are slowed down, and why.
     """
 
     def __init__(self, rules: Rules, start: int) -> None:
@@ -105,6 +123,7 @@ class Blocks:
         self._connections: dict[Key, Throttle] = {}  # the meters of connection rates
         self._verdicts: dict[_Verdict, tuple[Key, ...]] = {}
         self._stale: dict[Throttle, None] = {}
+        self.backoffs = Backoffs()
 
     def __bool__(self) -> bool:
         return bool(self._rules)
@@ -114,9 +133,11 @@ class Blocks:
         """Whether `refresh` has more to do."""
         return bool(self._stale)
 
-    def reload(self, rules: Rules) -> None:
+    def reload(self, rules: Rules, now: int) -> None:
         """Put other blocks in force, by and by (`refresh`); each throttle at once when it is asked for. Places and
-        debts stay with the name and what it counts by."""
+        debts stay with the name and what it counts by, and so does a back-off while its block has any rule for one."""
+        gone = [name for name in self._rules.listeners if name not in rules.listeners]
+        self.backoffs.end(gone, "has no rule for a back-off any more", now)
         self._rules = rules
         self._verdicts.clear()
         self._stale = dict.fromkeys(self.throttles())
@@ -153,12 +174,50 @@ class Blocks:
         paced = tuple([self._paced(key, now) for key in keys if blocks[key.name].max_connection_rate])
         return Applying(messages + paced, messages)
 
+    def has(self, name: str) -> bool:
+        """Whether there is a block of this name."""
+        return name in self._rules.blocks
+
+    @property
+    def listens(self) -> bool:
+        """Whether replies of receivers are of interest."""
+        return bool(self._rules.listeners)
+
+    def replied(self, throttles: Iterable[Throttle], reply: str, instance: str, now: int) -> list[Throttle]:
+        """A receiver refused something on a connection that stands under these; those whose limits have changed.
+
+        Args:
+            reply: its code and a blank, then its lines, joined by LF.
+        """
+        keys: dict[str, list[Key]] = {}
+        for throttle in throttles:
+            if throttle.counts and not throttle.connections and throttle.key.name in self._rules.listeners:
+                keys.setdefault(throttle.key.name, []).append(throttle.key)
+        changed: list[Throttle] = []
+        for name, struck in self._rules.struck(keys, reply) if keys else ():
+            for key in keys[name]:
+                for other in self.backoffs.strike(key, struck, reply.replace("\n", " "), instance, now):
+                    changed += self._reconfigure(other, now)
+        return changed
+
+    def come_back(self, now: int, most: int) -> list[Throttle]:
+        """Throttles whose back-off is over, or is less from now on."""
+        return [throttle for key in self.backoffs.expire(now, most) for throttle in self._reconfigure(key, now)]
+
+    def end_backoff(self, name: str, now: int) -> int:
+        """End every back-off of a block by hand, of how many throttles; see to it by `come_back`."""
+        return self.backoffs.end([name], "was ended by hand", now)
+
     def wait(self, throttles: Iterable[Throttle]) -> float | None:
-        """Seconds that a request may queue under these: the shortest that a block says; None: none does.
+        """Seconds that a request may queue under these: the shortest that a block says, none at all in a pause; None:
+        none says anything.
 
         An instance's throttle may have the name of a block, and is none.
         """
-        names = [throttle.key.name for throttle in throttles if throttle.counts and throttle.shadow is None]
+        holding = [throttle for throttle in throttles if throttle.counts and throttle.shadow is None]
+        if any(throttle.closed_until for throttle in holding):
+            return 0.0
+        names = [throttle.key.name for throttle in holding]
         waits = [self._rules.blocks[name].wait for name in names if name in self._rules.blocks]
         return min([wait for wait in waits if wait is not None], default=None)
 
@@ -189,6 +248,13 @@ class Blocks:
             self._configure(throttle, now)  # who waits there is looked at by `refresh`
         return throttle
 
+    def _reconfigure(self, key: Key, now: int) -> list[Throttle]:
+        """Put the terms of now in force for the throttles of a key."""
+        found = [known[key] for known in (self._throttles, self._connections) if key in known]
+        for throttle in found:
+            self._configure(throttle, now)
+        return found
+
     def _configure(self, throttle: Throttle, now: int) -> None:
         block = self._rules.blocks.get(throttle.key.name)
         rates: Sequence[Rate] = ()
@@ -197,8 +263,15 @@ class Blocks:
         lowest: dict[int, int] = {}
         for rate in rates:
             lowest[rate.seconds] = min(rate.amount, lowest.get(rate.seconds, rate.amount))
-        throttle.limit_to(tuple(Limit(lowest[seconds], seconds) for seconds in sorted(lowest)), self._start, now)
-        throttle.cap = block.max_concurrent_connections if block is not None and not throttle.connections else 0
+        places = block.max_concurrent_connections if block is not None and not throttle.connections else 0
+        terms = Effective(tuple(Limit(lowest[seconds], seconds) for seconds in sorted(lowest)), places)
+        throttle.closed_until = 0
+        slowdown = self.backoffs.of(throttle.key)
+        if slowdown is not None:
+            terms = slowdown.apply(terms, now, messages=not throttle.connections)
+            throttle.closed_until = slowdown.closed_until(now)
+        throttle.limit_to(terms.limits or (NO_RATE,) * (throttle.closed_until > 0), self._start, now)
+        throttle.cap = terms.places
         if block is None or block.enforce:
             throttle.shadow = None
         else:

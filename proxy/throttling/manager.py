@@ -7,13 +7,17 @@ closed), `take_notices` (for the log). Frames, sockets and proof of identity are
 arithmetic is in `throttle`, `dispenser`, `places` and `limits`.
 
 The calls are those of one object and stand in four files, each of which knows those before it: `core` (the parts),
-`attendance` (sessions), `statements` (what they say), `requests` (places and messages). Here are time and settings.
+`attendance` (sessions), `statements` (what they say), `requests` (places and messages). Here are time, settings, and
+what receivers reply.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from proxy.throttling.blocks import Rules
 from proxy.throttling.core import SWEEP
+from proxy.throttling.flows import Places, Throttle
 from proxy.throttling.registry import Remark
 from proxy.throttling.requests import Requests
 
@@ -29,12 +33,26 @@ class Manager(Requests):
         blocks: the proxy's own throttles.
     """
 
+    def replied(self, places: Places, reply: str, now: int) -> None:
+        """A receiver refused something on the connection that has these places: see `Blocks.replied`."""
+        self._relook(self.blocks.replied(places.throttles, reply, places.owner, now), now)
+        self._settle(now)
+
+    def end_backoff(self, name: str, now: int) -> int | None:
+        """End the back-offs of a block by hand; of how many throttles. None: there is no such block."""
+        if not self.blocks.has(name):
+            return None
+        count = self.blocks.end_backoff(name, now)
+        self._relook(self.blocks.come_back(now, SWEEP), now)
+        self._settle(now)
+        return count
+
     def reload(self, enforce: bool, blocks: Rules, now: int) -> None:
         """New settings; places, debts and sessions stay."""
         if self.enforce and not enforce:
             self._pardon(now)
         self.enforce = enforce
-        self.blocks.reload(blocks)
+        self.blocks.reload(blocks, now)
         self._refresh(now)
         self._settle(now)
 
@@ -49,6 +67,7 @@ class Manager(Requests):
         self._sweep(now)
         self._stretch(now)
         self._refresh(now)
+        self._relook(self.blocks.come_back(now, SWEEP), now)
         self._registry.teller.step()
         self._dispenser.resume(now)
         self._serve_counted(now)
@@ -83,12 +102,15 @@ class Manager(Requests):
             self._registry.leases,
             self._registry.backoffs,
             self._registry.forgetting,
+            self.blocks.backoffs.wheel,
         )
         return min([due for wheel in wheels if (due := wheel.next_wakeup()) is not None], default=None)
 
     def take_notices(self) -> list[Remark]:
-        remarks, self._registry.remarks = self._registry.remarks + self._audit.remarks, []
-        self._audit.remarks = []
+        remarks: list[Remark] = []
+        for part in (self._registry, self._audit, self.blocks.backoffs):
+            remarks += part.remarks
+            part.remarks = []
         return remarks
 
     @property
@@ -118,6 +140,10 @@ class Manager(Requests):
 
     def _refresh(self, now: int) -> None:
         """New settings reach some more of the proxy's own throttles."""
-        for throttle in self.blocks.refresh(now, SWEEP):
+        self._relook(self.blocks.refresh(now, SWEEP), now)
+
+    def _relook(self, throttles: Iterable[Throttle], now: int) -> None:
+        """Their limits are others now: so may be who gets something."""
+        for throttle in throttles:
             self._book.pump(throttle, now)
             self._dispenser.serve(throttle, now)

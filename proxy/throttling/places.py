@@ -251,7 +251,7 @@ class PlaceBook:
         """Whether `throttle` has no place or slot for `ticket`, or for those who stand in line (None)."""
         if throttle.shadow is not None:
             return False
-        if 0 < throttle.cap <= throttle.used:
+        if throttle.full():
             return True
         line = throttle.line
         claim = line.claim if line is not None else None

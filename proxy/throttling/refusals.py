@@ -20,6 +20,8 @@ def refusal(ticket: Ticket, now: int) -> Throttled:
         return _held_back(blocker, now)
     throttle = blocker or ticket.throttles[0]
     name, what = throttle.key.name, throttle.key
+    if throttle.closed_until:
+        return _paused(throttle, now)
     if throttle.full() or not throttle.counts:
         used = f"{throttle.used} of {throttle.cap} connections are in use"
         seconds = _seconds_to_place(throttle, now)
@@ -32,11 +34,20 @@ def message_refusal(path: Path, now: int) -> Throttled:
     """The error for a message that got no slot in time: come back when those who wait have had one each."""
     slot, throttle = path.earliest(now)
     throttle = throttle or path.throttles[0]
+    if throttle.closed_until:
+        return _paused(throttle, now)
     waiting = len(throttle.slots.queue) if throttle.slots is not None else 0
     longest = max([window.interval for window in throttle.windows], default=0)
     seconds = max(0, slot - now + longest * max(0, waiting - 1)) / SECOND
     name, what = throttle.key.name, throttle.key
     return Throttled(f"throttle {what}: next message in {seconds:.1f} s", name, seconds)
+
+
+def _paused(throttle: Throttle, now: int) -> Throttled:
+    """By one of its `backoff` rules."""
+    seconds = max(0, throttle.closed_until - now) / SECOND
+    why = f"throttle {throttle.key}: paused after a reply of the receiver; try again in {seconds:.0f} s"
+    return Throttled(why, throttle.key.name, seconds)
 
 
 def _held_back(flow: Flow, now: int) -> Throttled:

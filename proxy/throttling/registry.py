@@ -41,11 +41,16 @@ class Notice(enum.StrEnum):
 
 
 class Remark(NamedTuple):
-    """A notice; `instance` may be empty where it is nobody's; `detail` is a sentence."""
+    """A notice; `instance` may be empty where it is nobody's; `detail` is a sentence.
+
+    `reply`: of a receiver, that it is about. `calm`: it is no warning.
+    """
 
     notice: Notice
     instance: str
     detail: str
+    reply: str = ""
+    calm: bool = False
 
 
 class Registry:

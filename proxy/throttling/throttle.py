@@ -218,11 +218,12 @@ class Meter:
         cap: places there are, 0: unlimited. used: places taken. held: places by owner, None when nobody holds one.
         taken: slots given out so far. counts: a place also takes a slot (the proxy's own throttles count connections),
             if it is rated, or if `connections`: a place always does, and messages do not.
+        closed_until: no place and no slot before it, a pause of one of the proxy's own throttles; 0: there is none.
         shadow: holds nothing back, and counts what it would have; None: it holds.
     """
 
     __slots__ = (
-        *("cap", "connections", "counts", "dormant", "held", "key"),
+        *("cap", "closed_until", "connections", "counts", "dormant", "held", "key"),
         *("opens", "shadow", "slack", "taken", "used", "windows"),
     )
 
@@ -238,6 +239,7 @@ class Meter:
         self.used = 0
         self.held: dict[str, int] | None = None
         self.connections = False
+        self.closed_until = 0
         self.shadow: Shadow | None = None
 
     # --- shadow ---
@@ -257,7 +259,7 @@ class Meter:
         """The same for a place, which is about to be taken."""
         shadow = self.shadow
         assert shadow is not None
-        shadow.waited += 0 < self.cap <= self.used
+        shadow.waited += self._out_of_places()
 
     # --- rate ---
 
@@ -269,7 +271,7 @@ class Meter:
     def earliest(self, now: int) -> int:
         """The next slot: `now`, rounded up to a microsecond, or later; of connections, up to LATENESS ago."""
         if self.counts:
-            now -= LATENESS
+            now = max(now - LATENESS, self.closed_until)
         slot = -(-now // MICROSECOND) * MICROSECOND
         if slot < self.opens:
             slot = self.opens
@@ -393,7 +395,10 @@ class Meter:
     # --- places ---
 
     def full(self) -> bool:
-        return self.shadow is None and 0 < self.cap <= self.used
+        return self.shadow is None and self._out_of_places()
+
+    def _out_of_places(self) -> bool:
+        return 0 < self.cap <= self.used or self.closed_until > 0
 
     def takes(self, rated: bool) -> bool:
         """Whether a place takes a slot here, too."""

@@ -64,7 +64,7 @@ OUTSIDE = {
     *("__future__", "abc", "base64", "binascii", "bisect", "collections", "contextlib", "dataclasses", "difflib"),
     *("enum", "errno", "fractions", "functools", "graphlib", "hashlib", "heapq", "hmac", "ipaddress", "itertools"),
     *("json", "math", "msgspec", "operator", "re", "shlex", "string", "struct", "textwrap", "types", "typing"),
-    *("idna", "unicodedata"),
+    *("idna", "re2", "unicodedata"),
 }
 #: configargparse reads files and the environment by itself; config hands it both as arguments.
 OUTSIDE_FOR_CONFIG = OUTSIDE | {"argparse", "configargparse", "io"}

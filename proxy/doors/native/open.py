@@ -228,6 +228,7 @@ class Opener:
     ) -> Receiver:
         """A new connection, which has these places, or those of the connection in clear that took its turn."""
         services, limits = self._services, self._limits(left)
+        asked_with = places
 
         def failed(stream: Stream) -> None:
             nonlocal places
@@ -235,10 +236,11 @@ class Opener:
             services.keeper.close_early(stream, failed_with)
 
         def once_more(error: UpstreamError) -> None:
-            nonlocal places
+            nonlocal places, asked_with
             services.broken_tls.failed(destination, error.reason, monotonic())
             self._tell(source, destination, error)
-            places = services.admission.enter(*who, limits.ends_at - monotonic(), None, self._rated, self._names)
+            seconds = limits.ends_at - monotonic()
+            places = asked_with = services.admission.enter(*who, seconds, None, self._rated, self._names)
 
         services.gauges.outgoing += 1
         try:
@@ -257,6 +259,8 @@ class Opener:
             )
         except BaseException as error:
             services.gauges.outgoing -= 1
+            if isinstance(error, UpstreamError) and error.smtp_reply is not None:
+                services.admission.replied(asked_with, error.smtp_reply)
             services.admission.leave(places)
             if isinstance(error, Overloaded):
                 services.keeper.shed(1)

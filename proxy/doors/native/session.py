@@ -6,6 +6,7 @@ What OPENED says, whether the connection may be kept at END, and what is counted
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from time import monotonic
 
 from proxy.doors.native.entrance import Guest, check_still_welcome
@@ -164,16 +165,20 @@ class Session:
         )
 
     def _tracker(self) -> Tracker:
-        """The judge of a session, which also tells what becomes of each message where that is wanted."""
+        """The judge of a session, which also tells what the receiver refuses and what becomes of each message, where
+        that is wanted."""
+        admission = self._services.admission
+        place = self._taken.receiver.place if admission.listens else None
+        refused = partial(admission.replied, place) if place is not None else None
         if not self._services.settings.log_messages:
-            return Tracker()
+            return Tracker(refused)
         number, receiver, instance = self._number, self._taken.receiver, self._peer.instance
         tls = receiver.tls.version if receiver.tls else ""
 
         def tell(fate: Fate) -> None:
             log.message(number, instance, receiver.source, receiver.destination, receiver.local, tls, fate)
 
-        return FateTracker(tell)
+        return FateTracker(tell, refused)
 
     def _count_messages(self) -> Outcomes | None:
         """What the tracker saw, else what the client says; what became of messages, where that was seen."""

@@ -113,6 +113,7 @@ class Direct:
                 self.drop(line, False)
                 raise
             line.greeting = error.smtp_reply
+            self.refused(line, error.smtp_reply)
         else:
             line.greeting = held.receiver.greeting
 
@@ -128,6 +129,8 @@ class Direct:
         try:
             held.bring_up.hello(name, _ANSWER_WITHIN)
         except BaseException as error:
+            if isinstance(error, UpstreamError) and error.smtp_reply is not None:
+                self.refused(line, error.smtp_reply)
             self.drop(line, False)
             if not (isinstance(error, UpstreamError) and self._goes_in_clear(error)):
                 raise
@@ -171,6 +174,10 @@ class Direct:
     def redeem(self) -> bool:
         """See `Egress`."""
         return self._services.admission.put_off(self._slot)
+
+    def refused(self, line: Line, reply: str) -> None:
+        """See `Egress`."""
+        self._services.admission.replied(_held(line).receiver.place, reply)
 
     def reloaded(self, services: Services) -> None:
         """See `Egress`."""
@@ -309,6 +316,7 @@ class Direct:
         timeout, idle = services.settings.connect_timeout, services.settings.idle_timeout
         wish = self._wish(name)._replace(tls=tls)
         limits = Limits(timeout, _ANSWER_WITHIN, monotonic() + _ANSWER_WITHIN)
+        asked_with = places
 
         def failed(stream: Stream) -> None:
             nonlocal places
@@ -316,9 +324,9 @@ class Direct:
             services.keeper.close_early(stream, failed_with)
 
         def once_more(error: UpstreamError) -> None:
-            nonlocal places
+            nonlocal places, asked_with
             self._goes_in_clear(error)
-            places = self._enter(limits.ends_at - monotonic(), None)
+            places = asked_with = self._enter(limits.ends_at - monotonic(), None)
 
         def make() -> Receiver:
             ends = terms.source, terms.destination
@@ -326,7 +334,9 @@ class Direct:
 
         try:
             receiver = self._had(make)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, UpstreamError) and error.smtp_reply is not None:
+                services.admission.replied(asked_with, error.smtp_reply)
             services.admission.leave(places)
             raise
         receiver.place = places

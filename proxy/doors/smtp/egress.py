@@ -141,6 +141,14 @@ class Egress(Protocol):
             False: so much later that it needs another slot.
         """
 
+    def refused(self, line: Line, reply: str) -> None:
+        """The receiver refused something in the dialogue on `line` (greeting and EHLO are the egress's own). Does not
+        wait.
+
+        Args:
+            reply: its code and a blank, then its lines, joined by LF.
+        """
+
     def reloaded(self, services: Services) -> None:
         """New settings decide about what `renew` and `slot` are asked for from now on. Does not wait."""
 

@@ -58,12 +58,12 @@ class Visit:
     ) -> None:
         terms, settings = facts.terms, services.settings
         starttls = terms.offer_starttls and services.mta_context is not None
-        judge = Tracker if not settings.log_messages else self._fate_tracker
         self._services = services
         self._facts = facts
+        self._log_messages = settings.log_messages
         self._books = Books(services, door, facts, first)
         self._wires = Wires(services.engine, stream)
-        self._mediator = Mediator(services.host_name, starttls, terms.show_auth, judge)
+        self._mediator = Mediator(services.host_name, starttls, terms.show_auth, self._judge)
         self._holding = Holding(services, egress, first, self._mediator, self._wires, self._books)
         self._errands = Errands(services, stream, self._mediator, self._wires, self._holding, self._books, self._hear)
         self._turn = stream.turn
@@ -291,10 +291,17 @@ class Visit:
         """Whether the client's connection is to be reset."""
         return self._reset
 
-    # ---------------------------------------------------------------- fates of messages, where they are logged
+    # ---------------------------------------------------------------- what is seen of each connection
 
-    def _fate_tracker(self) -> Tracker:
-        return FateTracker(self._tell_fate)
+    def _judge(self) -> Tracker:
+        """The judge of one, which also tells what is wanted to be told."""
+        refused = self._refused if self._services.admission.listens else None
+        return FateTracker(self._tell_fate, refused) if self._log_messages else Tracker(refused)
+
+    def _refused(self, reply: str) -> None:
+        line = self._holding.line
+        if line is not None:
+            self._holding.egress.refused(line, reply)
 
     def _tell_fate(self, fate: Fate) -> None:
         line = self._holding.line

@@ -21,6 +21,7 @@ def take(dialogue: Course, line: Line) -> bool:
     elif dialogue.state is State.HELD and not dialogue.group and dialogue.may_change:
         dialogue.death = _why(line)  # no answer to the MAIL, which it has not heard; that goes on elsewhere
     elif line.code == 421 and dialogue.group.repeatable:
+        dialogue.tracker.replaced(line.data)
         dialogue.replace(Discard.SAID_421)
     else:
         dialogue.tracker.server_bytes(line.data)

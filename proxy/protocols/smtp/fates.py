@@ -33,12 +33,13 @@ class _Message:
 class FateTracker(Tracker):
     """Args:
     tell: called with each message's fate; must not wait.
+    refused: as for `Tracker`.
     """
 
     __slots__ = ("_asked", "_current", "_ended", "_tell", "_text")
 
-    def __init__(self, tell: Callable[[Fate], None]) -> None:
-        super().__init__()
+    def __init__(self, tell: Callable[[Fate], None], refused: Callable[[str], None] | None = None) -> None:
+        super().__init__(refused)
         self._tell = tell
         self._current: _Message | None = None
         self._asked: deque[_Message] = deque()  # MAIL was sent and not answered

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
+from collections.abc import Callable
 
 from proxy.model import Discard
 from proxy.protocols.smtp.dialogue import MAX_REPLY_LINE, BadReply, parse_reply_line
@@ -23,6 +24,8 @@ MAX_COMMAND_LINE = 12288
 
 #: Bytes of a reply that are remembered.
 LONGEST_SAID = 256
+#: Characters of a refusal that are told.
+LONGEST_REFUSAL = 2000
 
 #: Commands without a reply; nobody sends more at a time, and it bounds memory.
 MOST_OUTSTANDING = 100_000
@@ -62,6 +65,10 @@ class Tracker:
 
     Give each piece to `client_bytes` or `server_bytes` *before* it is passed on: then no reply can be seen before its
     command. How the bytes are cut into pieces makes no difference.
+
+    Args:
+        refused: told each refusal (4xx or 5xx) that answers a command: its code and a blank, then its lines joined by
+            LF. Must not wait. What the receiver says unasked, as when it has had enough of an idle connection, is none.
     """
 
     __slots__ = (
@@ -74,6 +81,8 @@ class Tracker:
         "_mail_refused",
         "_outstanding",
         "_reason",
+        "_refusal",
+        "_refused",
         "_reply_line",
         "_server_lost",
         "_tail",
@@ -86,7 +95,7 @@ class Tracker:
         "said",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, refused: Callable[[str], None] | None = None) -> None:
         #: MAIL commands that the client sent: what a permit is spent on.
         self.mails = 0
         #: How many MAIL commands may pass; None: any number. The next one is handed back by `client_bytes`.
@@ -111,6 +120,8 @@ class Tracker:
         self._server_lost = False
         self._ending = False  # QUIT was said, or 421
         self._reason: Discard | None = None
+        self._refused = refused
+        self._refusal = ""  # the lines of one that have come
 
     def verdict(self) -> Discard | None:
         """None: nothing speaks against keeping the connection now; else the first reason that came up."""
@@ -302,10 +313,30 @@ class Tracker:
         if self._code and code != self._code:
             raise BadReply("the lines of one reply carry different codes")
         self._code = 0 if last else code
+        if code >= 400 and self._refused is not None:
+            self._gather(line, last, self._refused)
         if last:
             if code >= 400:
                 self.said = line[:LONGEST_SAID].decode("utf-8", "backslashreplace").rstrip()
             self._on_reply(code)
+
+    def _gather(self, line: bytes, last: bool, refused: Callable[[str], None]) -> None:
+        """A line of a refusal, which is told with its last one."""
+        text = line.decode("utf-8", "backslashreplace")
+        if not self._refusal:
+            self._refusal = f"{text[:3]} {text[4:]}"[:LONGEST_REFUSAL]
+        elif len(self._refusal) < LONGEST_REFUSAL:
+            self._refusal = f"{self._refusal}\n{text[4:]}"[:LONGEST_REFUSAL]
+        if last:
+            refusal, self._refusal = self._refusal, ""
+            if self._outstanding:
+                refused(refusal)
+
+    def replaced(self, line: bytes) -> None:
+        """A refusal, or the first line of one, that its client will not hear: it is asked the same elsewhere."""
+        if self._refused is not None:
+            text = line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
+            self._refused(f"{text[:3]} {text[4:]}"[:LONGEST_REFUSAL])
 
     def _on_reply(self, code: int) -> None:
         if code == 421:

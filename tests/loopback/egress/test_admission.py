@@ -33,6 +33,7 @@ class Block:
     instance: tuple = ()
     per: tuple = ("source",)
     max_connection_rate: tuple = ()
+    backoff: tuple = ()
     enforce: bool = True
 
 

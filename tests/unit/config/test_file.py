@@ -45,7 +45,7 @@ def mistakes(text):
 def test_values(line, values):
     document = parse(line)
     assert not mistakes(line)
-    assert document.directives == [("d", values, 1, "")]
+    assert document.directives == [("d", values, 1, "", False)]
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "# x", "   # x\n\t", "\ufeff", "\r\n\r\n", "#", "\ufeff# x"])
@@ -54,7 +54,7 @@ def test_nothing_in_it(text):
 
 
 def test_lines_are_counted_in_lf_and_crlf_files_with_a_byte_order_mark():
-    expected = [("a", ["1"], 1, ""), ("b", ["2"], 3, "")]
+    expected = [("a", ["1"], 1, "", False), ("b", ["2"], 3, "", False)]
     assert parse("\ufeffa 1\n\nb 2").directives == expected
     assert parse("\ufeffa 1\r\n\r\nb 2\r\n").directives == expected
 
@@ -62,7 +62,7 @@ def test_lines_are_counted_in_lf_and_crlf_files_with_a_byte_order_mark():
 def test_a_block():
     document = parse('x 1\nthrottle "a b" { # c\n  w 20s\n\n  l 1, 2 # c\n} # c\ny 2\n')
     assert not document.mistakes
-    assert document.blocks == [("throttle", "a b", [("w", ["20s"], 3, ""), ("l", ["1", "2"], 5, "")], 2)]
+    assert document.blocks == [("throttle", "a b", [("w", ["20s"], 3, "", False), ("l", ["1", "2"], 5, "", False)], 2)]
     assert [directive.name for directive in document.directives] == ["x", "y"]
 
 
@@ -111,7 +111,7 @@ def test_one_mistake_is_reported_once_with_its_line(text, line, words):
 
 def test_what_is_in_a_block_that_begins_wrongly_is_not_blamed_too():
     assert len(mistakes("b {\n w 1\n}\nd a")) == 1
-    assert parse("b {\n w 1\n}\nd a").directives == [("d", ["a"], 4, "")]
+    assert parse("b {\n w 1\n}\nd a").directives == [("d", ["a"], 4, "", False)]
 
 
 def test_all_mistakes_are_reported():
@@ -163,7 +163,7 @@ def test_no_text_raises_anything(text):
 
 @given(st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"])), min_size=1))
 def test_every_list_of_texts_can_be_written_as_json(values):
-    assert parse("d " + ", ".join(json.dumps(value) for value in values)).directives == [("d", values, 1, "")]
+    assert parse("d " + ", ".join(json.dumps(value) for value in values)).directives == [("d", values, 1, "", False)]
 
 
 @given(
@@ -184,7 +184,7 @@ def test_the_short_way_for_plain_lines_leads_to_the_same(name, value, shape, end
 
 @given(st.text(alphabet=st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="`")))
 def test_every_text_without_backticks_can_be_written_in_backticks(value):
-    assert parse(f"d `{value}`").directives == [("d", [value], 1, "")]
+    assert parse(f"d `{value}`").directives == [("d", [value], 1, "", False)]
 
 
 @given(TEXTS, st.sampled_from(['"{}', "`{}", '"{}" x', "{}=", "={}", '"{}\\x"', "{} x", '"{}" }}', '{{"{}"']))
