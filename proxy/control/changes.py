@@ -56,7 +56,7 @@ def _verbose(house: House, arguments: Sequence[str], because: str) -> Answer:
     return done(f"the steps of {which} are logged for {whole_seconds(seconds)}")
 
 
-def _end_backoff(house: House, arguments: Sequence[str], _: str) -> Answer:
+def _end_backoff(house: House, arguments: list[str]) -> Answer:
     count = house.end_backoff(arguments[0])
     if count is None:
         return refused("failed", f"there is no throttle block {arguments[0]}")

@@ -147,8 +147,7 @@ def test_a_native_channel_sees_the_reply_to_each_step(step: str) -> None:
     script = lambda number: {step: say(BLOCKED)} if number == 0 else {}  # noqa: E731
     with Mx(script) as mx, Proxy(sharing.PLAIN + PAUSE) as proxy, sharing.instances(proxy, "python") as (python,):
         with contextlib.suppress(*sharing.FAILURES):
-            smtp = python.smtp([mx.endpoint], NAME, source_ip=SOURCE)
-            smtp.sendmail("a@example.com", ["to@example.net"], b"x\r\n")
+            sharing.send(python, mx, 1, release=False, source_ip=SOURCE).close()
         proxy.wait_line(r'notice=backoff instance=python reply="554 5.7.1 you are blocked"')
         with pytest.raises(Refused):
             socks5(proxy.socks5, mx.endpoint, SOURCE, user="b")
