@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from ssl import SSLContext
 from time import monotonic
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from proxy.egress.acquaintances import Acquaintances
 from proxy.egress.admission import Admission
@@ -124,6 +124,17 @@ class Newcomers:
             self._sockets.pop(who).shutdown(SHUT_RDWR)
 
 
+class Leaving(NamedTuple):
+    """That all have to go: `until` when (monotonic), and why, in words."""
+
+    until: float
+    reason: str
+
+    def left(self, now: float) -> float:
+        """Seconds."""
+        return max(0.0, self.until - now)
+
+
 class Instances:
     """What the native doors know of the instances that are connected now.
 
@@ -132,9 +143,10 @@ class Instances:
         fences: which run of each name holds the name.
         channels: the open channels. sessions: the open sessions. dialogues: the clients of mode smtp.
         connections: whatever has a client, of all doors.
+        leaving: set when the program stops, for those who come in afterwards, since they had dialled before.
     """
 
-    __slots__ = ("channel_keys", "channels", "connections", "dialogues", "fences", "sessions")
+    __slots__ = ("channel_keys", "channels", "connections", "dialogues", "fences", "leaving", "sessions")
 
     def __init__(self) -> None:
         self.channel_keys: dict[bytes, ChannelKey] = {}
@@ -143,6 +155,7 @@ class Instances:
         self.dialogues: dict[HostedDialogue, None] = {}
         self.sessions: dict[HostedSession, None] = {}
         self.connections: dict[HostedConnection, None] = {}
+        self.leaving: Leaving | None = None
 
 
 class HostedConnection(Protocol):

@@ -55,7 +55,7 @@ from proxy.server.reception import Reception
 from proxy.server.shown import Shown, pairs
 from proxy.server.signals import Signals
 from proxy.server.steering import Steering
-from proxy.services import Gauges, Instances, Newcomers, Services
+from proxy.services import Gauges, Instances, Leaving, Newcomers, Services
 from proxy.settings import Settings
 from proxy.stats import MOST_LINES, Counters, Snapshot
 from proxy.status.http import House, ReloadFailure, StatusDoor
@@ -74,6 +74,7 @@ _SWEEPS_AN_IDLE_TIMEOUT = 8
 _LONGEST_SWEEP_PERIOD = 15.0
 _DRAIN_POLL = 0.05
 _EXTEND_EVERY = 5.0
+_STOPPING = "the proxy is shutting down"
 
 
 #: Reads the configuration anew, breathing in the middle; borrows descriptors for the files. Raises ConfigError.
@@ -448,16 +449,17 @@ class Server:
         timeout = self.services.settings.drain_timeout
         self._notifier.stopping("draining", 3 * _EXTEND_EVERY)
         self._doors.finish()
+        end = monotonic() + timeout
+        self._instances.leaving = Leaving(end, _STOPPING)
         for channel in list(self._instances.channels):
-            channel.goaway(timeout, "the proxy is shutting down", Ending.DRAIN_TIMEOUT)
+            channel.goaway(timeout, _STOPPING, Ending.DRAIN_TIMEOUT)
         for dialogue in list(self._instances.dialogues):
             dialogue.goaway()
         for session in list(self._instances.sessions):
-            session.goaway(timeout, "the proxy is shutting down")
+            session.goaway(timeout, _STOPPING)
         self._keeper.drain()
         open_now = self._doors.open_connections()
         log.note(log.Event.DRAIN, log.INFO, "stopping: no new connections", open_connections=open_now, timeout=timeout)
-        end = monotonic() + timeout
         extended = monotonic()
         while self._busy() and monotonic() < end:
             if monotonic() - extended >= _EXTEND_EVERY:
@@ -471,7 +473,7 @@ class Server:
         for dialogue in list(self._instances.dialogues):
             dialogue.cut(Ending.DRAIN_TIMEOUT)
         for session in list(self._instances.sessions):
-            session.cut(Draining("the proxy is shutting down"))
+            session.cut(Draining(_STOPPING))
         rest()
         self._look_ups.stop()
         if self._control is not None:

@@ -85,6 +85,8 @@ class Channel:
         services, link = self._current(), self._link
         instances = services.instances
         instances.channels[self] = instances.connections[self] = None
+        if (leaving := instances.leaving) is not None:
+            self.goaway(leaving.left(monotonic()), leaving.reason, Ending.DRAIN_TIMEOUT)
         try:
             if not self._peer.one_flight:
                 link.send(self._welcome(services))

@@ -96,6 +96,8 @@ class Control(Client):
         try:
             self._begin(services)
             services.instances.sessions[self] = None
+            if (leaving := services.instances.leaving) is not None:
+                self.goaway(leaving.left(monotonic()), leaving.reason)
             try:
                 self._listen()
             finally:

@@ -85,6 +85,8 @@ class Visit:
         try:
             if self._holding.line is not None:
                 self._holding.attach()
+            if self._services.instances.leaving is not None:
+                self._mediator.drain()
             if early:
                 self._mediator.client(early)
             self._converse()

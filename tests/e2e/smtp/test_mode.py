@@ -446,6 +446,21 @@ def test_a_stop_tells_idle_clients_and_lets_a_message_finish(mx):
     assert len(mx.messages) == 1
 
 
+def test_who_had_dialled_before_a_stop_is_told_at_once(mx):
+    with Proxy(SMTP + "drain_timeout 20s\n") as proxy:
+        busy = client(proxy, mx)
+        busy.mail("1@example.com")  # so that the drain waits
+        with dial(proxy.proxy_protocol) as late:
+            wait_for(lambda: proxy.open_connections() == 2)
+            proxy.signal(signal.SIGTERM)
+            proxy.wait_line("^drain: ")
+            late.sendall(clients.v1(SOURCE, mx.endpoint))
+            greeting, goodbye = read_all(late).splitlines()
+            assert (greeting[:4], goodbye[:4]) == (b"220 ", b"421 ")
+        busy.sock.close()
+    assert not mx.messages
+
+
 def test_a_reload_changes_the_mode_for_new_connections(mx):
     with Proxy("mode tcp\nlisten_tls no\n") as proxy:
         before = socks5(proxy.socks5, mx.endpoint, SOURCE)

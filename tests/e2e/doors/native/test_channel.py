@@ -17,7 +17,7 @@ import pytest
 
 from tests import independent_client as mta
 from tests.clients import TIMEOUT, reset, was_reset
-from tests.independent_client import Peer, channel, deliver, error_from, error_of, frame, pack
+from tests.independent_client import Peer, channel, deliver, error_from, error_of, frame, pack, session
 from tests.mx import Mx, close, half_close, mute, say
 from tests.mx import reset as mx_reset
 from tests.program import Proxy
@@ -497,6 +497,40 @@ def test_no_open_is_served_after_goaway() -> None:
         assert peer.expect(mta.ENDED) == [False, "not_offered"]
         assert error_from(peer)[::2] == ("draining", True)
         peer.sock.close()
+        assert proxy.wait_exit() == 0
+
+
+def test_who_comes_in_during_a_drain_is_told_at_once() -> None:
+    """It had dialled before: no OPEN is served, no permit granted."""
+    with (
+        Proxy("drain_timeout 20s\n") as proxy,
+        Mx() as mx,
+        session(proxy.native) as first,
+        channel(proxy.native) as busy,
+        Peer(proxy.native) as one_flight,
+        Peer(proxy.native) as in_full,
+        Peer(proxy.native) as second,
+    ):
+        busy.opened(mx.endpoint, ehlo_name=EHLO)
+        in_full.hello(mta.CHANNEL)
+        second.hello(mta.SESSION, instance="mta-2")
+        proxy.term()
+        proxy.wait_line("^drain: ")
+        in_full.prove()
+        left, reason, code = in_full.expect(mta.GOAWAY)
+        assert 0 < left <= 20_000
+        assert (reason, code) == ("the proxy is shutting down", "draining")
+        assert in_full.closed()
+        one_flight.sock.sendall(
+            one_flight.channel_auth(first.welcome, 1) + frame(mta.OPEN, pack([None, [list(mx.endpoint)]]))
+        )
+        assert error_from(one_flight)[::2] == ("draining", True)
+        second.prove()
+        left = next(fields for kind, fields in iter(second.hear, None) if kind == mta.GOAWAY)[0]
+        assert 0 < left <= 20_000
+        assert mx.connects == 1
+        for peer in (first, busy, one_flight, in_full, second):
+            peer.sock.close()
         assert proxy.wait_exit() == 0
 
 
