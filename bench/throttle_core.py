@@ -16,6 +16,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from proxy.config.load import load
+from proxy.policy.limits import Limits
 from proxy.server.process import STEP_EVERY, Collector
 from proxy.throttling.flows import Places, Ticket
 from proxy.throttling.limits import Part
@@ -232,7 +234,33 @@ def places() -> None:
     print(f"admit and release, nobody waits: {(perf_counter() - begin) / 50_000 * 1e6:.2f} us")
 
 
+def matching(number: int) -> None:
+    """Which of so many blocks hold for a connection: each with a source of its own; and with lists that all overlap."""
+    for what, line in (
+        ("each its own source", "source 10.0.{0}.{1}\n destination 98.0.0.0/8"),
+        ("different lists that all have the receiver", "source 10.0.{0}.{1}\n destination 98.0.0.0/8, 99.{0}.{1}.0/24"),
+        (
+            "such lists on both sides, by instance",
+            "source 10.0.0.0/8, 11.{0}.{1}.0/24\n destination 98.0.0.0/8, 99.{0}.{1}.0/24\n instance i{0}-{1}",
+        ),
+    ):
+        text = "".join(f"throttle t{n} {{\n {line.format(n >> 8, n & 255)}\n}}\n" for n in range(number))
+        base = "listen_socks5 127.0.0.1:1080\nsocks5_auth none\nallow_from 127.0.0.1\n"
+        limits = Limits(load(["--config-filename=f"], {}, lambda _, text=base + text: text).settings.throttle)
+        connections = [(f"i0-{n % number & 255}", f"10.0.0.{n % min(number, 256)}", f"98.0.{n}.1") for n in range(256)]
+        steps = limits.steps
+        begin = perf_counter()
+        for _ in range(20):
+            for instance, source, destination in connections:
+                assert len(limits.match(instance, source, destination)) <= 1
+        spent = (perf_counter() - begin) / 20 / len(connections)
+        steps = (limits.steps - steps) // 20 // len(connections)
+        print(f"matching ({number} blocks, {what}): {spent * 1e6:.1f} us, {steps} look-ups")
+
+
 if __name__ == "__main__":
+    for number in (10, 1_000, 10_000):
+        matching(number)
     permits(1, 3500)
     permits(5, 3500)
     permits(10, 100_000)

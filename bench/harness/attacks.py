@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import signal
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -32,12 +35,14 @@ _WATCHED = 3.0
 
 
 class Doors(NamedTuple):
-    """Where the program listens, and whether its native listener speaks TLS."""
+    """Where the program listens, and whether its native listener speaks TLS; for its operator pid and configuration."""
 
     native: Address
     socks5: Address
     status: Address
     tls: bool
+    pid: int
+    config: Path
 
 
 # -- TLS without plaintext ---------------------------------------------------------------------------------------------
@@ -298,3 +303,16 @@ def client_hellos(doors: Doors) -> Attack:
             held.append(sock)
         if len(held) > 200:
             clients.reset(held.pop(0))
+
+
+# -- the operator ------------------------------------------------------------------------------------------------------
+
+
+def reloads(doors: Doors) -> Attack:
+    """Three reloads, each with other limits in every block."""
+    yield
+    for rate in ("2000/hr", "3000/hr", "1000/hr"):
+        text = doors.config.read_text()
+        doors.config.write_text(re.sub(r"(?<=max_delivery_rate )\S+", rate, text))
+        os.kill(doors.pid, signal.SIGHUP)
+        time.sleep(_WATCHED)

@@ -96,7 +96,9 @@ def load(
     let_go(blocks, breathe)
     _raise_for(file.mistakes)
     doubts = tuple(f"{name} is not a variable of ours{hint}" for name, hint in unknown_variables(environ))
-    return Loaded(settings, origins, doubts, names, in_force(given, loader.blocks, breathe))
+    rows = in_force(given, loader.blocks, breathe)
+    let_go(loader.blocks, breathe)
+    return Loaded(settings, origins, doubts, names, rows)
 
 
 def _nothing(file: str) -> str:
@@ -163,7 +165,9 @@ class _Loader:
         for text, file, line in given:
             self._breathe()
             try:
-                values += option.kind.values(text)
+                for value in option.kind.values(text):
+                    values.append(value)
+                    self._breathe()
             except ValueError as error:
                 what = "the value" if option.secret else shown(text)
                 reason = str(error)

@@ -19,6 +19,7 @@ def expand(block: SourceSettings, breathe: Breathe) -> Iterator[SourceSettings]:
         return
     families: dict[int, list[Network]] = {}
     for network in block.ip:
+        breathe()
         families.setdefault(network.version, []).append(network)
     for number in range(max(map(len, families.values()), default=0)):
         breathe()

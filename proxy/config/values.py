@@ -7,7 +7,7 @@ not `valid`. Nothing here knows a directive, a file or a line.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network, summarize_address_range
 from typing import Any
@@ -42,7 +42,8 @@ class Kind:
         parse: text → value; raises ValueError.
         valid: completes the sentence "this value is not …".
         verbatim: on the command line and in the environment, a comma belongs to the value instead of separating two.
-        several: `parse` gives a tuple of values, since one text may stand for more than one.
+        several: `parse` gives values, since one text may stand for more than one; for thousands, one by one as they
+            are asked for.
         rule: it ends with a body in braces, and all of it is one text.
     """
 
@@ -53,7 +54,7 @@ class Kind:
     several: bool = False
     rule: bool = False
 
-    def values(self, text: str) -> tuple[Any, ...]:
+    def values(self, text: str) -> Iterable[Any]:
         """All that the text stands for; a value that says nothing (a rate of 0) is left out.
 
         Raises:
@@ -61,7 +62,7 @@ class Kind:
         """
         value = self.parse(text)
         if self.several:
-            assert isinstance(value, tuple)
+            assert isinstance(value, Iterable)
             return value
         return () if value is None else (value,)
 
@@ -135,18 +136,18 @@ def parse_networks(text: str) -> tuple[Network, ...]:
     return tuple(summarize_address_range(low, high))
 
 
-def parse_addresses(text: str) -> tuple[Network, ...]:
+def parse_addresses(text: str) -> Iterator[Network]:
     """An IP address, a range of them or the hosts of a CIDR (not its first and last address), each by itself."""
     if "/" in text:
         network = parse_network(text)
         if network.num_addresses > MOST_ADDRESSES:
             raise ValueError(f"at most {MOST_ADDRESSES} addresses")
-        return tuple(ip_network(address) for address in network.hosts())
+        return map(ip_network, network.hosts())
     first, dash, last = text.partition("-")
     low, high = ip_address(canonical_ip(first)), ip_address(canonical_ip(last if dash else first))
     if low.version != high.version or not 0 <= int(high) - int(low) < MOST_ADDRESSES:
         raise ValueError(f"a range has the lower address first, and at most {MOST_ADDRESSES} of them")
-    return tuple(ip_network(low + number) for number in range(int(high) - int(low) + 1))
+    return (ip_network(low + number) for number in range(int(high) - int(low) + 1))
 
 
 def parse_source(text: str) -> str:

@@ -17,9 +17,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from ipaddress import ip_address
 from itertools import product
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from proxy.model import UNNAMED, Breathe, Names, hold_breath
+from proxy.model import UNNAMED, Breathe, Names, hold_breath, let_go
 from proxy.settings import Network, SourceSettings
 
 #: The answer of who does not ask.
@@ -142,6 +142,15 @@ class Matcher(Generic[B]):
         hosts = self.directory.hosts(destination)
         return (*hosts, names.mx) if names.mx else hosts
 
+    def let_go(self, breathe: Breathe) -> None:
+        """Nobody asks any more. In pieces: what 10,000 blocks had is 20 ms to free in one go."""
+        for question in (self._receivers, self._sources, self._instances):
+            question.let_go(breathe)
+        for found in (self._same, self._found, self.blocks):
+            _empty(found, breathe)
+        let_go(self._answers, breathe)
+        let_go(self._order, breathe)
+
     def _under(self, bundles: tuple[_Bundle, _Bundle, _Bundle]) -> Sequence[int]:
         """The blocks whose answer to each of the three questions is in its bundle."""
         for bundle in bundles:
@@ -203,6 +212,12 @@ def _addresses_by_name(sources: Iterable[SourceSettings], breathe: Breathe) -> d
     return named
 
 
+def _empty(table: dict[Any, Any], breathe: Breathe) -> None:
+    while table:
+        table.popitem()
+        breathe()
+
+
 class _Bundle:
     """The answers to a question that have one name, or one prefix.
 
@@ -260,7 +275,11 @@ class _Question:
         Args:
             asked: a set without anything in it is an answer, too, which nothing fits.
         """
-        members = frozenset(answer)
+        found: set[Network | str] = set()
+        for member in answer:
+            breathe()
+            found.add(member)
+        members = frozenset(found)
         if not members and not asked:
             return _ANY
         number = self._numbers.get(members)
@@ -272,6 +291,12 @@ class _Question:
     def with_any(self, bundles: Iterable[_Bundle]) -> list[_Bundle]:
         """Each once, and the answer of who does not ask."""
         return list(dict.fromkeys((self._any, *bundles)))
+
+    def let_go(self, breathe: Breathe) -> None:
+        levels = [level for shifts in self._prefixes.values() for level in shifts.values()]
+        tables: list[dict[Any, Any]] = [self.exact, self.blocks, self._numbers, *levels]
+        for table in tables:
+            _empty(table, breathe)
 
     def of_name(self, name: str) -> Iterator[_Bundle]:
         if (bundle := self.exact.get(name)) is not None:
@@ -332,6 +357,12 @@ class _Receivers(_Question):
         for network in block.destination:
             breathe()
             self._enter_network(number, network)
+
+    def let_go(self, breathe: Breathe) -> None:
+        super().let_go(breathe)
+        _empty(self._hosts, breathe)
+        _empty(self._ends, breathe)
+        self._entered.clear()
 
     def of(self, address: str, hosts: Iterable[str], domains: Iterable[str]) -> Iterator[_Bundle]:
         yield from self.of_address(address)

@@ -24,19 +24,16 @@ class Sources:
 
     def __init__(self, blocks: Iterable[SourceSettings], breathe: Breathe = hold_breath) -> None:
         self._names: dict[str, str] = {}
-        self._turns: dict[tuple[str, bool], Iterator[str]] = {}
-        self._known: dict[str, list[str]] = {}
+        self._known: dict[str, tuple[str, ...]] = {}
+        self._turns: dict[tuple[str, bool], Iterator[str]] = {}  # of those that were asked for
         for block in blocks:
-            known = self._known.setdefault(block.name, [])
-            families: dict[bool, list[str]] = {}
+            known = []
             for network in block.ip:
                 breathe()
                 address = str(network.network_address)
                 self._names[address] = block.name
-                families.setdefault(network.version == 6, []).append(address)
                 known.append(address)
-            for ipv6, addresses in families.items():
-                self._turns[block.name, ipv6] = cycle(addresses)
+            self._known[block.name] = tuple(known)
 
     def __bool__(self) -> bool:
         return bool(self._known)
@@ -55,12 +52,19 @@ class Sources:
         Raises:
             SourceNotAllowed: no block has the name. FamilyMismatch: it has no address of that family.
         """
-        turns = self._turns.get((name, destination.is_ipv6))
+        turns = self._turns.get((name, destination.is_ipv6)) or self._take_turns(name, destination.is_ipv6)
         if turns is not None:
             return next(turns)
         if name not in self._known:
             raise _unknown(name)
         raise FamilyMismatch(f"source {name} and {destination} are not of the same address family")
+
+    def _take_turns(self, name: str, ipv6: bool) -> Iterator[str] | None:
+        addresses = [address for address in self._known.get(name, ()) if (":" in address) == ipv6]
+        if not addresses:
+            return None
+        turns = self._turns[name, ipv6] = cycle(addresses)
+        return turns
 
 
 def address_or_unknown(source: str) -> str:

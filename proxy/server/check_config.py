@@ -84,7 +84,7 @@ def doubts(loaded: Loaded, now: datetime | None = None, breathe: Breathe = hold_
         _absent(settings, breathe),
         _sources(settings, breathe),
         _descriptors(settings),
-        _permissions(loaded),
+        _permissions(loaded, breathe),
         _secrets(settings, breathe),
         _advice(settings, breathe),
         _dialogues(settings, breathe),
@@ -237,7 +237,7 @@ def _descriptors(settings: Settings) -> Iterator[Finding]:
         yield Finding(False, "max_connections", None, message)
 
 
-def _permissions(loaded: Loaded) -> Iterator[Finding]:
+def _permissions(loaded: Loaded, breathe: Breathe) -> Iterator[Finding]:
     """Secrets in files that every user of the machine can read."""
     settings, secrets = loaded.settings, loaded.origins.of("auth_shared_secret")
     paths: list[tuple[str, Hashable, str]] = []
@@ -246,8 +246,9 @@ def _permissions(loaded: Loaded) -> Iterator[Finding]:
     paths += [("auth_shared_secret", secret, path) for path, secret in holding.items()]
     if settings.tls_private_key_file:
         paths.append(("tls_private_key_file", None, settings.tls_private_key_file))
-    paths += [(pair.directive, pair.value, pair.key) for pair in pairs(settings, hold_breath)]
+    paths += [(pair.directive, pair.value, pair.key) for pair in pairs(settings, breathe)]
     for directive, value, path in paths:
+        breathe()
         try:
             readable = os.stat(path).st_mode & stat.S_IROTH
         except OSError:

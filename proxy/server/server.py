@@ -116,8 +116,8 @@ class Server:
         self._instances = Instances()
         self._incarnation: int = int.from_bytes(os.urandom(4), "big")
         self._book = Book()
-        limits = Limits(settings.throttle, settings.source, self._book)
-        manager = Manager(self._incarnation, clock_ns(), settings.throttle_enforce, limits)
+        self._limits = Limits(settings.throttle, settings.source, self._book)
+        manager = Manager(self._incarnation, clock_ns(), settings.throttle_enforce, self._limits)
         self._admission = Admission(manager, lambda throttle: self._keeper.make_way(throttle))
         self._look_ups = LookUps(self._book, manager.blocks.forget_verdicts)
         self._keeper = Keeper(self._engine, self._crew, self._counters, settings, self._admission)
@@ -364,7 +364,8 @@ class Server:
         domains += [domain for tls_block in settings.tls for domain in tls_block.domain]
         self._tlsa.use(settings.dns_server)
         self._look_ups.use(domains, settings.dns_server, breathe)
-        self._admission.manager.reload(settings.throttle_enforce, prepared.limits, clock_ns())
+        self._limits = prepared.limits
+        self._admission.manager.reload(settings.throttle_enforce, self._limits, clock_ns())
         self._admission.settle()
         for session in list(self._instances.sessions):
             session.reloaded()
@@ -395,13 +396,16 @@ class Server:
 
     def _reload_now(self) -> list[str]:
         breathe = Breather("reload")
-        old = _values(self.services.settings)  # else all of them are freed in one go, by whoever is the last
+        # Else all of them are freed in one go, by whoever is the last.
+        old = [*_values(self.services.settings), *self._steering.in_force]
+        old_limits = self._limits
         try:
             with process.no_garbage_collection():
                 loaded = self._load(breathe, self._reserve.lent)
                 self._take(self._prepare(loaded, breathe), breathe)
                 log.reconfigure(loaded.settings)
                 _tell_doubts(loaded, breathe)
+                old_limits.let_go(breathe)
                 loaded.origins.let_go(breathe)
                 let_go(old, breathe)
         except (ConfigError, ListenError) as error:

@@ -78,6 +78,15 @@ SIZES = {
         f"throttle t-{number} {{\n    max_delivery_rate 10/s\n    source 10.0.{number >> 8}.{number & 255}\n}}\n"
         for number in range(MANY)
     ),
+    "blocks by name": "".join(
+        f"throttle t-{number} {{\n    max_delivery_rate 10/s\n    domain d{number}.example\n"
+        f"    mx *.d{number}.example\n    instance i{number}\n"
+        f"    destination 98.0.0.0/8, 99.0.{number >> 8}.{number & 255}\n"
+        f"    source 10.0.0.0/8, 11.0.{number >> 8}.{number & 255}\n}}\n"
+        for number in range(MANY)
+    ),
+    "sources in bulk": "source_ip 127.0.0.0/8, 10.0.0.0/8\nsource vmta* {\n    ip 10.0.0.0/20\n}\n"
+    "throttle all {\n    max_delivery_rate 10/s\n    source vmta*\n}\n",
     "lists": "".join(
         f"{name} 127.0.0.0/8, " + ", ".join(f"10.0.{number >> 8}.{number & 255}" for number in range(MANY)) + "\n"
         for name in ("allow_from", "source_ip", "allow_destination", "deny_destination")
@@ -125,7 +134,7 @@ def test_between_two_breaths_there_is_little_however_much_is_configured(server, 
 MOST_FREED = 10 * MANY
 
 
-@pytest.mark.parametrize("size", ["instances", "sources", "throttles"])
+@pytest.mark.parametrize("size", ["instances", "sources", "throttles", "sources in bulk"])
 def test_what_a_reload_gives_up_is_freed_in_turns(server, monkeypatch, size):
     """The texts of the file, the places of its values and the settings before: 30 ms in one go with 20,000 blocks."""
     text = program.config(SIZES[size])
