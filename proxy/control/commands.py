@@ -69,6 +69,12 @@ COMMANDS: tuple[Command, ...] = (
         8,
         arguments="[NAME [SOURCE]] [COLUMN=VALUE ...]",
     ),
+    Command(
+        ("show", "backoffs"),
+        "throttle blocks that replies have slowed down",
+        8,
+        arguments="[NAME [SOURCE]] [COLUMN=VALUE ...]",
+    ),
     Command(("show", "sessions"), "instances with a session", 8, arguments="[INSTANCE] [COLUMN=VALUE ...]"),
     Command(("show", "connections"), "clients' connections: whose, how far, since when", 8, arguments=_FILTERS),
     Command(("show", "cached"), "held-open connections", 8, arguments="[DESTINATION] [COLUMN=VALUE ...]"),

@@ -45,6 +45,7 @@ _COUNTERS = {
     "sources_deferred": ("source_messages_deferred", "source", "The same by the address that mail leaves from"),
     "sources_rejected": ("source_messages_rejected", "source", "The same by the address that mail leaves from"),
     "messages_without_permit": ("messages_without_permit", "", "MAIL commands that no permit covered"),
+    "backoffs": ("throttle_backoffs", "", "Times that a reply has slowed a throttle down"),
     "probes": ("probes", "", "Connections that closed without a byte, and health checks"),
     "accept_errors": ("accept_errors", "", "Times that a listener could not accept"),
     "internal_errors": ("internal_errors", "", "Mistakes of the program itself"),
@@ -123,6 +124,7 @@ def _throttling(view: Overview) -> Iterator[Metric]:
     manager = view.manager
     yield _gauge("throttles", "Throttles with demand, places in use or debt", manager.throttles)
     yield _gauge("throttles_known", "Throttles that are remembered", manager.known)
+    yield _gauge("throttles_backing_off", "Throttles that a reply has slowed down", manager.backing_off)
     yield _gauge("sessions", "Instances with a throttle session", manager.sessions)
     total = GaugeMetricFamily(_PREFIX + "backlog", "Messages that wait for a permit", labels=["queue"])
     for queue, count in (("ram", manager.ram), ("bounce", manager.bounce), ("disk", manager.disk)):

@@ -21,6 +21,7 @@ from proxy.status.rows import (
     Status,
     ThrottleRow,
     ago,
+    backoff_state,
     between,
     block_doubt,
     failures_text,
@@ -78,7 +79,7 @@ def pieces(view: Status) -> Iterator[str]:
             _overview(view),
         )
     )
-    for section in (_throttles, _names, _receivers, _sources, _sessions, _pool, _counters):
+    for section in (_throttles, _backoffs, _names, _receivers, _sources, _sessions, _pool, _counters):
         yield from section(view)
     yield "</main></body></html>\n"
 
@@ -128,6 +129,15 @@ def _throttles(view: Status) -> Iterator[str]:
 
     left_out = f"<p>{view.throttles_left_out} more are not shown.</p>" if view.throttles_left_out else ""
     yield from _section("Throttles", _markup_table(head, rows()), left_out)
+
+
+def _backoffs(view: Status) -> Iterator[str]:
+    if not view.backoffs:
+        return
+    left_out = f"<p>{view.backoffs_left_out} more are not shown.</p>" if view.backoffs_left_out else ""
+    rows = ((row.name, between(row), backoff_state(row), row.instance, row.reply) for row in view.backoffs)
+    head = ("throttle", "for", "back-off", "instance", "what the receiver said")
+    yield from _section("Back-off", _table(head, rows), left_out)
 
 
 def _names(view: Status) -> Iterator[str]:

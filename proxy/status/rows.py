@@ -94,7 +94,8 @@ class ThrottleRow(Struct):
         shadow: it holds nothing back; would_wait, would_refuse: requests that it would have held back, and refused.
         kind: "instances" when instances named it, "proxy" for a `throttle` block.
         limits, places: in force now; none and None: unlimited. reconciled: how they came about.
-        state: "", "paused", "backoff" (for `backoff` seconds) or "rising" (after a backoff).
+        state: "", "paused", "backoff" (for `backoff` seconds; a pause, too, where a reply has caused it) or "rising"
+            (after a backoff).
         used: places taken. waiting: requests for connections. demand: messages that wait for a permit.
         next_slot: seconds until the next one; None: no rate. taken: slots given out since the throttle is known.
         place_use, rate_use: 0 to 1, None: unknown or unlimited. rate_use is that of the last minute or two.
@@ -121,6 +122,24 @@ class ThrottleRow(Struct):
     shadow: bool = False
     would_wait: int = 0
     would_refuse: int = 0
+
+
+class BackoffRow(Struct):
+    """A throttle of a block that backs off, by one of its rules.
+
+    Args:
+        state: `backoff` or `paused`, for `seconds` more, or `rising`: its limits come back.
+        to: what is left of them, in words. reply: what a receiver said last that did it, to `instance`.
+    """
+
+    name: str
+    source: str = ""
+    receiver: str = ""
+    state: str = ""
+    seconds: float = 0.0
+    to: str = ""
+    reply: str = ""
+    instance: str = ""
 
 
 class BlockRow(Struct):
@@ -167,7 +186,8 @@ class SessionRow(Struct):
 
 
 class ManagerRow(Struct):
-    """The throttle manager. `throttles`: those in use now, as in the log. `known`: all that are remembered."""
+    """The throttle manager. `throttles`: those in use now, as in the log. `known`: all that are remembered.
+    `backing_off`: those of blocks that a reply has slowed down."""
 
     throttles: int
     known: int
@@ -176,6 +196,7 @@ class ManagerRow(Struct):
     bounce: int
     disk: int
     without_permit: int
+    backing_off: int = 0
 
 
 class CachedRow(Struct):
@@ -325,6 +346,8 @@ class Status(Overview, kw_only=True):
     throttles_left_out: int
     blocks: list[BlockRow] = []
     blocks_left_out: int = 0
+    backoffs: list[BackoffRow] = []
+    backoffs_left_out: int = 0
 
 
 # --- how figures are spelled, on the page and in the terminal ---
@@ -357,7 +380,7 @@ def next_slot(row: ThrottleRow) -> str:
     return "now" if row.next_slot <= 0 else duration(row.next_slot)
 
 
-def between(row: ThrottleRow) -> str:
+def between(row: ThrottleRow | BackoffRow) -> str:
     """What a throttle counts by itself: a source, `to` a receiver, or all together."""
     return " ".join(filter(None, (row.source, f"to {row.receiver}" if row.receiver else ""))) or "all"
 
@@ -366,8 +389,14 @@ def throttle_state(row: ThrottleRow) -> str:
     """What is unusual about a throttle."""
     if row.shadow:
         refused = f", {row.would_refuse} refused" if row.would_refuse else ""
-        return f"shadow: would have waited {row.would_wait} times{refused}"
-    return f"backoff {whole_seconds(row.backoff)}" if row.state == "backoff" else row.state
+        backoff = f", {row.state} {whole_seconds(row.backoff)}" if row.backoff else ""
+        return f"shadow: would have waited {row.would_wait} times{refused}{backoff}"
+    return f"{row.state} {whole_seconds(row.backoff)}" if row.backoff else row.state
+
+
+def backoff_state(row: BackoffRow) -> str:
+    """`25 % of each limit for 59m50s`"""
+    return "its limits come back" if row.state == "rising" else f"{row.to} for {whole_seconds(row.seconds)}"
 
 
 def means(row: BlockRow) -> str:

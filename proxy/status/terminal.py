@@ -25,6 +25,7 @@ from proxy.status.rows import (
     Status,
     ThrottleRow,
     ago,
+    backoff_state,
     between,
     block_doubt,
     failures_text,
@@ -174,6 +175,9 @@ def lines(status: Status) -> Iterator[str]:
     yield from _table(_THROTTLE_HEAD, _throttles(status.throttles))
     if status.throttles_left_out:
         yield f"and {status.throttles_left_out} more throttles"
+    if status.backoffs:
+        yield ""
+        yield from _backoffs(status)
     if status.blocks:
         yield ""
         yield from _names(status)
@@ -191,6 +195,14 @@ def lines(status: Status) -> Iterator[str]:
         yield f"and {status.sessions_left_out} more sessions"
     if manager.without_permit:
         yield f"{manager.without_permit} messages were sent without a permit"
+
+
+def _backoffs(status: Status) -> Iterator[str]:
+    for row in status.backoffs:
+        words = f"{row.name} for {between(row)}: {backoff_state(row)}; {row.instance} was told: {row.reply}"
+        yield "BACK-OFF OF " + printable(words, _LONGEST_TROUBLE)
+    if status.backoffs_left_out:
+        yield f"and {status.backoffs_left_out} more throttles that back off"
 
 
 def _names(status: Status) -> Iterator[str]:

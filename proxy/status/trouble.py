@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from proxy.policy.trouble import LATELY, Troubles
 from proxy.status.rows import Overview, PeerRow, SourceRow, TroubleRow
+from proxy.throttling.backoff import Slowdown
+from proxy.throttling.throttle import Key
 
 #: Failures of the last five minutes, with nothing that went well since, that put a receiver or a source in trouble.
 FEW = 3
@@ -31,14 +33,27 @@ _REFUSALS = {
 }
 
 
-def found(view: Overview, troubles: Troubles, now: float, dns: Sequence[str] = ()) -> list[TroubleRow]:
+def found(
+    view: Overview,
+    troubles: Troubles,
+    now: float,
+    dns: Sequence[str] = (),
+    backing_off: tuple[Key, Slowdown] | None = None,
+) -> list[TroubleRow]:
     """All of it, the worst first.
 
     Args:
         view: all else of it. now: seconds of the clock of `troubles`.
-        dns: what cannot be looked up.
+        dns: what cannot be looked up. backing_off: the last throttle that began to back off, if any does.
     """
-    return [*_program(view), *_sources(view), *_receivers(view), *_dns(dns), *_refusals(troubles, now)]
+    return [
+        *_program(view),
+        *_sources(view),
+        *_receivers(view),
+        *_backoffs(view, backing_off),
+        *_dns(dns),
+        *_refusals(troubles, now),
+    ]
 
 
 def _program(view: Overview) -> Iterator[TroubleRow]:
@@ -70,6 +85,14 @@ def _receivers(view: Overview) -> Iterator[TroubleRow]:
     failing = [row for row in view.receivers if _in_trouble(row)]
     if failing:
         yield _failing("receivers_failing", "receiver", failing)
+
+
+def _backoffs(view: Overview, last: tuple[Key, Slowdown] | None) -> Iterator[TroubleRow]:
+    if last is not None:
+        key, slowdown = last
+        count = view.manager.backing_off
+        many = f"{count} throttles back off, {key} is the last" if count > 1 else f"throttle {key} backs off"
+        yield TroubleRow("backoff", f"{many}: {slowdown.causes[-1].reply}")
 
 
 def _dns(failures: Sequence[str]) -> Iterator[TroubleRow]:

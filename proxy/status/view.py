@@ -16,6 +16,7 @@ from proxy.policy.directory import Book
 from proxy.policy.trouble import Record, Troubles
 from proxy.settings import ThrottleSettings
 from proxy.stats import OTHER, Backlog, Counters, Flow, Snapshot
+from proxy.status.backoffs import backoff_rows, state_of
 from proxy.status.names import block_rows, failing
 from proxy.status.rows import (
     CachedRow,
@@ -122,7 +123,8 @@ def overview(sources: Sources, now: float) -> Generator[None, None, Overview]:
         program=sources.program,
         listeners=sources.listeners,
         connections=sources.connections,
-        counters=sources.counters.as_dict() | {"messages_without_permit": manager.unpermitted},
+        counters=sources.counters.as_dict()
+        | {"messages_without_permit": manager.unpermitted, "backoffs": manager.blocks.backoffs.begun},
         manager=ManagerRow(
             throttles=figures.throttles if figures is not None else 0,
             known=len(manager.throttles) + sum(1 for _ in manager.blocks.throttles()),
@@ -131,6 +133,7 @@ def overview(sources: Sources, now: float) -> Generator[None, None, Overview]:
             bounce=backlog.bounce,
             disk=backlog.disk,
             without_permit=manager.unpermitted,
+            backing_off=len(manager.blocks.backoffs),
         ),
         pool=pool,
         sessions=sessions[:MOST_SESSIONS],
@@ -142,7 +145,7 @@ def overview(sources: Sources, now: float) -> Generator[None, None, Overview]:
         sources=sources_[:MOST_PEERS],
         sources_left_out=max(0, len(sources_) - MOST_PEERS),
     )
-    view.trouble = found(view, sources.troubles, now, failing(sources.book))
+    view.trouble = found(view, sources.troubles, now, failing(sources.book), manager.blocks.backoffs.latest)
     return view
 
 
@@ -172,8 +175,16 @@ def survey(
     meter.turn()
     known = {name: getattr(view, name) for name in Overview.__struct_fields__}
     blocks, blocks_left_out = yield from block_rows(sources.blocks, sources.book)
-    left_out = len(everything) - len(rows)
-    return Status(**known, throttles=rows, throttles_left_out=left_out, blocks=blocks, blocks_left_out=blocks_left_out)
+    backoffs, backoffs_left_out = yield from backoff_rows(manager.blocks.backoffs, now_ns)
+    return Status(
+        **known,
+        throttles=rows,
+        throttles_left_out=len(everything) - len(rows),
+        blocks=blocks,
+        blocks_left_out=blocks_left_out,
+        backoffs=backoffs,
+        backoffs_left_out=backoffs_left_out,
+    )
 
 
 def _rank(throttle: Throttle, now: int) -> tuple[float, ...]:
@@ -239,7 +250,10 @@ def _throttle(throttle: Throttle, manager: Manager, meter: Meter, now: int) -> G
         if (row := instances.get(flow.receiver.name)) is not None:
             row.share = (row.share or 0) + share
     shown = nlargest(MOST_INSTANCES, instances.values(), key=lambda row: (row.waiting, row.demand, row.used))
-    state, backoff = _state(throttle, stakes, now)
+    if throttle.counts:
+        state, backoff = state_of(manager.blocks.backoffs, throttle.key, now)
+    else:
+        state, backoff = _state(throttle, stakes, now)
     return ThrottleRow(
         source=throttle.key.source,
         name=throttle.key.name + (" (connections)" if throttle.connections else ""),

@@ -172,6 +172,13 @@ class Backoffs:
         """All that are slowed down now."""
         return ((key, slowdown) for key, slowdown in self._slowdowns.items() if slowdown.on)
 
+    @property
+    def latest(self) -> tuple[Key, Slowdown] | None:
+        """The one that was told something last, of those that are slowed down."""
+        on = (key for key in reversed(self._slowdowns) if self._slowdowns[key].on)
+        key = next(on, None)
+        return None if key is None else (key, self._slowdowns[key])
+
     def strike(self, key: Key, rules: Iterable[Rule], reply: str, instance: str, now: int) -> list[Key]:
         """A reply under this throttle that fits these; the throttles whose limits have changed by that."""
         slowdown, changed = self._slowdowns.pop(key, None), []

@@ -256,7 +256,7 @@ def test_counters_in_json_and_metrics(proxy):
     figures = wait_for(after, what="an accepted connection")
     assert figures["fresh_connections_total",] > before["fresh_connections_total",]
     wait_for(lambda: metrics(proxy)["bytes_up_total",] >= before["bytes_up_total",] + 1000, what="bytes")
-    assert view(proxy)["counters"].keys() == {*Counters.__slots__, "messages_without_permit"}
+    assert view(proxy)["counters"].keys() == {*Counters.__slots__, "messages_without_permit", "backoffs"}
     assert figures["process_resident_memory_bytes",] > 1e6
     assert figures["process_open_fds",] > 10
 

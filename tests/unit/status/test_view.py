@@ -390,7 +390,7 @@ def test_every_counter_is_shown():
     house.counters.accepted.count("socks5")
     house.counters.bytes_up = 7
     counters = house.view().counters
-    assert counters.keys() == {*Counters.__slots__, "messages_without_permit"}
+    assert counters.keys() == {*Counters.__slots__, "messages_without_permit", "backoffs"}
     assert (counters["accepted"], counters["bytes_up"]) == ({"socks5": 1}, 7)
 
 
