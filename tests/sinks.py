@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from aiosmtpd.controller import Controller
 from aiosmtpd.smtp import SMTP, Envelope, Session
+
+from tests.certificates import server_context
 
 Address = tuple[str, int]
 GREETING = b"220 mx\r\n"
@@ -29,21 +32,28 @@ class Received(NamedTuple):
 
 
 class Sink:
-    """aiosmtpd on port 0 of `host`, or the given one; a context manager. `messages` in the order of their arrival."""
+    """aiosmtpd on port 0 of `host`, or the given one; a context manager. `messages` in the order of their arrival.
 
-    def __init__(self, host: str = "127.0.0.2", size_limit: int = 64 * 1024 * 1024, port: int = 0) -> None:
+    Args:
+        starttls: offered, with the certificate `valid` of `certificates`.
+    """
+
+    def __init__(
+        self, host: str = "127.0.0.2", size_limit: int = 64 * 1024 * 1024, port: int = 0, starttls: bool = False
+    ) -> None:
         self.messages: list[Received] = []
         self.peers: list[Address] = []
         self._host = host
         self._size_limit = size_limit
         self._port = port
+        self._tls = server_context("valid") if starttls else None
 
     def __enter__(self) -> Sink:
         # The controller asks its port by connecting to it; our own socket knows.
         family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
         listener = socket.create_server((self._host, self._port), family=family)
         self.endpoint: Address = listener.getsockname()[:2]
-        self._controller = _Controller(self, listener, self._size_limit)
+        self._controller = _Controller(self, listener, self._size_limit, self._tls)
         self._controller.start()
         self.peers.clear()  # its own look at the port
         return self
@@ -70,10 +80,15 @@ class Sink:
 class _Controller(Controller):
     """Serves on a socket that is bound already."""
 
-    def __init__(self, sink: Sink, listener: socket.socket, size_limit: int) -> None:
+    def __init__(self, sink: Sink, listener: socket.socket, size_limit: int, tls: ssl.SSLContext | None) -> None:
         self._listener = listener
         super().__init__(
-            sink, *listener.getsockname()[:2], data_size_limit=size_limit, enable_SMTPUTF8=True, ident="sink"
+            sink,
+            *listener.getsockname()[:2],
+            data_size_limit=size_limit,
+            enable_SMTPUTF8=True,
+            ident="sink",
+            tls_context=tls,
         )
 
     def _create_server(self) -> Any:

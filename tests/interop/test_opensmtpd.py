@@ -75,12 +75,13 @@ def running() -> Iterator[Daemon]:
             yield daemon
 
 
-def network() -> None:
+def network(whose: str = f"skuid {USER}") -> None:
+    """Two receivers and the source; what `whose` sockets send is redirected."""
     ip, nft = peers.program("ip"), peers.program("nft")
     assert peers.run(ip, "link", "set", "lo", "up").returncode == 0
     for address in (*RECEIVERS, SOURCE):
         assert peers.run(ip, "address", "add", f"{address}/32", "dev", "lo").returncode == 0
-    rules = peers.snippet("postfix.nft", {"skuid postfix": f"skuid {USER}"})
+    rules = peers.snippet("postfix.nft", {"skuid postfix": whose})
     done = peers.run(nft, "-f", "-", stdin=rules.encode())
     assert done.returncode == 0, done.stderr
 

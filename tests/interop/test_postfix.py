@@ -67,18 +67,27 @@ scache unix - - n - 1 scache
 QUEUES = ("active", "bounce", "corrupt", "defer", "deferred", "flush", "hold", "incoming", "private", "saved", "trace")
 
 
-@pytest.fixture(autouse=True)
-def _postfix():
+def needed():
+    """Skips the test where Postfix cannot run."""
     peers.postfix("postfix")
     if os.getuid():
         pytest.skip("Postfix' master wants root, and this user is not")
 
 
+@pytest.fixture(autouse=True)
+def _postfix():
+    needed()
+
+
 @contextmanager
-def running(relayhost="", more=""):
-    """Yields a function that hands in one message for a recipient, and the log's path."""
-    host = peers.address()
-    port = peers.free_port(host)
+def running(relayhost="", more="", endpoint=None):
+    """Yields a function that hands in one message for a recipient, and the log's path.
+
+    Args:
+        endpoint: where it listens; None: somewhere.
+    """
+    host = endpoint[0] if endpoint else peers.address()
+    port = endpoint[1] if endpoint else peers.free_port(host)
     with peers.directory() as directory:
         for name in ("etc", "data", *(f"queue/{queue}" for queue in (*QUEUES, "maildrop", "public", "pid"))):
             (directory / name).mkdir(parents=True)
