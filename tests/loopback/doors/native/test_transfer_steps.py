@@ -1,0 +1,627 @@
+"""A transfer step by step, between two streams that a test scripts: what is read when, what is held, what is told."""
+
+from __future__ import annotations
+
+import errno
+import os
+import ssl
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from gevent import Timeout
+
+from proxy.doors.native import transfer as channel_transfer
+from proxy.doors.native.link import ClientGone, Link
+from proxy.doors.native.transfer import Transfer
+from proxy.errors import PeerError
+from proxy.model import Discard, Ending
+from proxy.net.relay import GONE, UNSURE
+from proxy.net.turns import TurnOver
+from proxy.policy.turns import FRAME, READ, Turn
+from proxy.protocols.native import frames
+from proxy.protocols.native import messages as m
+from proxy.protocols.smtp.tracker import Tracker
+
+IN = 1  # an event that says nothing but that there is something
+
+
+class Stream:
+    """Reads what was put into `incoming`, bytes or what is raised; takes so much as there is `room` for."""
+
+    def __init__(self) -> None:
+        self.incoming: deque[bytes | Exception] = deque()
+        self.room = 10**9
+        self.error: OSError | None = None
+        self.sent: list[bytes] = []
+        self.unsent = False
+        self.drained = True
+        self.finished = 0
+        self.turn = Turn()
+        self.socket = SimpleNamespace(fileno=lambda: -1)
+
+    def recv(self, size: int) -> bytes:
+        if not self.incoming:
+            raise BlockingIOError
+        what = self.incoming.popleft()
+        if isinstance(what, Exception):
+            raise what
+        return what
+
+    def send(self, data: bytes) -> int:
+        if self.error is not None:
+            raise self.error
+        count = min(self.room, len(data))
+        if not count:
+            raise BlockingIOError
+        self.room -= count
+        self.sent.append(bytes(data[:count]))
+        return count
+
+    def finish(self) -> None:
+        if self.error is not None:
+            raise self.error
+        self.finished += 1
+
+    def flush(self) -> None:
+        self.unsent = False
+
+
+class Steps:
+    """A transfer whose greenlet is the test's; it never waits."""
+
+    def __init__(self, tracker: Tracker | None = None, reused: bool = False) -> None:
+        self.client, self.receiver = Stream(), Stream()
+        decoder = frames.FrameDecoder(frames.MAX_PAYLOAD)
+        guest: Any = SimpleNamespace(stream=self.client, handshake=SimpleNamespace(decoder=decoder))
+        engine: Any = SimpleNamespace(wait=lambda fd: None)
+        self.link = Link(engine, guest)
+        self.transfer = Transfer(self.link, SimpleNamespace(stream=self.receiver), tracker, reused)  # type: ignore[arg-type]
+
+    def says(self, *what: bytes | m.Message) -> None:
+        """One read of the client's, and an event: DATA or messages."""
+        self.link.readable = True
+        self.client.incoming.append(
+            b"".join(frames.encode_data(each) if isinstance(each, bytes) else frames.encode(each) for each in what)
+        )
+
+    @property
+    def heard(self) -> list[bytes | m.Message]:
+        """What the client was sent, so far as it took it."""
+        decoder = frames.FrameDecoder(frames.MAX_PAYLOAD)
+        decoder.receive(b"".join(self.client.sent))
+        heard: list[bytes | m.Message] = []
+        while (frame := decoder.next_frame()) is not None:
+            is_data = frame[0] == frames.DATA
+            heard.append(bytes(frame[1]) if is_data else frames.decode(frame, frames.CHANNEL_FROM_PROXY))
+        return heard
+
+    @property
+    def got(self) -> bytes:
+        """What the receiver took."""
+        return b"".join(self.receiver.sent)
+
+    def block(self, data: bytes = b"held") -> None:
+        """The receiver takes no more: these bytes are held back."""
+        self.receiver.room = 0
+        self.says(data)
+        self.transfer._from_client()
+        assert self.transfer.blocked
+
+
+END, EOF = m.End(False, 0), m.Eof()
+
+
+@pytest.fixture
+def steps() -> Steps:
+    return Steps()
+
+
+@pytest.fixture
+def waits(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """What was unread, of the client and of the receiver, whenever the transfer waited; then the client says END."""
+    noted: list[tuple[int, int]] = []
+
+    def wait(*_: object) -> None:
+        noted.append((len(steps.client.incoming), len(steps.receiver.incoming)))
+        steps.receiver.room = 10**9
+        steps.says(END)
+        steps.link.readable = True
+
+    monkeypatch.setattr(steps.link, "wait", wait)
+    monkeypatch.setattr(channel_transfer, "has_gone", lambda sock: False)
+    return noted
+
+
+# --- when it waits ---
+
+
+@pytest.mark.parametrize(("reads", "of_client"), [(9, True), (9, False), (1, True), (1, False)])
+def test_nobody_waits_while_one_side_has_something(
+    steps: Steps, waits: list[tuple[int, int]], reads: int, of_client: bool
+) -> None:
+    """Also when it took more than one go, and the other side says nothing: no edge would tell of the rest."""
+    for _ in range(reads):
+        if of_client:
+            steps.says(b"x")
+        else:
+            steps.receiver.incoming.append(b"x")
+    steps.client.drained = steps.receiver.drained = False
+    steps.transfer.carry()
+    assert waits == [(0, 0)]
+    assert (steps.transfer.up, steps.transfer.down) == ((reads, 0) if of_client else (0, reads))
+
+
+def test_at_end_nothing_is_said_any_more(steps: Steps, waits: list[tuple[int, int]]) -> None:
+    steps.link.doom, steps.link.goes_at = Ending.IDLE_TIMEOUT, 0.0
+    steps.says(END)
+    steps.transfer.carry()
+    assert (waits, steps.heard, steps.transfer.end) == ([], [], END)
+
+
+def test_a_goodbye_is_said_before_it_waits(steps: Steps, waits: list[tuple[int, int]]) -> None:
+    steps.link.goes_at, steps.link.goes_why, steps.link.goes_code = 0.0, "restart", "draining"
+    steps.transfer.carry()
+    assert steps.heard == [m.Goaway(0, "restart", "draining")]
+    assert waits == [(0, 0)]
+
+
+def test_who_is_to_be_cut_off_does_not_wait(steps: Steps, waits: list[tuple[int, int]]) -> None:
+    steps.link.doom = Ending.IDLE_TIMEOUT
+    with pytest.raises(ClientGone):
+        steps.transfer.carry()
+    assert waits == []
+
+
+def test_whose_turn_is_over_rests_and_looks_again(
+    steps: Steps, waits: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rests = []
+
+    def rest() -> None:
+        rests.append(1)
+        steps.link.turn.begin(0.0)
+        steps.link.turn._ends = float("inf")
+        steps.receiver.incoming.append(b"came meanwhile")
+
+    monkeypatch.setattr(steps.link, "rest", rest)
+    steps.transfer._from_receiver()  # nothing is there
+    steps.link.turn.end()
+    steps.transfer.carry()
+    assert (rests, waits) == ([1], [(0, 0)])
+    assert steps.heard == [b"came meanwhile"]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_client_that_has_gone_is_no_reason_to_stop_while_nothing_is_held(
+    steps: Steps, waits: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    monkeypatch.setattr(channel_transfer, "has_gone", lambda sock: gone)
+    steps.transfer.carry()
+    assert waits == [(0, 0)]
+
+
+@pytest.mark.parametrize(("gone", "waited"), [(False, 1), (True, 0)])
+def test_what_is_held_back_is_pushed_on_when_the_client_has_gone(
+    steps: Steps, waits: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch, gone: bool, waited: int
+) -> None:
+    """There may be an END behind it."""
+    monkeypatch.setattr(channel_transfer, "has_gone", lambda sock: gone)
+    steps.block()
+    steps.says(END)
+    steps.link.readable = False  # an event went by
+
+    def takes_again(fd: int) -> None:
+        steps.receiver.room = 100
+        steps.receiver.incoming.append(b"and an answer")
+
+    steps.link.engine.wait = takes_again  # type: ignore[method-assign]
+    steps.transfer.carry()
+    assert (len(waits), steps.got, steps.transfer.end) == (waited, b"held", END)
+    assert steps.heard == [b"and an answer"] * gone
+
+
+def test_a_receiver_that_takes_nothing_ends_a_client_that_has_gone(
+    steps: Steps, waits: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_transfer, "has_gone", lambda sock: True)
+    monkeypatch.setattr(steps.transfer, "flush", lambda: False)
+    steps.block()
+    with pytest.raises(ClientGone):
+        steps.transfer.carry()
+    assert waits == []
+
+
+# --- the last push ---
+
+
+@pytest.mark.parametrize(("refusals", "pushed"), [(0, True), (2, True), (None, False)])
+def test_a_last_push_waits_for_the_receiver_but_not_for_ever(
+    steps: Steps, monkeypatch: pytest.MonkeyPatch, refusals: int | None, pushed: bool
+) -> None:
+    timers: list[Timeout] = []
+
+    class Noted(Timeout):  # type: ignore[misc]
+        @classmethod
+        def start_new(cls, seconds: float) -> Timeout:
+            timers.append(cls(seconds))
+            return timers[-1]
+
+    monkeypatch.setattr(channel_transfer, "Timeout", Noted)
+    steps.block()
+    if refusals == 0:
+        steps.receiver.room = 9
+    steps.link.readable = False
+    count = 0
+
+    def wait(fd: int) -> None:
+        nonlocal count
+        count += 1
+        if refusals is None:
+            raise timers[0]
+        steps.receiver.room = 9 if count == refusals else 0
+
+    steps.link.engine.wait = wait  # type: ignore[method-assign]
+    assert steps.transfer.flush() is pushed
+    assert count == (1 if refusals is None else refusals)
+    assert steps.link.readable is (refusals != 0)  # events went by
+    steps.transfer.broken = Ending.UPSTREAM_RESET
+    assert not steps.transfer.flush()
+
+
+def test_a_deadline_of_somebody_else_is_not_the_pushs(steps: Steps) -> None:
+    steps.block()
+    other = Timeout(1000)
+
+    def wait(fd: int) -> None:
+        raise other
+
+    steps.link.engine.wait = wait  # type: ignore[method-assign]
+    with pytest.raises(Timeout) as raised:
+        steps.transfer.flush()
+    assert raised.value is other
+
+
+def test_a_connection_that_breaks_in_the_last_push_has_not_taken_it(steps: Steps) -> None:
+    steps.block()
+
+    def breaks(fd: int) -> None:
+        steps.receiver.error = ConnectionResetError(errno.ECONNRESET, "")
+
+    steps.link.engine.wait = breaks  # type: ignore[method-assign]
+    assert not steps.transfer.flush()
+
+
+# --- events in the hub ---
+
+
+def test_what_one_side_says_and_the_other_takes_needs_no_greenlet(steps: Steps) -> None:
+    steps.says(b"hello")
+    steps.receiver.incoming.append(b"250 ok\r\n")
+    assert not steps.transfer._client_event(IN)
+    assert not steps.transfer._receiver_event(IN)
+    assert (steps.got, steps.heard) == (b"hello", [b"250 ok\r\n"])
+    assert (steps.transfer.up, steps.transfer.down) == (5, 8)
+    framing = len(frames.encode_data(b"x")) - 1
+    assert steps.link.moved == (framing + 5) + 5 + 8 + (framing + 8)  # in and out on either side
+
+
+@pytest.mark.parametrize("why", ["gone", "client blocked", "receiver blocked"])
+def test_an_event_of_the_client_that_is_the_greenlets_reads_nothing(steps: Steps, why: str) -> None:
+    if why == "receiver blocked":
+        steps.block()
+    steps.link.blocked = why == "client blocked"
+    steps.says(b"more")
+    assert steps.transfer._client_event(GONE if why == "gone" else IN)
+    assert len(steps.client.incoming) == 1
+
+
+@pytest.mark.parametrize("why", ["more to read", "frames left", "end", "receiver broke", "receiver is full"])
+def test_after_an_event_of_the_client_the_greenlet_looks_for(steps: Steps, why: str) -> None:
+    if why == "more to read":
+        steps.client.drained = False
+        for _ in range(channel_transfer._READS_A_SIDE + 1):
+            steps.says(b"x")
+    elif why == "frames left":
+        steps.says(b"x", b"y")
+        steps.link.turn._left = READ + 3 * FRAME  # a look, a read, a frame, and it is over
+    elif why == "end":
+        steps.says(END)
+    else:
+        steps.says(b"x")
+        steps.receiver.error = ConnectionResetError() if why == "receiver broke" else None
+        steps.receiver.room = 0
+    assert steps.transfer._client_event(IN)
+    expected = {"more to read": b"xxxx", "frames left": b"x"}
+    assert steps.got == expected.get(why, b"")
+
+
+def test_a_client_that_may_have_ended_is_read_up_to_the_end(steps: Steps) -> None:
+    steps.transfer._from_receiver()
+    assert not steps.transfer._readable
+    steps.receiver.incoming.append(b"x")
+    assert steps.transfer._receiver_event(IN | UNSURE)
+    assert len(steps.receiver.incoming) == 1, "it is the greenlet's"
+    assert (steps.transfer._readable, steps.transfer._missed) == (True, True)
+    steps.transfer._from_receiver()
+    assert (steps.transfer._readable, steps.transfer._missed) == (False, False)
+
+
+@pytest.mark.parametrize("side", ["client", "receiver"])
+def test_an_event_of_the_receiver_reads_nothing_while_something_is_held(steps: Steps, side: str) -> None:
+    if side == "receiver":
+        steps.block()
+    steps.link.blocked = side == "client"
+    steps.client.room = 0 if side == "client" else 10**9
+    steps.receiver.incoming.append(b"x")
+    assert steps.transfer._receiver_event(IN)
+    assert len(steps.receiver.incoming) == 1
+
+
+@pytest.mark.parametrize("why", ["more to read", "end", "client is full", "tls speaks", "refusing"])
+def test_after_an_event_of_the_receiver_the_greenlet_looks_for(steps: Steps, why: str) -> None:
+    steps.transfer._from_receiver()
+    reads = channel_transfer._READS_A_SIDE + 1 if why == "more to read" else 1
+    steps.receiver.incoming.extend([b"" if why == "end" else b"x"] * reads)
+    steps.receiver.drained = why != "more to read"
+    steps.receiver.unsent = why == "tls speaks"
+    steps.transfer._refusing = why == "refusing"
+    steps.client.room = 0 if why == "client is full" else 10**9
+    assert steps.transfer._receiver_event(IN)
+    assert len(steps.receiver.incoming) == (1 if why == "more to read" else 0)
+
+
+# --- from the client ---
+
+
+def test_frames_are_sent_on_in_one_and_said_to_have_come(steps: Steps) -> None:
+    steps.says(b"a", b"b", b"c")
+    assert steps.transfer._from_client()
+    assert steps.receiver.sent == [b"abc"]
+    assert not steps.transfer._from_client()
+    steps.link.decoder.receive(frames.encode_data(b"d"))  # read already
+    assert steps.transfer._from_client()
+    assert steps.got == b"abcd"
+
+
+@pytest.mark.parametrize("why", ["end", "full", "turn"])
+def test_nothing_more_is_read_behind(steps: Steps, why: str) -> None:
+    steps.client.drained = False
+    steps.says(END if why == "end" else b"x")
+    steps.says(b"more")
+    if why == "full":
+        steps.receiver.room = 0
+    if why == "turn":
+        steps.link.turn._left = READ + 3 * FRAME
+    assert steps.transfer._from_client()
+    assert len(steps.client.incoming) == 1
+    assert steps.transfer.end == (END if why == "end" else None)
+
+
+def test_what_is_held_goes_first_and_nothing_is_read_until_it_has_gone(steps: Steps) -> None:
+    steps.block(b"abc")
+    steps.receiver.room = 1
+    steps.says(b"d")
+    assert not steps.transfer._from_client()
+    assert (steps.got, len(steps.client.incoming)) == (b"a", 1)
+    steps.receiver.room = 9
+    assert steps.transfer._from_client()
+    assert (steps.got, steps.transfer.blocked, steps.transfer.up) == (b"abcd", False, 4)
+
+
+@pytest.mark.parametrize("last", [END, EOF])
+def test_what_is_said_behind_bytes_that_are_held_is_done_behind_them(steps: Steps, last: m.Message) -> None:
+    steps.receiver.room = 1
+    steps.says(b"abc", last)
+    assert steps.transfer._from_client()
+    assert (steps.transfer.end, steps.receiver.finished) == (None, 0)
+    steps.receiver.room = 9
+    assert steps.transfer._from_client(), "it has come, though nothing was read"
+    assert steps.got == b"abc"
+    assert (steps.transfer.end, steps.receiver.finished) == ((END, 0) if last == END else (None, 1))
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ((EOF, b"x"), "DATA after EOF"),
+        ((EOF, EOF), "EOF twice"),
+        ((b"abc", EOF, EOF), "EOF twice"),
+        ((b"abc", EOF, b"x"), "DATA after EOF"),
+        ((m.Open(None, [["192.0.2.2", 25]]),), "OPEN in the middle"),
+    ],
+)
+@pytest.mark.parametrize("room", [10**9, 0])
+def test_what_no_client_may_say(steps: Steps, said: tuple[bytes | m.Message, ...], why: str, room: int) -> None:
+    """In one read or in several, whether the receiver takes it or not."""
+    steps.receiver.room = room
+
+    def serve() -> None:
+        for each in said:
+            steps.says(each)
+            steps.transfer._from_client()
+        steps.receiver.room = 10**9
+        steps.transfer._from_client()
+
+    with pytest.raises(PeerError, match=why):
+        serve()
+
+
+def test_an_end_that_finds_the_socket_full_is_held_back(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    def finish() -> None:
+        steps.receiver.unsent = True
+
+    monkeypatch.setattr(steps.receiver, "finish", finish)
+    steps.says(EOF)
+    steps.transfer._from_client()
+    assert (steps.transfer.blocked, steps.transfer.half_closed) == (True, True)
+    assert not steps.transfer._from_client()
+    assert not steps.transfer.blocked
+
+
+def test_an_end_that_cannot_be_said_is_a_receiver_that_broke(steps: Steps) -> None:
+    steps.receiver.error = ConnectionResetError(errno.ECONNRESET, "")
+    steps.says(EOF)
+    steps.transfer._from_client()
+    assert steps.transfer.broken is Ending.UPSTREAM_RESET
+
+
+@pytest.mark.parametrize("how", ["write", "read"])
+def test_to_a_receiver_that_broke_nothing_is_sent(steps: Steps, how: str) -> None:
+    """The client goes on for a while, until it has heard of it."""
+    broke = ConnectionResetError(errno.ECONNRESET, "")
+    if how == "write":
+        steps.receiver.error = broke
+        steps.says(b"abc")
+        steps.transfer._from_client()
+        assert (steps.transfer.blocked, steps.transfer._held) == (False, b"")
+        steps.receiver.error = None
+    else:
+        steps.receiver.incoming.append(broke)
+        steps.transfer._from_receiver()
+    up = steps.transfer.up
+    steps.says(b"more", EOF)
+    assert steps.transfer._from_client()
+    assert (steps.got, steps.receiver.finished, steps.transfer.up) == (b"", 0, up)
+    steps.transfer._held = b"late"
+    assert steps.transfer._push()
+    assert steps.got == b""
+
+
+# --- from the receiver ---
+
+
+class LongTls(ssl.SSLError):
+    reason = "x" * 300
+
+
+ABORTED = m.Aborted("upstream_failed", errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+@pytest.mark.parametrize(
+    ("unread", "heard"),
+    [
+        ([], [ABORTED]),
+        ([b"421 bye\r\n"], [b"421 bye\r\n", ABORTED]),
+        ([b"421 bye\r\n", b""], [b"421 bye\r\n", ABORTED]),
+    ],
+)
+def test_a_write_error_is_told_behind_all_that_the_receiver_said(
+    steps: Steps, unread: list[bytes], heard: list[object]
+) -> None:
+    """It may say why; also where no event tells that there is something, or that there is nothing more."""
+    steps.transfer._from_receiver()
+    steps.receiver.incoming.extend(unread)
+    steps.receiver.error = BrokenPipeError(errno.EPIPE, "")
+    steps.says(b"x")
+    steps.transfer._from_client()
+    assert steps.transfer.broken is Ending.UPSTREAM_RESET
+    assert steps.transfer._from_receiver()
+    assert steps.heard == heard
+    assert steps.transfer.receiver_done
+    assert not steps.transfer._from_receiver()
+
+
+def test_a_write_error_behind_its_end_is_nothing_new(steps: Steps) -> None:
+    steps.receiver.incoming.append(b"")
+    assert steps.transfer._from_receiver()
+    steps.receiver.error = BrokenPipeError(errno.EPIPE, "")
+    steps.says(b"x")
+    steps.transfer._from_client()
+    assert (steps.transfer.broken, steps.heard) == (None, [EOF])
+
+
+@pytest.mark.parametrize(
+    ("error", "number", "text"),
+    [
+        (ConnectionResetError(errno.ECONNRESET, ""), errno.ECONNRESET, os.strerror(errno.ECONNRESET)),
+        (OSError(), 0, os.strerror(0)),
+        (LongTls(1, ""), 0, "TLS: " + "x" * 195),
+    ],
+)
+def test_how_a_broken_connection_is_told(steps: Steps, error: OSError, number: int, text: str) -> None:
+    steps.receiver.incoming.append(error)
+    assert steps.transfer._from_receiver()
+    assert steps.heard == [m.Aborted("upstream_failed", number, text)]
+    assert (steps.transfer.broken, steps.transfer.receiver_done) == (Ending.UPSTREAM_RESET, True)
+
+
+def test_nothing_is_read_while_the_client_takes_nothing(steps: Steps) -> None:
+    steps.receiver.incoming.extend([b"a", b"b"])
+    steps.client.room = 3
+    assert steps.transfer._from_receiver()
+    assert (len(steps.receiver.incoming), steps.link.blocked) == (1, True)
+    assert not steps.transfer._from_receiver()
+    assert len(steps.receiver.incoming) == 1
+    steps.client.room = 100
+    assert steps.transfer._from_receiver()
+    assert (steps.heard, steps.transfer.down) == ([b"a", b"b"], 2)
+    assert steps.link.moved == 2 + len(b"".join(steps.client.sent))
+
+
+def test_reading_stops_when_the_turn_is_over(steps: Steps) -> None:
+    steps.receiver.incoming.extend([b"a", b"b"])
+    steps.receiver.drained = False
+    steps.link.turn._left = READ + 1
+    assert steps.transfer._from_receiver()
+    assert (steps.heard, steps.link.turn.over) == ([b"a"], True)
+    assert not steps.transfer._from_receiver()
+    assert len(steps.receiver.incoming) == 1
+
+
+def test_a_read_that_takes_too_long_ends_the_turn(steps: Steps) -> None:
+    steps.receiver.incoming.extend([b"a", TurnOver(), b"b"])
+    steps.receiver.drained = False
+    assert steps.transfer._from_receiver()
+    assert (steps.heard, steps.link.turn.over, len(steps.receiver.incoming)) == ([b"a"], True, 1)
+
+
+@pytest.mark.parametrize(
+    ("missed", "drained", "again"), [(True, True, True), (False, True, False), (False, False, True)]
+)
+def test_whether_there_is_more_to_be_read(steps: Steps, missed: bool, drained: bool, again: bool) -> None:
+    """A read that brought less than it might have proves it, unless events went by."""
+    steps.transfer._missed = missed
+    steps.receiver.drained = drained
+    steps.receiver.incoming.append(b"a")
+    steps.client.room = 0  # and no second read
+    steps.transfer._from_receiver()
+    assert steps.transfer._readable is again
+
+
+def test_who_speaks_unasked_on_a_connection_that_was_anothers_is_lost(steps: Steps) -> None:
+    for up, heard in ((0, m.Aborted("upstream_failed", errno.EPROTO, os.strerror(errno.EPROTO))), (1, b"x")):
+        steps = Steps(reused=True)
+        steps.transfer.up = up
+        steps.receiver.incoming.append(b"x")
+        assert steps.transfer._from_receiver()
+        assert steps.heard == [heard]
+    steps = Steps()
+    steps.receiver.incoming.append(b"220 hello\r\n")
+    steps.transfer._from_receiver()
+    assert steps.heard == [b"220 hello\r\n"]
+
+
+# --- what is left behind ---
+
+
+def test_why_a_connection_cannot_serve_another_client() -> None:
+    assert Steps().transfer.unclean() is Discard.NOT_OFFERED
+    for field, value, reason in (
+        ("receiver_done", True, Discard.PEER_CLOSED),
+        ("broken", Ending.UPSTREAM_RESET, Discard.PEER_CLOSED),
+        ("_blocked", True, Discard.OUTSTANDING),
+        ("_finished", True, Discard.OUTSTANDING),
+        ("_kept", b"x", Discard.OUTSTANDING),
+        ("_turned_away", SimpleNamespace(in_line=True), Discard.OUTSTANDING),
+        ("_turned_away", SimpleNamespace(in_line=False), "the tracker's"),
+        ("up", 0, "the tracker's"),
+    ):
+        tracker: Any = SimpleNamespace(verdict=lambda: "the tracker's", at_rest=True)
+        transfer = Steps(tracker).transfer
+        setattr(transfer, field, value)
+        assert transfer.unclean() == reason
+        assert transfer.at_rest is (field in ("_kept", "_turned_away", "up"))
+        assert transfer.half_closed is (field in ("_finished", "receiver_done"))
+    assert not Steps().transfer.at_rest
