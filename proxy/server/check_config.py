@@ -26,6 +26,7 @@ from proxy.config.rules import listeners
 from proxy.model import Breathe, Endpoint, hold_breath
 from proxy.net import tls
 from proxy.net.addresses import own_addresses
+from proxy.policy import counting
 from proxy.policy.access import SHORTEST_ANSWER, place_within
 from proxy.policy.modes import Modes, any_smtp
 from proxy.server.shown import pairs
@@ -363,6 +364,8 @@ def _blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
             yield Finding(
                 False, "tls", tls_block.name, f"{tls_block.name}: nothing is said in it of what TLS has to be"
             )
+    for name, why in counting.never(settings, breathe):
+        yield Finding(False, "throttle", name, f"{name}: it never holds: {why}")
     for throttle in settings.throttle:
         breathe()
         for directive in ("max_delivery_rate", "max_connection_rate"):
