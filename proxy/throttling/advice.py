@@ -27,15 +27,20 @@ class Adviser:
     def __init__(self) -> None:
         self.wheel: Wheel[Throttle] = Wheel(TICK)
         self.given: dict[Flow, None] = {}
+        self._soon: set[Throttle] = set()  # a line changes often within a tick
 
     def crowded(self, throttle: Throttle, now: int) -> None:
         """The line or the number of places has changed; without anybody there, there is nothing to advise."""
+        if throttle in self._soon:
+            return
         terms = throttle.terms
         if throttle.used or throttle.line is not None or (terms is not None and terms.advice is not None):
+            self._soon.add(throttle)
             self.wheel.arm_earlier(throttle, now)
 
     def expire(self, now: int, most: int) -> None:
         for throttle in self.wheel.expire(now, most):
+            self._soon.discard(throttle)
             self._advise(throttle, now)
 
     def _advise(self, throttle: Throttle, now: int) -> None:

@@ -119,6 +119,7 @@ class Blocks:
     def __init__(self, rules: Rules, start: int) -> None:
         self._start = start
         self._rules = rules
+        self._any = bool(rules)
         self._throttles: dict[Key, Throttle] = {}
         self._connections: dict[Key, Throttle] = {}  # the meters of connection rates
         self._verdicts: dict[_Verdict, tuple[Key, ...]] = {}
@@ -126,7 +127,7 @@ class Blocks:
         self.backoffs = Backoffs()
 
     def __bool__(self) -> bool:
-        return bool(self._rules)
+        return self._any
 
     @property
     def stale(self) -> bool:
@@ -139,6 +140,7 @@ class Blocks:
         gone = [name for name in self._rules.listeners if name not in rules.listeners]
         self.backoffs.end(gone, "has no rule for a back-off any more", now)
         self._rules = rules
+        self._any = bool(rules)
         self._verdicts.clear()
         self._stale = dict.fromkeys(self.throttles())
 

@@ -71,19 +71,20 @@ class Core:
 
     def _settle(self, now: int) -> None:
         """Pass on what one part's work means for another."""
-        if self._desk.open:
+        if self._desk.clerks:
             self._desk.settle(now)
-        paid = self._dispenser.paid
-        while paid:
-            self._book.retry(paid.pop(), now)
-        if self._book.crowded:
-            for throttle in self._book.crowded:
+        while self._dispenser.paid:
+            self._book.retry(self._dispenser.paid.pop(), now)
+        crowded = self._book.crowded
+        if crowded:
+            for throttle in crowded:
                 self._adviser.crowded(throttle, now)
-            self._book.crowded.clear()
-        if self._adviser.given:
-            for flow in self._adviser.given:
+            crowded.clear()
+        given = self._adviser.given
+        if given:
+            for flow in given:
                 session = flow.receiver
                 if flow.cap is not None and isinstance(session, Session):
                     session.caps[flow.id] = flow.cap[0]
                     self._dispenser.touched[session] = None
-            self._adviser.given.clear()
+            given.clear()

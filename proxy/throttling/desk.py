@@ -73,6 +73,7 @@ class Desk:
     Attributes:
         granted: tickets that got their slot and were not yet collected.
         wheel: clerks by the next slot that comes.
+        clerks: all of them, by instance and path; not to be changed from outside.
     """
 
     def __init__(self, dispenser: Dispenser, registry: Registry) -> None:
@@ -80,20 +81,15 @@ class Desk:
         self.wheel: Wheel[Clerk] = Wheel(MILLISECOND)
         self._dispenser = dispenser
         self._registry = registry
-        self._clerks: dict[tuple[str, tuple[Throttle, ...]], Clerk] = {}
-
-    @property
-    def open(self) -> bool:
-        """Whether anybody is served here."""
-        return bool(self._clerks)
+        self.clerks: dict[tuple[str, tuple[Throttle, ...]], Clerk] = {}
 
     def ask(self, name: str, weight: float, throttles: tuple[Throttle, ...], now: int) -> MessageTicket | None:
         """A slot under all of `throttles` for the next message of instance `name`; None: nothing limits it."""
         if not any(throttle.windows for throttle in throttles):
             return None
-        clerk = self._clerks.get((name, throttles))
+        clerk = self.clerks.get((name, throttles))
         if clerk is None:
-            clerk = self._clerks[name, throttles] = Clerk(name, weight, self._registry.hold(throttles))
+            clerk = self.clerks[name, throttles] = Clerk(name, weight, self._registry.hold(throttles))
             path = clerk.flow.path
             path.desk = path.desk or {}
             path.desk[clerk.flow] = None
@@ -153,7 +149,7 @@ class Desk:
 
     def settle(self, now: int) -> None:
         """Take what the dispenser has given; to be called after whatever makes it give."""
-        while self._clerks and (given := [each for each in self._dispenser.touched if isinstance(each, Clerk)]):
+        while self.clerks and (given := [each for each in self._dispenser.touched if isinstance(each, Clerk)]):
             for clerk in given:
                 del self._dispenser.touched[clerk]
                 self._receive(clerk, now)
@@ -211,7 +207,7 @@ class Desk:
             self.wheel.arm(clerk, now + 1_000 * MILLISECOND)  # it may be needed again before it can go
             return
         path = flow.path
-        del self._clerks[clerk.name, path.throttles], clerk.flow  # no circle is left behind
+        del self.clerks[clerk.name, path.throttles], clerk.flow  # no circle is left behind
         self.wheel.disarm(clerk)
         assert path.desk is not None, "it was listed when it was made"
         del path.desk[flow]

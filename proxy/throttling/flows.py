@@ -190,6 +190,13 @@ class Flow:
         return self.turns >> self.path.throttles.index(throttle) & 1 == 1
 
 
+def throttles_of(flows: tuple[Flow, ...]) -> tuple[Throttle, ...]:
+    """All throttles of these paths, each once."""
+    if len(flows) == 1:
+        return flows[0].path.throttles
+    return tuple(dict.fromkeys(throttle for flow in flows for throttle in flow.path.throttles))
+
+
 class Slots:
     """Who waits for a throttle's slots: a heap by virtual time, and the virtual time of each name.
 
@@ -223,6 +230,9 @@ class Places:
         self.open = True
 
 
+NOWHERE: frozenset[Throttle] = frozenset()
+
+
 class Ticket(Request):
     """A request that waits. `places` is set when it got in; `blocker` is what it waits for until then.
 
@@ -245,7 +255,7 @@ class Ticket(Request):
         self.throttles = throttles
         self.flows = flows
         self.rated = rated
-        self.turns: frozenset[Throttle] = frozenset()
+        self.turns = NOWHERE
         self.places: Places | None = None
         self.blocker: Throttle | Flow | None = None
         self.waiting = True

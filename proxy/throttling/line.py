@@ -70,12 +70,14 @@ class Line(Generic[Waiting]):
             if ticket.owner not in self._due:
                 self._due[ticket.owner] = self._clock + 1 / ticket.weight
                 heappush(self._poor, (self._due[ticket.owner], ticket.owner))
-        owner.append(ticket)
+            owner.append(ticket)
+            self.rank(ticket.owner, meter)
+        else:
+            owner.append(ticket)
         self.size += 1
-        self.rank(ticket.owner, meter)
 
     def rank(self, owner: str, meter: Meter) -> None:
-        """Note the owner's order anew: it joined, or its number of places changed."""
+        """Note the owner's order anew: it joined, it was served, or its number of places changed."""
         if owner in self._owners:
             heappush(self._heap, self._key(owner, meter))
             if len(self._heap) > 64 + 4 * len(self._owners):
@@ -136,14 +138,13 @@ class Line(Generic[Waiting]):
         owner = self._first(meter)
         return None if owner is None else self._owners[owner][0]
 
-    def served(self, ticket: Waiting, meter: Meter) -> None:
-        """`ticket`, whose turn it is (see `peek`), leaves the line."""
+    def served(self, ticket: Waiting) -> None:
+        """`ticket`, whose turn it is (see `peek`), leaves the line; its owner is to be ranked anew."""
         owner = ticket.owner
         self._owners[owner].popleft()
         self._turn += 1
         self._served[owner] = self._turn
         self._left(owner)
-        self.rank(owner, meter)
 
     def got_in(self, ticket: Waiting) -> None:
         """`ticket` gets a place here, wherever it stood."""

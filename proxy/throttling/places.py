@@ -13,7 +13,7 @@ wait for each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import count
 from typing import Protocol
 
@@ -54,7 +54,7 @@ class PlaceBook:
         self,
         owner: str,
         weight: float,
-        throttles: Iterable[Throttle],
+        throttles: tuple[Throttle, ...],
         flows: tuple[Flow, ...],
         now: int,
         rated: bool = True,
@@ -62,10 +62,13 @@ class PlaceBook:
         """Places under every one of `throttles`, or a ticket; nothing in between.
 
         Args:
+            throttles: each once.
             rated: it takes a slot of those that count connections, too. One that does not is not held up by those who
                 wait for slots only; but once it waits for a place, it stands in the same line.
         """
-        ticket = Ticket(owner, weight, tuple(dict.fromkeys(throttles)), flows, rated)
+        if self._free(throttles, flows):
+            return self._seat(owner, weight, throttles, flows)
+        ticket = Ticket(owner, weight, throttles, flows, rated)
         ticket.number = next(self._numbers)
         self._try(ticket, now)
         return ticket.places or ticket
@@ -75,7 +78,7 @@ class PlaceBook:
         old: Places,
         owner: str,
         weight: float,
-        throttles: Sequence[Throttle],
+        throttles: tuple[Throttle, ...],
         flows: tuple[Flow, ...],
         now: int,
         rated: bool = True,
@@ -85,8 +88,7 @@ class PlaceBook:
         Throttles on both paths keep their place, which only changes its owner. None: a throttle that is new to it is
         full, somebody waits there, or the flow is shut; then nothing changed.
         """
-        wanted = tuple(dict.fromkeys(throttles))
-        fresh = [throttle for throttle in wanted if throttle not in old.throttles]
+        fresh = [throttle for throttle in throttles if throttle not in old.throttles]
         if not old.open or any(self._shut(flow) for flow in flows):
             return None
         if any(self._busy(each, now, rated) for each in fresh if not each.connections):
@@ -94,9 +96,9 @@ class PlaceBook:
         old.open = False
         self._leave(old)
         paced = [throttle for throttle in fresh if not throttle.connections]  # it is no new connection
-        new = self._enter(Ticket(owner, weight, wanted, flows, rated), paced, now)
+        new = self._enter(Ticket(owner, weight, throttles, flows, rated), paced, now)
         for throttle in old.throttles:
-            if throttle not in wanted:
+            if throttle not in throttles:
                 self.pump(throttle, now)
         return new
 
@@ -106,7 +108,9 @@ class PlaceBook:
             return
         places.open = False
         self._leave(places)
-        self._pump([throttle for throttle in reversed(places.throttles) if throttle.line is not None], now)
+        lines = [throttle for throttle in places.throttles if throttle.line is not None]
+        if lines or self._freed:
+            self._pump(lines[::-1], now)
 
     def cancel(self, ticket: Ticket, now: int) -> None:
         """Nobody waits for `ticket` any more; places that it got meanwhile are given back."""
@@ -148,7 +152,9 @@ class PlaceBook:
                 if claim is not None and not any(self._full(each, now, claim, claim.rated) for each in claim.throttles):
                     self._unline(claim)
                     self._try(claim, now)
-                elif (first := line.peek(throttle)) and not self._full(throttle, now, None, first.rated):
+                elif (first := line.peek(throttle)) and not (
+                    (claim is not None or throttle.counts) and self._full(throttle, now, None, first.rated)
+                ):
                     self._next_in_line(throttle, line, first, now)
                 else:
                     break
@@ -157,12 +163,26 @@ class PlaceBook:
 
     def _next_in_line(self, throttle: Throttle, line: Line[Ticket], ticket: Ticket, now: int) -> None:
         """It is the turn of `ticket`, the first in this line."""
-        line.served(ticket, throttle)
+        line.served(ticket)
         self._drop_empty(throttle)
         if len(ticket.throttles) > 1:  # (with one it gets in now)
             ticket.turns |= {throttle}
         self._try(ticket, now, throttle)
+        if ticket.places is None:  # or it has been done by entering
+            line.rank(ticket.owner, throttle)
         self._moved(ticket, -1)  # last, so that its flows are not taken for idle in between
+
+    def _free(self, throttles: tuple[Throttle, ...], flows: tuple[Flow, ...]) -> bool:
+        """Whether there is nothing to be asked: nobody waits, and nothing is full or takes slots."""
+        for throttle in throttles:
+            if (
+                throttle.line is not None
+                or throttle.counts
+                or 0 < throttle.cap <= throttle.used
+                or throttle.shadow is not None
+            ):
+                return False
+        return not any(map(self._shut, flows))
 
     def _try(self, ticket: Ticket, now: int, passed: Throttle | None = None) -> None:
         """Take all places for `ticket`, or put it where it has to wait; `passed`: its turn in that line has come."""
@@ -282,16 +302,12 @@ class PlaceBook:
         for throttle in fresh:
             if throttle.shadow is not None:
                 throttle.shadow_place()
+        places = self._seat(ticket.owner, ticket.weight, ticket.throttles, ticket.flows)
         for throttle in ticket.throttles:
-            along = throttle.along
-            if not throttle.used:
-                throttle.along = ticket.throttles
-            elif along != ticket.throttles:
-                throttle.along = tuple([each for each in along if each in ticket.throttles])
-            throttle.take_place(ticket.owner)
-            if throttle.line is not None:
-                throttle.line.got_in(ticket)
-                throttle.line.rank(ticket.owner, throttle)
+            line = throttle.line
+            if line is not None:
+                line.got_in(ticket)
+                line.rank(ticket.owner, throttle)
         for throttle in fresh:
             if not throttle.takes(ticket.rated):
                 continue
@@ -299,29 +315,44 @@ class PlaceBook:
                 throttle.shadow_slot(now)
             else:
                 throttle.take_slot(throttle.earliest(now))
-        for flow in ticket.flows:
+        return places
+
+    def _seat(self, owner: str, weight: float, throttles: tuple[Throttle, ...], flows: tuple[Flow, ...]) -> Places:
+        for throttle in throttles:
+            along = throttle.along
+            if not throttle.used:
+                throttle.along = throttles
+            elif along != throttles:
+                throttle.along = tuple([each for each in along if each in throttles])
+            throttle.take_place(owner)
+        for flow in flows:
             flow.places += 1
-            _list(flow)
-        return Places(ticket.owner, ticket.weight, ticket.throttles, ticket.flows)
+            if not flow.listed:  # (it looks itself)
+                _list(flow)
+        return Places(owner, weight, throttles, flows)
 
     def _leave(self, places: Places) -> None:
+        owner = places.owner
         for throttle in places.throttles:
-            throttle.free_place(places.owner)
+            throttle.free_place(owner)
             if not throttle.used:
                 throttle.along = ()
                 self.idle.add(throttle)
-            if throttle.line is not None:
-                throttle.line.rank(places.owner, throttle)
-            if throttle.terms is not None and throttle.terms.advice is not None:
+            line, terms = throttle.line, throttle.terms
+            if line is not None:
+                line.rank(owner, throttle)
+            if terms is not None and terms.advice is not None:
                 self.crowded[throttle] = None
         for flow in places.flows:
             flow.places -= 1
-            _list(flow)
+            if not flow.places:  # (it looks itself)
+                _list(flow)
 
     def _moved(self, ticket: Ticket, by: int) -> None:
         for flow in ticket.flows:
             flow.waiting_places += by
-            _list(flow)
+            if flow.listed != (flow.waiting_places > 0 or flow.places > 0):  # (it looks itself)
+                _list(flow)
 
     def _unline(self, ticket: Ticket) -> None:
         blocker = ticket.blocker

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from proxy.throttling.dispenser import Dispenser
-from proxy.throttling.flows import Flow, Path, Places, Receiver, Stake, Terms, Throttle
+from proxy.throttling.flows import Flow, Path, Receiver, Stake, Terms, Throttle
 from proxy.throttling.limits import BackoffRule, Part
 from proxy.throttling.many import Pieces
 from proxy.throttling.places import PlaceBook
@@ -148,7 +148,7 @@ class Registry:
         path.refs -= 1
         if path.refs == 0:
             del self._paths[path.throttles]
-            self._forget_unnamed(path.throttles, now)
+            self.released(path.throttles, now)
 
     def restake(self, flow: Flow, parts: Iterable[Part], now: int) -> None:
         """The instance's part in each throttle of the flow's path, changed or said again."""
@@ -219,11 +219,8 @@ class Registry:
             self._dispenser.wheel.disarm(throttle)
             self.backoffs.disarm(throttle)
 
-    def released(self, places: Places, now: int) -> None:
-        """Places were given back: throttles that were remembered only for them may go."""
-        self._forget_unnamed(places.throttles, now)
-
-    def _forget_unnamed(self, throttles: Iterable[Throttle], now: int) -> None:
+    def released(self, throttles: Iterable[Throttle], now: int) -> None:
+        """Places or paths were given up: throttles that were remembered only for them may go."""
         for throttle in throttles:
             if throttle.terms is not None and not throttle.terms.stakes:
                 self.forget(throttle, now)

@@ -11,7 +11,7 @@ from proxy.errors import Throttled
 from proxy.model import UNNAMED, Names
 from proxy.throttling.audit import Mail, Spent, Verdict
 from proxy.throttling.desk import MessageTicket
-from proxy.throttling.flows import Flow, Places, Throttle, Ticket
+from proxy.throttling.flows import Flow, Places, Throttle, Ticket, throttles_of
 from proxy.throttling.refusals import refusal
 from proxy.throttling.session import Session
 from proxy.throttling.statements import Statements
@@ -81,7 +81,7 @@ class Requests(Statements):
         if new is not None:
             for throttle in new.throttles:
                 self._active.add(throttle)
-            self._registry.released(old, now)
+            self._registry.released(old.throttles, now)
         self._settle(now)
         return new
 
@@ -92,7 +92,7 @@ class Requests(Statements):
             tickets that got in by it (and any others not yet collected); their `places` are set.
         """
         self._book.release(places, now)
-        self._registry.released(places, now)
+        self._registry.released(places.throttles, now)
         self._settle(now)
         return self.take_admitted()
 
@@ -100,7 +100,7 @@ class Requests(Statements):
         """Nobody waits for `ticket` any more, whether it got in or not. Returns as `release`."""
         self._book.cancel(ticket, now)
         if ticket.places is not None:
-            self._registry.released(ticket.places, now)
+            self._registry.released(ticket.places.throttles, now)
         self._settle(now)
         return self.take_admitted()
 
@@ -127,10 +127,12 @@ class Requests(Statements):
 
     def _under(
         self, owner: str, source: str, destination: str, names: Names, flows: tuple[Flow, ...], now: int
-    ) -> list[Throttle]:
-        throttles = [throttle for flow in flows for throttle in flow.path.throttles]
+    ) -> tuple[Throttle, ...]:
+        throttles = throttles_of(flows)
         if self.blocks:
-            throttles += self.blocks.match(owner, source, destination, names, now).all
+            throttles = tuple(
+                dict.fromkeys([*throttles, *self.blocks.match(owner, source, destination, names, now).all])
+            )
         return throttles
 
     # --- messages ---
@@ -156,10 +158,7 @@ class Requests(Statements):
             None: nothing limits it. A ticket: `granted` already, or later (`take_granted`); it may be called off at any
             time (`cancel_message`), and `refusal` says why it was not.
         """
-        if len(flows) == 1:
-            throttles = flows[0].path.throttles
-        else:
-            throttles = tuple(dict.fromkeys(throttle for flow in flows for throttle in flow.path.throttles))
+        throttles = throttles_of(flows)
         if source and self.blocks:
             for throttle in self.blocks.match(owner, source, destination, names, now).messages:
                 if throttle.shadow is None:

@@ -72,7 +72,7 @@ class Counters(Bench):
     def empty(self) -> bool:
         """Nothing is remembered of anybody who asked."""
         desk = self.manager._desk
-        return not desk._clerks and not len(desk.wheel)
+        return not desk.clerks and not len(desk.wheel)
 
 
 def test_without_a_limit_nothing_is_asked() -> None:

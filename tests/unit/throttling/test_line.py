@@ -18,7 +18,8 @@ def serve(line: Line[Request], meter: Throttle) -> Request | None:
     """Who is next leaves the line."""
     request = line.peek(meter)
     if request is not None:
-        line.served(request, meter)
+        line.served(request)
+        line.rank(request.owner, meter)
     return request
 
 

@@ -67,7 +67,7 @@ def test_nothing_is_handed_over_that_was_closed_meanwhile(book: Book) -> None:
     a = throttle("a")
     old = book.gets("x", a)
     book.release(old, 0)
-    assert book.swap(old, "y", 1.0, [a], (), 0) is None
+    assert book.swap(old, "y", 1.0, (a,), (), 0) is None
     assert a.used == 0
 
 
@@ -76,17 +76,17 @@ def test_nothing_is_handed_over_to_who_is_held_back(book: Book) -> None:
     a, b = throttle("a"), throttle("b")
     old, flows = book.gets("x", a), (flow(b), flow(b))
     book.closed.add(flows[1])
-    assert book.swap(old, "y", 1.0, [b], flows, 0) is None
+    assert book.swap(old, "y", 1.0, (b,), flows, 0) is None
     assert (a.used, b.used, old.open) == (1, 0, True)
     book.closed.clear()
-    assert book.swap(old, "y", 1.0, [b], flows, 0) is not None
+    assert book.swap(old, "y", 1.0, (b,), flows, 0) is not None
 
 
 def test_nothing_is_handed_over_where_one_of_several_throttles_is_full(book: Book) -> None:
     a, b, c = throttle("a"), throttle("b"), throttle("c")
     old = book.gets("x", a)
     book.gets("y", b)
-    assert book.swap(old, "z", 1.0, [b, c], (), 0) is None
+    assert book.swap(old, "z", 1.0, (b, c), (), 0) is None
     assert (a.used, b.used, c.used) == (1, 1, 0)
 
 
@@ -97,7 +97,7 @@ def test_a_hand_over_goes_behind_those_in_line_as_who_comes_anew_does(book: Book
     book.gets("y", b)
     book.waits("y", b)
     b.cap = 5
-    assert book.swap(old, "z", 1.0, [b], (), 0) is None
+    assert book.swap(old, "z", 1.0, (b,), (), 0) is None
     book.waits("z", b)
 
 
@@ -105,10 +105,10 @@ def test_a_hand_over_takes_a_slot_of_its_new_path_but_of_none_for_new_connection
     a, paced, fresh = throttle("a"), throttle("p", 0, Limit(1, 10)), throttle("f", 0, Limit(1, 10), connections=True)
     book.gets("z", fresh)
     old = book.gets("x", a)
-    new = book.swap(old, "y", 1.0, [paced, fresh], (), 0)
+    new = book.swap(old, "y", 1.0, (paced, fresh), (), 0)
     assert new is not None
     assert (paced.taken, fresh.taken) == (1, 1)
-    assert book.swap(book.gets("x", a), "y", 1.0, [paced], (), 0) is None
+    assert book.swap(book.gets("x", a), "y", 1.0, (paced,), (), 0) is None
 
 
 # --- slots of connections ---
@@ -116,7 +116,7 @@ def test_a_hand_over_takes_a_slot_of_its_new_path_but_of_none_for_new_connection
 
 def test_a_connection_takes_a_slot_if_nothing_else_is_said() -> None:
     paced = throttle("p", 0, Limit(1, 10))
-    PlaceBook(lambda flow: False).admit("x", 1.0, [paced], (), 0)
+    PlaceBook(lambda flow: False).admit("x", 1.0, (paced,), (), 0)
     assert paced.taken == 1
 
 
@@ -125,7 +125,7 @@ def test_who_needs_no_slot_passes_those_who_wait_for_one(book: Book) -> None:
     book.gets("x", paced)
     waiting = book.waits("x", paced)
     book.gets("y", paced, rated=False)
-    assert book.swap(book.gets("y", a), "y", 1.0, [paced], (), 0, rated=False) is not None
+    assert book.swap(book.gets("y", a), "y", 1.0, (paced,), (), 0, rated=False) is not None
     assert waiting.places is None
 
 
@@ -135,7 +135,7 @@ def test_who_needs_one_does_not_though_its_time_has_come(book: Book) -> None:
     book.gets("x", paced)
     waiting = book.waits("x", paced)
     book.waits("y", paced, now=10 * SECOND)
-    assert book.swap(book.gets("y", a), "y", 1.0, [paced], (), 10 * SECOND) is None
+    assert book.swap(book.gets("y", a), "y", 1.0, (paced,), (), 10 * SECOND) is None
     book.pump(paced, 10 * SECOND)
     assert waiting.places is None  # y has fewer
     assert [ticket.owner for ticket in book.admitted] == ["y"]
@@ -198,7 +198,7 @@ def test_one_place_is_kept_and_not_all(book: Book) -> None:
     for each in held:
         book.release(each, 0)
     book.gets("y", a)
-    assert book.swap(book.gets("y", c), "y", 1.0, [a], (), 0) is not None
+    assert book.swap(book.gets("y", c), "y", 1.0, (a,), (), 0) is not None
     book.waits("y", a)
 
 
