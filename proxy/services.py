@@ -44,12 +44,16 @@ class Door:
 
     Args:
         endpoint: where it listens. configured: the same as it was configured, perhaps with port 0.
+        secure: clients begin with TLS, and then the protocol.
     """
 
-    __slots__ = ("configured", "endpoint", "open_connections", "protocol")
+    __slots__ = ("configured", "endpoint", "open_connections", "protocol", "secure")
 
-    def __init__(self, protocol: str, endpoint: Endpoint, configured: Endpoint | None = None) -> None:
+    def __init__(
+        self, protocol: str, endpoint: Endpoint, configured: Endpoint | None = None, secure: bool = False
+    ) -> None:
         self.protocol = protocol
+        self.secure = secure
         self.endpoint = endpoint
         self.configured = configured or endpoint
         self.open_connections = 0
@@ -235,6 +239,7 @@ class Services:
         slowed: who gave a wrong secret once too often, and waits for the answer.
         identity: what the native listener shows as TLS server; None: it speaks in clear.
         mta_context: for TLS with clients of mode smtp; None: STARTTLS is not offered.
+        door_context: for the standard doors with TLS; None: there is none.
         incarnation: 32 random bits that name this run of the program to its native clients.
         host_name: this proxy's name in what it says as an SMTP server.
     """
@@ -260,6 +265,7 @@ class Services:
     via: Via | None
     identity: ServerIdentity | None
     mta_context: SSLContext | None
+    door_context: SSLContext | None
     incarnation: int
     host_name: str
 

@@ -128,6 +128,8 @@ class Settings:
     listen: tuple[Endpoint, ...]
     listen_socks5: tuple[Endpoint, ...]
     listen_proxy_protocol: tuple[Endpoint, ...]
+    listen_socks5_tls: tuple[Endpoint, ...]
+    listen_proxy_protocol_tls: tuple[Endpoint, ...]
     listen_redirect: tuple[Endpoint, ...]
     listen_status: Endpoint | None
     control_socket: str | None
@@ -142,6 +144,7 @@ class Settings:
     listen_tls: bool
     tls_certificate_file: str | None  # None: a certificate is made in memory
     tls_private_key_file: str | None
+    tls_client_ca_file: str | None  # None: clients are asked for no certificate
     tls_client_certificate_file: str | None  # None: receivers are shown none
     tls_client_private_key_file: str | None
     via: tuple[Endpoint, ...]
@@ -186,3 +189,14 @@ class Settings:
     source: tuple[SourceSettings, ...]
     throttle: tuple[ThrottleSettings, ...]
     tls: tuple[TlsSettings, ...]
+
+    @property
+    def secure_doors(self) -> tuple[Endpoint, ...]:
+        """The standard doors with TLS."""
+        return (*self.listen_socks5_tls, *self.listen_proxy_protocol_tls)
+
+    @property
+    def standard_doors(self) -> tuple[Endpoint, ...]:
+        """All whose protocol is not ours."""
+        clear = (*self.listen_socks5, *self.listen_proxy_protocol, *self.listen_redirect)
+        return (*clear, *self.secure_doors)

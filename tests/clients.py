@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import smtplib
 import socket
+import ssl
 import struct
 from collections.abc import Callable
 from ipaddress import ip_address
@@ -102,6 +103,7 @@ def socks5(
     user: str | None = "mta-1",
     password: str = SECRET,
     client: str | None = None,
+    tls: ssl.SSLContext | None = None,
 ) -> socket.socket:
     """Connect through SOCKS5 as KumoMTA does: ask, read the answer, ask.
 
@@ -109,11 +111,12 @@ def socks5(
         source: to BIND before; None: no BIND.
         user: None: offer no password.
         client: the address to dial from.
+        tls: speak TLS first.
 
     Raises:
         Refused: with the reply.
     """
-    sock = dial(door, client)
+    sock = secured(dial(door, client), tls)
     try:
         if user is None:
             _ask(sock, NO_LOGIN, b"\x05\x00")
@@ -143,11 +146,24 @@ def _request(sock: socket.socket, request: bytes) -> None:
         raise Refused(reply)
 
 
+def secured(sock: socket.socket, tls: ssl.SSLContext | None) -> socket.socket:
+    """With TLS, if that is wanted."""
+    try:
+        return sock if tls is None else tls.wrap_socket(sock, server_hostname="proxy.example.net")
+    except BaseException:
+        sock.close()
+        raise
+
+
 def proxied(
-    door: Address, destination: Address, source: str = "127.0.0.5", header: Callable[..., bytes] = v1
+    door: Address,
+    destination: Address,
+    source: str = "127.0.0.5",
+    header: Callable[..., bytes] = v1,
+    tls: ssl.SSLContext | None = None,
 ) -> socket.socket:
     """Connect through the PROXY protocol."""
-    sock = dial(door)
+    sock = secured(dial(door), tls)
     sock.sendall(header(source, destination))
     return sock
 

@@ -45,7 +45,10 @@ drain_timeout 2s
 stats_interval 1h
 """
 
-_DOORS = ("listen", "listen_socks5", "listen_proxy_protocol", "listen_status")
+_DOORS = (
+    *("listen", "listen_socks5", "listen_proxy_protocol", "listen_status"),
+    *("listen_socks5_tls", "listen_proxy_protocol_tls"),
+)
 _TIME = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ")
 _LISTENING = re.compile(r"listen: listening on (?:\[(.*)\]|([\d.]+)):(\d+) protocol=(\S+)")
 Address = tuple[str, int]

@@ -109,6 +109,8 @@ OPTIONS: tuple[Option, ...] = (
     _many("listen", ENDPOINT, None, "IP:PORT", "listen for the native protocol"),
     _many("listen_socks5", ENDPOINT, None, "IP:PORT", "listen for SOCKS5"),
     _many("listen_proxy_protocol", ENDPOINT, None, "IP:PORT", "listen for the PROXY protocol, outbound sense"),
+    _many("listen_socks5_tls", ENDPOINT, None, "IP:PORT", "listen for SOCKS5 in TLS"),
+    _many("listen_proxy_protocol_tls", ENDPOINT, None, "IP:PORT", "listen for the PROXY protocol in TLS"),
     _many("listen_redirect", ENDPOINT, None, "IP:PORT", "listen for connections that nftables redirected to us"),
     _one("listen_status", ENDPOINT, None, "IP:PORT", "listen for HTTP: status page, metrics, health"),
     _one("control_socket", PATH, None, "PATH", "Unix socket for greenarrow_proxy ctl; @NAME: an abstract one"),
@@ -125,6 +127,9 @@ OPTIONS: tuple[Option, ...] = (
     _one("listen_tls", BOOLEAN, "yes", "YES|NO", "TLS on the native listener"),
     _one("tls_certificate_file", PATH, None, "FILE", "certificate chain, PEM (made in memory)"),
     _one("tls_private_key_file", PATH, None, "FILE", "private key of that certificate, PEM"),
+    _one(
+        "tls_client_ca_file", PATH, None, "FILE", "authorities of clients' certificates on the two TLS listeners, PEM"
+    ),
     _one("tls_client_certificate_file", PATH, None, "FILE", "certificate chain for receivers that ask for one, PEM"),
     _one("tls_client_private_key_file", PATH, None, "FILE", "private key of that certificate, PEM"),
     _many("via", ENDPOINT, None, "IP:PORT", "go out through the proxy with this native listener; several: in order"),

@@ -15,7 +15,10 @@ from proxy.settings import Settings, ThrottleSettings, TlsSettings
 _WILDCARDS = ("0.0.0.0", "::")
 #: Rules of one block, each of which looks at every refusal.
 MOST_BACKOFFS = 20
-DOORS = ("listen", "listen_socks5", "listen_proxy_protocol", "listen_redirect")
+DOORS = (
+    *("listen", "listen_socks5", "listen_proxy_protocol", "listen_socks5_tls", "listen_proxy_protocol_tls"),
+    "listen_redirect",
+)
 
 _CLIENT_PAIR = ("tls_client_certificate_file", "tls_client_private_key_file")
 #: RFC 1929: the length of a password is one byte.
@@ -35,7 +38,7 @@ def broken(settings: Settings, given: Collection[str], breathe: Breathe = hold_b
         given: the directives that were given, rightly or wrongly: none of them is called missing.
     """
     yield from _required(settings, given, breathe)
-    yield from _tls(given)
+    yield from _tls(settings, given)
     yield from _secrets(settings, breathe)
     yield from _listeners(settings, breathe)
     yield from _sources(settings)
@@ -54,7 +57,8 @@ def _required(settings: Settings, given: Collection[str], breathe: Breathe) -> I
         yield "listen", None, f"no listener: give {', '.join(DOORS[:-1])} or {DOORS[-1]}{hint}"
     if "allow_from" not in given:
         yield "allow_from", None, "required: nothing is allowed without it"
-    with_password = settings.listen or (settings.listen_socks5 and settings.socks5_auth == "required")
+    socks5 = settings.listen_socks5 or (settings.listen_socks5_tls and settings.tls_client_ca_file is None)
+    with_password = settings.listen or (socks5 and settings.socks5_auth == "required")
     has_secret = "auth_shared_secret" in given or "auth_shared_secret_file" in given
     if with_password and not has_secret and not any(block.auth_shared_secret for block in settings.instance):
         door = "listen" if settings.listen else "listen_socks5"
@@ -64,16 +68,18 @@ def _required(settings: Settings, given: Collection[str], breathe: Breathe) -> I
     for block in settings.instance:
         breathe()
         longest = max(longest, *map(len, block.auth_shared_secret), 0)
-    if settings.listen_socks5 and longest > LONGEST_SOCKS_PASSWORD:
+    if (settings.listen_socks5 or settings.listen_socks5_tls) and longest > LONGEST_SOCKS_PASSWORD:
         message = f"listen_socks5 needs secrets of at most {LONGEST_SOCKS_PASSWORD} bytes"
         yield "auth_shared_secret", None, message
 
 
-def _tls(given: Collection[str]) -> Iterator[Finding]:
+def _tls(settings: Settings, given: Collection[str]) -> Iterator[Finding]:
     for pair in (("tls_certificate_file", "tls_private_key_file"), _CLIENT_PAIR):
         for one, other in (pair, pair[::-1]):
             if one in given and other not in given:
                 yield one, None, f"{other} is missing: the two go together"
+    if "tls_client_ca_file" in given and not settings.secure_doors:
+        yield "tls_client_ca_file", None, "has no effect without listen_socks5_tls or listen_proxy_protocol_tls"
 
 
 def _secrets(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
@@ -144,14 +150,13 @@ def _instances(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
 
 def _listener_blocks(settings: Settings) -> Iterator[Finding]:
     """A mode is for the doors without a protocol of their own."""
-    standard = (*settings.listen_socks5, *settings.listen_proxy_protocol, *settings.listen_redirect)
-    doors = {str(endpoint) for endpoint in standard}
+    doors = {str(endpoint) for endpoint in settings.standard_doors}
     for block in settings.listener:
         if block.name not in doors:
             yield (
                 "listener",
                 block.name,
-                f"{block.name} is not in listen_socks5, listen_proxy_protocol or listen_redirect",
+                f"{block.name} is not in listen_socks5, listen_proxy_protocol, the same with _tls or listen_redirect",
             )
 
 

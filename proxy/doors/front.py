@@ -12,13 +12,16 @@ import contextlib
 from _socket import SHUT_RDWR
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from ssl import CERT_NONE
 from time import monotonic
 from typing import Any
 
 from gevent import sleep
 
+from proxy.doors.carriage import Carriage
 from proxy.doors.failures import wrong_secret
 from proxy.doors.presence import HALF_CLOSED, while_client_stays
+from proxy.doors.secure import begin_tls, first_bytes
 from proxy.doors.smtp import visit as smtp
 from proxy.doors.smtp.books import Facts
 from proxy.doors.smtp.direct import egress_for
@@ -50,10 +53,12 @@ from proxy.model import (
 )
 from proxy.net import redirect
 from proxy.net.alarm import Alarm
-from proxy.net.conversation import farewell, watch_over
-from proxy.net.relay import GONE, UNSURE, RawSocket
-from proxy.net.tls import PlainStream
+from proxy.net.conversation import farewell, receive, send_all, watch_over
+from proxy.net.relay import GONE, UNSURE, RawSocket, keep_alive
+from proxy.net.tls import PlainStream, Stream, TlsStream
+from proxy.net.turns import TurnOver
 from proxy.policy.access import place_within
+from proxy.policy.certificates import client_names
 from proxy.protocols.proxy_protocol import ProxyProtocol
 from proxy.protocols.recognise import SILENT, wrong_door
 from proxy.protocols.redirect import Redirected
@@ -72,7 +77,8 @@ _YES = Accepted()
 
 
 def _socks5(visit: Visit) -> Handshake:
-    return Socks5(visit.services.settings.socks5_auth == "required")
+    """Who has proven by a certificate who it is need not log in."""
+    return Socks5(visit.services.settings.socks5_auth == "required" and not visit.instance)
 
 
 def _proxy_protocol(visit: Visit) -> Handshake:
@@ -138,6 +144,7 @@ class Visit:
             "reply",
             "state",
             "hosted",
+            "stream",
         ),
     )
 
@@ -161,6 +168,7 @@ class Visit:
         self.end: Endpoint | None = None  # of the outgoing connection, where `Gauges.ends` wants to know
         self.state = "request"  # for operators
         self.hosted: HostedChannel | HostedDialogue | None = None  # who carries the bytes, if not the engine
+        self.stream: TlsStream | None = None  # None: the socket itself
         services.instances.connections[self] = None
         door.open_connections += 1
         services.counters.accepted.count(door.protocol)
@@ -174,9 +182,9 @@ class Visit:
             ProxyError: to be told to the client.
             OSError: the client is gone.
         """
-        handshake = self.handshake = _HANDSHAKES[self.door.protocol](self)
-        request = self._greet(handshake)
-        if request is None:
+        request = self._greet()
+        handshake = self.handshake
+        if request is None or handshake is None:
             self.services.counters.probes += 1
             self._now("request", "gone without a request")
             return
@@ -193,8 +201,11 @@ class Visit:
         modes = self.services.modes
         if modes.any_smtp and modes.is_smtp(self.instance, self.door.configured, destination):
             self._mediate(handshake, source, destination)
-        else:
+        elif self.stream is None:
             self._hand_over(handshake, self._connect(source, destination))
+        else:
+            self._connect(source, destination)
+            self._carry(handshake, self.stream)
 
     def _go_through(self, via: Via, handshake: Handshake, route: Route) -> None:
         """The same through another proxy, from the rules to the closing line.
@@ -216,7 +227,7 @@ class Visit:
         within = self._answer_within()
         through = Through(services, via, self.socket, instance, route, source, dialogue, within)
         self._now("connect", "asks the other proxy")
-        channel, opened = through.open(handshake.trailing)
+        channel, opened = through.open(handshake.trailing, self._has_said_more if self.stream is not None else None)
         self.source = opened.local.host
         self.handshake = None
 
@@ -229,7 +240,7 @@ class Visit:
         self.hosted = through
         self._now("relay", f"goes through the other proxy, from {opened.local.endpoint}")
         try:
-            ending = through.carry(channel, handshake.trailing, answered)
+            ending = through.carry(channel, self._stream, handshake.trailing, answered)
         except BaseException:
             services.gauges.outgoing -= 1
             raise
@@ -237,14 +248,19 @@ class Visit:
         self.relayed = True
         self.ended(ending, through.up, through.down)
 
-    def _greet(self, handshake: Handshake) -> Connect | None:
-        """Read until the request is there; None for a health check. One deadline covers all of it."""
+    def _greet(self) -> Connect | None:
+        """TLS if the door has it, and read until the request is there; None for a health check. One deadline covers all
+        of it."""
         services = self.services
         watch_over(services.engine, self.socket)
         services.newcomers.enter(self, self.socket, self.client.host)
         alarm = services.engine.alarms.start(services.settings.auth_timeout)
         first = b""
+        handshake: Handshake | None = None
         try:
+            if self.door.secure and not self._begin_tls():
+                return None
+            handshake = self.handshake = _HANDSHAKES[self.door.protocol](self)
             while True:
                 event = handshake.next_event()
                 if event is None:
@@ -265,14 +281,44 @@ class Visit:
         except Alarm as fired:
             if fired is not alarm:
                 raise
-            raise HandshakeTimeout("the handshake was not finished within auth_timeout" if first else SILENT) from None
+            begun = first or self.stream is not None
+            raise HandshakeTimeout("the handshake was not finished within auth_timeout" if begun else SILENT) from None
         except PeerError as error:
-            hint = wrong_door(first, handshake.protocol)
+            hint = wrong_door(first, handshake.protocol) if handshake is not None else ""
             if not hint:
                 raise
             raise PeerError(f"{error}{hint}") from None
         finally:
             alarm.cancel()
+
+    def _begin_tls(self) -> bool:
+        """Whether TLS stands; False: the client closed without a byte. Its certificate says which instance it is.
+
+        Raises:
+            PeerError: it speaks something else. ClientNotAllowed: it has no certificate, and nothing else to show.
+        """
+        services, host = self.services, self.client.host
+        context = services.door_context
+        assert context is not None
+        first = first_bytes(services.engine, self.socket)
+        if not first:
+            return False
+        directive = f"listen_{self.door.protocol}_tls"
+        if self.door.protocol == "proxy_protocol":
+            directive += "; the header belongs inside of TLS"
+        stream = begin_tls(services.engine, self.socket, context, host, first, directive)
+        self.stream, self.missed = stream, True
+        names = client_names(stream.tls.getpeercert())
+        if names:
+            self.instance = services.access.instance_of_certificate(names, host)
+        elif context.verify_mode is not CERT_NONE and not self._may_log_in:
+            raise ClientNotAllowed(f"{host} has shown no certificate, which tls_client_ca_file asks for")
+        return True
+
+    @property
+    def _may_log_in(self) -> bool:
+        """Whether a client can show a password at this door."""
+        return self.door.protocol == "socks5" and self.services.settings.socks5_auth == "required"
 
     def _verdict(self, event: Event) -> Accepted:
         """Decide on what comes before the request.
@@ -400,9 +446,21 @@ class Visit:
             OSError: the client is gone.
         """
         early = self.handshake.trailing if self.handshake is not None else b""
+        more = None if self.stream is None else self._has_said_more
         return while_client_stays(
-            self.services.engine, self.socket, early, half_closed, noted=self._miss, missed=self.missed
+            self.services.engine, self.socket, early, half_closed, noted=self._miss, missed=self.missed, more=more
         )
+
+    def _has_said_more(self) -> bool:
+        """Whether anything came behind the request; what did is the handshake's now. Does not wait."""
+        assert self.stream is not None
+        try:
+            data = self.stream.recv(_READ_SIZE)
+        except (OSError, TurnOver):
+            return False
+        if data and self.handshake is not None:
+            self.handshake.receive(data)
+        return bool(data)
 
     def _bind(self, source: str) -> RawSocket:
         try:
@@ -429,6 +487,33 @@ class Visit:
         services.counters.fresh += 1
         timeout = services.settings.idle_timeout
         services.engine.join(client, receiver, self, timeout, early, True, self.missed, upstream_events)
+
+    def _carry(self, handshake: Handshake, client: TlsStream) -> None:
+        """Say yes and carry the bytes, since the relay takes raw sockets only; up to the closing line.
+
+        Raises:
+            OSError: the client is gone.
+        """
+        services, receiver = self.services, self.upstream
+        assert receiver is not None
+        reply = Accepted(upstream.local_endpoint(receiver)) if handshake.tells_local else _YES
+        answer, early = handshake.send(reply), handshake.trailing
+        self.handshake = None
+        services.counters.fresh += 1
+        keep_alive(receiver, services.settings.idle_timeout)
+        carriage = Carriage(services, self.instance)
+        self.hosted = carriage
+        self._now("relay", f"is carried, from {upstream.local_endpoint(receiver)}")
+        ending = carriage.run(
+            client, PlainStream(receiver), early, lambda: send_all(services.engine, client, answer), self.heard
+        )
+        if ending is Ending.CLIENT_RESET and carriage.delivered:
+            ending = Ending.UPSTREAM_CLOSED  # it closed, and our close_notify was not read: that looks like a reset
+        self.upstream = None
+        self.relayed = True
+        services.engine.close(self.socket, reset=not ending.is_clean)
+        services.engine.close(receiver, reset=not ending.is_clean)
+        self.ended(ending, carriage.up, carriage.down)
 
     def _mediate(self, handshake: Handshake, source: str, destination: Endpoint) -> None:
         """Mode smtp: have a connection, say yes, and take part in the dialogue until it is over.
@@ -461,8 +546,10 @@ class Visit:
                 egress.drop(first, False)
             raise
         self.handshake = None
+        if self.stream is not None:
+            terms = terms._replace(offer_starttls=False)
         facts = Facts(self.number, self.client, terms, self.started)
-        visit = smtp.Visit(services, self.door, PlainStream(self.socket), facts, egress, first)
+        visit = smtp.Visit(services, self.door, self._stream, facts, egress, first)
         self.hosted = visit
         visit.serve(handshake.trailing)
         if visit.resets:
@@ -570,11 +657,17 @@ class Visit:
 
     def tell(self, error: ProxyError) -> None:
         """Tell the client why, in its own protocol."""
-        if self.handshake is None:
-            return
-        farewell(self.services.engine, PlainStream(self.socket), self.handshake.send(error))
+        if self.handshake is not None:
+            farewell(self.services.engine, self._stream, self.handshake.send(error))
+        elif self.door.secure and self.hosted is None:  # TLS did not come to be, or not to much
+            farewell(self.services.engine, self._stream, b"")
 
     # ---------------------------------------------------------------- small things
+
+    @property
+    def _stream(self) -> Stream:
+        """The client's."""
+        return self.stream if self.stream is not None else PlainStream(self.socket)
 
     def _instance_of_address(self) -> str:
         return self.services.access.instance_of_address(self.client.host)
@@ -588,6 +681,8 @@ class Visit:
         Waits before it reads, unless events went by: the socket is registered anyway, and one way in is simpler than
         two. It saves nothing where the first bytes come with the connection (on loopback, 19 times in 20).
         """
+        if self.stream is not None:
+            return receive(self.services.engine, self.stream, _READ_SIZE)
         while True:
             if not self.missed and self._wait() & UNSURE:
                 self.missed = True  # no other event will tell of the end
@@ -602,6 +697,9 @@ class Visit:
 
     def _write(self, data: bytes) -> bool:
         """Send all of it; whether that took a wait."""
+        if self.stream is not None:
+            send_all(self.services.engine, self.stream, data)
+            return True
         waited = False
         while data:
             try:

@@ -26,9 +26,8 @@ _RESET = EPOLLERR | EPOLLHUP
 class _Watch:
     """One wait."""
 
-    def __init__(self, sock: RawSocket, early: bytes, half_closed: float, thrown: type[Exception]) -> None:
-        self._sock = sock
-        self._early = early
+    def __init__(self, has_said_more: Callable[[], bool], half_closed: float, thrown: type[Exception]) -> None:
+        self._has_said_more = has_said_more
         self._half_closed = half_closed
         self._thrown = thrown
         self._greenlet: Any = getcurrent()
@@ -50,18 +49,17 @@ class _Watch:
         if self._waiting and not self._has_said_more():
             self._greenlet.throw(self._thrown())
 
-    def _has_said_more(self) -> bool:
-        if self._early:
-            return True
-        try:
-            return bool(self._sock.recv(1, MSG_PEEK))
-        except OSError:
-            return False
-
     def over(self) -> None:
         self._waiting = False
         if self._timer is not None:
             self._timer.close()
+
+
+def _is_waiting(sock: RawSocket) -> bool:
+    try:
+        return bool(sock.recv(1, MSG_PEEK))
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager
@@ -73,6 +71,7 @@ def while_client_stays(
     thrown: type[Exception] = ConnectionResetError,
     noted: Callable[[int], None] | None = None,
     missed: bool = True,
+    more: Callable[[], bool] | None = None,
 ) -> Iterator[None]:
     """A client that goes away ends what is waited for within.
 
@@ -81,11 +80,13 @@ def while_client_stays(
         early: what came behind its request and is to be passed on.
         half_closed: seconds that one which has closed only its sending side, and said nothing more, may stay.
         noted: is told of every event, and of those afterwards. missed: an event may have gone by before.
+        more: whether it has said more by now, where the socket alone does not tell (TLS).
 
     Raises:
         `thrown`: the client is gone.
     """
-    watch, fd = _Watch(sock, early, half_closed, thrown), sock.fileno()
+    has_said_more = more or (lambda: _is_waiting(sock))
+    watch, fd = _Watch(lambda: bool(early) or has_said_more(), half_closed, thrown), sock.fileno()
 
     def event(events: int) -> None:
         if noted is not None:

@@ -41,11 +41,20 @@ class _Way:
 
     Args:
         fin: how the whole ends if this direction's FIN came first. unread, unwritten: how, if its ends break.
+        heard: is told the first bytes.
     """
 
     def __init__(
-        self, source: AnyStream, sink: AnyStream, turn: Turn, fin: Ending, unread: Ending, unwritten: Ending
+        self,
+        source: AnyStream,
+        sink: AnyStream,
+        turn: Turn,
+        fin: Ending,
+        unread: Ending,
+        unwritten: Ending,
+        heard: Callable[[bytes], None] | None = None,
     ) -> None:
+        self._heard = heard
         self._source, self._sink = source, sink
         self._turn = turn
         self._unread, self._unwritten = unread, unwritten
@@ -54,6 +63,11 @@ class _Way:
         self.ended = False  # the source's FIN was read
         self.done = False  # and the sink was told
         self._held = b""
+
+    @property
+    def unsent(self) -> bool:
+        """Whether the sink has not taken all that it was given."""
+        return bool(self._held) or self._sink.unsent
 
     def step(self) -> bool:
         """Move what can be moved; whether anything was."""
@@ -73,6 +87,9 @@ class _Way:
                 return count > 0
             except OSError:
                 raise _Broken(self._unread) from None
+            if self._heard is not None and data:
+                self._heard(data)
+                self._heard = None
             self.ended = not data
             self.moved += len(data)
             self._held = data
@@ -85,7 +102,7 @@ class _Way:
 
     def _push(self) -> bool:
         """Hand what is held to the sink; whether nothing is left."""
-        while self._held or self._sink.unsent:
+        while self.unsent:
             if not self._write(self._send if self._held else self._sink.flush):
                 return False
         return True
@@ -108,15 +125,22 @@ class Pump:
 
     Args:
         client, receiver: the two streams, set up, their sockets registered with the engine.
+        heard: is told the receiver's first bytes.
     """
 
-    def __init__(self, engine: Engine, client: AnyStream, receiver: AnyStream) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        client: AnyStream,
+        receiver: AnyStream,
+        heard: Callable[[bytes], None] | None = None,
+    ) -> None:
         self._engine = engine
         self._fds = client.socket.fileno(), receiver.socket.fileno()
         reset, gone = Ending.CLIENT_RESET, Ending.UPSTREAM_RESET
         self._turn = client.turn
         self._up = _Way(client, receiver, self._turn, Ending.CLIENT_CLOSED, reset, gone)
-        self._down = _Way(receiver, client, self._turn, Ending.UPSTREAM_CLOSED, gone, reset)
+        self._down = _Way(receiver, client, self._turn, Ending.UPSTREAM_CLOSED, gone, reset, heard)
         self._greenlet: Any = getcurrent()
         self._waiting = False
         self._doom: Ending | None = None
@@ -129,6 +153,11 @@ class Pump:
     @property
     def down(self) -> int:
         return self._down.moved
+
+    @property
+    def delivered(self) -> bool:
+        """Whether the client has been told all that the receiver said, and its end."""
+        return self._down.done and not self._down.unsent
 
     @property
     def half_closed(self) -> bool:

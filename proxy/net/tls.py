@@ -15,7 +15,7 @@ import ssl
 import warnings
 from _socket import SHUT_WR
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
@@ -62,11 +62,13 @@ class ServerIdentity:
     Args:
         context: for the native listener. certificate: the SHA-256 of the leaf certificate's DER form.
         mta_context: the same for MTAs that say STARTTLS, which may be older.
+        pem: certificates and key.
     """
 
     context: ssl.SSLContext
     certificate: bytes
     mta_context: ssl.SSLContext
+    pem: bytes = field(repr=False)
 
 
 def generated_identity(host_name: str, now: datetime | None = None) -> ServerIdentity:
@@ -161,15 +163,43 @@ def _pem(directive: str, path: str, wanted: bytes, name: str) -> bytes:
 
 def _identity(pem: bytes) -> ServerIdentity:
     """From certificates (the leaf first) and a key. Read once, so that what is shown is what was hashed."""
-    contexts = []
-    for version in (ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.TLSv1_2):
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = version
-        context.num_tickets = 0  # a resumed handshake costs no less here, and channels live long
-        contexts.append(context)
+    contexts = [_server_context(ssl.TLSVersion.TLSv1_3), _server_context(ssl.TLSVersion.TLSv1_2)]
     leaf = x509.load_pem_x509_certificates(pem)[0]
     _show(contexts, pem)
-    return ServerIdentity(contexts[0], certificate_hash(leaf.public_bytes(serialization.Encoding.DER)), contexts[1])
+    digest = certificate_hash(leaf.public_bytes(serialization.Encoding.DER))
+    return ServerIdentity(contexts[0], digest, contexts[1], pem)
+
+
+def _server_context(minimum: ssl.TLSVersion) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = minimum
+    context.num_tickets = 0  # a resumed handshake costs no less here, and channels live long
+    context.options |= ssl.OP_IGNORE_UNEXPECTED_EOF  # else OpenSSL sends an alert behind it, and nothing any more
+    return context
+
+
+def door_context(identity: ServerIdentity, client_ca_file: str | None) -> ssl.SSLContext:
+    """For the standard doors with TLS.
+
+    Args:
+        client_ca_file: authorities; a client may show a certificate of theirs.
+
+    Raises:
+        UnfitIdentity: that file is of no use.
+    """
+    context = _server_context(ssl.TLSVersion.TLSv1_2)
+    _show([context], identity.pem)
+    if client_ca_file is None:
+        return context
+    directive = "tls_client_ca_file"
+    authorities = _pem(directive, client_ca_file, b"CERTIFICATE-----", "certificate")
+    try:
+        context.load_verify_locations(cadata=authorities.decode("ascii", "replace"))
+    except ssl.SSLError as error:
+        why = (error.reason or "not readable as PEM").replace("_", " ").lower()
+        raise UnfitIdentity(directive, f"{client_ca_file}: {why}") from None
+    context.verify_mode = ssl.CERT_OPTIONAL
+    return context
 
 
 def _show(contexts: Iterable[ssl.SSLContext], pem: bytes) -> None:
@@ -253,6 +283,7 @@ def client_context(profile: Profile) -> ssl.SSLContext:
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     context.options |= ssl.OP_NO_RENEGOTIATION  # in the middle of a write we could not read
+    context.options |= ssl.OP_IGNORE_UNEXPECTED_EOF  # as for servers
     if not profile.strict or profile.minimum in _OLD:
         context.options &= ~(ssl.OP_NO_TLSv1 | ssl.OP_NO_TLSv1_1)
         context.options |= _LEGACY_SERVER_CONNECT

@@ -11,14 +11,14 @@ machine (the bind tells), failure budgets and rate limits, and how a refusal is 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from hashlib import sha256
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from itertools import repeat
 from typing import Literal
 
-from proxy.errors import BadCredentials, DestinationNotAllowed, FamilyMismatch, SourceNotAllowed
+from proxy.errors import BadCredentials, ClientNotAllowed, DestinationNotAllowed, FamilyMismatch, SourceNotAllowed
 from proxy.model import Breathe, Endpoint, Login, canonical_ip, hold_breath
 from proxy.policy.sources import Sources, address_or_unknown, split_user
 from proxy.settings import InstanceSettings, Network, Settings
@@ -132,6 +132,21 @@ class Access:
         if not proven or (client is not None and not self.instance_allowed(login.instance, client)):
             raise BadCredentials("unknown instance or wrong secret")
         return login.instance
+
+    def instance_of_certificate(self, names: Sequence[str], client: str) -> str:
+        """Which instance a client is that has proven a certificate: the first of its names that a block has, else the
+        first.
+
+        Args:
+            names: as `certificates.client_names` has them. client: its address.
+
+        Raises:
+            ClientNotAllowed: that instance does not come from there.
+        """
+        name = next((each for each in names if each in self._blocks), names[0])
+        if not self.instance_allowed(name, client):
+            raise ClientNotAllowed(f"{client} is not in allow_from of instance {name}")
+        return name
 
     def weight_of(self, instance: str) -> float:
         """The instance's weight in the fair division of throttles: its block's, else 1."""
@@ -409,8 +424,7 @@ def _parse(ip: str) -> _Address:
 
 def _listeners(settings: Settings) -> tuple[Endpoint, ...]:
     status = (settings.listen_status,) if settings.listen_status else ()
-    doors = (settings.listen, settings.listen_socks5, settings.listen_proxy_protocol, settings.listen_redirect, status)
-    return tuple(endpoint for door in doors for endpoint in door)
+    return (*settings.listen, *settings.standard_doors, *status)
 
 
 def _hosts_by_port(listeners: Iterable[Endpoint], breathe: Breathe) -> dict[int, set[str]]:

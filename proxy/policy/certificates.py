@@ -10,8 +10,9 @@ from __future__ import annotations
 import enum
 import hashlib
 import hmac
-from collections.abc import Iterable
-from typing import NamedTuple
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 
 class Result(enum.StrEnum):
@@ -77,6 +78,19 @@ class Demand(NamedTuple):
         records = "".join(sorted(f"{r.usage} {r.selector} {r.matching} {r.data.hex()}\n" for r in self.tlsa))
         digest = hashlib.sha256("\n".join([*self.names, records]).encode()).hexdigest()[:32]
         return f"{'verify' if self.authority else 'dane'} {digest}"
+
+
+def client_names(certificate: Mapping[str, Any] | None) -> list[str]:
+    """The host names of a client's proven certificate, as `ssl` gives it; its common name where it has none.
+
+    None of them is a wildcard: an instance is one. None longer than an instance's name may be.
+    """
+    if not certificate:
+        return []
+    names = [value for kind, value in certificate.get("subjectAltName", ()) if kind == "DNS"]
+    if not names:
+        names = [value for part in certificate.get("subject", ()) for key, value in part if key == "commonName"]
+    return [name.lower() for name in names if re.fullmatch(r"[!-~]{1,64}", name) and "*" not in name]
 
 
 def usable(records: Iterable[Tlsa]) -> tuple[Tlsa, ...]:

@@ -16,7 +16,7 @@ _SOCKS4 = (b"\x04\x01", b"\x04\x02")
 #: Protocol → what its clients need instead.
 _ADVICE = {
     "HTTP": "it looks like HTTP, which only listen_status speaks",
-    "TLS": "it looks like TLS, with which only the native protocol begins (listen)",
+    "TLS": "it looks like TLS, with which listen, listen_socks5_tls and listen_proxy_protocol_tls begin",
     "proxy_protocol": "it looks like a PROXY protocol header, which belongs to listen_proxy_protocol",
     "socks5": "it looks like SOCKS5, which belongs to listen_socks5",
     "SOCKS4": "it looks like SOCKS4, which this proxy does not speak",

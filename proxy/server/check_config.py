@@ -161,6 +161,11 @@ def _identity(settings: Settings) -> Iterator[Finding]:
             tls.load_identity(certificate, key)
         except tls.UnfitIdentity as error:
             yield Finding(True, error.directive, None, str(error))
+    if settings.tls_client_ca_file is not None:
+        try:
+            tls.door_context(tls.generated_identity("check"), settings.tls_client_ca_file)
+        except tls.UnfitIdentity as error:
+            yield Finding(True, error.directive, None, str(error))
     for pair in pairs(settings, hold_breath):
         try:
             pair.load()
@@ -289,17 +294,28 @@ def _advice(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
         yield Finding(
             False, "tls", None, "blocks have no effect: TLS to receivers does not end here in mode tcp or by via"
         )
-    if settings.listen_socks5 and settings.socks5_auth == "none":
+    if settings.secure_doors and settings.tls_certificate_file is None:
+        message = "without it the listeners with TLS show a certificate made in memory, which no client can check"
+        yield Finding(False, "tls_certificate_file", None, message)
+    if (settings.listen_socks5 or settings.listen_socks5_tls) and settings.socks5_auth == "none":
         yield Finding(False, "socks5_auth", None, "none: whoever is in allow_from may send from here")
     if settings.listen_proxy_protocol and _any(_is_everywhere, settings.listen_proxy_protocol_allow_from, breathe):
         yield Finding(False, "listen_proxy_protocol", None, "everybody may send from here: this door has no password")
+    open_tls = settings.listen_proxy_protocol_tls and settings.tls_client_ca_file is None
+    if open_tls and _any(_is_everywhere, settings.listen_proxy_protocol_allow_from, breathe):
+        message = "everybody may send from here: this door has no password, and no tls_client_ca_file"
+        yield Finding(False, "listen_proxy_protocol_tls", None, message)
     if settings.listen_redirect and _any(_is_everywhere, settings.allow_from, breathe):
         yield Finding(False, "listen_redirect", None, "everybody may send from here: this door has no password")
     if not settings.listen_tls and _any(_is_seen, settings.listen, breathe):
         yield Finding(False, "listen_tls", None, "no: mail and its addresses are readable on the way to the proxy")
     if _any(_is_loopback, settings.allow_destination, breathe):
         yield Finding(False, "allow_destination", None, "loopback is in it: services of this machine can be reached")
-    if settings.source_ip and not settings.default_source_ip and (settings.listen or settings.listen_socks5):
+    if (
+        settings.source_ip
+        and not settings.default_source_ip
+        and (settings.listen or settings.listen_socks5 or settings.listen_socks5_tls)
+    ):
         message = "given without default_source_ip: who names no source is refused unless the system's choice is in it"
         yield Finding(False, "source_ip", None, message)
 
@@ -388,7 +404,9 @@ def _blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
 
 def _looks_like_a_border(block: InstanceSettings, settings: Settings) -> bool:
     """Whether the block has lists, and clients prove with the global secret that they have its name."""
-    proven = bool(settings.auth_shared_secret) and bool(settings.listen or settings.listen_socks5)
+    proven = bool(settings.auth_shared_secret) and bool(
+        settings.listen or settings.listen_socks5 or settings.listen_socks5_tls
+    )
     return proven and not block.auth_shared_secret and bool(block.source_ip or block.allow_from)
 
 

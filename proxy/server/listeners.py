@@ -81,22 +81,23 @@ class Doors:
             listener = self._listeners.pop(endpoint)
             self._closed.append(listener.door)
             listener.finish()
-        for endpoint, protocol in wanted.items():
+        for endpoint, (protocol, secure) in wanted.items():
             breathe()
             if endpoint in opened:
-                self._listen(endpoint, opened[endpoint], protocol)
+                self._listen(endpoint, opened[endpoint], protocol, secure)
             listener = self._listeners[endpoint]
-            if listener.door.protocol != protocol:
+            if (listener.door.protocol, listener.door.secure) != (protocol, secure):
                 self._closed.append(listener.door)
-                listener.door = Door(protocol, listener.door.endpoint, endpoint)
+                listener.door = Door(protocol, listener.door.endpoint, endpoint, secure)
             listener.spare = self._spare if protocol == STATUS else None
             listener.set_options(settings.idle_timeout)
 
-    def _listen(self, endpoint: Endpoint, sock: socket.socket, protocol: str) -> None:
-        door = Door(protocol, endpoint_of(sock), endpoint)
+    def _listen(self, endpoint: Endpoint, sock: socket.socket, protocol: str, secure: bool) -> None:
+        door = Door(protocol, endpoint_of(sock), endpoint, secure)
         listener = self._listeners[endpoint] = Listener(sock, door, self._admit, self._accept_failed)
         listener.start()
-        log.note(log.Event.LISTEN, log.INFO, f"listening on {door.endpoint}", protocol=protocol)
+        words = {"tls": "yes"} if secure else {}
+        log.note(log.Event.LISTEN, log.INFO, f"listening on {door.endpoint}", protocol=protocol, **words)
 
     def close_unclaimed(self) -> None:
         """Close what systemd opened and the configuration does not name: no client shall hang in a backlog."""
@@ -129,12 +130,14 @@ class Doors:
         return sum(door.open_connections for door in self if door.protocol != STATUS)
 
 
-def _wanted(settings: Settings) -> dict[Endpoint, str]:
-    """Configured address → protocol."""
-    wanted = dict.fromkeys(settings.listen, "native")
-    wanted |= dict.fromkeys(settings.listen_socks5, "socks5")
-    wanted |= dict.fromkeys(settings.listen_proxy_protocol, "proxy_protocol")
-    wanted |= dict.fromkeys(settings.listen_redirect, "redirect")
+def _wanted(settings: Settings) -> dict[Endpoint, tuple[str, bool]]:
+    """Configured address → protocol, and whether clients begin with TLS (native ones: as `listen_tls` says)."""
+    wanted = dict.fromkeys(settings.listen, ("native", False))
+    wanted |= dict.fromkeys(settings.listen_socks5, ("socks5", False))
+    wanted |= dict.fromkeys(settings.listen_proxy_protocol, ("proxy_protocol", False))
+    wanted |= dict.fromkeys(settings.listen_socks5_tls, ("socks5", True))
+    wanted |= dict.fromkeys(settings.listen_proxy_protocol_tls, ("proxy_protocol", True))
+    wanted |= dict.fromkeys(settings.listen_redirect, ("redirect", False))
     if settings.listen_status is not None:
-        wanted[settings.listen_status] = STATUS
+        wanted[settings.listen_status] = (STATUS, False)
     return wanted

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
@@ -198,6 +199,8 @@ class Server:
         try:
             with self._reserve.lent():
                 identity = self._identity(settings)
+                secure = identity is not None and bool(settings.secure_doors)
+                context = tls.door_context(identity, settings.tls_client_ca_file) if identity and secure else None
         except tls.UnfitIdentity as error:
             where = loaded.origins.place(error.directive)
             raise where.mistake(f"{error.directive}: {error}") from None
@@ -213,7 +216,7 @@ class Server:
                 control_socket.close()
             raise
         judge = self._judge(settings)
-        services = self._wire(settings, identity, self._doors.endpoints(settings, opened), breathe, shown)
+        services = self._wire(settings, identity, self._doors.endpoints(settings, opened), breathe, shown, context)
         limits = Limits(settings.throttle, settings.source, self._book, breathe)
         return _Prepared(services, opened, judge, limits, control_socket, loaded.in_force)
 
@@ -252,6 +255,7 @@ class Server:
         own: Iterable[Endpoint] = (),
         breathe: Breathe = hold_breath,
         shown: Shown | None = None,
+        door_context: ssl.SSLContext | None = None,
     ) -> Services:
         return Services(
             settings=settings,
@@ -280,6 +284,7 @@ class Server:
             via=via.of_settings(self._engine, settings, socket.gethostname(), self._via),
             identity=identity if settings.listen and settings.listen_tls else None,
             mta_context=identity.mta_context if identity is not None and settings.mode_smtp_starttls else None,
+            door_context=door_context,
             incarnation=self._incarnation,
             host_name=socket.gethostname(),
         )
@@ -290,7 +295,8 @@ class Server:
         Raises:
             UnfitIdentity: the operator's files are of no use.
         """
-        if not (settings.listen and settings.listen_tls) and not settings.mode_smtp_starttls:
+        native = settings.listen and settings.listen_tls
+        if not (native or settings.mode_smtp_starttls or settings.secure_doors):
             return None
         certificate, key = settings.tls_certificate_file, settings.tls_private_key_file
         if certificate is None or key is None:

@@ -11,6 +11,7 @@ import socket
 from contextlib import contextmanager
 
 import pytest
+import trustme
 
 from tests import clients, peers
 from tests.clients import DOORS
@@ -24,8 +25,8 @@ SOURCE = "127.0.0.94"
 
 
 @contextmanager
-def haproxy(tmp_path, door, destination, source=SOURCE, version=2, more=None):
-    """The documented HAProxy in front of the door; yields where it listens."""
+def haproxy(tmp_path, door, destination, source=SOURCE, version=2, more=None, behind=""):
+    """The documented HAProxy in front of the door, with more sections behind it; yields where it listens."""
     host = peers.address()
     port = peers.free_port(host)
     values = {
@@ -41,7 +42,7 @@ def haproxy(tmp_path, door, destination, source=SOURCE, version=2, more=None):
     if ":" in source:
         text = text.replace("ipv4(", "ipv6(")
     file = tmp_path / "haproxy.cfg"
-    file.write_text(text)
+    file.write_text(text + behind)
     with Daemon(peers.program("haproxy"), "-db", "-f", file, listens=(host, port)):
         yield host, port
 
@@ -217,3 +218,45 @@ def test_a_default_source_behind_socks5(proxy):
     with smtp_sink() as (endpoint, dumps):
         assert clients.send(clients.socks5(proxy.socks5, endpoint), MESSAGE)[0] == 250
         assert [source for source, _ in dumped(dumps, 1)] == [DEFAULT_SOURCE]
+
+
+@pytest.mark.parametrize("shows", [True, False])
+def test_over_tls_with_a_certificate_of_its_own(sink, tmp_path, shows):
+    """As docs/tls.md has it: a second section does TLS, so that the header is inside of it."""
+    servers, mtas = trustme.CA(), trustme.CA()
+    ours, its = servers.issue_cert("127.0.2.3"), mtas.issue_cert("mta7.example.org")
+    for path, pem in (("crt", ours.cert_chain_pems[0]), ("key", ours.private_key_pem), ("mtas", mtas.cert_pem)):
+        pem.write_to_path(tmp_path / path)
+    servers.cert_pem.write_to_path(tmp_path / "servers")
+    its.private_key_and_cert_chain_pem.write_to_path(tmp_path / "its")
+    (tmp_path / "key").chmod(0o600)
+    more = f"listen_proxy_protocol_tls 127.0.2.3:0\ntls_certificate_file {tmp_path}/crt\n"
+    more += f"tls_private_key_file {tmp_path}/key\ntls_client_ca_file {tmp_path}/mtas\n"
+    words = f"verify required ca-file {tmp_path}/servers" + (f" crt {tmp_path}/its" if shows else "")
+    inner = f"unix@{tmp_path}/tls.sock"
+    with Proxy(more) as proxy:
+        door = proxy.door("proxy_protocol", "127.0.2.3")
+        tls = f"\nlisten tls\n    mode tcp\n    bind {inner}\n    server proxy {door[0]}:{door[1]} ssl {words}\n"
+        with haproxy(tmp_path, door, sink.endpoint, more={"10.0.0.1:808": inner}, behind=tls) as endpoint:
+            if not shows:
+                with pytest.raises(smtplib.SMTPServerDisconnected):
+                    send(endpoint)
+                proxy.wait_line("has shown no certificate, which tls_client_ca_file asks for")
+                return
+            send(endpoint)
+            proxy.wait_line(rf"^connection .*instance=mta7.example.org protocol=proxy_protocol .*source={SOURCE} ")
+        assert [(message.content == MESSAGE, message.peer[0]) for message in sink.messages] == [(True, SOURCE)]
+
+
+def test_a_header_in_front_of_tls_is_refused_since_anybody_could_change_it(sink, tmp_path):
+    """What HAProxy sends by `ssl send-proxy-v2` alone."""
+    with Proxy("listen_proxy_protocol_tls 127.0.2.3:0\n") as proxy:
+        door = proxy.door("proxy_protocol", "127.0.2.3")
+        more = {"send-proxy-v2": "send-proxy-v2 ssl verify none"}
+        with haproxy(tmp_path, door, sink.endpoint, more=more) as endpoint:
+            with pytest.raises(smtplib.SMTPServerDisconnected):
+                send(endpoint)
+            proxy.wait_line(
+                "does not speak TLS.*the header belongs inside of TLS.*it looks like a PROXY protocol header"
+            )
+        assert not sink.messages

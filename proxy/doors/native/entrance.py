@@ -8,7 +8,6 @@ or `control`'s; the dispatch is `server`'s.
 from __future__ import annotations
 
 import os
-from _socket import MSG_PEEK
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -16,23 +15,18 @@ from typing import Any
 from gevent import Timeout
 
 from proxy.doors.failures import wrong_secret
+from proxy.doors.secure import begin_tls, first_bytes, speaks_tls
 from proxy.errors import BadCredentials, ClientNotAllowed, HandshakeTimeout, PeerError, ProxyError, Refused
 from proxy.log import lines as log
 from proxy.model import Endpoint
-from proxy.net.apart import for_clients
-from proxy.net.conversation import farewell, receive, send_all, shake_hands, watch_over
+from proxy.net.conversation import farewell, receive, send_all, watch_over
 from proxy.net.relay import RawSocket
-from proxy.net.tls import NoPlaintext, PlainStream, ServerIdentity, Stream, TlsStream
+from proxy.net.tls import NoPlaintext, PlainStream, ServerIdentity, Stream
 from proxy.policy.access import Access
 from proxy.protocols.native import frames
 from proxy.protocols.native.auth import NO_CERTIFICATE, Peer, ServerHandshake
 from proxy.protocols.recognise import SILENT, wrong_door
 from proxy.services import Door, Services, note_failure, numbers
-
-#: The first byte of a TLS connection: a handshake record (RFC 8446 section 5.1). No frame of ours is that long.
-_TLS_RECORD = b"\x16"
-#: Bytes that are looked at to say what a client speaks who is wrong here.
-_ENOUGH_TO_KNOW = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -145,43 +139,26 @@ class _Entrance:
 
     def _start(self, identity: ServerIdentity | None, first: bytes) -> bytes:
         """Begin with TLS or without, as configured; the hash of the certificate shown."""
-        sock = self._stream.socket
-        speaks_tls = first[:1] == _TLS_RECORD
-        self._can_be_told = not speaks_tls or identity is None  # a client of the wrong kind: in clear
+        sock, tls = self._stream.socket, speaks_tls(first)  # no frame of ours is as long as a TLS record's header says
+        self._can_be_told = not tls or identity is None  # a client of the wrong kind: in clear
         if identity is None:
-            if speaks_tls:
+            if tls:
                 raise PeerError("the client speaks TLS, this listener does not (listen_tls no)")
             if hint := wrong_door(first, "native"):
                 raise PeerError(f"the client does not speak the native protocol{hint}")
             return NO_CERTIFICATE
-        if not speaks_tls:
-            raise PeerError(
-                f"the client does not speak TLS, this listener does (listen_tls yes){wrong_door(first, 'TLS')}"
-            )
-        stream = TlsStream(sock, identity.context, server_side=True)
-        stream.turn.key = self._client.host  # whoever floods us with handshakes waits for its own
-        try:
-            shake_hands(self._services.engine, stream, for_clients())
-        except ConnectionError:
-            raise
-        except OSError as error:
-            raise PeerError(f"no TLS: {getattr(error, 'reason', None) or error.strerror or 'closed'}") from None
-        self._stream = stream
+        engine, host = self._services.engine, self._client.host
+        self._stream = begin_tls(engine, sock, identity.context, host, first, "listen_tls yes")
         self._can_be_told = True
         return identity.certificate
 
     def _first_bytes(self, sock: RawSocket) -> bytes:
         """Look without taking them."""
-        while True:
-            try:
-                first = sock.recv(_ENOUGH_TO_KNOW, MSG_PEEK)
-            except BlockingIOError:
-                self._services.engine.wait(sock.fileno())
-                continue
-            if not first:
-                raise _Probe
-            self._heard = True
-            return first
+        first = first_bytes(self._services.engine, sock)
+        if not first:
+            raise _Probe
+        self._heard = True
+        return first
 
     def _authenticate(self, certificate: bytes) -> ServerHandshake:
         services = self._services

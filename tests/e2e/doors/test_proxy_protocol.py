@@ -116,7 +116,7 @@ NO_HEADER = "the connection does not begin with a PROXY protocol header"
         (
             b"\x16\x03\x01\x02\x00",
             "4.5.0",
-            f"{NO_HEADER}; it looks like TLS, with which only the native protocol begins (listen)",
+            f"{NO_HEADER}; it looks like TLS, with which listen, listen_socks5_tls and listen_proxy_protocol_tls begin",
         ),
         (b"\x05\x01\x00", "4.5.0", f"{NO_HEADER}; it looks like SOCKS5, which belongs to listen_socks5"),
     ],

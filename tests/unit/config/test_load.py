@@ -171,7 +171,10 @@ source vmta2 {
 @pytest.mark.parametrize(
     ("block", "words"),
     [
-        ("listener 10.0.0.9:1080 {\n}", "is not in listen_socks5, listen_proxy_protocol or listen_redirect"),
+        (
+            "listener 10.0.0.9:1080 {\n}",
+            "is not in listen_socks5, listen_proxy_protocol, the same with _tls or listen_redirect",
+        ),
         ("listener kumo {\n}", "is not the IP:port of a listener"),
         ("source a {\n}", "a: `ip` is missing"),
         ("source a {\n    ip 10.0.0.0/8\n}", "is not an IP address, a range or a CIDR such as"),
@@ -335,7 +338,8 @@ def test_all_mistakes_are_told_each_with_its_place():
         'f:7: instance "a": wait: belongs in a block: `throttle NAME {`',
         'environment GREENARROW_PROXY_WORKERS: workers: "x" is not a number of processes or the word auto',
         'command line: log_format: "xml" is not text or json',
-        "f: listen: no listener: give listen, listen_socks5, listen_proxy_protocol or listen_redirect",
+        "f: listen: no listener: give listen, listen_socks5, listen_proxy_protocol, listen_socks5_tls, "
+        "listen_proxy_protocol_tls or listen_redirect",
     ]
 
 
