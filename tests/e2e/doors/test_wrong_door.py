@@ -13,7 +13,10 @@ from tests.program import Proxy
 
 VISITORS = {
     "HTTP": (b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", "it looks like HTTP, which only listen_status speaks"),
-    "TLS": (b"\x16\x03\x01\x02\x00\x01", "it looks like TLS, with which only the native protocol begins"),
+    "TLS": (
+        b"\x16\x03\x01\x02\x00\x01",
+        "it looks like TLS, with which listen, listen_socks5_tls and listen_proxy_protocol_tls begin",
+    ),
     "SMTP": (b"EHLO mta.example\r\n", "it looks like SMTP: this is no mail server"),
     "proxy_protocol": (
         b"PROXY TCP4 127.0.0.5 127.0.0.2 0 25\r\n",
