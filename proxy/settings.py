@@ -82,6 +82,14 @@ class BackoffSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WarmupSettings:
+    """`warmup FIGURE, … /day from DATE`: messages, one figure a day; `first_day` is counted from 1970-01-01."""
+
+    figures: tuple[int, ...]
+    first_day: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ThrottleSettings:
     """One `throttle NAME { … }` block. 0 connections or no rate: unlimited.
 
@@ -101,6 +109,7 @@ class ThrottleSettings:
     scope: Literal["proxy", "cluster"] = "proxy"
     max_connection_rate: tuple[Rate, ...] = ()
     backoff: tuple[BackoffSettings, ...] = ()
+    warmup: WarmupSettings | None = None
     enforce: bool = True
 
 

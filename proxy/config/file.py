@@ -44,7 +44,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
 
 
 class Directive(NamedTuple):
-    """`name value, value …`; where `problem` says what is wrong behind the name, there are no values.
+    """`name value, value …`; where `problem` says what is wrong behind the name, there are no values: or one, the whole
+    text, for a directive that reads its line by itself.
 
     `rule`: it ends with a body in braces; then its one value is all of its text.
     """
@@ -88,7 +89,11 @@ class _Mistake(Exception):
 
 
 class _BehindName(_Mistake):
-    """The same, where the line may well begin with the name of a directive."""
+    """The same, where the line may well begin with the name of a directive; `text`: what follows, if it has tokens."""
+
+    def __init__(self, message: str, text: str = "") -> None:
+        super().__init__(message)
+        self.text = text
 
 
 def parse(text: str, file: str, breathe: Breathe = hold_breath) -> Document:
@@ -112,7 +117,7 @@ def parse(text: str, file: str, breathe: Breathe = hold_breath) -> Document:
         try:
             reader.line(number, _tokens(line.removesuffix("\r"), breathe, reader.in_rule), breathe)
         except _BehindName as mistake:
-            reader.broken(number, line, str(mistake))
+            reader.broken(number, line, str(mistake), mistake.text)
         except _Mistake as mistake:
             reader.mistake(number, str(mistake))
     reader.finish()
@@ -236,11 +241,11 @@ class _Reader:
         else:
             self.directive(Directive(tokens[0].text, _values(tokens[1:], breathe), number))
 
-    def broken(self, number: int, line: str, problem: str) -> None:
+    def broken(self, number: int, line: str, problem: str, text: str = "") -> None:
         """A line that `line` could not take. With its name it is kept: what is there shall not be called missing."""
         name = _NAME.match(line.lstrip())
         if name and self._rule is None:
-            self.directive(Directive(name[0], [], number, problem))
+            self.directive(Directive(name[0], [text] if text else [], number, problem))
         else:
             self.mistake(number, problem)
 
@@ -316,7 +321,8 @@ def _values(tokens: list[Token], breathe: Breathe) -> list[str]:
     for index, token in enumerate(tokens):
         breathe()
         if (token.type == "mark") != (index % 2 == 1):
-            raise _BehindName(f"column {token.column}: {_missing(tokens[index - 1], token)}")
+            problem = _missing(tokens[index - 1], token)
+            raise _BehindName(f"column {token.column}: {problem}", _text(tokens))
     if len(tokens) % 2 == 0:
         raise _BehindName(f"column {tokens[-1].column}: a value is missing after the comma")
     return [token.text for token in tokens[::2]]

@@ -96,6 +96,7 @@ class _Assembly:
         including, line = chain[-1], directive.line
         if directive.problem:
             self.texts.mistakes.append(ConfigError(f"{INCLUDE}: {directive.problem}", including, line))
+            return
         for value in directive.values:
             path = beside(value, including)
             for name in self._find(path) if any(mark in value for mark in "*?[") else (path,):

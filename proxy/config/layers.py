@@ -209,6 +209,10 @@ def collect(
     for file, directives in pieces:
         for name, values, line, problem, rule in directives:
             breathe()
+            if name in options and options[name].kind.line and not rule and values:
+                values, problem = [", ".join(values)], ""
+            elif problem:
+                values = []
             if name in options and rule != options[name].kind.rule:
                 needed = "" if rule else "it ends with a body in braces: `{ ... }`"
                 values, problem = [], needed or "a body in braces does not belong here"

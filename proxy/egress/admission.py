@@ -354,6 +354,11 @@ class Admission:
         self.settle()
         return count
 
+    def look_at_calendar(self) -> None:
+        """A new day may have begun, by UTC, or the clock have been set; to be called now and then."""
+        self.manager.turn_day(int(time.time() // 86_400), clock_ns())
+        self.settle()
+
     # ---------------------------------------------------------------- deadlines
 
     def _longest(self, ticket: Ticket | MessageTicket, seconds: float) -> float:

@@ -178,6 +178,7 @@ class Server:
         own_addresses().watch(self._source_gone, self._source_came)
         process.log_what_the_hub_catches(self._counters)
         gevent.spawn(self._report_forever)
+        self._admission.look_at_calendar()
         gevent.spawn(self._sweep_forever)
         gevent.spawn(self._keeper.run)
         gevent.spawn(self._watchdog_forever)
@@ -521,6 +522,7 @@ class Server:
             settings = self.services.settings
             shortest = min(settings.idle_timeout, settings.half_close_timeout)
             gevent.sleep(min(shortest / _SWEEPS_AN_IDLE_TIMEOUT, _LONGEST_SWEEP_PERIOD))
+            self._admission.look_at_calendar()
             for _ in self._engine.sweep(monotonic()):
                 rest()
             for channel in list(self._instances.channels):

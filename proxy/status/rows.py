@@ -91,6 +91,7 @@ class ThrottleRow(Struct):
     """One throttle: a rule for one source address, one receiver, or both; "": all of them together.
 
     Args:
+        warmup_day: of so many days of its warm-up; 0: none, or it is over.
         shadow: it holds nothing back; would_wait, would_refuse: requests that it would have held back, and refused.
         kind: "instances" when instances named it, "proxy" for a `throttle` block.
         limits, places: in force now; none and None: unlimited. reconciled: how they came about.
@@ -122,6 +123,8 @@ class ThrottleRow(Struct):
     shadow: bool = False
     would_wait: int = 0
     would_refuse: int = 0
+    warmup_day: int = 0
+    warmup_days: int = 0
 
 
 class BackoffRow(Struct):
@@ -391,7 +394,9 @@ def throttle_state(row: ThrottleRow) -> str:
         refused = f", {row.would_refuse} refused" if row.would_refuse else ""
         backoff = f", {row.state} {whole_seconds(row.backoff)}" if row.backoff else ""
         return f"shadow: would have waited {row.would_wait} times{refused}{backoff}"
-    return f"{row.state} {whole_seconds(row.backoff)}" if row.backoff else row.state
+    warm_up = [f"warm-up day {row.warmup_day} of {row.warmup_days}"] * (row.warmup_day > 0)
+    state = [f"{row.state} {whole_seconds(row.backoff)}" if row.backoff else row.state] * bool(row.state)
+    return ", ".join(state + warm_up)
 
 
 def backoff_state(row: BackoffRow) -> str:

@@ -250,8 +250,10 @@ def _throttle(throttle: Throttle, manager: Manager, meter: Meter, now: int) -> G
         if (row := instances.get(flow.receiver.name)) is not None:
             row.share = (row.share or 0) + share
     shown = nlargest(MOST_INSTANCES, instances.values(), key=lambda row: (row.waiting, row.demand, row.used))
+    day = days = 0
     if throttle.counts:
         state, backoff = state_of(manager.blocks.backoffs, throttle.key, now)
+        day, days = manager.blocks.warmup_of(throttle)
     else:
         state, backoff = _state(throttle, stakes, now)
     return ThrottleRow(
@@ -276,6 +278,8 @@ def _throttle(throttle: Throttle, manager: Manager, meter: Meter, now: int) -> G
         shadow=throttle.shadow is not None,
         would_wait=throttle.shadow.waited if throttle.shadow is not None else 0,
         would_refuse=throttle.shadow.refused if throttle.shadow is not None else 0,
+        warmup_day=day,
+        warmup_days=days,
     )
 
 

@@ -18,6 +18,7 @@ from proxy.throttling.backoff import NO_RATE, Backoffs, Rule
 from proxy.throttling.flows import Throttle
 from proxy.throttling.limits import Effective
 from proxy.throttling.throttle import SECOND, Key, Limit, Shadow
+from proxy.throttling.warmup import Warmup, limit_on, number_of
 
 #: Verdicts and idle throttles are dropped when there are more: addresses may come from whole prefixes.
 MAX_REMEMBERED = 65_536
@@ -48,6 +49,8 @@ class Block(Protocol):
     def max_delivery_rate(self) -> Sequence[Rate]: ...
     @property
     def max_connection_rate(self) -> Sequence[Rate]: ...
+    @property
+    def warmup(self) -> Warmup | None: ...
     @property
     def wait(self) -> float | None: ...
     @property
@@ -114,6 +117,7 @@ class Blocks:
 
     Attributes:
         backoffs: which of them are slowed down, and why.
+        day: of the calendar, counted from 1970-01-01; 0: nobody has said it yet.
     """
 
     def __init__(self, rules: Rules, start: int) -> None:
@@ -125,6 +129,7 @@ class Blocks:
         self._verdicts: dict[_Verdict, tuple[Key, ...]] = {}
         self._stale: dict[Throttle, None] = {}
         self.backoffs = Backoffs()
+        self.day = 0
 
     def __bool__(self) -> bool:
         return self._any
@@ -143,6 +148,23 @@ class Blocks:
         self._any = bool(rules)
         self._verdicts.clear()
         self._stale = dict.fromkeys(self.throttles())
+
+    def turn_day(self, day: int) -> None:
+        """Another day begins: the limits of blocks that warm up change, by and by (`refresh`)."""
+        if day != self.day:
+            self.day = day
+            blocks = self._rules.blocks
+            for throttle in self._throttles.values():
+                block = blocks.get(throttle.key.name)
+                if block is not None and block.warmup is not None:
+                    self._stale[throttle] = None
+
+    def warmup_of(self, throttle: Throttle) -> tuple[int, int]:
+        """Which day of its warm-up a throttle is in, of how many; (0, 0): none."""
+        block = self._rules.blocks.get(throttle.key.name)
+        if block is None or block.warmup is None or throttle.connections:
+            return 0, 0
+        return number_of(block.warmup, self.day), len(block.warmup.figures)
 
     def refresh(self, now: int, most: int) -> list[Throttle]:
         """Put new terms in force for some of the throttles that a reload has left.
@@ -266,7 +288,10 @@ class Blocks:
         for rate in rates:
             lowest[rate.seconds] = min(rate.amount, lowest.get(rate.seconds, rate.amount))
         places = block.max_concurrent_connections if block is not None and not throttle.connections else 0
-        terms = Effective(tuple(Limit(lowest[seconds], seconds) for seconds in sorted(lowest)), places)
+        limits = tuple(Limit(lowest[seconds], seconds) for seconds in sorted(lowest))
+        if block is not None and not throttle.connections:
+            limits += limit_on(block.warmup, self.day)
+        terms = Effective(limits, places)
         throttle.closed_until = 0
         slowdown = self.backoffs.of(throttle.key)
         if slowdown is not None:

@@ -47,6 +47,12 @@ class Manager(Requests):
         self._settle(now)
         return count
 
+    def turn_day(self, day: int, now: int) -> None:
+        """It is this day, counted from 1970-01-01: warm-ups follow the calendar."""
+        self.blocks.turn_day(day)
+        self._refresh(now)
+        self._settle(now)
+
     def reload(self, enforce: bool, blocks: Rules, now: int) -> None:
         """New settings; places, debts and sessions stay."""
         if self.enforce and not enforce:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
+import json
 import smtplib
 import threading
+import urllib.request
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -154,3 +157,17 @@ def test_a_native_channel_sees_the_reply_to_each_step(step: str) -> None:
         proxy.wait_line(r'notice=backoff instance=python reply="554 5.7.1 you are blocked"')
         with pytest.raises(Refused):
             socks5(proxy.socks5, mx.endpoint, SOURCE, user="b")
+
+
+def test_the_day_of_a_warm_up_is_that_of_the_calendar() -> None:
+    """By UTC; a day may end while this runs, but not three."""
+    yesterday = datetime.datetime.now(datetime.UTC).date() - datetime.timedelta(days=1)
+    text = block(f"warmup 500000, 600000, 700000, 800000 /day from {yesterday}") + "listen_status 127.0.0.1:0\n"
+    with Mx() as mx, house(mx, text) as (connect, proxy):
+        with connect() as sock:
+            assert sock.recv(3) == b"220"
+        url = "http://{}:{}/status.json".format(*proxy.door("status"))
+        with urllib.request.urlopen(url, timeout=20) as answer:
+            (row,) = json.load(answer)["throttles"]
+        assert (row["warmup_day"], row["limits"][0]["amount"]) in {(2, 600_000), (3, 700_000)}
+        assert (row["warmup_days"], row["limits"][0]["seconds"]) == (4, 86400)

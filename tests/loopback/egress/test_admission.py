@@ -34,6 +34,7 @@ class Block:
     per: tuple = ("source",)
     max_connection_rate: tuple = ()
     backoff: tuple = ()
+    warmup: None = None
     enforce: bool = True
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from proxy.model import Discard
 from proxy.protocols.smtp.dialogue import MAX_REPLY_LINE
-from proxy.protocols.smtp.tracker import MAX_COMMAND_LINE, Tracker
+from proxy.protocols.smtp.tracker import LONGEST_REFUSAL, MAX_COMMAND_LINE, Tracker
 
 C, S = "client", "server"
 
@@ -535,3 +535,34 @@ def test_a_mail_behind_a_final_dot_stops_and_one_in_a_message_does_not():
     tracker.mails_allowed = 1
     feed(tracker, [(C, b"MAIL FROM:<a@a>\r\nRCPT TO:<b@b>\r\nDATA\r\n"), (S, b"250\r\n250\r\n354\r\n")])
     assert tracker.client_bytes(b"MAIL FROM:<x>\r\n.\r\nMAIL FROM:<c@c>\r\n") == b"MAIL FROM:<c@c>\r\n"
+
+
+# -- refusals that are told --------------------------------------------------------------------------------------------
+
+REFUSED = [
+    (C, b"MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nRCPT TO:<c@example.com>\r\n"),
+    (S, b"250 2.1.0 ok\r\n450-4.7.1 greylisted,\r\n450 4.7.1 come \xff back\r\n550 no such user\r\n"),
+    (C, b"DATA\r\n"),
+    (S, b"354 go on\r\n"),
+    (C, b"x\r\n.\r\n"),
+    (S, b"421\r\n"),
+]
+
+
+@pytest.mark.parametrize("size", [None, 1, 7])
+def test_each_refusal_of_a_command_is_told_whole_however_it_is_cut(size: int | None) -> None:
+    told: list[str] = []
+    feed(Tracker(told.append), REFUSED, size)
+    assert told == ["450 4.7.1 greylisted,\n4.7.1 come \\xff back", "550 no such user", "421 "]
+
+
+def test_what_a_receiver_says_unasked_is_told_to_nobody() -> None:
+    told: list[str] = []
+    feed(Tracker(told.append), [(S, b"421 4.4.2 idle for too long\r\n")])
+    assert told == []
+
+
+def test_a_refusal_without_end_is_told_in_part() -> None:
+    told: list[str] = []
+    feed(Tracker(told.append), [(C, b"NOOP\r\n"), (S, b"450-%b\r\n" % (b"x" * 80) * 100 + b"450 x\r\n")])
+    assert [len(each) for each in told] == [LONGEST_REFUSAL]
