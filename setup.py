@@ -83,6 +83,7 @@ setup(
             "aiosmtpd",
             "build",
             "hypothesis",
+            "jsonschema",
             "mypy==2.4.1",
             "psutil",
             "PySocks",

@@ -32,7 +32,11 @@ EX_CONFIG = 78
 LONGEST_FILE = 16 * 1024 * 1024
 
 
+#: Looks at a running proxy are so far apart at least; seconds.
+_SHORTEST_WATCH = 0.1
+
 Lent = Callable[[], contextlib.AbstractContextManager[None]]
+Say = Callable[[str], None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,7 +86,7 @@ def _main(argv: list[str]) -> int:
         return _ping(argv, flags.ping, flags.ping_instance)
     load = functools.partial(config.load, argv, os.environ, read_file, find=find_files)
     if flags.status is not None:
-        return _status(flags.status, lambda: load().settings)
+        return _status(flags, lambda: load().settings)
     if flags.check_config:
         return _check_config(load, flags.user)
     loaded = load()
@@ -107,6 +111,8 @@ def _refuse_two(flags: Any) -> None:
     for name, value, needs in (
         ("--user", flags.user, "--check-config"),
         ("--ping-instance", flags.ping_instance, "--ping"),
+        ("--json", flags.json or None, "--status"),
+        ("--watch", flags.watch, "--status"),
     ):
         if value is not None and needs not in names:
             raise UsageError(f"{name}: only with {needs}", "command line")
@@ -122,15 +128,47 @@ def _ping(argv: list[str], address: str, instance: str | None) -> int:
     return ping.run(to, lambda line: _print(line, sys.stdout), lambda line: _print(line, sys.stderr))
 
 
-def _status(address: str, load: Callable[[], Settings]) -> int:
+def _status(flags: Any, load: Callable[[], Settings]) -> int:
     from proxy.status import terminal
 
-    to = terminal.target(address, load)
-    return terminal.run(to, lambda text: _print(text, sys.stdout), lambda line: _print(line, sys.stderr))
+    to = terminal.target(flags.status, load)
+    show = functools.partial(terminal.run, to, as_json=flags.json)
+    return _shown(show, None if flags.watch is None else _seconds("--watch", flags.watch))
+
+
+def _shown(show: Callable[[Say, Say], int], every: float | None) -> int:
+    """Once, or again and again.
+
+    Args:
+        show: says and complains; an exit code. every: seconds between two looks.
+    """
+    if every is None:
+        return show(_out, lambda line: _print(line, sys.stderr))
+    from proxy.status.watch import watch
+
+    return watch(show, every, _out, sys.stdout.isatty())
+
+
+def _seconds(flag: str, text: str) -> float:
+    """
+    Raises:
+        UsageError: not the time between two looks.
+    """
+    from proxy.config.values import parse_duration
+
+    with contextlib.suppress(ValueError):
+        seconds = parse_duration(text)
+        if seconds >= _SHORTEST_WATCH:
+            return seconds
+    raise UsageError(f"{flag}: a duration of at least 100ms, such as 2s", "command line")
+
+
+def _out(text: str) -> None:
+    _print(text, sys.stdout)
 
 
 def _ctl(argv: list[str]) -> int:
-    """`ctl [--socket PATH] [--json] [--dry-run] [--because TEXT] COMMAND ...`
+    """`ctl [--socket PATH] [--json] [--dry-run] [--watch[=2s]] [--because TEXT] [COMMAND ...]`
 
     Raises:
         UsageError: not so.
@@ -141,18 +179,31 @@ def _ctl(argv: list[str]) -> int:
     words = list(argv)
     while words and words[0].startswith("--"):
         name, equals, value = words.pop(0).partition("=")
-        if name in ("--json", "--dry-run") and not equals:
-            values[name] = "yes"
+        if name in ("--json", "--dry-run", "--watch") and not equals:
+            values[name] = "yes" if name != "--watch" else "2s"
+        elif name == "--watch":
+            values[name] = value
         elif name in ("--socket", "--because", "--config-filename") and (equals or words):
             values[name] = value if equals else words.pop(0)
         else:
             raise UsageError(f"ctl: {name}: unknown, or without its value", "command line")
     path = values.get("--socket") or _control_socket(values.get("--config-filename"))
-    request = commands.Request(words or ["help"], dry_run="--dry-run" in values, because=values.get("--because", ""))
-    as_json = "--json" in values
-    return client.run(
-        path, request, as_json, lambda text: _print(text, sys.stdout), lambda text: _print(text, sys.stderr)
-    )
+    every = _seconds("ctl: --watch", values["--watch"]) if "--watch" in values else None
+
+    def say(command: Sequence[str]) -> int:
+        if list(command) == ["top"]:
+            from proxy.status.watch import SECONDS
+
+            return _shown(functools.partial(client.top, path), every or SECONDS)
+        because, dry_run = values.get("--because", ""), "--dry-run" in values
+        request = commands.Request(list(command), dry_run=dry_run, because=because)
+        return _shown(functools.partial(client.run, path, request, "--json" in values), every)
+
+    if words or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return say(words or ["help"])
+    from proxy.control import interactive
+
+    return interactive.run(say, lambda line: _print(line, sys.stderr))
 
 
 def _control_socket(file: str | None) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 import errno as _errno
+from collections.abc import Iterator
 from typing import ClassVar
 
 
@@ -36,6 +37,14 @@ class ProxyError(Exception):
     code: ClassVar[str] = "error"
     socks_reply: int = 0x01
     retry: ClassVar[bool] = False
+
+
+def every(base: type[ProxyError]) -> Iterator[type[ProxyError]]:
+    """The kinds of outcome below `base` that have a code of their own."""
+    for kind in base.__subclasses__():
+        if "code" in vars(kind):
+            yield kind
+        yield from every(kind)
 
 
 class PeerError(ProxyError):

@@ -141,6 +141,7 @@ class Settings:
     listen_proxy_protocol_tls: tuple[Endpoint, ...]
     listen_redirect: tuple[Endpoint, ...]
     listen_status: Endpoint | None
+    listen_status_name: tuple[str, ...]
     control_socket: str | None
     control_socket_mode: str
     control_group: str | None

@@ -68,6 +68,14 @@ def build_parser(file: File | None = None) -> Parser:
     commands.add_argument(
         "--status", nargs="?", const="", metavar="IP:PORT", help="show the status of a running proxy (listen_status)"
     )
+    commands.add_argument("--json", action="store_true", help="with --status: as it came, one line of JSON")
+    commands.add_argument(
+        "--watch",
+        nargs="?",
+        const="2s",
+        metavar="DURATION",
+        help="with --status: again and again, each time after (2s)",
+    )
     directives = parser.add_argument_group("directives")
     for option in OPTIONS:
         default = f" ({option.default})" if option.default and len(option.default) < 30 else ""

@@ -114,6 +114,7 @@ OPTIONS: tuple[Option, ...] = (
     _many("listen_proxy_protocol_tls", ENDPOINT, None, "IP:PORT", "listen for the PROXY protocol in TLS"),
     _many("listen_redirect", ENDPOINT, None, "IP:PORT", "listen for connections that nftables redirected to us"),
     _one("listen_status", ENDPOINT, None, "IP:PORT", "listen for HTTP: status page, metrics, health"),
+    _many("listen_status_name", DOMAIN, None, "NAME", "other host names under which it may be asked"),
     _one("control_socket", PATH, None, "PATH", "Unix socket for greenarrow_proxy ctl; @NAME: an abstract one"),
     _one("control_socket_mode", choice("0600", "0660", "0666"), "0660", "MODE", "who may open it, and so look"),
     _one("control_group", NAME, None, "GROUP", "whose members may change something there, too"),

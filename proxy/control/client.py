@@ -45,6 +45,26 @@ def run(path: str, request: Request, as_json: bool, out: Print, err: Print) -> i
     return _EXIT.get(str(answer.get("code")), EX_SOFTWARE)
 
 
+#: What `top` shows, one below the other, and how many lines of each.
+_TOP = (("show", "trouble"), ("show", "throttles"), ("show", "connections", "older=1s"))
+_TOP_LINES = 15
+
+
+def top(path: str, out: Print, err: Print) -> int:
+    """What is wrong, the busiest throttles and the oldest connections; the exit code."""
+    code = EX_OK
+    for words in _TOP:
+        shown: list[str] = []
+        code = run(path, Request(list(words)), False, shown.append, err)
+        if code != EX_OK:
+            return code
+        more = len(shown) - _TOP_LINES
+        for line in shown[:_TOP_LINES] + [f"... and {more} more"] * (more > 0):
+            out(line)
+        out("")
+    return code
+
+
 def _ask(path: str, request: Request) -> Iterator[dict[str, Any]]:
     """The answers, nearly always one.
 

@@ -13,6 +13,7 @@ import ssl
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
+from datetime import UTC, datetime
 from time import monotonic
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from gevent.event import Event
 from gevent.lock import Semaphore
 
 from proxy import __version__
-from proxy.config.in_force import Row
+from proxy.config.in_force import Row, digest
 from proxy.config.load import Loaded
 from proxy.control import door as control
 from proxy.egress import via
@@ -59,7 +60,7 @@ from proxy.server.steering import Steering
 from proxy.services import Gauges, Instances, Leaving, Newcomers, Services
 from proxy.settings import Settings
 from proxy.stats import MOST_LINES, Counters, Snapshot
-from proxy.status.http import House, ReloadFailure, StatusDoor
+from proxy.status.http import House, InForce, ReloadFailure, StatusDoor
 from proxy.throttling.manager import Manager
 
 EXIT_OK, EXIT_FORCED, EXIT_CANNOT_LISTEN = 0, 1, 69
@@ -158,6 +159,7 @@ class Server:
         self._control: control.ControlDoor | None = None
         self._reloading = Semaphore()
         self._reload_failure: ReloadFailure | None = None
+        self._in_force: InForce
         self._first = loaded
         self.services: Services
 
@@ -219,7 +221,9 @@ class Server:
         judge = self._judge(settings)
         services = self._wire(settings, identity, self._doors.endpoints(settings, opened), breathe, shown, context)
         limits = Limits(settings.throttle, settings.source, self._book, breathe)
-        return _Prepared(services, opened, judge, limits, control_socket, loaded.in_force)
+        return _Prepared(
+            services, opened, judge, limits, control_socket, loaded.in_force, digest(loaded.in_force, breathe)
+        )
 
     def _judge(self, settings: Settings) -> certificates.Judge | None:
         """With the authorities as they are now: read by each reload, and not under the first connection."""
@@ -343,6 +347,7 @@ class Server:
                 limit=lambda: self._reception.limit,
                 clients=self._doors.open_connections,
                 draining=self._stop.is_set,
+                in_force=lambda: self._in_force,
                 reload_failure=lambda: self._reload_failure,
                 spare=self._reserve.lent,
                 book=self._book,
@@ -360,6 +365,7 @@ class Server:
             certificates.use_judge(prepared.judge)
         self._take_control(settings, prepared.control_socket)
         self._steering.in_force, self._steering.limits = prepared.in_force, prepared.limits
+        self._in_force = InForce(prepared.digest, datetime.now(UTC))
         self._doors.take(settings, prepared.opened, breathe)
         if not settings.listen_redirect:
             self._gauges.ends = None
@@ -542,6 +548,7 @@ class _Prepared(NamedTuple):
     limits: Limits
     control_socket: gevent.socket.socket | None
     in_force: Sequence[Row]
+    digest: str
 
 
 def _values(settings: Settings) -> list[object]:

@@ -9,7 +9,7 @@ point elsewhere, and this machine's own names are not his. Answers and log lines
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from ipaddress import ip_address
 
 from gevent import socket
@@ -34,19 +34,22 @@ def full_name(machine: str) -> str:
     return str(found[0][3])
 
 
-def check(header: str, machine: str, find_full_name: Callable[[str], str] = full_name) -> None:
+def check(
+    header: str, machine: str, find_full_name: Callable[[str], str] = full_name, more: Collection[str] = ()
+) -> None:
     """Whether a request with this Host header is for us.
 
     Args:
         header: empty: the request has none, so it is no browser's (RFC 9112 section 3.2).
         machine: this machine's host name, with or without a domain.
         find_full_name: asked only when that may decide.
+        more: names that the operator vouches for, in small letters.
 
     Raises:
         HostNotAllowed: neither an address, nor localhost, nor this machine's name; says what to do.
     """
     host = _host(header)
-    if not header or host == "localhost" or _is_address(host):
+    if not header or host == "localhost" or host in more or _is_address(host):
         return
     machine = machine.lower()
     short = machine.partition(".")[0]
@@ -56,7 +59,7 @@ def check(header: str, machine: str, find_full_name: Callable[[str], str] = full
         return
     raise HostNotAllowed(
         f"asked as {host[:100]}: only an IP address, localhost and the host name of this machine are answered; "
-        "use one of them in the URL"
+        "use one of them in the URL, or name this one in listen_status_name"
     )
 
 

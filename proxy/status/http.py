@@ -37,6 +37,8 @@ from proxy.status import page as status_page
 from proxy.status.rows import Connections, ListenerRow, Program, Status
 from proxy.status.view import Meter, Sources, overview, survey
 
+#: Says nothing that anybody might not know, and is asked by load balancers under any name.
+_HEALTH = "/healthz"
 #: One deadline over reading a request, building the answer and writing it.
 _SECONDS = 15.0
 _MOST_CONNECTIONS = 64
@@ -68,6 +70,13 @@ class ReloadFailure(NamedTuple):
     why: str
 
 
+class InForce(NamedTuple):
+    """The configuration in force. `digest` tells it from others; `since`: UTC."""
+
+    digest: str
+    since: datetime
+
+
 class House(NamedTuple):
     """What the status room may ask the program.
 
@@ -75,6 +84,7 @@ class House(NamedTuple):
         services: those of the moment. snapshot: the figures of the moment. doors: all listeners, also those that are
             closed and still have connections. listening: those among them that listen.
         limit: `max_connections` in force. clients: open client connections. draining: whether a stop has begun.
+        in_force: which configuration is, and since when.
         reload_failure: None: the configuration in force is that of the last reload.
         spare: gives descriptors that are held back for work that must not fail for want of one.
         book: what the domains of throttle blocks mean.
@@ -87,6 +97,7 @@ class House(NamedTuple):
     limit: Callable[[], int]
     clients: Callable[[], int]
     draining: Callable[[], bool]
+    in_force: Callable[[], InForce]
     reload_failure: Callable[[], ReloadFailure | None]
     spare: Callable[[], AbstractContextManager[None]]
     book: Book = Book()
@@ -175,7 +186,8 @@ class StatusDoor:
     def _respond(self, environ: dict[str, Any], start_response: Callable[[str, list[tuple[str, str]]], object]) -> Any:
         """The WSGI application."""
         method = environ["REQUEST_METHOD"]
-        answer = self._misdirected(environ) or self._answer(method, environ["PATH_INFO"])
+        path = environ["PATH_INFO"]
+        answer = (None if path == _HEALTH else self._misdirected(environ)) or self._answer(method, path)
         rest(_KEY)  # many may have waited for the same answer
         headers = [("Content-Type", answer.kind), ("Content-Length", str(len(answer.body))), *answer.more, *_HEADERS]
         start_response(answer.status, headers)
@@ -183,8 +195,10 @@ class StatusDoor:
 
     def _misdirected(self, environ: dict[str, Any]) -> Answer | None:
         """The no to a request that asks under a name which may be somebody else's."""
+        services = self._house.services()
         try:
-            host.check(environ.get("HTTP_HOST", ""), self._house.services().host_name)
+            names = services.settings.listen_status_name
+            host.check(environ.get("HTTP_HOST", ""), services.host_name, more=names)
         except host.HostNotAllowed as error:
             self._refuse(_client((environ["REMOTE_ADDR"], int(environ["REMOTE_PORT"]))), error)
             return Answer("421 Misdirected Request", _TEXT, f"{error}\n".encode())
@@ -203,7 +217,7 @@ class StatusDoor:
             "/": lambda: self._show("/", _HTML, status_page.pieces),
             "/status.json": lambda: self._show("/status.json", _JSON, _json_pieces),
             "/metrics": self._metrics,
-            "/healthz": self._health,
+            _HEALTH: self._health,
         }
 
     def _show(self, path: str, kind: str, pieces: Callable[[Status], Iterable[str | bytes]]) -> Answer:
@@ -264,6 +278,8 @@ class StatusDoor:
             relay=engine_name(),
             draining=house.draining(),
             enforce=services.settings.throttle_enforce,
+            configuration=house.in_force().digest,
+            configured=house.in_force().since.isoformat(timespec="seconds"),
         )
         if (failure := house.reload_failure()) is not None:
             program.old_configuration = now - failure.since

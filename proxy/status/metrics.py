@@ -7,11 +7,14 @@ closed vocabularies, listeners, and at most `stats.MAX_NAMES` instances; never a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from proxy.errors import ConfigError, ProxyError, Step, UpstreamError, every
+from proxy.model import Discard, Ending
 from proxy.stats import MAX_NAMES
 from proxy.status.rows import Overview, SessionRow
 
@@ -54,6 +57,20 @@ _COUNTERS = {
 }
 
 
+#: What labels of a closed vocabulary have before anything has happened: a rate over a series that begins with its first
+#: event is 0 for that event.
+_FROM_THE_START: dict[str, dict[str, int]] = {
+    "accepted": dict.fromkeys(("native", "socks5", "proxy_protocol", "redirect"), 0),
+    "refused": dict.fromkeys(
+        (each.code for each in every(ProxyError) if not issubclass(each, UpstreamError | ConfigError)), 0
+    ),
+    "failed": dict.fromkeys(map(str, Step), 0),
+    "ended": dict.fromkeys(map(str, Ending), 0),
+    "discarded": dict.fromkeys(map(str, Discard), 0),
+    "in_clear": dict.fromkeys(("handshake", "starttls", "remembered"), 0),
+}
+
+
 def render(view: Overview) -> bytes:
     """The whole exposition."""
     registry = CollectorRegistry(auto_describe=False)
@@ -80,6 +97,14 @@ class _View(Collector):
             "0 while an old configuration is in force because a reload was refused",
             int(program.old_configuration is None),
         )
+        yield InfoMetricFamily(
+            _PREFIX + "config", "The configuration in force; hash tells it from others", {"hash": program.configuration}
+        )
+        yield _gauge(
+            "config_last_reload_success_timestamp_seconds",
+            "When it was put in force, Unix time",
+            datetime.fromisoformat(program.configured).timestamp() if program.configured else 0,
+        )
         yield _gauge("draining", "1 while the program is stopping", int(program.draining))
         yield from _counters(view)
         yield from _connections(view)
@@ -92,7 +117,7 @@ def _counters(view: Overview) -> Iterator[Metric]:
         metric, label, text = _COUNTERS.get(name, (name, "name", name.replace("_", " ")))
         if isinstance(value, dict):
             family = CounterMetricFamily(_PREFIX + metric, text, labels=[label])
-            for key, count in value.items():
+            for key, count in (_FROM_THE_START.get(name, {}) | value).items():
                 family.add_metric([key], count)
             yield family
         else:

@@ -83,14 +83,14 @@ def target(address: str, load: Callable[[], Settings]) -> Endpoint:
     return Endpoint(_NEAREST.get(endpoint.host, endpoint.host), endpoint.port)
 
 
-def run(to: Endpoint, say: Callable[[str], None], complain: Callable[[str], None]) -> int:
-    """Ask, and print. Returns: the exit code."""
+def run(to: Endpoint, say: Callable[[str], None], complain: Callable[[str], None], as_json: bool = False) -> int:
+    """Ask, and print; `as_json`: on one line, as far as it is understood. Returns: the exit code."""
     try:
         status = fetch(to)
     except NoStatus as error:
         complain(f"greenarrow_proxy: {to}: {error}")
         return EX_UNAVAILABLE
-    say("\n".join(lines(status)))
+    say(msgspec.json.encode(status).decode() if as_json else "\n".join(lines(status)))
     return EX_OK
 
 

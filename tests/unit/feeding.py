@@ -109,6 +109,7 @@ def settings(**changes: object) -> Settings:
         "listen_socks5_tls": (),
         "listen_proxy_protocol_tls": (),
         "listen_status": None,
+        "listen_status_name": (),
         "allow_from": everyone,
         "listen_proxy_protocol_allow_from": everyone,
         "listen_status_allow_from": networks("127.0.0.0/8", "::1"),

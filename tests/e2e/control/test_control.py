@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
+import signal
 import socket
 import subprocess
 import sys
@@ -266,3 +268,48 @@ def test_a_trace_shows_steps_as_they_happen_and_ends(path):
         code, out, _ = ctl(path, "trace", "for", "100ms")
         assert (code, out.strip()) == (0, "the time is over")
         assert ctl(path, "trace", "for", "2h")[0] == 64
+
+
+def test_a_prompt_with_completion(path):
+    """On a terminal of its own, as somebody types."""
+    master, slave = pty.openpty()
+    with Proxy(f"control_socket {path}\n"):
+        asked = [sys.executable, str(ROOT / "greenarrow_proxy.py"), "ctl", "--socket", path]
+        process = subprocess.Popen(asked, stdin=slave, stdout=slave, stderr=slave, close_fds=True)
+        os.close(slave)
+        seen = b""
+
+        def until(text):
+            nonlocal seen
+            while text not in seen:
+                seen += os.read(master, 4096)
+            seen = seen[seen.index(text) + len(text) :]
+
+        try:
+            until(b"greenarrow_proxy> ")
+            os.write(master, b"show lis\t\n")
+            until(b"ADDRESS")
+            until(b"greenarrow_proxy> ")
+            os.write(master, b"show 'nothing\n")
+            until(b"No closing quotation")
+            os.write(master, b"quit\n")
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            process.wait()
+            os.close(master)
+
+
+def test_top_shows_trouble_throttles_and_connections(path):
+    block = "throttle one {\n  destination 127.0.0.0/8\n  max_concurrent_connections 1\n}\n"
+    with Proxy(f"control_socket {path}\n{block}") as proxy, Mx() as mx, socks5(proxy.socks5, mx.endpoint):
+        asked = [sys.executable, str(ROOT / "greenarrow_proxy.py"), "ctl", "--socket", path, "--watch=100ms", "top"]
+        with subprocess.Popen(asked, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            wanted = {"trouble: none": 2, "one  ": 2, "RELAY": 0}
+            while any(count > 0 for count in wanted.values()):
+                line = process.stdout.readline()
+                for text in wanted:
+                    wanted[text] -= text in line
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
