@@ -7,7 +7,7 @@ run, and it lists a bounded number of everything. What was counted in different 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from heapq import nlargest
+from heapq import nlargest, nsmallest
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
@@ -39,7 +39,7 @@ from proxy.status.trouble import found
 from proxy.throttling.flows import Stake, Throttle
 from proxy.throttling.limits import Mode, Part
 from proxy.throttling.manager import Manager
-from proxy.throttling.throttle import SECOND, Limit
+from proxy.throttling.throttle import SECOND, Key, Limit
 
 MOST_THROTTLES = 500
 MOST_INSTANCES = 20
@@ -161,15 +161,16 @@ def survey(
     view = yield from overview(sources, now)
     manager = sources.manager
     everything = [*manager.throttles.values(), *manager.blocks.throttles()]
-    ranked: list[tuple[tuple[float, ...], int]] = []
+    ranked: list[tuple[tuple[float, ...], Key, int]] = []
     for at in range(0, len(everything), STEP):
-        ranked += [(_rank(throttle, now_ns), -index) for index, throttle in enumerate(everything[at : at + STEP], at)]
+        some = enumerate(everything[at : at + STEP], at)
+        ranked += [(_rank(throttle, now_ns), throttle.key, index) for index, throttle in some]
         if len(ranked) > 2 * most + STEP:
-            ranked = nlargest(most, ranked)
+            ranked = nsmallest(most, ranked)
         yield
     rows = []
-    for _, index in nlargest(most, ranked):
-        rows.append((yield from _throttle(everything[-index], manager, meter, now_ns)))
+    for *_, index in nsmallest(most, ranked):
+        rows.append((yield from _throttle(everything[index], manager, meter, now_ns)))
         if len(rows) % 20 == 0:
             yield
     meter.turn()
@@ -188,11 +189,12 @@ def survey(
 
 
 def _rank(throttle: Throttle, now: int) -> tuple[float, ...]:
-    """Larger comes first: connections that wait, messages that wait, places used, then debt."""
+    """Smaller comes first: connections that wait, messages that wait, places used, then debt. Of equals, the first
+    by name, so that the page does not jump."""
     waiting = throttle.line.size if throttle.line is not None else 0
     queued = len(throttle.slots.queue) if throttle.slots is not None else 0
     use = throttle.used / throttle.cap if throttle.cap else 0.0
-    return waiting, queued, use, throttle.used, throttle.debt_until() > now, throttle.taken
+    return -waiting, -queued, -use, -throttle.used, throttle.debt_until() <= now, -throttle.taken
 
 
 # --- receivers and sources ---

@@ -279,8 +279,8 @@ def test_who_is_waited_for_comes_first_then_the_busiest_and_the_rest_is_counted(
 
 def test_equals_keep_an_order_so_that_the_page_does_not_jump():
     house = House()
-    house.session("a", *[(Key(SOURCE, f"rule-{number}"), hourly(100)) for number in range(50)])
-    assert [row.name for row in house.view().throttles] == [f"rule-{number}" for number in range(50)]
+    house.session("a", *[(Key(SOURCE, f"rule-{number:02}"), hourly(100)) for number in range(50)])
+    assert [row.name for row in house.view().throttles] == [f"rule-{number:02}" for number in range(50)]
 
 
 def test_the_work_stops_often_and_lets_the_world_change():
