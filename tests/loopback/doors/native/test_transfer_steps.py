@@ -15,7 +15,7 @@ from gevent import Timeout
 from proxy.doors.native import transfer as channel_transfer
 from proxy.doors.native.link import ClientGone, Link
 from proxy.doors.native.transfer import Transfer
-from proxy.errors import PeerError
+from proxy.errors import PeerError, Throttled
 from proxy.model import Discard, Ending
 from proxy.net.relay import GONE, UNSURE
 from proxy.net.turns import TurnOver
@@ -245,7 +245,7 @@ def test_a_last_push_waits_for_the_receiver_but_not_for_ever(
     class Noted(Timeout):  # type: ignore[misc]
         @classmethod
         def start_new(cls, seconds: float) -> Timeout:
-            timers.append(cls(seconds))
+            timers.append(Timeout.start_new.__func__(cls, seconds))
             return timers[-1]
 
     monkeypatch.setattr(channel_transfer, "Timeout", Noted)
@@ -266,6 +266,7 @@ def test_a_last_push_waits_for_the_receiver_but_not_for_ever(
     assert steps.transfer.flush() is pushed
     assert count == (1 if refusals is None else refusals)
     assert steps.link.readable is (refusals != 0)  # events went by
+    assert not any(timer.pending for timer in timers)
     steps.transfer.broken = Ending.UPSTREAM_RESET
     assert not steps.transfer.flush()
 
@@ -319,6 +320,7 @@ def test_an_event_of_the_client_that_is_the_greenlets_reads_nothing(steps: Steps
 
 @pytest.mark.parametrize("why", ["more to read", "frames left", "end", "receiver broke", "receiver is full"])
 def test_after_an_event_of_the_client_the_greenlet_looks_for(steps: Steps, why: str) -> None:
+    steps.transfer._from_client()  # nothing is there, and no event went by
     if why == "more to read":
         steps.client.drained = False
         for _ in range(channel_transfer._READS_A_SIDE + 1):
@@ -530,6 +532,12 @@ def test_a_write_error_behind_its_end_is_nothing_new(steps: Steps) -> None:
     steps.says(b"x")
     steps.transfer._from_client()
     assert (steps.transfer.broken, steps.heard) == (None, [EOF])
+    steps.receiver.error = None
+    steps.says(b"y", EOF)
+    steps.transfer._from_client()
+    steps.transfer._held = b"late"
+    assert steps.transfer._push()
+    assert (steps.got, steps.receiver.finished) == (b"", 0)
 
 
 @pytest.mark.parametrize(
@@ -575,6 +583,28 @@ def test_a_read_that_takes_too_long_ends_the_turn(steps: Steps) -> None:
     steps.receiver.drained = False
     assert steps.transfer._from_receiver()
     assert (steps.heard, steps.link.turn.over, len(steps.receiver.incoming)) == ([b"a"], True, 1)
+
+
+def test_a_read_of_the_receiver_unblocks_nothing_and_is_told_to_the_tracker() -> None:
+    said: list[bytes] = []
+    tracker: Any = SimpleNamespace(
+        server_bytes=said.append, client_bytes=lambda data: b"", mails_allowed=None, lost=False
+    )
+    steps = Steps(tracker)
+    steps.block()
+    steps.receiver.incoming.append(b"250 ok\r\n")
+    steps.transfer._from_receiver()
+    assert (steps.transfer.blocked, said) == (True, [b"250 ok\r\n"])
+
+
+def test_a_client_that_takes_nothing_is_read_all_the_same(steps: Steps) -> None:
+    steps.client.room = 0
+    steps.receiver.incoming.append(b"x")
+    steps.transfer._from_receiver()
+    assert steps.link.blocked
+    steps.says(b"QUIT\r\n")
+    steps.transfer._from_client()
+    assert steps.got == b"QUIT\r\n"
 
 
 @pytest.mark.parametrize(
@@ -625,3 +655,266 @@ def test_why_a_connection_cannot_serve_another_client() -> None:
         assert transfer.at_rest is (field in ("_kept", "_turned_away", "up"))
         assert transfer.half_closed is (field in ("_finished", "receiver_done"))
     assert not Steps().transfer.at_rest
+    busy: Any = SimpleNamespace(at_rest=False)
+    assert not Steps(busy).transfer.at_rest
+
+
+def test_what_is_unread_and_not_known_of_is_not_asked_for(steps: Steps) -> None:
+    """Each read costs a system call."""
+    steps.transfer._from_client()
+    steps.transfer._from_receiver()
+    steps.says(b"x")
+    steps.link.readable = False
+    steps.receiver.incoming.append(b"x")
+    assert not steps.transfer._from_client()
+    assert not steps.transfer._from_receiver()
+    assert (len(steps.client.incoming), len(steps.receiver.incoming)) == (1, 1)
+
+
+def test_what_stands_behind_end_is_not_this_sessions(steps: Steps) -> None:
+    another = m.Open(None, [m.Address("192.0.2.2", 25)])
+    steps.says(END, another)
+    steps.transfer._from_client()
+    frame = steps.link.decoder.next_frame()
+    assert frame is not None
+    assert frames.decode(frame, frames.CHANNEL_FROM_CLIENT) == another
+
+
+def test_frames_that_came_before_are_frames_that_came(steps: Steps) -> None:
+    steps.receiver.room = 0
+    steps.link.decoder.receive(frames.encode_data(b"x") + frames.encode(END))
+    assert steps.transfer._from_client()
+    assert steps.transfer.blocked
+
+
+def test_an_end_behind_bytes_that_nobody_takes_any_more_is_seen_at_once(steps: Steps) -> None:
+    steps.transfer._aborted(ConnectionResetError())
+    steps.says(b"more", END)
+    steps.transfer._from_client()
+    assert steps.transfer.end == END
+
+
+def test_a_last_push_that_goes_at_once_looks_again_as_well(steps: Steps) -> None:
+    steps.block()
+    steps.receiver.room = 9
+    steps.link.readable = steps.transfer._readable = False
+    steps.transfer._push_on()
+    assert (steps.link.readable, steps.transfer._readable, steps.transfer._missed) == (True, True, True)
+
+
+def test_what_is_held_for_a_receiver_that_broke_blocks_nobody(steps: Steps) -> None:
+    steps.block()
+    steps.receiver.incoming.append(ConnectionResetError())
+    steps.transfer._from_receiver()
+    assert steps.transfer._push()
+    assert not steps.transfer.blocked
+
+
+def test_records_that_tls_still_has_to_send_block(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps.receiver, "flush", lambda: None)
+    steps.receiver.unsent = True
+    steps.says(b"x")
+    steps.transfer._from_client()
+    assert steps.transfer.blocked
+    assert not steps.transfer._push()
+
+
+# --- behind a MAIL that has to wait ---
+
+MAIL = b"MAIL FROM:<a@example.com>\r\n"
+
+
+class Gate:
+    """Lets pass what a test says."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self.refusal: Throttled | None = None
+        self.asked: list[str] = []
+        self.holds = True
+
+    def mail(self) -> bool:
+        self.asked.append("mail")
+        self.closed = self.holds
+        return not self.holds
+
+    def unseen(self) -> bool:
+        self.asked.append("unseen")
+        self.closed = self.holds
+        return not self.holds
+
+
+class Gated(Steps):
+    """One with a gate; its dialogue begins behind EHLO."""
+
+    def __init__(self, tracker: Any = None) -> None:
+        self.gate: Any = Gate()
+        self.tracker = tracker or Tracker()
+        super().__init__(self.tracker)
+        self.transfer = Transfer(self.link, self.transfer.receiver, self.tracker, gate=self.gate)
+
+    def hold(self, *more: bytes | m.Message) -> None:
+        """A MAIL waits, and so does what stands behind it."""
+        self.says(MAIL, *more)
+        self.transfer._from_client()
+        assert self.gate.asked == ["mail"]
+        assert self.got == b""
+
+
+@pytest.fixture
+def gated() -> Gated:
+    return Gated()
+
+
+def test_each_mail_is_asked_for_once(gated: Gated) -> None:
+    gated.gate.holds = False
+    for count in (1, 2, 3):
+        gated.says(MAIL + b"RSET\r\n")
+        gated.transfer._from_client()
+        assert gated.gate.asked == ["mail"] * count
+        assert gated.tracker.mails_allowed == count
+    assert gated.got == (MAIL + b"RSET\r\n") * 3
+
+
+def test_what_stands_behind_goes_on_in_order_when_its_slot_has_come(gated: Gated) -> None:
+    gated.hold(b"RCPT TO:<b@example.net>\r\n")
+    gated.says(b"DATA\r\n", EOF)
+    gated.transfer._from_client()
+    assert (gated.got, gated.receiver.finished, gated.transfer.half_closed) == (b"", 0, False)
+    assert not gated.transfer._from_client()
+    gated.gate.closed = False
+    assert gated.transfer._from_client()
+    assert gated.got == MAIL + b"RCPT TO:<b@example.net>\r\nDATA\r\n"
+    assert (gated.receiver.finished, gated.tracker.mails_allowed) == (1, 1)
+
+
+def test_an_end_ends_the_waiting(gated: Gated) -> None:
+    gated.hold(EOF)
+    gated.says(END)
+    gated.transfer._from_client()
+    assert gated.transfer.end == END
+    assert gated.transfer.unclean() is Discard.OUTSTANDING
+
+
+def test_an_end_behind_bytes_that_wait_is_seen_at_once(gated: Gated) -> None:
+    gated.hold()
+    gated.says(b"RCPT TO:<b@example.net>\r\n", END)
+    gated.transfer._from_client()
+    assert gated.transfer.end == END
+
+
+def test_a_slot_that_comes_waits_for_no_reply(gated: Gated) -> None:
+    gated.says(b"NOOP\r\n" + MAIL)
+    gated.transfer._from_client()
+    assert (gated.got, gated.tracker.owes) == (b"NOOP\r\n", True)
+    gated.gate.closed = False
+    gated.transfer._from_client()
+    assert gated.got == b"NOOP\r\n" + MAIL
+
+
+@pytest.mark.parametrize(("said", "why"), [(b"x", "DATA after EOF"), (EOF, "EOF twice")])
+def test_behind_an_eof_that_waits_nothing_may_come(gated: Gated, said: bytes | m.Message, why: str) -> None:
+    gated.hold(EOF)
+    gated.says(said)
+    with pytest.raises(PeerError, match=why):
+        gated.transfer._from_client()
+
+
+def test_a_client_that_has_gone_does_not_wait_for_its_slot(gated: Gated, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel_transfer, "has_gone", lambda sock: True)
+    gated.hold()
+    with pytest.raises(ClientGone):
+        gated.transfer.carry()
+
+
+def test_what_waits_does_not_overtake_what_is_held_back(gated: Gated) -> None:
+    gated.hold()
+    gated.receiver.room = 0
+    gated.transfer._held, gated.transfer._blocked = b"NOOP\r\n", True
+    gated.gate.closed = False
+    assert not gated.transfer._from_client()
+    gated.receiver.room = 8
+    gated.link.decoder.receive(frames.encode_data(b"RCPT TO:<b@example.net>\r\n"))
+    assert gated.transfer._from_client()
+    assert (gated.got, gated.transfer.blocked) == (b"NOOP\r\nMA", True)
+    assert gated.link.decoder.unread, "nor what stands behind it"
+    gated.receiver.room = 1000
+    assert gated.transfer._from_client()
+    assert gated.got == b"NOOP\r\n" + MAIL + b"RCPT TO:<b@example.net>\r\n"
+
+
+@pytest.mark.parametrize(("more", "full"), [(-1, False), (0, True)])
+def test_behind_a_mail_that_waits_a_read_is_kept_and_no_more(gated: Gated, more: int, full: bool) -> None:
+    gated.hold(b"x" * (channel_transfer._READ_SIZE - len(MAIL) + more))
+    gated.says(b"y")
+    assert gated.transfer._from_client() is not full
+    assert len(gated.client.incoming) == full
+    gated.link.decoder.receive(frames.encode_data(b"z"))
+    assert gated.transfer._from_client() is False
+    gated.link.decoder.receive(b"")
+
+
+THROTTLED = Throttled("throttle t: try again in 5 s", "t", 5.0)
+
+
+def refused(gated: Gated) -> None:
+    """The slot of the MAIL that waits will not come."""
+    gated.gate.closed, gated.gate.refusal = False, THROTTLED
+    assert gated.transfer._from_client()
+    assert gated.gate.refusal is None
+    assert gated.transfer.refused == 1
+
+
+def test_a_refusal_is_told_in_the_receivers_place_and_counted(gated: Gated) -> None:
+    gated.hold(b"RCPT TO:<b@example.net>\r\n")
+    refused(gated)
+    said = b"".join(each for each in gated.heard if isinstance(each, bytes))
+    assert [line[:3] for line in said.splitlines()] == [b"451", b"503"]
+    moved = gated.link.moved
+    gated.client.sent.clear()
+    gated.says(b"NOOP\r\n")
+    gated.transfer._from_client()
+    (noop,) = gated.heard
+    framing = len(frames.encode_data(b"x")) - 1
+    assert gated.link.moved - moved == (framing + 6) + len(noop) + (framing + len(noop))
+    assert gated.got == b""
+    gated.gate.holds = False
+    gated.says(MAIL)
+    gated.transfer._from_client()
+    assert gated.got == MAIL, "the next message is the receiver's again"
+    gated.says(b"RCPT TO:<b@example.net>\r\n")
+    gated.transfer._from_client()
+    assert gated.got == MAIL + b"RCPT TO:<b@example.net>\r\n"
+
+
+def test_nothing_is_read_while_replies_of_ours_wait(gated: Gated) -> None:
+    gated.hold()
+    gated.client.room = 1
+    refused(gated)
+    gated.says(b"NOOP\r\n")
+    assert not gated.transfer._from_client()
+    assert len(gated.client.incoming) == 1
+
+
+def test_what_can_be_read_in_two_ways_is_answered_by_nobody(gated: Gated) -> None:
+    gated.hold()
+    refused(gated)
+    gated.client.sent.clear()
+    gated.says(b"RCPT TO:<b@example.net>\nDATA\r\n")
+    gated.transfer._from_client()
+    (told,) = gated.heard
+    assert isinstance(told, m.Aborted)
+    assert told.errno == errno.EPROTO
+    assert gated.got == b""
+
+
+@pytest.mark.parametrize(("lost", "waits"), [(False, True), (True, False)])
+def test_a_refusal_waits_for_replies_that_are_known_to_come(lost: bool, waits: bool) -> None:
+    tracker: Any = SimpleNamespace(owes=True, lost=lost, may_answer=False, mails_allowed=0)
+    gated = Gated(tracker)
+    gated.transfer._kept = MAIL
+    gated.gate.refusal = THROTTLED
+    assert gated.transfer._go_on() == (not waits)
+    assert gated.transfer._refusing is waits
+    told = m.Aborted("upstream_failed", errno.ETIMEDOUT, str(THROTTLED))
+    assert (gated.transfer._kept, gated.heard) == ((MAIL, []) if waits else (b"", [told]))
