@@ -98,6 +98,8 @@ class Dialogue:
         visit = self._visit = Visit(self._services, self._door, stream, self._facts, self._egress, self._first)
         visit.serve(b"")
         self._visit = None
+        if visit.breach is not None:
+            raise visit.breach
         if visit.resets:
             raise ClientGone("the dialogue was broken off")
         await_end(engine, stream, self._services.settings.half_close_timeout)

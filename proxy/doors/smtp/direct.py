@@ -10,7 +10,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import NamedTuple
 
-from proxy.doors.smtp.egress import Line, Preview
+from proxy.doors.smtp.egress import Line, Preview, TlsAtOnce
 from proxy.egress import upstream
 from proxy.egress.pool import PoolKey
 from proxy.egress.receiver import (
@@ -108,6 +108,8 @@ class Direct:
         assert held.bring_up is not None
         try:
             held.bring_up.greet(self._services.settings.idle_timeout)
+        except TlsAtOnce:
+            raise
         except BaseException as error:
             if not isinstance(error, UpstreamError) or error.smtp_reply is None:
                 self.drop(line, False)

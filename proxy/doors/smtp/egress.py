@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from proxy.errors import ProxyError
 from proxy.model import Discard, Endpoint, TlsSeen
 from proxy.net.relay import RawSocket
 from proxy.services import Services
@@ -67,6 +68,12 @@ class Line:
     handle: object = None
 
 
+class TlsAtOnce(ProxyError):
+    """Thrown in while the greeting is awaited: the client speaks TLS at once, and waits for none."""
+
+    code = "tls_at_once"
+
+
 class Preview(NamedTuple):
     """There is no place for a connection now. What the client is told instead, until its first message has one.
 
@@ -95,7 +102,7 @@ class Egress(Protocol):
         """Read the greeting, however long it takes (`line.greeting`); one that is no 220, too.
 
         Raises:
-            UpstreamError: there was none. `line` is of no more use.
+            UpstreamError: there was none. `line` is of no more use; but it is after `TlsAtOnce`.
         """
 
     def hello(self, line: Line, name: str) -> Line:

@@ -8,6 +8,7 @@ from time import monotonic
 from gevent import Timeout
 
 from proxy.doors.smtp.books import Books
+from proxy.doors.smtp.egress import TlsAtOnce
 from proxy.doors.smtp.holding import Holding
 from proxy.doors.smtp.wire import ClientGone, Wires
 from proxy.errors import ProxyError, Throttled
@@ -74,12 +75,16 @@ class Errands:
             return
         started = monotonic()
         self._books.step(_STEPS[want])
-        self._wires.begin_errand(self._hear)
         try:
+            self._wires.begin_errand(self._hear)
             self._fetch(want, started)
             self._books.step(f"has it after {monotonic() - started:.3f} s")
         except ClientGone:
             raise
+        except TlsAtOnce as error:
+            self._books.step(f"passes on what it cannot see: {error}")
+            self._holding.attach()
+            self._mediator.pass_through()
         except ProxyError as error:
             self._books.step(f"has none: {error}")
             self._failed(want, error)
@@ -123,7 +128,11 @@ class Errands:
                 return
             if line.greeting is None:
                 holding.lose()
-                egress.greet(line)
+                try:
+                    egress.greet(line)
+                except TlsAtOnce:
+                    holding.line = line
+                    raise
                 holding.line = line
             holding.attach()
             if (line.greeting or "")[:1] in ("4", "5"):

@@ -12,10 +12,11 @@ import contextlib
 from time import monotonic
 
 from proxy.doors.smtp.books import Books, Facts
-from proxy.doors.smtp.egress import Egress, Line, Preview
+from proxy.doors.smtp.egress import Egress, Line, Preview, TlsAtOnce
 from proxy.doors.smtp.errands import Errands
 from proxy.doors.smtp.holding import Holding
 from proxy.doors.smtp.wire import ClientGone, Wires
+from proxy.errors import PeerError
 from proxy.log import lines as log
 from proxy.model import Ending
 from proxy.net.conversation import farewell, rest_for, send_all
@@ -45,6 +46,9 @@ class Visit:
     Args:
         stream: the client's, its socket registered with the engine; stays the caller's to close.
         egress: where its receivers come from. first: what it had at its request.
+
+    Attributes:
+        breach: why its channel is to be closed, if it has one.
     """
 
     def __init__(
@@ -68,9 +72,11 @@ class Visit:
         self._errands = Errands(services, stream, self._mediator, self._wires, self._holding, self._books, self._hear)
         self._turn = stream.turn
         self._turn.key = facts.client.host
+        self._may_speak_tls = isinstance(first, Line) and first.greeting is None  # to whom nobody has spoken SMTP yet
         self._client_done = False  # it has said FIN
         self._idleness = Idleness()
         self._reset = False  # the client is to see RST, as the receiver sent it
+        self.breach: PeerError | None = None
 
     # ---------------------------------------------------------------- the whole life
 
@@ -92,7 +98,8 @@ class Visit:
             self._converse()
             self._part()
         except ClientGone:
-            self._client_gone(self._books.ending if self._wires.doom else Ending.CLIENT_RESET)
+            broken = Ending.PROTOCOL_ERROR if self.breach is not None else Ending.CLIENT_RESET
+            self._client_gone(self._books.ending if self._wires.doom else broken)
         except OSError:
             self._client_gone(Ending.CLIENT_RESET)
         except Exception as error:
@@ -206,7 +213,11 @@ class Visit:
         return moved
 
     def _read_client(self, size: int) -> bool:
-        data = self._wires.client.read(size, self._turn)
+        try:
+            data = self._wires.client.read(size, self._turn)
+        except PeerError as error:  # of the protocol that its bytes come in
+            self.breach = error
+            raise ClientGone("it has broken its protocol") from None
         if data is None:
             return False
         self._spend(size, data)
@@ -224,11 +235,13 @@ class Visit:
         its slot or is refused; but not without a message or a QUIT.
 
         Raises:
-            OSError: it is gone.
+            ClientGone, OSError: it is gone. TlsAtOnce.
         """
         mediator = self._mediator
         while self._wires.client.readable and mediator.hears_client and self._read_client(_LINES_SIZE):
             pass
+        if self._may_speak_tls and mediator.begins_tls:
+            raise TlsAtOnce("TLS in front of the greeting")
         if not self._client_done:
             return None
         if mediator.hopeless:

@@ -195,7 +195,7 @@ class Wires:
 
         Args:
             hear: read what the client says meanwhile; the seconds that the errand may take from now on, None: as many
-                as it likes. Must not wait.
+                as it likes. Must not wait. What it raises is thrown in.
 
         Raises:
             ClientGone, OSError: the client is gone already.
@@ -224,13 +224,16 @@ class Wires:
             self._overhear(self._hear, events)
 
     def _overhear(self, hear: Callable[[], float | None], events: int) -> None:
+        why: ProxyError = ClientGone("the client has closed")
         try:
             if not events & _RESET:
                 self._limit(hear())
                 return
-        except (OSError, PeerError):
+        except OSError:
             pass
-        self._cancel(ClientGone("the client has closed"))
+        except ProxyError as error:
+            why = error
+        self._cancel(why)
 
     def _resume(self) -> None:
         if self._waiting:  # by now it may wait for something else

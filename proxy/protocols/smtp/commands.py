@@ -37,6 +37,8 @@ def _mail(dialogue: Course, line: bytes, argument: bytes) -> None:
         return
     if dialogue.open:
         dialogue.mistake(replies.NESTED_MAIL)
+    elif b"REQUIRETLS" in argument.upper().split():  # hidden: that TLS was verified is not for a receiver to judge
+        dialogue.mistake(replies.NO_REQUIRETLS)
     else:
         dialogue.ask_slot(line)
 

@@ -80,6 +80,11 @@ class Mediator(Course):
         return not self._client_done and len(self.unread) < MOST_INPUT
 
     @property
+    def begins_tls(self) -> bool:
+        """The client has not waited for a greeting, and says what is the first of TLS (RFC 8446 section 5.1)."""
+        return self.state is State.GREET and self.unread.startswith(b"\x16\x03")
+
+    @property
     def hopeless(self) -> bool:
         """Nothing can come of the session or the MAIL's slot that is waited for: the client has ended with no message
         and no QUIT said."""
@@ -139,6 +144,12 @@ class Mediator(Course):
         assert self.name is not None
         self.want, self.attached, self.foreseen = None, False, tuple(hello)
         self.introduce(self.name)
+        self._run()
+
+    def pass_through(self) -> None:
+        """There is no dialogue that could be seen: bytes pass from here on, both ways."""
+        self.want = None
+        self.give_up()
         self._run()
 
     def attached_to(

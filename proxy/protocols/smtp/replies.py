@@ -18,6 +18,7 @@ NO_MAIL = b"503 5.5.1 no message was begun\r\n"
 NESTED_MAIL = b"503 5.5.1 a message is in progress\r\n"
 NO_STARTTLS = b"502 5.5.1 STARTTLS is not offered\r\n"
 NO_BDAT = b"503 5.5.1 BDAT is not offered\r\n"
+NO_REQUIRETLS = b"555 5.5.4 REQUIRETLS is not offered\r\n"
 BAD_NAME = b"501 5.5.4 that is no name\r\n"
 BAD_LINE = b"500 5.5.2 that is no command\r\n"
 

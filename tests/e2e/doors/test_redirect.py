@@ -105,10 +105,11 @@ def test_what_is_refused_is_a_421() -> None:
     peers.in_network_namespace(body)
 
 
-def test_a_rule_that_redirects_the_proxy_itself_is_no_endless_loop() -> None:
+@pytest.mark.parametrize("mode", ["tcp", "smtp"])
+def test_a_rule_that_redirects_the_proxy_itself_is_no_endless_loop(mode: str) -> None:
     def body() -> None:
         network(snippet().replace(f"meta skuid {MTA} ", ""))
-        with Proxy(CONFIG) as proxy:
+        with Proxy(CONFIG + f"mode {mode}\n") as proxy:
             reply = send(FIRST)
             assert reply.startswith("421 4.5.0 ")
             assert "must match the MTA's user only" in reply

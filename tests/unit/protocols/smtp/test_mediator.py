@@ -1018,3 +1018,39 @@ def test_a_place_that_is_gone_when_the_client_says_its_name():
     assert codes(world.client_sees) == [220, 250]
     assert world.state is State.DETACHED
     assert codes(world.say(message(1))) == [250, 250, 354, 250]
+
+
+# --- TLS in front of the greeting ---
+
+
+@pytest.mark.parametrize(
+    ("said", "tls"),
+    [(b"\x16\x03\x01\x02\x00\x01", True), (b"\x16", False), (b"EHLO x\r\n", False), (b"\x15\x03\x01", False)],
+)
+def test_who_speaks_tls_before_it_was_greeted(said, tls):
+    world = World(automatic=False)
+    world.mediator.client(said)
+    assert world.mediator.begins_tls == tls
+
+
+def test_from_then_on_bytes_pass_both_ways():
+    world = World(automatic=False)
+    world.mediator.client(b"\x16\x03\x01rest")
+    world.mediator.pass_through()
+    world.mediator.client(b"\nmore")
+    world.mediator.receiver(b"\x16\x03\x03hello")
+    assert b"".join(world.mediator.to_receiver) == b"\x16\x03\x01rest\nmore"
+    assert b"".join(world.mediator.to_client) == b"\x16\x03\x03hello"
+    assert world.mediator.state is State.RAW
+    assert not world.mediator.begins_tls
+    world.mediator.client_done()
+    assert world.mediator.want is Want.END
+
+
+@pytest.mark.parametrize("parameters", [b"REQUIRETLS", b"SIZE=1 RequireTLS"])
+def test_requiretls_is_not_offered(parameters):
+    world = opened()
+    replies = world.say(b"MAIL FROM:<a@b.example> %s\r\nRCPT TO:<c@d.example>\r\nDATA\r\n" % parameters)
+    assert codes(replies) == [555, 503, 503]
+    assert codes(world.say(message(1))) == [250, 250, 354, 250]
+    assert codes(world.say(b"MAIL FROM:<requiretls@b.example>\r\n")) == [250]
