@@ -15,7 +15,7 @@ from proxy.policy.access import Access
 from proxy.policy.limits import Hit, Limits
 from proxy.policy.modes import Modes
 from proxy.stats import duration
-from proxy.status.rows import Status, ThrottleRow, held_by, limits_text, places_text
+from proxy.status.rows import Status, ThrottleRow, held_by, limits_text, places_text, throttle_state
 
 #: In `default_source_ip`: the address that the client dialled.
 _SAME = "same"
@@ -129,6 +129,8 @@ def _state(row: ThrottleRow) -> str:
         parts.append(f"next slot in {duration(row.next_slot)}")
     if row.shadow:
         parts.append("only counts (enforce no)")
+    elif state := throttle_state(row):
+        parts.append(state)
     if held := held_by(row):
         parts.append(f"held by {held}")
     return ", ".join(parts)
@@ -147,4 +149,4 @@ def _verdict(rules: Rules, view: Status, source: str, destination: Endpoint, ins
 
 
 def _is_full(row: ThrottleRow) -> bool:
-    return row.state in ("paused", "backoff") or (row.places is not None and row.used + row.waiting >= row.places)
+    return row.state == "paused" or (row.places is not None and row.used + row.waiting >= row.places)

@@ -26,6 +26,9 @@ def test_there_is_one_for_each_large_provider():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_figure_has_its_origin_beside_it(path):
     figures = [line for line in path.read_text(encoding="utf-8").splitlines() if re.match(r" +max_", line)]
+    rules = [line for line in path.read_text(encoding="utf-8").splitlines() if re.match(r" +backoff ", line)]
+    assert [line for line in rules if not ORIGIN.search(line.partition("}")[2])] == []
+    assert len(rules) == sum(len(block.backoff) for block in blocks(path))
     assert [line for line in figures if not ORIGIN.search(line.partition("#")[2])] == []
     limits = sum(
         bool(block.max_concurrent_connections) + len(block.max_delivery_rate) + len(block.max_connection_rate)

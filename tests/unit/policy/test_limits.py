@@ -3,6 +3,7 @@
 import gc
 import weakref
 from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,9 @@ from proxy.config import load as config
 from proxy.errors import ConfigError
 from proxy.model import UNNAMED, Names
 from proxy.policy.limits import Limits
+from proxy.settings import Rate
 
+ROOT = Path(__file__).parents[3]
 BASE = "listen_socks5 127.0.0.1:1080\nsocks5_auth none\nallow_from 127.0.0.1\n"
 SOURCES = "source vmta* {\n ip 192.0.2.0/29\n}\nsource six {\n ip 2001:db8::6\n}\n"
 
@@ -259,3 +262,27 @@ def test_an_old_configuration_leaves_no_circles_behind():
         assert watched() is None
     finally:
         gc.enable()
+
+
+def test_the_example_of_the_document_is_taken_as_it_stands():
+    """docs/throttling.md begins with it."""
+    document = (ROOT / "docs/throttling.md").read_text(encoding="utf-8")
+    example = document.partition("## Limits in your words")[2].partition("```\n")[2].partition("```")[0]
+    read = settings(example)
+    blocks = Limits(read.throttle, read.source)
+    (yahoo,) = read.throttle
+    assert holds(blocks) == "yahoo"
+    assert holds(blocks, destination="192.0.2.9", mx="mta5.am0.yahoodns.net") == "yahoo"
+    assert (yahoo.max_concurrent_connections, yahoo.max_delivery_rate) == (20, (Rate(2000, 3600),))
+    assert yahoo.warmup.figures == (50, 100, 200, 500, 1000)
+    quarter, pause = yahoo.backoff
+    assert (quarter.percent, quarter.return_after, quarter.over) == (25, 3600.0, Rate(5, 60))
+    assert pause.pause
+    for reply, rules in {
+        "421 4.3.2 busy": [quarter],
+        "451 4.7.1 try later": [quarter],
+        "421 4.7.0 [TSS04] deferred": [quarter],
+        "554 5.7.1 you are\nblocked": [pause],
+        "550 5.1.1 no such user": [],
+    }.items():
+        assert blocks.struck(["yahoo", "another"], reply) == ([("yahoo", rules)] if rules else []), reply
