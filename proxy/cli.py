@@ -217,7 +217,6 @@ def _control_socket(file: str | None) -> str:
 def _check_config(load: Callable[[], config.Loaded], user: str | None) -> int:
     from gevent import get_hub
 
-    from proxy.policy.counting import overview
     from proxy.server import account, check_config
 
     get_hub()  # what it loads may be where that user cannot read
@@ -234,7 +233,7 @@ def _check_config(load: Callable[[], config.Loaded], user: str | None) -> int:
     if any(finding.error for finding in findings):
         return EX_CONFIG
     _print(f"{loaded.settings.config_filename or 'command line'}: the configuration is good{who}", sys.stdout)
-    for line in overview(loaded.settings):
+    for line in check_config.overview(loaded.settings):
         _print(line, sys.stdout)
     return EX_OK
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from proxy.errors import ProxyError
-from proxy.model import Endpoint
+from proxy.model import Endpoint, canonical_ip
 from proxy.policy.access import Access
 from proxy.policy.limits import Hit, Limits
 from proxy.policy.modes import Modes
@@ -86,7 +86,13 @@ def _source(rules: Rules, source: str | None, destination: Endpoint, instance: s
         how = "the default" if source else "the system's choice"
         source = source or rules.system_source(destination)
         return source, f"{how}, {_presence(rules, source)}"
-    return source, _presence(rules, source)
+    try:
+        source = canonical_ip(source)
+    except ValueError:
+        name, source = source, rules.access.source_named(source, destination)
+        return source, f"{name}, {_presence(rules, source)}"
+    name = rules.access.name_of_source(source)
+    return source, (f"{name}, " if name else "") + _presence(rules, source)
 
 
 #: Stands for the address that was dialled: none that a configuration can name.

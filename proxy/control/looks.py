@@ -116,11 +116,7 @@ def _explain(arguments: Sequence[str], house: House) -> list[tuple[str, str]]:
         name, equals, instance = word.partition("=")
         if name != "instance" or not equals:
             raise Mistake("bad_command", f"{word}: what may follow is instance=NAME")
-    try:
-        named = None if source == "-" else canonical_ip(source)
-    except ValueError:
-        raise Mistake("bad_command", f"{source}: an IP address to leave from, or - for none") from None
-    return house.explain(named, _endpoint(destination), instance)
+    return house.explain(None if source == "-" else source, _endpoint(destination), instance)
 
 
 def _endpoint(text: str) -> Endpoint:

@@ -17,7 +17,7 @@ import re
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from logging import DEBUG, ERROR, INFO, WARNING
 from typing import Any, NamedTuple, Protocol
@@ -50,6 +50,7 @@ __all__ = [
     "flush",
     "internal_error",
     "lines_lost",
+    "name_sources",
     "note",
     "printable",
     "recent",
@@ -262,6 +263,14 @@ _connections = "all"
 _verbose = steps.Watch(lambda standing, text: step(standing, text), {})
 _recent: deque[Recent] = deque(maxlen=_MOST_RECENT)
 _limiter = Limiter()
+
+
+def _nameless(address: str) -> str:
+    return ""
+
+
+#: Address → the name that a `source` block gives it, or "".
+_name_of_source: Callable[[str], str] = _nameless
 #: A missing source address: told once a minute for each, since every connection from it fails.
 _sources = Limiter(lines=1)
 _slowed = Limiter(lines=1)
@@ -338,12 +347,27 @@ def note(event: Event, level: int, message: str, **fields: object) -> None:
         message: an English sentence; control characters in it are escaped.
         fields: figures and names, in this order; never a secret.
     """
+    if name := _name_of_source(str(fields.get("source") or "")):
+        fields = dict(_beside(fields, "source", "source_name", name))
     if event not in _OFTEN and level > DEBUG:
         figures = "".join(f" {key}={_figure(value)}" for key, value in fields.items())
         text = printable(message, MESSAGE_LIMIT) + figures
         _recent.append(Recent(_clock.stamp(), time.monotonic(), logging.getLevelName(level), event, text))
     if _logger.isEnabledFor(level):
         _logger.log(level, "%s", message, extra={"event": event, "fields": fields})
+
+
+def name_sources(name_of: Callable[[str], str]) -> None:
+    """From now on lines that name a source address have its name, too, where `name_of` knows one."""
+    global _name_of_source
+    _name_of_source = name_of
+
+
+def _beside(fields: Mapping[str, object], left: str, key: str, value: object) -> Iterator[tuple[str, object]]:
+    for each in fields.items():
+        yield each
+        if each[0] == left:
+            yield key, value
 
 
 def step(standing: Standing, text: str) -> None:
@@ -410,7 +434,10 @@ def connection(
     if _json:
         entry: dict[str, object] = {"time": _clock.stamp()} if _stamped else {}
         entry |= {"level": "info", "event": "connection", "id": id, "instance": printable(instance)}
-        entry |= {"protocol": protocol, "client": str(client), "source": source, "destination": str(destination or "")}
+        entry |= {"protocol": protocol, "client": str(client), "source": source}
+        if name := _name_of_source(source):
+            entry["source_name"] = name
+        entry["destination"] = str(destination or "")
         entry |= {"reused": reused, "tls": tls, "up": bytes_up, "down": bytes_down}
         entry |= {"seconds": round(seconds, 3), "outcome": outcome}
         if messages is not None:
@@ -424,6 +451,7 @@ def connection(
         _out.put(msgspec.json.encode(entry).decode())
         return
     stamp = _clock.stamp() + " " if _stamped else ""
+    leaving = f"source={source or '-'}" + (f" source_name={name}" if (name := _name_of_source(source)) else "")
     said = "" if messages is None else _outcomes(messages)
     if reply:
         said += f" reply={_quoted(reply, FIELD_LIMIT)}"
@@ -434,7 +462,7 @@ def connection(
         )
     _out.put(
         f"{stamp}connection id={id} instance={word(instance)} protocol={protocol} client={client} "
-        f"source={source or '-'} destination={destination or '-'} reused={'yes' if reused else 'no'} tls={tls or '-'} "
+        f"{leaving} destination={destination or '-'} reused={'yes' if reused else 'no'} tls={tls or '-'} "
         f"up={bytes_up} down={bytes_down} seconds={seconds:.3f} outcome={outcome}{said}"
     )
 

@@ -175,6 +175,10 @@ class Access:
         if reason:
             raise SourceNotAllowed(reason)
 
+    def name_of_source(self, ip: str) -> str:
+        """The name that a `source` block gives this address, or ""."""
+        return self._source_names.name_of(ip)
+
     def source_of_path(self, instance: str, name: str) -> str:
         """What a throttle counts by whose path has a source's name: its one address, or the name where it has several.
 

@@ -28,6 +28,7 @@ from proxy.net import tls
 from proxy.net.addresses import own_addresses
 from proxy.policy import counting
 from proxy.policy.access import SHORTEST_ANSWER, place_within
+from proxy.policy.counting import overview as overview
 from proxy.policy.modes import Modes, any_smtp
 from proxy.server.shown import pairs
 from proxy.settings import InstanceSettings, Network, Settings, ThrottleSettings

@@ -358,6 +358,7 @@ class Server:
         """Put new settings in force. Nothing here can fail."""
         settings = prepared.services.settings
         self.services = prepared.services
+        log.name_sources(self.services.access.name_of_source)
         if self._via is not None and self._via is not self.services.via:
             self._via.stop()
         self._via = self.services.via

@@ -313,6 +313,7 @@ class StatusDoor:
             datetime.now(UTC).isoformat(timespec="seconds"),
             house.book,
             services.settings.throttle,
+            services.access.name_of_source,
         )
         return sources, now
 

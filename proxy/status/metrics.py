@@ -115,7 +115,12 @@ class _View(Collector):
 def _counters(view: Overview) -> Iterator[Metric]:
     for name, value in view.counters.items():
         metric, label, text = _COUNTERS.get(name, (name, "name", name.replace("_", " ")))
-        if isinstance(value, dict):
+        if isinstance(value, dict) and label == "source":
+            family = CounterMetricFamily(_PREFIX + metric, text, labels=[label, "source_name"])
+            for key, count in value.items():
+                family.add_metric([key, view.source_names.get(key, "")], count)
+            yield family
+        elif isinstance(value, dict):
             family = CounterMetricFamily(_PREFIX + metric, text, labels=[label])
             for key, count in (_FROM_THE_START.get(name, {}) | value).items():
                 family.add_metric([key], count)

@@ -24,6 +24,7 @@ from proxy.status.rows import (
     backoff_state,
     between,
     block_doubt,
+    called,
     failures_text,
     held_by,
     instance_state,
@@ -191,7 +192,7 @@ def _sources(view: Status) -> Iterator[str]:
 def _source_cells(row: SourceRow) -> tuple[object, ...]:
     here = presence(row) if row.present else _Html(f'<span class="b">{presence(row)}</span>')
     return (
-        *(row.name, here, *_peer_cells(row)),
+        *(called(row.name, row.source_name), here, *_peer_cells(row)),
         *(row.messages_accepted, row.messages_deferred, row.messages_rejected),
     )
 

@@ -103,6 +103,7 @@ class ThrottleRow(Struct):
         used: places taken. waiting: requests for connections. demand: messages that wait for a permit.
         next_slot: seconds until the next one; None: no rate. taken: slots given out since the throttle is known.
         place_use, rate_use: 0 to 1, None: unknown or unlimited. rate_use is that of the last minute or two.
+        source_name: that a `source` block gives its source.
     """
 
     source: str
@@ -128,6 +129,7 @@ class ThrottleRow(Struct):
     would_refuse: int = 0
     warmup_day: int = 0
     warmup_days: int = 0
+    source_name: str = ""
 
 
 class BackoffRow(Struct):
@@ -265,13 +267,14 @@ class PeerRow(Struct):
 
 class SourceRow(PeerRow):
     """A source address. `present`: on this machine; `absent`: seconds since it went away; None: it did not, or was
-    never here. `messages_`: what became of messages, where that is seen."""
+    never here. `messages_`: what became of messages, where that is seen. `source_name`: of its `source` block."""
 
     present: bool = True
     absent: float | None = None
     messages_accepted: int = 0
     messages_deferred: int = 0
     messages_rejected: int = 0
+    source_name: str = ""
 
 
 class TroubleRow(Struct):
@@ -326,7 +329,8 @@ class ConfigRow(Struct):
 
 
 class Overview(Struct):
-    """All but the single throttles. `generated_at`: UTC, RFC 3339; `trouble`: the worst first."""
+    """All but the single throttles. `generated_at`: UTC, RFC 3339; `trouble`: the worst first; `source_names`: of the
+    addresses in `counters` and `sources` that have one."""
 
     program: Program
     listeners: list[ListenerRow]
@@ -343,6 +347,7 @@ class Overview(Struct):
     receivers_left_out: int = 0
     sources: list[SourceRow] = []
     sources_left_out: int = 0
+    source_names: dict[str, str] = {}
 
 
 class Status(Overview, kw_only=True):
@@ -388,7 +393,13 @@ def next_slot(row: ThrottleRow) -> str:
 
 def between(row: ThrottleRow | BackoffRow) -> str:
     """What a throttle counts by itself: a source, `to` a receiver, or all together."""
-    return " ".join(filter(None, (row.source, f"to {row.receiver}" if row.receiver else ""))) or "all"
+    source = called(row.source, row.source_name) if isinstance(row, ThrottleRow) else row.source
+    return " ".join(filter(None, (source, f"to {row.receiver}" if row.receiver else ""))) or "all"
+
+
+def called(address: str, name: str) -> str:
+    """A source address with its name, if it has one."""
+    return f"{address} ({name})" if name else address
 
 
 def throttle_state(row: ThrottleRow) -> str:

@@ -28,6 +28,7 @@ from proxy.status.rows import (
     backoff_state,
     between,
     block_doubt,
+    called,
     failures_text,
     held_by,
     instance_state,
@@ -243,7 +244,7 @@ def _peer(row: PeerRow) -> tuple[object, ...]:
 
 def _source(row: SourceRow) -> tuple[object, ...]:
     messages = row.messages_accepted, row.messages_deferred, row.messages_rejected
-    return row.name, presence(row), *messages, *_peer(row)
+    return called(row.name, row.source_name), presence(row), *messages, *_peer(row)
 
 
 def _session(row: SessionRow) -> tuple[object, ...]:

@@ -69,6 +69,7 @@ class Sources(NamedTuple):
     generated_at: str = ""
     book: Book = Book()
     blocks: Sequence[ThrottleSettings] = ()
+    name_of_source: Callable[[str], str] = lambda address: ""
 
 
 class _Sample(NamedTuple):
@@ -144,6 +145,7 @@ def overview(sources: Sources, now: float) -> Generator[None, None, Overview]:
         receivers_left_out=len(sources.troubles.receivers) - len(receivers),
         sources=sources_[:MOST_PEERS],
         sources_left_out=max(0, len(sources_) - MOST_PEERS),
+        source_names={row.name: row.source_name for row in sources_ if row.source_name},
     )
     view.trouble = found(view, sources.troubles, now, failing(sources.book), manager.blocks.backoffs.latest)
     return view
@@ -170,7 +172,9 @@ def survey(
         yield
     rows = []
     for *_, index in nsmallest(most, ranked):
-        rows.append((yield from _throttle(everything[index], manager, meter, now_ns)))
+        row = yield from _throttle(everything[index], manager, meter, now_ns)
+        row.source_name = sources.name_of_source(row.source)
+        rows.append(row)
         if len(rows) % 20 == 0:
             yield
     meter.turn()
@@ -215,7 +219,7 @@ def _source_rows(sources: Sources, now: float) -> list[SourceRow]:
             names.setdefault(name, None)
     rows = []
     for name, record in names.items():
-        row = SourceRow(name, present=sources.present(name))
+        row = SourceRow(name, present=sources.present(name), source_name=sources.name_of_source(name))
         if record is not None:
             _fill(row, record, now)
         if not row.present and name in troubles.gone:

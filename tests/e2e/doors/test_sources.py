@@ -14,7 +14,7 @@ def left_from(proxy, host="127.0.0.2", **more):
     with Raw(greet, host) as mx:
         with socks5(proxy.socks5, mx.endpoint, **more) as sock:
             assert exactly(sock, 8) == GREETING
-        found = proxy.wait_line(rf"^connection .* source=(\S+) destination=\S*:{mx.endpoint[1]} ")
+        found = proxy.wait_line(rf"^connection .* source=(\S+) (?:source_name=\S+ )?destination=\S*:{mx.endpoint[1]} ")
         assert found[1] == mx.peers[0][0]
         return found[1]
 
@@ -112,4 +112,5 @@ def test_a_source_is_asked_for_by_name():
                 socks5(proxy.socks5, mx.endpoint, user=user)
         assert mx.connects == 0
         assert "source typo is not known" in proxy.wait_line(r"^WARNING refused .*typo.*")[0]
-        assert proxy.wait_line(r"^connection .* source=127.0.7.7 ")[0].count(" instance=mta-1 ") == 1
+        line = proxy.wait_line(r"^connection .* source=127.0.7.7 source_name=vmta7 destination=")[0]
+        assert line.count(" instance=mta-1 ") == 1

@@ -41,6 +41,7 @@ def settings(**changes: object) -> SimpleNamespace:
 @pytest.fixture(autouse=True)
 def _clean_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(log, "_limiter", Limiter())
+    monkeypatch.setattr(log, "_name_of_source", log._name_of_source)
     root, own = logging.getLogger(), logging.getLogger("greenarrow_proxy")
     saved = (root.handlers, root.level, own.handlers, logging.raiseExceptions)
     yield
@@ -164,6 +165,26 @@ def test_the_closing_line_has_a_word_in_every_place() -> None:
     assert " reused=yes " in line
     assert line.endswith(" outcome=upstream_reset")
     assert all(part.count("=") == 1 for part in line.split(" ")[2:])
+
+
+def test_lines_that_name_a_source_have_its_name_too() -> None:
+    """Behind the address, in whatever line; one without a name is as it was."""
+    output = Output()
+    log.name_sources({"192.0.2.1": "vmta1", "192.0.2.9": "vmta9"}.get)  # type: ignore[arg-type]
+    close()
+    close(source="192.0.2.2")
+    refuse(errors.FamilyMismatch("no"))
+    log.note(log.Event.ADDRESS, log.INFO, "gone", source="192.0.2.1", dropped=1)
+    first, second, third, last = output.out() + output.err()
+    assert CLOSING.replace("source=192.0.2.1 ", "source=192.0.2.1 source_name=vmta1 ") in first
+    assert " source=192.0.2.2 destination=" in second
+    assert " source=192.0.2.1 source_name=vmta1 dropped=1" in third
+    assert " source=192.0.2.9 source_name=vmta9 destination=" in last
+    output = Output(log_format="json")
+    log.name_sources({"192.0.2.1": "vmta1"}.get)  # type: ignore[arg-type]
+    close()
+    fields = list(json.loads(output.out()[0]).items())
+    assert fields[fields.index(("source", "192.0.2.1")) + 1] == ("source_name", "vmta1")
 
 
 def test_the_closing_line_as_json() -> None:

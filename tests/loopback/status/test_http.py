@@ -45,7 +45,9 @@ class Room:
         self.counters = Counters()
         self.manager = Manager(7, 0)
         self.services = SimpleNamespace(
-            access=SimpleNamespace(client_allowed=lambda host, door: self.allowed and door == "status"),
+            access=SimpleNamespace(
+                client_allowed=lambda host, door: self.allowed and door == "status", name_of_source=lambda address: ""
+            ),
             admission=SimpleNamespace(manager=self.manager),
             counters=self.counters,
             crew=Crew(),
