@@ -29,6 +29,7 @@ from proxy.net.certificates import Verdict, judged
 from proxy.net.conversation import receive, send_all, shake_hands
 from proxy.net.relay import Engine, RawSocket, keep_alive
 from proxy.net.tls import ClientIdentity, PlainStream, Profile, Stream, TlsStream
+from proxy.net.turns import TurnOver
 from proxy.policy.certificates import Demand, Result
 from proxy.protocols.smtp.dialogue import Action, ClientDialogue, Then, mailmax
 from proxy.throttling.flows import Places
@@ -321,6 +322,8 @@ class BringUp:
             step = self._dialogue.step if self._heard else Step.TLS
             raise self._failed(_tls_reason(error), 0, step=step) from None
         except OSError as error:
+            if not self._heard and (alert := self._alert()) is not None:
+                raise self._failed(_tls_reason(alert), 0, step=Step.TLS) from None
             number = error.errno or errno.ECONNRESET
             raise self._failed(os.strerror(number), number) from None
         except Timeout as fired:
@@ -329,6 +332,16 @@ class BringUp:
             raise self._failed(f"no answer within {seconds:.0f}s", errno.ETIMEDOUT) from None
         finally:
             timer.close()
+
+    def _alert(self) -> ssl.SSLError | None:
+        """What the receiver said in TLS before it closed in front of our EHLO, if it did: that write may fail first."""
+        try:
+            self.receiver.stream.recv(1)
+        except ssl.SSLError as error:
+            return error
+        except (OSError, TurnOver):
+            pass
+        return None
 
     def _converse(self, action: Action) -> None:
         dialogue = self._dialogue
