@@ -11,7 +11,7 @@ from proxy.model import Discard
 from proxy.protocols.smtp.course import MOST_IDLE_COMMANDS, MOST_MISTAKES
 from proxy.protocols.smtp.mediator import MOST_INPUT, MOST_OUTSTANDING
 from proxy.protocols.smtp.states import State, Want
-from proxy.protocols.smtp.tracker import MAX_COMMAND_LINE
+from proxy.protocols.smtp.tracker import MAX_COMMAND_LINE, Tracker
 from tests.unit.protocols.smtp.world import GREETING, HELLO, NAME, World, message, opened, throttled, unreachable
 
 EHLO = b"EHLO %s\r\n" % NAME.encode()
@@ -365,6 +365,26 @@ def test_a_shared_connection_that_was_dead_is_replaced_once(death, group):
         assert codes(world.say(b"RCPT TO:<c@d>\r\nDATA\r\nx\r\n.\r\n")) == [250, 354, 250]
     else:
         assert codes(world.say(b"x\r\n.\r\n")) == [250]
+
+
+@pytest.mark.parametrize(
+    ("death", "told"), [(b"421 4.3.2 bye\r\n", "421 4.3.2 bye"), (b"421-4.3.2\r\n421 bye\r\n", "421 4.3.2"), (None, "")]
+)
+def test_the_421_of_a_connection_that_is_replaced_is_told_all_the_same(death, told):
+    """It came when MAIL was said, and its client does not see it."""
+    refusals = []
+    world = opened(scripts=[{b"MAIL": [death]}], reused=True, tracker=lambda: Tracker(refusals.append))
+    assert codes(world.say(b"MAIL FROM:<a@b.example>\r\n")) == [250]
+    assert refusals == [told] * bool(told)
+
+
+def test_refusals_are_told_once_and_an_idle_receivers_goodbye_is_none():
+    refusals = []
+    world = opened(scripts=[{b"RCPT": [b"450 4.2.0 later\r\n"]}], tracker=lambda: Tracker(refusals.append))
+    world.say(b"MAIL FROM:<a@b.example>\r\nRCPT TO:<c@d.example>\r\nRSET\r\n")
+    world.mediator.receiver(b"421 4.4.2 idle\r\n")
+    world.settle()
+    assert refusals == ["450 4.2.0 later"]
 
 
 def test_it_is_replaced_once_only():
