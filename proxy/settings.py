@@ -187,6 +187,7 @@ class Settings:
     throttle_close_timeout: float
     dns_server: Endpoint | None  # None: as the system's resolver is configured
     dns_trust_ad: bool
+    timezone: str
     throttle_store: str = field(repr=False)  # a redis:// address may hold a password
     workers: int | Literal["auto"]
     log_verbose: bool

@@ -225,6 +225,13 @@ def parse_date(text: str) -> int:
     return (year - 1970) * 365 + leap_days + sum(lengths[: month - 1]) + day - 1
 
 
+def parse_timezone(text: str) -> str:
+    """`UTC` or a name of the IANA's database; whether this machine knows it is found out elsewhere."""
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_+-]{0,31}(/[A-Za-z0-9_+-]{1,32}){0,2}", text):
+        raise ValueError
+    return text
+
+
 def parse_warmup(text: str) -> WarmupSettings:
     """`50, 100, 200 /day from 2026-12-01`"""
     figures, slash, rest = text.partition("/")
@@ -378,6 +385,7 @@ SOURCE = Kind("address", parse_source, "an IP address of this machine, or the wo
 PORTS = Kind("ports", parse_ports, "a port such as 25 or a range such as 2500-2599")
 SIZE = Kind("size", parse_size, "a size such as 64K or 1M")
 RATE = Kind("rate", parse_rate, "a rate such as 1000/hr, 50/min or 10/s")
+TIMEZONE = Kind("zone", parse_timezone, "UTC, or a time zone such as Europe/Berlin")
 WARMUP = Kind("days", parse_warmup, "figures for the days such as 50, 100, 200 /day from 2026-12-01", line=True)
 PATH = Kind("path", parse_text, "a file name", verbatim=True)
 NAME = Kind("name", parse_name, "a word of at most 64 characters")

@@ -354,9 +354,9 @@ class Admission:
         self.settle()
         return count
 
-    def look_at_calendar(self) -> None:
-        """A new day may have begun, by UTC, or the clock have been set; to be called now and then."""
-        self.manager.turn_day(int(time.time() // 86_400), clock_ns())
+    def turn_day(self, day: int) -> None:
+        """It is this day, counted from 1970-01-01; to be called now and then, since the clock may have been set."""
+        self.manager.turn_day(day, clock_ns())
         self.settle()
 
     # ---------------------------------------------------------------- deadlines

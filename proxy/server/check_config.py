@@ -30,6 +30,7 @@ from proxy.policy import counting
 from proxy.policy.access import SHORTEST_ANSWER, place_within
 from proxy.policy.counting import overview as overview
 from proxy.policy.modes import Modes, any_smtp
+from proxy.server import calendar
 from proxy.server.shown import pairs
 from proxy.settings import InstanceSettings, Network, Settings, ThrottleSettings
 
@@ -69,7 +70,8 @@ class Finding(NamedTuple):
 def check(loaded: Loaded, now: datetime | None = None) -> list[Finding]:
     """Everything there is to say; `now` is the wall clock."""
     settings = loaded.settings
-    return [*_listeners(settings), *_identity(settings), *unfit_tls_blocks(settings), *doubts(loaded, now)]
+    unfit = (*unfit_tls_blocks(settings), *unfit_timezone(settings))
+    return [*_listeners(settings), *_identity(settings), *unfit, *doubts(loaded, now)]
 
 
 def doubts(loaded: Loaded, now: datetime | None = None, breathe: Breathe = hold_breath) -> list[Finding]:
@@ -182,6 +184,14 @@ def unfit_tls_blocks(settings: Settings) -> Iterator[Finding]:
             tls.client_context(tls.Profile(True, block.min or "", block.ciphers or ""))
         except ValueError as error:
             yield Finding(True, "tls", block.name, f"{block.name}: ciphers: {error}")
+
+
+def unfit_timezone(settings: Settings) -> Iterator[Finding]:
+    """One that is not known here."""
+    try:
+        calendar.zone(settings.timezone)
+    except ValueError as error:
+        yield Finding(True, "timezone", None, str(error))
 
 
 def _leaves(settings: Settings, now: datetime, breathe: Breathe) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ import ssl
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
-from datetime import UTC, datetime
+from datetime import UTC, datetime, tzinfo
 from time import monotonic
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ from proxy.policy.limits import Limits
 from proxy.policy.modes import Modes, any_smtp
 from proxy.policy.tls_rules import TlsRules
 from proxy.policy.trouble import Troubles
-from proxy.server import check_config, figures, process, systemd
+from proxy.server import calendar, check_config, figures, process, systemd
 from proxy.server.listener import ListenError
 from proxy.server.listeners import Doors, Opened
 from proxy.server.reception import Reception
@@ -129,6 +129,7 @@ class Server:
         self._acquaintances = Acquaintances()
         self._via: via.Via | None = None
         self._generated: tls.ServerIdentity | None = None
+        self._zone: tzinfo = UTC  # whose calendar days count
         self._stops = 0
         self._stop = Event()
         self._settled = Event()  # no reload is going on
@@ -180,7 +181,6 @@ class Server:
         own_addresses().watch(self._source_gone, self._source_came)
         process.log_what_the_hub_catches(self._counters)
         gevent.spawn(self._report_forever)
-        self._admission.look_at_calendar()
         gevent.spawn(self._sweep_forever)
         gevent.spawn(self._keeper.run)
         gevent.spawn(self._watchdog_forever)
@@ -207,7 +207,7 @@ class Server:
         except tls.UnfitIdentity as error:
             where = loaded.origins.place(error.directive)
             raise where.mistake(f"{error.directive}: {error}") from None
-        for finding in check_config.unfit_tls_blocks(settings):
+        for finding in (*check_config.unfit_tls_blocks(settings), *check_config.unfit_timezone(settings)):
             where = loaded.origins.place(finding.directive, finding.value)
             raise where.mistake(f"{finding.directive}: {finding.message}")
         shown = self._shown(loaded, breathe)
@@ -379,6 +379,8 @@ class Server:
         self._tlsa.use(settings.dns_server)
         self._look_ups.use(domains, settings.dns_server, breathe)
         self._limits = prepared.limits
+        self._zone = calendar.zone(settings.timezone)
+        self._admission.turn_day(calendar.day_in(self._zone))
         self._admission.manager.reload(settings.throttle_enforce, self._limits, clock_ns())
         self._admission.settle()
         for session in list(self._instances.sessions):
@@ -529,7 +531,7 @@ class Server:
             settings = self.services.settings
             shortest = min(settings.idle_timeout, settings.half_close_timeout)
             gevent.sleep(min(shortest / _SWEEPS_AN_IDLE_TIMEOUT, _LONGEST_SWEEP_PERIOD))
-            self._admission.look_at_calendar()
+            self._admission.turn_day(calendar.day_in(self._zone))
             for _ in self._engine.sweep(monotonic()):
                 rest()
             for channel in list(self._instances.channels):

@@ -170,6 +170,7 @@ def settings(**changes: object) -> Settings:
         "throttle_close_timeout": 1.0,
         "dns_server": None,
         "dns_trust_ad": False,
+        "timezone": "UTC",
         "throttle_store": "memory",
         "workers": 1,
         "log_verbose": False,

@@ -9,6 +9,7 @@ import smtplib
 import threading
 import urllib.request
 import uuid
+import zoneinfo
 from collections.abc import Callable
 from typing import Any
 
@@ -159,10 +160,15 @@ def test_a_native_channel_sees_the_reply_to_each_step(step: str) -> None:
             socks5(proxy.socks5, mx.endpoint, SOURCE, user="b")
 
 
-def test_the_day_of_a_warm_up_is_that_of_the_calendar() -> None:
-    """By UTC; a day may end while this runs, but not three."""
-    yesterday = datetime.datetime.now(datetime.UTC).date() - datetime.timedelta(days=1)
-    text = block(f"warmup 500000, 600000, 700000, 800000 /day from {yesterday}") + "listen_status 127.0.0.1:0\n"
+@pytest.mark.parametrize("zone", ["UTC", "Pacific/Kiritimati", "Pacific/Pago_Pago"])
+def test_the_day_of_a_warm_up_is_that_of_the_calendar(zone: str) -> None:
+    """A day may end while this runs, but not two. Of the three zones no two have the same day all the time."""
+    yesterday = datetime.datetime.now(zoneinfo.ZoneInfo(zone)).date() - datetime.timedelta(days=1)
+    text = (
+        f"timezone {zone}\n"
+        + block(f"warmup 500000, 600000, 700000, 800000 /day from {yesterday}")
+        + "listen_status 127.0.0.1:0\n"
+    )
     with Mx() as mx, house(mx, text) as (connect, proxy):
         with connect() as sock:
             assert sock.recv(3) == b"220"

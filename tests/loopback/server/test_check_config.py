@@ -336,3 +336,9 @@ def test_mode_smtp_over_a_network_that_can_be_listened_to(tmp_path):
 def test_mode_smtp_that_shares_nothing(tmp_path):
     assert any("no connection will be shared" in line for line in look(tmp_path, "mode smtp\n")[1])
     assert look(tmp_path, "mode smtp\nsource a {\n ip 192.0.2.1\n ehlo a.example\n}\n")[1] == []
+
+
+def test_a_time_zone_that_this_machine_does_not_know_is_an_error(tmp_path):
+    errors, _ = look(tmp_path, "timezone Nowhere/Atall\n")
+    assert errors == ["F:4: timezone: this machine knows no time zone Nowhere/Atall (is tzdata installed?)"]
+    assert look(tmp_path, "timezone Pacific/Auckland\n")[0] == []
