@@ -6,6 +6,7 @@
 #   make bench-quick  a few minutes: a first look at the cost against HAProxy and others
 #   make bench        the full tables of docs/performance.md
 #   make bench-stalls the longest stall of an innocent connection under each attack
+#   make bench-handshakes what others wait beside 200 handshakes a second, and how many one and two threads make
 #   make soak         the slow tests: leaks, long fuzzing
 #   make run          the proxy in the foreground; CONFIG=file (default: etc/greenarrow_proxy.conf)
 #   make clean        everything that was made here, the virtual environment too
@@ -19,7 +20,7 @@ PYTEST_ARGS ?=
 # The tests wait for kernels, peers and processes most of the time: several run beside each other on one core.
 WORKERS ?= $(shell echo $$(( 3 * $$(nproc) )))
 
-.PHONY: help demo test check bench bench-quick bench-stalls soak run clean
+.PHONY: help demo test check bench bench-quick bench-stalls bench-handshakes soak run clean
 .DEFAULT_GOAL := help
 
 help:
@@ -50,6 +51,10 @@ bench: $(READY)
 
 bench-stalls: $(READY)
 	@ulimit -n $$(ulimit -H -n); $(BIN)/python bench/stalls.py
+
+bench-handshakes: $(READY)
+	@ulimit -n $$(ulimit -H -n); $(BIN)/python bench/stalls.py quiet handshakes handshakes-rsa mx-handshakes
+	@$(BIN)/python bench/handshakes.py
 
 bench-quick: $(READY)
 	@$(BIN)/python bench/run.py --quick

@@ -43,13 +43,13 @@ _CONFIG = "listen_status 127.0.1.4:0\n"
 
 class Row(NamedTuple):
     """One attack: the generator, how many processes do it; whether the native listener speaks TLS, which an attack
-    with threads on one connection cannot, and has a certificate with RSA 4096; what else is configured."""
+    with threads on one connection cannot, and the bits of its RSA key (0: P-256); what else is configured."""
 
     what: str
     attack: Callable[[attacks.Doors], attacks.Attack] | None
     processes: int = 1
     tls: bool = False
-    rsa: bool = False
+    rsa: int = 0
     goal: int = GOAL
     config: str = ""
 
@@ -79,7 +79,10 @@ ROWS = {
     "page": Row("40 readers of the status page at once", attacks.readers_of_the_page),
     "ping": Row("PINGs, 64 KB at a time", attacks.pings),
     "hello": Row("ClientHellos, P-256", attacks.client_hellos, tls=True, processes=2, goal=GOAL_OF_HANDSHAKES),
-    "hello-rsa": Row("ClientHellos, RSA 4096", attacks.client_hellos, tls=True, rsa=True, goal=GOAL_OF_HANDSHAKES),
+    "hello-rsa": Row("ClientHellos, RSA 4096", attacks.client_hellos, tls=True, rsa=4096, goal=GOAL_OF_HANDSHAKES),
+    "handshakes": Row("200 handshakes a second by clients, P-256", attacks.handshakes, tls=True),
+    "handshakes-rsa": Row("200 handshakes a second by clients, RSA 2048", attacks.handshakes, tls=True, rsa=2048),
+    "mx-handshakes": Row("200 handshakes a second with receivers, P-256", attacks.handshakes_with_receivers),
     "reload-blocks": Row("reloads with 10,000 throttle blocks", attacks.reloads, goal=50, config=blocks(10_000)),
     "reload-sources": Row("reloads with 4,094 sources in bulk", attacks.reloads, goal=50, config=SOURCES),
 }
@@ -179,22 +182,22 @@ def measure(row: Row, first: bool) -> Stalls:
 
 
 @contextlib.contextmanager
-def certificate(wanted: bool) -> Iterator[str]:
-    """Directives for a certificate with a long RSA key; nothing when none is wanted."""
-    if not wanted:
+def certificate(bits: int) -> Iterator[str]:
+    """Directives for a certificate with an RSA key; nothing when none is wanted."""
+    if not bits:
         yield ""
         return
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "pem"
-        path.write_bytes(_pem())
+        path.write_bytes(_pem(bits))
         yield f"tls_certificate_file {path}\ntls_private_key_file {path}\n"
 
 
 @functools.cache
-def _pem() -> bytes:
+def _pem(bits: int) -> bytes:
     import datetime
 
-    key = rsa.generate_private_key(65537, 4096)
+    key = rsa.generate_private_key(65537, bits)
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "proxy.example.com")])
     now = datetime.datetime.now(datetime.UTC)
     made = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(days=2))

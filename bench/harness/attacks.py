@@ -12,6 +12,7 @@ import re
 import signal
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -32,6 +33,7 @@ _REFUSED = ("10.0.0.25", 25)  # private
 _HERE = "127.0.0.1"
 #: Seconds that an attacker stays, or goes on, so that what it sent has its effect.
 _WATCHED = 3.0
+_HANDSHAKES_A_SECOND = 200
 
 
 class Doors(NamedTuple):
@@ -303,6 +305,70 @@ def client_hellos(doors: Doors) -> Attack:
             held.append(sock)
         if len(held) > 200:
             clients.reset(held.pop(0))
+
+
+def handshakes(doors: Doors) -> Attack:
+    """No attack, but what is usual at a busy proxy: full handshakes, so many a second."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    yield
+
+    def one() -> None:
+        context.wrap_socket(socket.create_connection(doors.native, 10)).close()
+
+    _paced(one)
+
+
+def handshakes_with_receivers(doors: Doors) -> Attack:
+    """The same on the other side: sessions over TLS, none of which goes on in an earlier one. They have P-256."""
+    context = server_context("valid")
+    context.num_tickets = 0
+    listener = socket.create_server((_HERE, 0), backlog=256)
+
+    def receive() -> None:
+        while True:
+            sock, _ = listener.accept()
+            sock.sendall(b"220 mx\r\n")
+            sock.recv(4096)
+            sock.sendall(b"250-mx\r\n250 STARTTLS\r\n")
+            sock.recv(4096)
+            sock.sendall(b"220 go\r\n")
+            with context.wrap_socket(sock, server_side=True) as secure:
+                secure.recv(4096)
+                secure.sendall(b"250 mx\r\n")
+                secure.recv(4096)  # QUIT, or the end
+
+    for _ in range(16):
+        threading.Thread(target=receive, daemon=True).start()
+    waiting = [independent_client.channel(doors.native, tls=doors.tls) for _ in range(8)]
+    yield
+
+    def one() -> None:
+        peer = waiting.pop(0)
+        peer.opened(listener.getsockname(), ehlo_name="mta.example", tls="required", deadline_ms=60_000)
+        peer.finish()
+        waiting.append(peer)
+
+    _paced(one, len(waiting))
+
+
+def _paced(one: Callable[[], None], threads: int = 4) -> None:
+    """So many of these a second, for a while; how many there were in fact goes to standard error."""
+    began, done = time.monotonic(), []
+
+    def run(number: int) -> None:
+        while (due := began + number / _HANDSHAKES_A_SECOND) < began + _WATCHED:
+            time.sleep(max(0.0, due - time.monotonic()))
+            one()
+            done.append(number)
+            number += threads
+
+    running = [threading.Thread(target=run, args=(number,)) for number in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    print(f"{len(done) / (time.monotonic() - began):.0f} handshakes a second", file=sys.stderr, flush=True)
 
 
 # -- the operator ------------------------------------------------------------------------------------------------------
