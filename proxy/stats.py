@@ -259,6 +259,7 @@ class Fate(NamedTuple):
         rcpts: how many RCPT commands there were, refused ones included.
         size: bytes between DATA and the end, as on the wire.
         reply: the receiver's last line about it: to the end, or to the MAIL or DATA that it refused.
+        carried: a receiver has heard of it; else the reply is the proxy's.
     """
 
     sender: str
@@ -266,6 +267,7 @@ class Fate(NamedTuple):
     rcpts: int
     size: int
     reply: str
+    carried: bool = True
 
 
 class Counters:

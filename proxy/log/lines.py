@@ -474,7 +474,7 @@ def message(
 
     Args:
         id: of its connection's line. instance, source, destination, tls: as in `connection`.
-        local: of the connection to the receiver that carried it.
+        local: of the connection to the receiver that carried it; said only if one did.
     """
     note(
         Event.MESSAGE,
@@ -484,8 +484,8 @@ def message(
         instance=instance,
         source=source,
         destination=destination,
-        local=local or "",
-        tls=tls,
+        local=local or "" if fate.carried else "",
+        tls=tls if fate.carried else "",
         sender=fate.sender,
         recipients=",".join(fate.recipients),
         rcpts=fate.rcpts,

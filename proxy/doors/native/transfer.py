@@ -306,7 +306,9 @@ class Transfer:
         if refusal is None:
             tracker.mails_allowed += 1
         elif tracker.may_answer:
-            self._turned_away = TurnedAway(replies.throttled(refusal))
+            reply = replies.throttled(refusal)
+            tracker.turned_away(kept, reply)
+            self._turned_away = TurnedAway(reply)
             self.refused += 1
         else:
             self._aborted(OSError(errno.ETIMEDOUT, ""), str(refusal))

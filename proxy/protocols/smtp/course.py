@@ -204,6 +204,8 @@ class Course:
     def refuse(self, reply: bytes) -> None:
         """The answer to MAIL is ours: so are those to what was pipelined behind it."""
         self.refused += 1
+        said = self.group.said if self.group else self.pending + b"\n"
+        self.tracker.turned_away(said + bytes(self.unread), reply)
         behind = self.group.clear()[1:]
         self.to_client += [reply, *[replies.OK if verb in _HARMLESS else replies.NO_MAIL for verb in behind]]
         self.state, self.fresh, self.pending, self.begun = State.SWALLOW, False, b"", False

@@ -29,6 +29,11 @@ class _Message:
         self.rcpts = 0
         self.size = 0
 
+    def take_rcpt(self, line: bytes) -> None:
+        self.rcpts += 1
+        if len(self.domains) < MOST_DOMAINS:
+            self.domains[_domain(line)] = None
+
 
 class FateTracker(Tracker):
     """Args:
@@ -46,6 +51,16 @@ class FateTracker(Tracker):
         self._ended: deque[_Message] = deque()  # the same of the final dot
         self._text = ""
 
+    def turned_away(self, said: bytes, reply: bytes) -> None:
+        mail, *behind = said.split(b"\n")
+        message = _Message(_domain(mail))
+        for line in behind:
+            if line[:4].upper() != b"RCPT":
+                break
+            message.take_rcpt(line)
+        text = reply.rstrip()[:_LONGEST_REPLY].decode("utf-8", "backslashreplace")
+        self._tell(Fate(message.sender, tuple(message.domains), message.rcpts, 0, text, False))
+
     def _on_command(self, line: bytes) -> None:
         before = self.mails
         super()._on_command(line)
@@ -54,9 +69,7 @@ class FateTracker(Tracker):
             self._current = _Message(_domain(line))
             self._asked.append(self._current)
         elif verb == b"RCPT" and self._current is not None:
-            self._current.rcpts += 1
-            if len(self._current.domains) < MOST_DOMAINS:
-                self._current.domains[_domain(line)] = None
+            self._current.take_rcpt(line)
         elif verb == b"RSET":
             self._current = None
 

@@ -45,6 +45,11 @@ class Group:
         """What is said again first; b"" if nothing is."""
         return self._said[0] if self._said else b""
 
+    @property
+    def said(self) -> bytes:
+        """As much of it as can be said again."""
+        return b"".join(self._said or ())
+
     def begin(self, repeatable: bool) -> None:
         """Nothing is outstanding; what follows is a new group."""
         self._said, self._size = ([], 0) if repeatable else (None, 0)

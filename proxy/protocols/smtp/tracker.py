@@ -123,6 +123,9 @@ class Tracker:
         self._refused = refused
         self._refusal = ""  # the lines of one that have come
 
+    def turned_away(self, said: bytes, reply: bytes) -> None:
+        """A MAIL that no receiver has heard was refused. `said`: it, and what is known to stand behind it."""
+
     def verdict(self) -> Discard | None:
         """None: nothing speaks against keeping the connection now; else the first reason that came up."""
         if self._reason is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import socket
 import ssl
@@ -25,6 +26,7 @@ from tests.clients import (
     send,
     stuffed,
 )
+from tests.independent_client import channel
 from tests.mx import Mx, close, late, mute, say, usual
 from tests.program import Proxy
 from tests.sharing import cached
@@ -508,3 +510,22 @@ def test_one_line_a_message_where_it_is_wanted(mx):
         assert f"local={mx.sessions[0].peer[0]}:{mx.sessions[0].peer[1]} tls=TLSv1.3 " in lines[0]
         assert "to@" not in "".join(lines)
         proxy.wait_line(r"^connection .*protocol=native.* messages=1 accepted=1 deferred=0 rejected=0 waited=0.000$")
+
+
+def test_a_message_that_we_put_off_ourselves_has_its_line_too(mx):
+    """Of no receiver; on a native channel, too."""
+    block = "throttle t {\n    max_delivery_rate 1/hr\n    wait 0s\n}\n"
+    text = SMTP.replace("listen_tls no\n", "") + "log_messages yes\n" + block
+    with Proxy(text) as proxy, channel(proxy.native) as peer:
+        smtp = client(proxy, mx)
+        smtp.sock.sendall(b"MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.net>\r\nDATA\r\n")
+        assert [smtp.getreply()[0] for _ in range(3)] == [451, 503, 503]
+        smtp.quit()
+        peer.opened(mx.endpoint, ehlo_name=NAME, source=SOURCE)
+        peer.data(b"MAIL FROM:<a@native.example>\r\nRCPT TO:<b@example.net>\r\n")
+        assert peer.hear_until(b"no message was begun\r\n").startswith(b"451 4.7.1 ")
+        for sender in ("example.com", "native.example"):
+            line = proxy.wait_line(rf"^message .*sender={sender} .*").string
+            assert re.search(r' local=(-|"")? ?tls=', line), line
+            assert "recipients=example.net rcpts=1 size=0" in line
+            assert 'message="451 4.7.1 throttle t: again in ' in line

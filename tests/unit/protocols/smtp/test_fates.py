@@ -63,3 +63,17 @@ def test_it_is_bounded():
     )
     assert (told[0].sender, told[0].rcpts, len(told[0].recipients)) == ("", 1000, MOST_DOMAINS)
     assert len(told[0].reply) == 400
+
+
+SAID = b"MAIL FROM:<a.secret@B.example> SIZE=3\nRCPT TO:<c@d.example>\r\nrcpt to:<e@f.example>\r\nDATA\r\nrcpt x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "recipients", "rcpts"), [(SAID, ("d.example", "f.example"), 2), (SAID[: SAID.find(b"RCPT")], (), 0)]
+)
+def test_a_message_that_was_turned_away_is_no_receivers(said, recipients, rcpts):
+    told = []
+    tracker = FateTracker(told.append)
+    tracker.turned_away(said, b"451 4.7.1 throttle t: again in 7 s\r\n")
+    assert told == [Fate("b.example", recipients, rcpts, 0, "451 4.7.1 throttle t: again in 7 s", False)]
+    assert (tracker.mails, tracker.verdict()) == (0, None)
