@@ -8,14 +8,14 @@ with. Pure: time is an argument, in seconds of a clock that never goes back.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from typing import Any, NamedTuple
 
 from proxy.model import Endpoint
 
 #: Sessions that are kept, and of one address: whoever hands out long ones fills no more than that.
 MOST = 2048
-MOST_OF_ONE = 16
+MOST_OF_ONE = 64
 #: Seconds that one is used at the most, whatever the receiver says (RFC 8446 section 4.6.1 allows a week).
 LONGEST = 3600.0
 #: Bytes of TLS's own records since the handshake, and of certificates, of a connection whose session is kept. Two
@@ -57,7 +57,7 @@ class Sessions:
     def __init__(self, most: int = MOST, most_of_one: int = MOST_OF_ONE) -> None:
         self._most, self._most_of_one = most, most_of_one
         self._known: OrderedDict[Terms, tuple[float, Known]] = OrderedDict()
-        self._of_address: Counter[str] = Counter()
+        self._of_address: dict[str, OrderedDict[Terms, None]] = {}  # those that were kept last at the end
 
     def __len__(self) -> int:
         return len(self._known)
@@ -76,10 +76,10 @@ class Sessions:
         """Keep it for so long, instead of an older one."""
         self.forget(terms)
         host = terms.destination.host
-        if self._of_address[host] >= self._most_of_one:
-            self.forget(next(each for each in self._known if each.destination.host == host))
+        if len(self._of_address.get(host, ())) >= self._most_of_one:
+            self.forget(next(iter(self._of_address[host])))
         self._known[terms] = now + min(seconds, LONGEST), known
-        self._of_address[host] += 1
+        self._of_address.setdefault(host, OrderedDict())[terms] = None
         if len(self._known) > self._most:
             self.forget(next(iter(self._known)))
 
@@ -87,6 +87,6 @@ class Sessions:
         """A handshake with it failed, or what it stands for proves too little."""
         if self._known.pop(terms, None) is not None:
             host = terms.destination.host
-            self._of_address[host] -= 1
+            del self._of_address[host][terms]
             if not self._of_address[host]:
                 del self._of_address[host]

@@ -13,7 +13,7 @@ import trustme
 
 from tests.clients import Refused, dial, exactly, proxied, read_all, secured, send, socks5, v2
 from tests.mx import Mx, say
-from tests.program import Proxy
+from tests.program import SECRET, Proxy
 
 SERVERS, CLIENTS, STRANGERS = trustme.CA(), trustme.CA(), trustme.CA()
 SOURCE = "127.0.0.5"
@@ -208,6 +208,30 @@ def test_a_reload_opens_turns_and_closes_them(lines: str) -> None:
         proxy.hup("")
         with pytest.raises(ConnectionRefusedError):
             dial(proxy.door("socks5", "127.0.2.2"))
+
+
+def test_who_is_one_too_many_is_told_inside_of_tls(lines: str) -> None:
+    with Mx() as mx, Proxy(lines + "max_connections 1\n") as proxy, by_socks5(proxy, mx, context()) as sock:
+        assert exactly(sock, 3) == b"220"
+        with pytest.raises(Refused) as refused:
+            by_socks5(proxy, mx, context())
+        assert refused.value.args[0][:2] == b"\x05\x02"
+        proxy.wait_line("refused .*protocol=socks5 .*reason=overloaded")
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("mode", ["tcp", "smtp"])
+def test_an_agent_with_such_doors(lines: str, door: str, mode: str) -> None:
+    """TLS on one side, frames in TLS on the other."""
+    with Mx() as mx, Proxy("") as proxy:
+        via = f'via {proxy.native[0]}:{proxy.native[1]}\nvia_secret "{SECRET}"\nlisten 127.0.2.1:0\n'
+        with Proxy(f"{lines}{via}mode {mode}\n") as agent:
+            text = b"x" * 300_000 + b"\r\n.\r\ny\r\n"
+            with DOORS[door](agent, mx, context()) as sock:
+                assert send(sock, text)[0] == 250
+            assert [(message.content, message.peer[0]) for message in mx.messages] == [(text, SOURCE)]
+            agent.wait_line(f"^connection .*protocol={door} ")
+            agent.wait_idle()
 
 
 # --- while a connection stands ---
