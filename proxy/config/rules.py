@@ -183,7 +183,7 @@ def _source_blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
 
 
 def _throttle_blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
-    names = _names_of_sources(settings)
+    names = _names_of_sources(settings, breathe)
     for block in settings.throttle:
         breathe()
         yield from _unknown_sources("throttle", block, names)
@@ -199,7 +199,7 @@ def _tls_blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
     if settings.dns_trust_ad and settings.dns_server is None:
         message = "dns_server is missing: which server's answers are to be believed has to be said"
         yield "dns_trust_ad", None, message
-    names = _names_of_sources(settings)
+    names = _names_of_sources(settings, breathe)
     for block in settings.tls:
         breathe()
         yield from _unknown_sources("tls", block, names)
@@ -212,8 +212,12 @@ def _tls_blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
             yield "tls", block.name, f"{block.name}: level none, and what TLS has to be"
 
 
-def _names_of_sources(settings: Settings) -> set[str]:
-    return {name for block in settings.source for name in (block.name, block.block)}
+def _names_of_sources(settings: Settings, breathe: Breathe) -> set[str]:
+    names: set[str] = set()
+    for block in settings.source:
+        breathe()
+        names |= {block.name, block.block}
+    return names
 
 
 def _unknown_sources(kind: str, block: ThrottleSettings | TlsSettings, names: Collection[str]) -> Iterator[Finding]:
