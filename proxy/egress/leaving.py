@@ -65,7 +65,7 @@ class Leaving:
             with contextlib.suppress(OSError):
                 stream.finish()
         sock = stream.socket
-        if reset or places is None or self.seconds <= 0 or sock.fileno() < 0 or not _sends_fin(sock):
+        if reset or places is None or self.seconds <= 0 or not _sends_fin(sock):
             self._engine.close(sock, reset)
             self._office.leave(places)
             return
@@ -117,6 +117,6 @@ class Leaving:
 def _sends_fin(sock: RawSocket) -> bool:
     try:
         sock.shutdown(SHUT_WR)
-    except OSError:  # it is broken
+    except OSError:  # it is broken, or closed
         return False
     return True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -161,3 +163,147 @@ def test_too_many(lapsed: int, received: int, too_many: bool) -> None:
 def test_counts_go_round() -> None:
     assert since(2**32 - 2, 3) == 5
     assert since(100, 3) == 0  # a count that began anew
+
+
+# --- the arithmetic ---
+
+
+def doubted(*intervals: int, waiting: tuple[int, ...] = (2,), queued: bool = True, slack: int = 0) -> Any:
+    """A flow that had 100 permits, whose throttles have these intervals, and so many wait at each of them."""
+    windows = [SimpleNamespace(windows=[SimpleNamespace(interval=each)], slots=None) for each in intervals]
+    lines = [SimpleNamespace(windows=[], slots=SimpleNamespace(waiting=each)) for each in waiting]
+    path = SimpleNamespace(throttles=[*windows, *lines], slack=slack)
+    return SimpleNamespace(granted=100, queued=object() if queued else None, path=path)
+
+
+def in_doubt(flow: Any) -> Doubt:
+    doubt = Doubt(flow, 0)
+    doubt.halve(flow, 0)
+    assert doubt.part == WHOLE // 2
+    return doubt
+
+
+TENTH = SECOND // 10
+
+
+def test_half_a_part_is_half_of_the_slots_and_half_a_second_of_them_is_kept() -> None:
+    flow = doubted(TENTH, TENTH // 2)
+    doubt = in_doubt(flow)
+    assert (doubt.held, doubt.hold(flow, 9), doubt.held) == (0, 0, 9)
+    doubt.refresh(flow, 6 * TENTH, 0)
+    assert (doubt.hold(flow, 9), doubt.held) == (3, 6)
+    assert (doubt.hold(flow, 3), doubt.held) == (3, 0)
+    assert (doubt.hold(flow, 2), doubt.held) == (2, 0)
+    flow.granted += 2
+    doubt.refresh(flow, 8 * TENTH, 0)
+    assert doubt.hold(flow, 9) == 2
+    doubt.refresh(flow, 100 * TENTH, 0)
+    assert doubt.hold(flow, 9) == 5
+    flow.granted += 7  # more than it was to have: it pays for them
+    doubt.refresh(flow, 100 * TENTH, 0)
+    assert doubt.hold(flow, 9) == 0
+    doubt.refresh(flow, 106 * TENTH, 0)
+    assert doubt.hold(flow, 9) == 1
+
+
+def test_a_slot_that_takes_longer_than_is_kept_comes_all_the_same() -> None:
+    flow = doubted(3 * SECOND)
+    doubt = in_doubt(flow)
+    doubt.refresh(flow, 6 * SECOND - 2, 0)
+    assert doubt.hold(flow, 9) == 0
+    doubt.refresh(flow, 60 * SECOND, 0)
+    assert doubt.hold(flow, 9) == 1
+
+
+@pytest.mark.parametrize(
+    ("waiting", "queued", "alone"),
+    [
+        ((1,), True, True),
+        ((2,), True, False),
+        ((0,), False, True),
+        ((1,), False, False),
+        ((1, 2), True, False),
+        ((), True, True),
+    ],
+)
+def test_who_is_alone_has_all_that_there_is(waiting: tuple[int, ...], queued: bool, alone: bool) -> None:
+    flow = doubted(TENTH, waiting=waiting, queued=queued)
+    assert in_doubt(flow).hold(flow, 9) == (9 if alone else 0)
+
+
+def test_without_a_rate_a_permit_costs_next_to_nothing() -> None:
+    flow = doubted()
+    doubt = in_doubt(flow)
+    doubt.refresh(flow, 14, 0)
+    assert doubt.hold(flow, 9) == 7
+
+
+def test_permits_from_before_the_last_time_do_not_count_again() -> None:
+    flow = doubted(TENTH)
+    doubt = in_doubt(flow)
+    doubt.halve(flow, 100)
+    assert doubt.part == WHOLE // 2
+    doubt.halve(flow, 101)
+    assert doubt.part == WHOLE // 4
+    flow.granted = 150
+    doubt.halve(flow, 140)
+    for received in (141, 150):
+        doubt.halve(flow, received)
+        assert doubt.part == WHOLE // 8, "all that it has had by then is judged"
+    for _ in range(9):
+        doubt.halve(flow, 10**6)
+    assert doubt.part == 1
+
+
+def test_a_part_comes_back_when_permits_have_had_their_time_without_a_lapse() -> None:
+    """Their slack, a round trip and two seconds for the report; and again only for later ones."""
+    flow = doubted(TENTH, slack=3)
+    doubt = in_doubt(flow)
+    due = 1000 + 3 + 5 + 2 * SECOND
+    doubt.refresh(flow, 500, 5)  # nothing was granted since
+    flow.granted += 1
+    for now in (1000, due - 1):
+        assert not doubt.refresh(flow, now, 5)
+        assert doubt.part == WHOLE // 2
+    doubt.refresh(flow, due, 5)
+    assert doubt.part == WHOLE // 2 + STEP
+    for now in (due + 1, 9 * due):
+        doubt.refresh(flow, now, 5)
+    assert doubt.part == WHOLE // 2 + STEP
+    flow.granted += 1
+    doubt.refresh(flow, 10 * due, 5)
+    doubt.halve(flow, flow.granted)
+    doubt.refresh(flow, 20 * due, 5)
+    assert doubt.part == (WHOLE // 2 + STEP) // 2, "one that lapses begins it anew"
+
+
+def test_all_of_it_is_no_doubt() -> None:
+    flow = doubted(TENTH)
+    doubt = in_doubt(flow)
+    now, rounds = 0, 0
+    while True:
+        flow.granted += 1
+        doubt.refresh(flow, now, 0)
+        now += 2 * SECOND
+        rounds += 1
+        if doubt.refresh(flow, now, 0):
+            break
+        now += 1
+    assert (rounds, doubt.part) == (WHOLE // 2 // STEP, WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("lapsed", "received", "too_many"),
+    [(0, 0, False), (1, 0, True), (1, 4, True), (1, 5, False), (5, 1, True), (6, 1, False)],
+)
+def test_one_in_four_is_too_many_and_more_than_can_be_is_not_believed(
+    lapsed: int, received: int, too_many: bool
+) -> None:
+    assert lapsed_too_many(lapsed, received) is too_many
+
+
+@pytest.mark.parametrize(
+    ("last", "count", "gone"), [(5, 7, 2), (7, 5, 0), (2**32 - 1, 1, 2), (0, 2**31 - 1, 2**31 - 1), (0, 2**31, 0)]
+)
+def test_counts_go_on_over_the_end_of_the_word(last: int, count: int, gone: int) -> None:
+    assert since(last, count) == gone

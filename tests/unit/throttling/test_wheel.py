@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.throttling.wheel import Wheel
+from proxy.throttling.wheel import _LOOKS, _PIECE, Wheel
 
 TICK = 25
 
@@ -65,3 +65,54 @@ def test_like_a_plain_dict(steps: list[tuple[int, int, bool]]) -> None:
             model = {item: at for item, at in model.items() if at > now}
         assert len(wheel) == len(model)
         assert wheel.next_wakeup() == min(model.values(), default=None)
+
+
+def test_many_of_one_bucket_lie_in_pieces() -> None:
+    """A list of 100,000 would be copied when it grows."""
+    wheel: Wheel[int] = Wheel(TICK)
+    for item in range(2 * _PIECE + 5):
+        wheel.arm(item, TICK)
+    (bucket,) = wheel._buckets.values()
+    assert [len(piece) for piece in bucket] == [_PIECE, _PIECE, 5]
+    assert sorted(wheel.expire(TICK)) == list(range(2 * _PIECE + 5))
+    assert (len(wheel), wheel.next_wakeup()) == (0, None)
+
+
+def test_armed_again_for_the_same_time_it_stands_there_once() -> None:
+    wheel: Wheel[str] = Wheel(TICK)
+    for _ in range(100):
+        wheel.arm("a", TICK)
+    assert wheel._buckets == {1: [["a"]]}
+    assert "a" in wheel
+
+
+def test_some_at_a_time_and_the_others_stay_due() -> None:
+    wheel: Wheel[int] = Wheel(TICK)
+    for item in range(5):
+        wheel.arm(item, TICK)
+    taken = [wheel.expire(10 * TICK, most=2)]
+    assert wheel.next_wakeup() == TICK
+    taken += [wheel.expire(10 * TICK, most=2) for _ in range(2)]
+    assert [len(each) for each in taken] == [2, 2, 1]
+    assert wheel.next_wakeup() is None
+
+
+def test_who_takes_some_looks_at_few_that_have_moved() -> None:
+    """Eight looks for each that is wanted."""
+    wheel: Wheel[int] = Wheel(TICK)
+    for item in range(100):
+        wheel.arm(item, TICK)
+    for item in range(1, 100):
+        wheel.arm(item, 5 * TICK)
+    calls = [wheel.expire(TICK, most=1) for _ in range(100 // _LOOKS + 1)]
+    assert calls == [[]] * (100 // _LOOKS) + [[0]]
+
+
+def test_a_bucket_from_which_all_have_gone_does_not_wake() -> None:
+    wheel: Wheel[str] = Wheel(TICK)
+    for item in "abcd":
+        wheel.arm(item, TICK)
+    assert len(wheel.expire(TICK, most=2)) == 2
+    for item in "abcd":
+        wheel.disarm(item)
+    assert wheel.next_wakeup() is None
