@@ -398,8 +398,10 @@ class Admission:
                     self._hub.loop.run_callback(self._answer, ticket)
                 blocked = manager.take_blocked()
                 for throttle in blocked:
-                    while throttle.line is not None and throttle.full() and self._make_way(throttle):
-                        pass
+                    # In a pause a place that is given up is nobody's.
+                    while throttle.line is not None and throttle.full() and not throttle.closed_until:
+                        if not self._make_way(throttle):
+                            break
                 for session in ready:
                     client = self.clients.get(session)
                     if client is not None:

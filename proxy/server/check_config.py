@@ -421,9 +421,19 @@ def _without_effect(block: ThrottleSettings, settings: Settings) -> Iterator[Fin
             yield Finding(False, "throttle", block.name, f"{block.name}: no limit is set in it")
         elif not all(rule.pause or rule.rate is not None for rule in block.backoff):
             yield Finding(False, "throttle", block.name, f"{block.name}: backoff: percent of no limit is no limit")
+    if block.backoff and "receiver" not in block.per and _is_for_all(block):
+        message = (
+            f"{block.name}: backoff: any receiver's reply slows down the mail to all others: `receiver` is missing"
+        )
+        yield Finding(False, "throttle", block.name, f"{message} in `per`")
     if block.backoff and not (settings.listen or any_smtp(settings)):
         message = f"{block.name}: backoff: of a receiver's replies only refused greetings are seen in mode tcp"
         yield Finding(False, "throttle", block.name, message)
+
+
+def _is_for_all(block: ThrottleSettings) -> bool:
+    """Whether it holds for mail to anybody."""
+    return not (block.domain or block.mx or block.destination) or any(map(_is_everywhere, block.destination))
 
 
 def _looks_like_a_border(block: InstanceSettings, settings: Settings) -> bool:

@@ -11,6 +11,7 @@ import pytest
 from proxy.egress.admission import Admission, Client, clock_ns
 from proxy.errors import Throttled
 from proxy.policy.limits import Limits
+from proxy.settings import BackoffSettings
 from proxy.throttling.flows import Places, Throttle
 from proxy.throttling.limits import Part
 from proxy.throttling.manager import Manager
@@ -345,3 +346,40 @@ def test_the_timer_rings_for_whoever_is_due():
     assert any(output.ping is not None for output in listener.outputs)
     wait_for(lambda: listener.reasons == ["silent"], 10, pause=gevent.sleep)
     assert office.clients == {}
+
+
+PAUSE = BackoffSettings(on=("421",), pause=True, return_after=3600.0)
+SAID = "421 4.7.0 not now"
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "in the next turn"])
+def test_a_reply_that_pauses_is_in_force_before_the_places_are_free_again(later):
+    office = Office(Block(backoff=(PAUSE,)))
+    held = office.ask()
+    patient = office.waits("b")
+    office.replied(held, SAID, settle_later=later)
+    office.leave(held)
+    with pytest.raises(Throttled, match="paused after a reply of the receiver; try again in 3600 s"):
+        office.ask("c")
+    assert not patient.ready()
+    assert office.end_backoff("narrow") == 1
+    assert isinstance(patient.get(timeout=10), Places)
+    assert office.end_backoff("wide") is None
+
+
+def test_no_cached_connection_gives_way_in_a_pause():
+    """Its place would be nobody's."""
+    office = Office(Block(backoff=(PAUSE,)))
+    held = office.ask()
+    office.ways.append(held)
+    office.replied(held, SAID)
+    with pytest.raises(Throttled):
+        office.ask("b")
+    assert office.ways == [held]
+
+
+def test_where_no_block_listens_a_reply_costs_nothing():
+    office = Office(Block())
+    office.replied(office.ask(), SAID)
+    office.replied(None, SAID)
+    assert not office.listens

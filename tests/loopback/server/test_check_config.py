@@ -243,15 +243,20 @@ OWN = " auth_shared_secret 0f9c2b7e54d1a8637bb04e1d92c6f3a5\n"
             "F:4: warning: throttle: a: max_delivery_rate 100 in 60 s is never reached",
         ),
         (
-            "throttle a {\n backoff on 421 { pause }\n max_delivery_rate 1/hr\n}\n",
+            "throttle a {\n domain example.com\n backoff on 421 { pause }\n max_delivery_rate 1/hr\n}\n",
             "F:4: warning: throttle: a: backoff: of a receiver's replies only refused greetings are seen in mode tcp",
         ),
         (
-            "listen 127.0.0.9:0\nthrottle a {\n backoff on 421 { pause }\n backoff on 450 { percent 50 }\n}\n",
+            "listen 127.0.0.9:0\nthrottle a {\n domain example.com\n backoff on 421 { pause }\n"
+            " backoff on 450 { percent 50 }\n}\n",
             "F:5: warning: throttle: a: backoff: percent of no limit is no limit",
         ),
         (
-            "listen 127.0.0.9:0\nthrottle a {\n backoff on 421 { percent 50 }\n}\n",
+            "listen 127.0.0.9:0\nthrottle a {\n backoff on 421 { pause }\n destination 10.0.0.1, ::/0\n}\n",
+            "F:5: warning: throttle: a: backoff: any receiver's reply slows down the mail to all others",
+        ),
+        (
+            "listen 127.0.0.9:0\nthrottle a {\n domain example.com\n backoff on 421 { percent 50 }\n}\n",
             "F:5: warning: throttle: a: no limit is set",
         ),
         (f"instance a {{\n allow_from 127.0.0.2\n{OWN}}}\n", "F:4: warning: instance: a: its allow_from goes beyond"),

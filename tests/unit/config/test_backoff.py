@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy.config import file
 from proxy.config import load as config
@@ -90,3 +92,16 @@ def test_all_mistakes_behind_a_rule_are_told():
     text = mistake("backoff on 421 over 5/min {\n percent 500\n}\nwait 20")
     assert "f:5: throttle" in text
     assert "f:8: throttle" in text
+
+
+WORDS = (*"{},;", "on", "over", "421", "4.7.", "5/min", "percent", "25", "pause", "rate", "1/hr", '"a b"', "`(`")
+
+
+@given(st.lists(st.sampled_from((*WORDS, "return_after", "1h", "\n", "#")), max_size=14))
+def test_whatever_is_written_is_a_rule_or_a_mistake_with_its_line(words):
+    told = ""
+    try:
+        read("backoff " + " ".join(words))
+    except ConfigError as error:
+        told = str(error)
+    assert all(line.startswith("f:") for line in told.splitlines())
