@@ -298,7 +298,19 @@ def test_which_configuration_is_in_force_since_when():
         assert reloaded >= began > 1_600_000_000
         assert own.bad_hup(STATUS + "nonsense 1\n")
         assert in_force(own) == (second, reloaded)
+        assert metrics(own)["config_last_reload_successful",] == 0
         assert view(own)["program"]["configuration"] == second
+        own.hup(STATUS)
+        assert metrics(own)["config_last_reload_successful",] == 1
+
+
+def test_what_the_documented_monitoring_rules_look_at_exists(proxy):
+    page = (ROOT / "docs" / "operations.md").read_text()
+    rules = [line for line in page.splitlines() if re.match(r"\| `[a-z(]*greenarrow_proxy_\w+.*[>=] \d", line)]
+    assert len(rules) >= 8
+    known = re.findall(r"^# TYPE (\w+) ", get(proxy, "/metrics")[2].decode(), re.MULTILINE)
+    wanted = {name for line in rules for name in re.findall(r"greenarrow_proxy_\w+", line.split("|")[1])}
+    assert wanted <= set(known), wanted - set(known)
 
 
 def test_watch_shows_it_again_until_it_is_interrupted(proxy):
