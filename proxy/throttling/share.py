@@ -38,8 +38,6 @@ def integer_max_min(
         shares[name] = (
             demands[name] if level is None else min(demands[name], int(level * Fraction(weights.get(name, 1.0))))
         )
-    if level is None:
-        return shares
     left = capacity - sum(shares.values())
     turn = names[rotation % len(names) :] + names[: rotation % len(names)] if names else []
     # Below one whole place each is left over per unsatisfied name, so one walk round is enough.

@@ -469,3 +469,38 @@ class PoolMachine(RuleBasedStateMachine):
 
 PoolMachine.TestCase.settings = hypothesis_settings(max_examples=100, stateful_step_count=40)
 TestPoolMachine = PoolMachine.TestCase
+
+
+def test_what_leaves_from_an_address_that_went_away_is_given_up_and_nothing_else():
+    pool = Checked(Settings())
+    elsewhere = KEY._replace(source="192.0.2.2")
+    for name, key in (("a", KEY), ("b", elsewhere), ("c", OTHER)):
+        pool.offer(entry(name, key), 1.0)
+    assert reasons(pool.forsake(KEY.source)) == [("a", Discard.SOURCE_GONE), ("c", Discard.SOURCE_GONE)]
+    assert pool.forsake(KEY.source) == []
+    assert pool.take(elsewhere, 2.0).entry is not None
+
+
+def test_one_that_was_idle_as_long_as_a_dead_one_is_as_dead():
+    pool = Checked(Settings())
+    for name, now in (("older", 1.0), ("mate", 2.0), ("dead", 2.0), ("fresher", 3.0)):
+        pool.offer(entry(name), now)
+    pool.remove("dead", Discard.TIMED_OUT)
+    dead = entry("dead", idle_since=2.0)
+    assert reasons(pool.remove_older(dead, Discard.TIMED_OUT)) == [
+        ("older", Discard.TIMED_OUT),
+        ("mate", Discard.TIMED_OUT),
+    ]
+
+
+def test_ages_of_what_has_gone_are_dropped_when_they_are_the_most():
+    """At 64 more than twice what is held, not before: it costs a look at all."""
+    pool = Checked(Settings())
+    pool.offer(entry("stays"), 0.0)
+    rounds = entry("rounds")
+    for now in range(2 * 2 + 64 - 1):
+        pool.offer(rounds, float(now))
+        assert len(pool._ages) == now + 2
+        assert pool.take(KEY, float(now)).entry is rounds
+    pool.offer(rounds, 100.0)
+    assert len(pool._ages) == 2

@@ -77,3 +77,8 @@ def test_everybody_is_served_within_one_round(capacity: int, demands: dict[str, 
 
 def test_weights_are_clamped() -> None:
     assert (clamp_weight(0.0), clamp_weight(1.0), clamp_weight(99)) == (MIN_WEIGHT, 1.0, MAX_WEIGHT)
+
+
+def test_the_remainder_begins_at_the_first_of_those_who_want_any() -> None:
+    assert integer_max_min(1, {"a": 0, "b": 1, "c": 1}) == {"a": 0, "b": 1, "c": 0}
+    assert integer_max_min(1, {"a": 0, "b": 1, "c": 1}, rotation=1) == {"a": 0, "b": 0, "c": 1}

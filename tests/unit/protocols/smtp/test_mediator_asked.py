@@ -1,0 +1,269 @@
+"""What a caller asks the mediator, condition by condition: may it read, is it idle, may it lend, is there any hope."""
+
+from collections.abc import Callable
+
+import pytest
+
+from proxy.model import Discard
+from proxy.protocols.smtp.mediator import MOST_INPUT, Mediator
+from proxy.protocols.smtp.states import State, Want
+from tests.unit.protocols.smtp.world import HELLO, HOST, opened, throttled, unreachable
+
+Change = Callable[[Mediator], object]
+
+
+def at_rest() -> Mediator:
+    """Between two messages, on a connection that may change."""
+    made = Mediator(HOST)
+    made.greeted("220 mx", False)
+    made.name = "client"
+    made.attached_to(HELLO, None, True, False)
+    made.to_client.clear()
+    assert (made.state, made.want) == (State.READY, None)
+    return made
+
+
+def group(made: Mediator) -> None:
+    made.group.add(b"NOOP", b"NOOP\r\n")
+
+
+def unread(octets: int) -> Change:
+    return lambda made: made.unread.extend(b"x" * octets)
+
+
+def put(**fields: object) -> Change:
+    return lambda made: [setattr(made, name, value) for name, value in fields.items()]
+
+
+def changed(*changes: Change) -> Mediator:
+    made = at_rest()
+    for change in changes:
+        change(made)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("change", "reads", "hears"),
+    [
+        (put(), True, True),
+        (put(want=Want.SLOT), False, True),
+        (put(_client_done=True), False, False),
+        (unread(MOST_INPUT - 1), True, True),
+        (unread(MOST_INPUT), False, False),
+        *[(put(state=state), False, True) for state in (State.GREET, State.HELD, State.DATA_ASKED, State.OVER)],
+        *[(put(state=state), True, True) for state in (State.DATA, State.RAW, State.SWALLOW, State.DETACHED)],
+    ],
+)
+def test_when_the_client_is_read(change, reads, hears):
+    made = changed(change)
+    assert (made.reads_client, made.hears_client) == (reads, hears)
+
+
+@pytest.mark.parametrize(
+    ("changes", "idle"),
+    [
+        ([put()], True),
+        ([put(state=State.SWALLOW)], True),
+        ([put(want=Want.SLOT)], False),
+        ([unread(1)], False),
+        ([put(may_change=False)], False),
+        ([put(state=State.TRANSACTION)], True),
+        ([put(state=State.TRANSACTION), group], False),
+        ([put(state=State.TRANSACTION, open=True)], False),
+        ([put(state=State.DETACHED)], False),
+        ([put(state=State.DATA)], False),
+    ],
+)
+def test_when_nothing_is_in_progress(changes, idle):
+    made = changed(*changes)
+    assert made.idle is idle
+    made.taken()
+    assert (made.want is Want.LEAVE) is idle
+
+
+def test_what_is_not_there_cannot_be_taken():
+    made = changed(put(attached=False))
+    made.taken()
+    assert made.want is None
+
+
+@pytest.mark.parametrize(
+    ("change", "may"),
+    [
+        (put(), True),
+        (put(want=Want.LINE), False),
+        (put(attached=False), False),
+        (put(may_change=False), False),
+        (put(open=True), False),
+    ],
+)
+def test_when_a_connection_may_be_lent(change, may):
+    assert changed(put(want=Want.SLOT, state=State.HELD), change).may_lend is may
+
+
+@pytest.mark.parametrize(
+    ("state", "pending", "said", "mail"),
+    [
+        (State.HELD, b"MAIL FROM:<>", b"", True),
+        (State.HELD, b"mail from:<>", b"", True),
+        (State.HELD, b"VRFY x", b"", False),
+        (State.HELD, b"", b"MAIL FROM:<>\r\n", True),
+        (State.HELD, b"", b"RSET\r\n", False),
+        (State.HELD, b"", b"", False),
+        (State.READY, b"MAIL FROM:<>", b"", False),
+    ],
+)
+def test_what_is_heard_first(state, pending, said, mail):
+    made = changed(put(state=state, pending=pending))
+    if said:
+        made.group.begin(True)
+        made.group.add(said[:4], said)
+    assert made.says_mail is mail
+
+
+@pytest.mark.parametrize(
+    ("fields", "unsaid", "hopeless"),
+    [
+        ({"state": State.HELD, "pending": b"MAIL FROM:<>"}, b"", True),
+        ({"state": State.GREET}, b"", True),
+        ({"state": State.HELLO}, b"EHLO x\r\n", True),
+        ({"state": State.READY}, b"", False),
+        ({"state": State.HELD, "pending": b"VRFY x"}, b"", False),
+        ({"state": State.GREET}, b"DATA\r\nx\r\n.\r\n", False),
+        ({"state": State.GREET}, b"NOOP\r\nquit\r\n", False),
+        ({"state": State.GREET}, b"QUITE\r\n..\r\n", True),
+    ],
+)
+def test_when_there_is_no_hope(fields, unsaid, hopeless):
+    made = changed(put(**fields), put(want=Want.SLOT), lambda each: each.unread.extend(unsaid))
+    assert not made.hopeless, "the client may say more"
+    made._client_done = True
+    assert made.hopeless is hopeless
+
+
+def test_what_was_said_in_vain_is_what_is_said_again():
+    assert not changed(put()).in_vain
+    assert not changed(put(fresh=True)).in_vain
+    assert not changed(put(death=Discard.PEER_CLOSED)).in_vain
+    assert changed(put(fresh=True, death=Discard.PEER_CLOSED)).in_vain
+
+
+def test_a_death_speaks_louder_than_the_dialogue():
+    made = changed(put(death=Discard.PEER_CLOSED))
+    assert made.verdict is Discard.PEER_CLOSED
+    made = at_rest()
+    made.tracker.client_bytes(b"XFOO\r\n")
+    assert made.verdict is made.tracker.verdict() is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ([put()], True),
+        ([put(state=State.TRANSACTION)], True),
+        ([put(want=Want.SLOT)], False),
+        ([put(state=State.TRANSACTION), group], False),
+        ([put(state=State.DATA)], False),
+        ([put(state=State.RAW)], False),
+    ],
+)
+def test_who_is_idle_for_too_long_is_told_so_where_it_is_its_turn(changes, told):
+    made = changed(*changes)
+    made.time_is_up()
+    assert made.want is Want.END
+    assert [each[:9] for each in made.to_client] == [b"421 4.4.2"] * told
+
+
+# --- what comes of what was wanted ---
+
+
+@pytest.mark.parametrize(
+    ("attached", "death", "want"),
+    [
+        (True, None, None),
+        (True, Discard.PEER_CLOSED, Want.LEAVE),
+        (False, Discard.PEER_CLOSED, None),
+        (False, None, None),
+    ],
+)
+def test_a_slot_that_does_not_come_gives_up_a_connection_that_died(attached, death, want):
+    made = changed(put(state=State.HELD, want=Want.SLOT, pending=b"MAIL FROM:<>", attached=attached, death=death))
+    made.failed(throttled())
+    assert (made.want, made.state, made.refused) == (want, State.SWALLOW, 1)
+    assert made.to_client[0].startswith(b"451 ")
+
+
+def test_a_connection_that_cannot_be_had_for_a_message_ends_it():
+    made = changed(put(state=State.HELD, want=Want.LINE, pending=b"MAIL FROM:<>"))
+    made.failed(unreachable())
+    assert (made.attached, made.want) == (False, Want.END)
+    assert made.to_client[0].startswith(b"421 4.4.1")
+
+
+@pytest.mark.parametrize(
+    ("attached", "may_change", "left", "death", "want"),
+    [
+        (False, True, None, None, Want.LINE),
+        (True, True, 0, None, Want.LEAVE),
+        (True, True, None, Discard.PEER_CLOSED, Want.LEAVE),
+        (True, False, None, Discard.PEER_CLOSED, Want.END),
+        (True, False, 0, None, None),
+        (True, True, None, None, None),
+        (True, True, 1, None, None),
+    ],
+)
+def test_a_slot_that_comes_finds_a_connection_or_asks_for_one(attached, may_change, left, death, want):
+    fields = {"attached": attached, "may_change": may_change, "mails_left": left, "death": death}
+    made = changed(put(state=State.HELD, want=Want.SLOT, pending=b"MAIL FROM:<>", **fields))
+    made.slot_granted(False)
+    assert made.want is want
+    assert bool(made.to_receiver) is (want is None)
+
+
+@pytest.mark.parametrize(("waited", "old"), [(False, False), (True, True)])
+def test_a_receiver_that_was_out_of_sight_may_have_closed(waited, old):
+    made = changed(put(state=State.HELD, want=Want.SLOT, pending=b"MAIL FROM:<>"))
+    made.slot_granted(waited)
+    assert made.old is old
+    made.state, made.want, made.old = State.HELD, Want.SLOT, True
+    made.slot_granted(False)
+    assert made.old, "nothing has proved the contrary"
+
+
+def test_what_a_receiver_that_left_owed_is_nobodys():
+    made = changed(put(state=State.TRANSACTION, begun=True, open=True, death=Discard.PEER_CLOSED, want=Want.LEAVE))
+    made.to_receiver.append(b"RSET\r\n")
+    made.left()
+    assert (made.attached, made.death, made.begun, made.open, made.to_receiver) == (False, None, False, False, [])
+    assert (made.state, made.want) == (State.DETACHED, None)
+
+
+@pytest.mark.parametrize(
+    ("state", "name", "was", "want"),
+    [
+        (State.HELD, "client", Want.SLOT, Want.SLOT),
+        (State.HELD, "client", Want.LEAVE, Want.LINE),
+        (State.HELLO, "client", Want.LEAVE, Want.LINE),
+        (State.HELLO, None, Want.LEAVE, None),
+    ],
+)
+def test_a_receiver_that_left_is_wanted_anew_by_who_waits_for_one(state, name, was, want):
+    made = changed(put(state=state, name=name, want=was))
+    made.left()
+    assert (made.state, made.want) == (state, want)
+
+
+def test_a_connection_is_judged_by_a_tracker_of_its_own():
+    world = opened()
+    first = world.mediator.tracker
+    world.say(b"EHLO another.example\r\n")
+    assert world.mediator.tracker is not first
+
+
+def test_what_the_client_pipelines_behind_what_is_wanted_is_served_when_that_is_done():
+    made = changed(put(want=Want.START_TLS))
+    made.client(b"NOOP\r\n")
+    assert made.to_client == []
+    made.tls_started()
+    assert made.secured
+    assert len(made.to_client) == 1
