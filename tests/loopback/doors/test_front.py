@@ -12,7 +12,7 @@ import gevent.server
 import pytest
 
 from proxy.config import load
-from proxy.doors import front
+from proxy.doors import front, route
 from proxy.egress import upstream
 from proxy.errors import Overloaded, ProxyError
 from proxy.log import lines as log
@@ -178,7 +178,7 @@ def test_a_client_that_has_said_all_and_closed_its_side_is_served(house, mx, pro
 
 
 def test_a_client_that_has_said_more_may_wait_for_its_receiver_half_closed(monkeypatch):
-    monkeypatch.setattr(front, "HALF_CLOSED", 0.02)
+    monkeypatch.setattr(route, "HALF_CLOSED", 0.02)
     for behind in (b"", b"EHLO blind\r\n"):
         with opened("connect_timeout 300ms\n") as house, deaf() as destination:
             client = house.dial("proxy_protocol")
