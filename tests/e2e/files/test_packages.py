@@ -193,3 +193,31 @@ def test_the_library_in_an_mtas_environment(library: tuple[Path, Path, str], tmp
         target = (str(proxy.native[1]), SECRET, *map(str, sink.endpoint))
         assert done(python, "-I", "-c", SMOKE, *target, *more, cwd=tmp_path) == "sent\n"
         assert len(sink.messages) == 1
+
+
+def test_the_example_mta_in_an_environment_with_the_library_alone(
+    library: tuple[Path, Path, str], tmp_path: Path
+) -> None:
+    """As the README calls it: nothing of a checkout beside its own files."""
+    python = environment(tmp_path / "env", library[1])
+    files = tmp_path / "clients"
+    files.mkdir()
+    for path in ROOT.glob("etc/clients/*queue*"):
+        shutil.copy(path, files)
+    (tmp_path / "secret").write_text(SECRET)
+    with Proxy() as proxy, Sink() as sink:
+        text = (files / "queue_sender.toml").read_text()
+        for old, new in (
+            ("10.0.0.1:807", "{}:{}".format(*proxy.native)),
+            ("/etc/queue_sender.secret", str(tmp_path / "secret")),
+            ("/var/spool/queue_sender", str(tmp_path / "queue")),
+            ("198.51.100.7:25", "{}:{}".format(*sink.endpoint)),
+            ("192.0.2.1", "127.0.0.14"),
+        ):
+            assert old in text
+            text = text.replace(old, new)
+        (files / "queue_sender.toml").write_text(text)
+        mail = (tmp_path / "queue", "me@example.com", "you@yahoo.com")
+        done(python, files / "mail_queue.py", *mail, cwd=tmp_path, input="Subject: hello\n\nHello.\n")
+        done(python, files / "queue_sender.py", files / "queue_sender.toml", "--drain", cwd=tmp_path)
+        assert [message.content for message in sink.messages] == [b"Subject: hello\r\n\r\nHello.\r\n"]
