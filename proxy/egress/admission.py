@@ -158,15 +158,18 @@ class Admission:
         return key in self._awaited
 
     def pass_on(self, places: Places, key: Hashable) -> bool:
-        """Give the places of a cached connection back; whether one who waited and asks for its key got in by that.
+        """Give the places of a cached connection to who is next, if that one asks for its key; whether it did.
 
-        That one takes over the connection when it runs next. Otherwise the caller has to close the socket at once.
+        It takes over the connection when it runs next. Otherwise the caller has to close the socket: the places are
+        taken until it gives them back, so that whoever is next connects when that is done.
         """
+        heir = self.manager.heir(places, clock_ns())
+        if heir is None or self._keys.get(heir) != key:
+            return False
         tickets = self.manager.release(places, clock_ns())
-        taker = any(self._keys.get(ticket) == key for ticket in tickets)
         self._wake(tickets)
         self.settle()
-        return taker
+        return heir in tickets
 
     def _wait_for(self, ticket: Ticket, seconds: float, key: Hashable) -> None:
         """Until the ticket is admitted.

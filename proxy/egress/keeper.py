@@ -81,7 +81,7 @@ class PlaceOffice(Protocol):
         """Whether one who waits for places, anywhere, asks for this key."""
 
     def pass_on(self, places: Places, key: Hashable) -> bool:
-        """Give places back; whether one who waited for them and asks for this key got in by that."""
+        """Give places to who is next, if that one asks for this key; whether it did. If not they are still taken."""
 
 
 class Keeper:
@@ -301,15 +301,16 @@ class Keeper:
     def _pass_on(self, receiver: Receiver, key: PoolKey) -> None:
         """Somebody waits for this connection's place: it gets the place, and the connection if it wants just this one.
 
-        Otherwise the socket is closed in this very call, so at no time do more sockets exist than places allow; and its
-        place stays taken until the receiver has closed, too, unless who gets it might have wanted the connection.
+        Otherwise the socket is closed in this very call, and its place stays taken until the receiver has closed, too:
+        at no time are more connections open than places allow, here or there.
         """
-        if not self._office.awaited(key):
+        places = receiver.place
+        if places is None or not self._office.awaited(key):
             self._unclaimed(receiver)
             return
-        places, receiver.place = receiver.place, None
         self._pool.promise(receiver)
-        if places is not None and self._office.pass_on(places, key):
+        if self._office.pass_on(places, key):
+            receiver.place = None
             # Whoever got the place was woken before this is called, and has taken the connection by then.
             self._loop.run_callback(self._unclaimed, receiver)
         else:

@@ -112,6 +112,23 @@ class PlaceBook:
         if lines or self._freed:
             self._pump(lines[::-1], now)
 
+    def heir(self, places: Places, now: int) -> Ticket | None:
+        """Who would be the first to get in if these came free; None: nobody, or only doing it would tell.
+
+        Changes nothing. A connection that is open still may change hands with its places; see `egress.keeper`.
+        """
+        if not places.open:
+            return None
+        _hold(places, -1)
+        try:
+            for throttle in places.throttles:
+                ticket = self._next_under(throttle, now)
+                if ticket is not None:
+                    return ticket if self._would_enter(ticket, throttle, now) else None
+            return None
+        finally:
+            _hold(places, +1)
+
     def cancel(self, ticket: Ticket, now: int) -> None:
         """Nobody waits for `ticket` any more; places that it got meanwhile are given back."""
         if ticket.places is not None:
@@ -160,6 +177,27 @@ class PlaceBook:
                     break
             if throttle.line is not None:
                 self.crowded[throttle] = None
+
+    def _next_under(self, throttle: Throttle, now: int) -> Ticket | None:
+        """Whom `_pump` would turn to first."""
+        line = throttle.line
+        if line is None or throttle.full():
+            return None
+        claim = line.claim
+        if claim is not None and not any(self._full(each, now, claim, claim.rated) for each in claim.throttles):
+            return claim
+        first = line.peek(throttle)
+        return None if first is None or self._full(throttle, now, None, first.rated) else first
+
+    def _would_enter(self, ticket: Ticket, passed: Throttle, now: int) -> bool:
+        """Whether `_try` would find all places for it."""
+        if any(map(self._shut, ticket.flows)):
+            return False
+        for throttle in ticket.throttles:
+            line = None if throttle is passed or throttle in ticket.turns else throttle.line
+            if line is not None and not self._comes_first(ticket, throttle, line):
+                return False
+        return not any(self._full(throttle, now, ticket, ticket.rated) for throttle in ticket.throttles)
 
     def _next_in_line(self, throttle: Throttle, line: Line[Ticket], ticket: Ticket, now: int) -> None:
         """It is the turn of `ticket`, the first in this line."""
@@ -393,3 +431,11 @@ def _list(flow: Flow) -> None:
             terms.users[flow] = None
         elif terms.users is not None:
             terms.users.pop(flow, None)
+
+
+def _hold(places: Places, by: int) -> None:
+    """Its throttles hold them (+1), or do not (-1), for a look at who would come next."""
+    for throttle in places.throttles:
+        (throttle.take_place if by > 0 else throttle.free_place)(places.owner)
+        if throttle.line is not None:
+            throttle.line.rank(places.owner, throttle)

@@ -96,6 +96,10 @@ class Requests(Statements):
         self._settle(now)
         return self.take_admitted()
 
+    def heir(self, places: Places, now: int) -> Ticket | None:
+        """Who would be the first to get in if these were released; None: nobody, or only releasing would tell."""
+        return self._book.heir(places, now)
+
     def cancel(self, ticket: Ticket, now: int) -> list[Ticket]:
         """Nobody waits for `ticket` any more, whether it got in or not. Returns as `release`."""
         self._book.cancel(ticket, now)

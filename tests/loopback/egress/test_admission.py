@@ -180,6 +180,9 @@ def test_a_place_goes_with_its_connection_to_who_wants_just_that():
     assert office.awaited("there")
     assert not office.awaited("here")
     assert office.pass_on(held, "here") is False
+    gevent.sleep(0)
+    assert not other.ready(), "the socket is still open"
+    office.leave(held)
     held = other.get(timeout=10)
     same = office.waits("c", key="there")
     assert office.pass_on(held, "there") is True

@@ -106,6 +106,33 @@ def test_whose_turn_it_is_decides_who_gets_it(make):
         assert (mx.connects, other.connects) == (2, 1)
 
 
+def test_who_gets_the_place_and_not_the_connection_waits_until_the_receiver_has_closed(make):
+    """One who came first asks for something else, at the same receiver: there, too, they are never open at once."""
+    quit_seen, gate = threading.Event(), threading.Event()
+
+    def stay(session, reply):
+        quit_seen.set()
+        session.wait_for_gate(gate)
+
+    clean = threading.Event()
+    with Mx(lambda number: {"rset": late(clean), "quit": stay} if number == 0 else {}) as mx:
+        settings = limits()
+        settings.throttle_close_timeout = 3600.0
+        house = make(settings, block("one"))
+        house.give(house.open(key_of(mx)))
+        stranger = waiting(house, mx, "b", tenant="another key")
+        heir = waiting(house, mx, "c")
+        clean.set()
+        until(quit_seen.is_set)
+        assert (mx.connects, stranger.ready(), heir.ready()) == (1, False, False)
+        stranger.kill()  # its turn is nobody's before the receiver has closed, either
+        gevent.sleep(0)
+        assert (mx.connects, heir.ready()) == (1, False)
+        gate.set()
+        heir.get(timeout=5)
+        assert mx.connects == 2
+
+
 def test_nobody_comes_between_an_heir_and_its_connection(make, monkeypatch):
     """Place and connection are promised; before the heir has its turn, another asks for the same, and has to wait."""
     with being_cleaned(make) as (house, mx, first, gate):

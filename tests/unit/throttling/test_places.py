@@ -43,6 +43,34 @@ def test_many_crowds() -> None:
     check_places(range(100, 400), 20)
 
 
+def test_who_would_come_next_is_who_does_and_asking_changes_nothing(monkeypatch: Patch) -> None:
+    """In the random crowds, each time that places come free: nothing is said, or the truth; and mostly it is said."""
+    release = PlaceBook.release
+    told: Counter[str] = Counter()
+
+    def ask_and_release(book: PlaceBook, places: Places, now: int) -> None:
+        if places.open:
+            heir, known = book.heir(places, now), len(book.admitted)
+            release(book, places, now)
+            admitted = book.admitted[known:]
+            assert heir is None or heir is admitted[0]
+            told["said" if heir else "not said" if admitted else "nobody"] += 1
+
+    plain = [measured_places(one, seed, 5) for seed, one in enumerate(crossings())]
+    monkeypatch.setattr(PlaceBook, "release", ask_and_release)
+    assert [measured_places(one, seed, 5) for seed, one in enumerate(crossings())] == plain
+    check_places(range(12))
+    assert told["said"] > 5 * told["not said"], told
+    assert told["nobody"], told
+
+
+def crossings() -> list[Topology]:
+    return [
+        topology({"r1": 2, "r2": 2}, ("a", "r1"), ("b", "r2"), ("z", "r1 r2")),
+        topology({"t": 6}, ("a", "t"), ("b", "t"), ("c", "t"), a=4.0, b=0.5, c=0.5),
+    ]
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("places", [1, 2, 5])
 def test_who_needs_two_places_gets_as_many_as_those_who_need_one(places: int, seed: int) -> None:
