@@ -70,6 +70,12 @@ COMMANDS: tuple[Command, ...] = (
         arguments="[NAME [SOURCE]] [COLUMN=VALUE ...]",
     ),
     Command(
+        ("show", "blocks"),
+        "throttle blocks as configured, and which addresses their names mean now",
+        8,
+        arguments="[NAME] [COLUMN=VALUE ...]",
+    ),
+    Command(
         ("show", "backoffs"),
         "throttle blocks that replies have slowed down",
         8,

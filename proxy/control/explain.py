@@ -15,7 +15,8 @@ from proxy.policy.access import Access
 from proxy.policy.limits import Hit, Limits
 from proxy.policy.modes import Modes
 from proxy.stats import duration
-from proxy.status.rows import Status, ThrottleRow, held_by, limits_text, places_text, throttle_state
+from proxy.status.names import described
+from proxy.status.rows import Status, ThrottleRow, block_limits, held_by, limits_text, places_text, throttle_state
 
 #: In `default_source_ip`: the address that the client dialled.
 _SAME = "same"
@@ -114,7 +115,8 @@ def _throttles(
         for row in rows:
             yield "throttle", f"{_what(hit)}: {_state(row)}"
         if not rows:
-            yield "throttle", f"{_what(hit)}: not in use now"
+            limits = block_limits(described(rules.limits.blocks[hit.block]))
+            yield "throttle", f"{_what(hit)}: {limits}; not in use now"
 
 
 def _what(hit: Hit) -> str:
@@ -135,7 +137,7 @@ def _state(row: ThrottleRow) -> str:
         parts.append(f"next slot in {duration(row.next_slot)}")
     if row.shadow:
         parts.append("only counts (enforce no)")
-    elif state := throttle_state(row):
+    if state := throttle_state(row):
         parts.append(state)
     if held := held_by(row):
         parts.append(f"held by {held}")

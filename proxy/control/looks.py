@@ -37,6 +37,7 @@ class _Table(NamedTuple):
 _OF_THE_VIEW = {
     "trouble": _Table("trouble"),
     "throttles": _Table("throttles", ("name", "source")),
+    "blocks": _Table("blocks", ("name",)),
     "backoffs": _Table("backoffs", ("name", "source")),
     "sessions": _Table("sessions", ("name",), "connected"),
     "cached": _Table("pool.keys", ("destination",), "oldest"),

@@ -1,16 +1,19 @@
-"""What the names in `throttle` blocks mean at the moment: rows of the status, in steps."""
+"""`throttle` blocks as configured, and what the names in them mean at the moment: rows of the status, in steps."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from itertools import islice
 
 from proxy.policy.directory import Book, Entry
+from proxy.settings import Rate as BlockRate
 from proxy.settings import ThrottleSettings
-from proxy.status.rows import BlockRow
+from proxy.status.rows import BlockRow, Rate
 
 #: Blocks that are told, and of each the addresses and the failures.
 MOST_BLOCKS, MOST_ADDRESSES, MOST_FAILURES = 200, 50, 5
+#: Of the lists in a block.
+_MOST_LISTED = 8
 #: Hosts that are looked at before others have their turn.
 _STEP = 500
 
@@ -18,9 +21,9 @@ _Hosts = dict[str, set[str]]
 
 
 def block_rows(blocks: Iterable[ThrottleSettings], book: Book) -> Generator[None, None, tuple[list[BlockRow], int]]:
-    """The rows of blocks with names, in the order of the file, and how many are left out."""
-    named = [block for block in blocks if block.domain or block.mx]
-    told = named[:MOST_BLOCKS]
+    """The rows of the blocks, those with names first, in the order of the file, and how many are left out."""
+    everything = list(blocks)
+    told = sorted(everything, key=lambda block: not (block.domain or block.mx))[:MOST_BLOCKS]
     by_mx = yield from _by_mx({mx for block in told for mx in block.mx}, book)
     rows, looked_at = [], 0
     for block in told:
@@ -36,22 +39,47 @@ def block_rows(blocks: Iterable[ThrottleSettings], book: Book) -> Generator[None
                 hosts.setdefault(host, set()).update(found)
         rows.append(_row(block, hosts, book))
         yield
-    return rows, len(named) - len(told)
+    return rows, len(everything) - len(told)
+
+
+def described(block: ThrottleSettings) -> BlockRow:
+    """The block as it is configured."""
+    return BlockRow(
+        name=block.name,
+        limits=_rates(block.max_delivery_rate),
+        connection_limits=_rates(block.max_connection_rate),
+        places=block.max_concurrent_connections or None,
+        warmup_days=len(block.warmup.figures) if block.warmup is not None else 0,
+        backoff_rules=len(block.backoff),
+        per=list(block.per),
+        sources=_some(block.source),
+        instances=_some(block.instance),
+        receivers=_some((*block.domain, *block.mx, *block.destination)),
+        shadow=not block.enforce,
+        named=bool(block.domain or block.mx),
+    )
+
+
+def _rates(rates: Iterable[BlockRate]) -> list[Rate]:
+    return [Rate(rate.amount, rate.seconds) for rate in rates]
+
+
+def _some(things: Sequence[object]) -> list[str]:
+    """Single addresses without the length of their prefix, as they are written."""
+    told = [str(each).removesuffix("/32").removesuffix("/128") for each in things[:_MOST_LISTED]]
+    return told + [f"{len(things) - _MOST_LISTED} more"] * (len(things) > _MOST_LISTED)
 
 
 def _row(block: ThrottleSettings, hosts: _Hosts, book: Book) -> BlockRow:
     addresses = sorted(set().union(*hosts.values()))
     entries = [book.entries[domain] for domain in block.domain if domain in book.entries]
     failures = [entry.doubt for entry in entries if entry.doubt]
-    return BlockRow(
-        name=block.name,
-        hosts=len(hosts),
-        addresses=addresses[:MOST_ADDRESSES],
-        addresses_left_out=max(0, len(addresses) - MOST_ADDRESSES),
-        failures=failures[:MOST_FAILURES],
-        failures_left_out=max(0, len(failures) - MOST_FAILURES),
-        asking=sum(1 for entry in entries if not (entry.answered or entry.doubt)),
-    )
+    row = described(block)
+    row.hosts = len(hosts)
+    row.addresses, row.addresses_left_out = addresses[:MOST_ADDRESSES], max(0, len(addresses) - MOST_ADDRESSES)
+    row.failures, row.failures_left_out = failures[:MOST_FAILURES], max(0, len(failures) - MOST_FAILURES)
+    row.asking = sum(1 for entry in entries if not (entry.answered or entry.doubt))
+    return row
 
 
 def _known(entry: Entry | None) -> list[tuple[str, tuple[str, ...]]]:

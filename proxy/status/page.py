@@ -24,9 +24,11 @@ from proxy.status.rows import (
     backoff_state,
     between,
     block_doubt,
+    block_limits,
     called,
     failures_text,
     held_by,
+    holds_for,
     instance_state,
     limits_text,
     means,
@@ -145,9 +147,12 @@ def _names(view: Status) -> Iterator[str]:
     if not view.blocks:
         return
     left_out = f"<p>{view.blocks_left_out} more are not shown.</p>" if view.blocks_left_out else ""
-    rows = ((row.name, row.hosts, means(row), block_doubt(row)) for row in view.blocks)
-    head = ("throttle block", "#MX hosts", "its names mean now", "not known")
-    yield from _section("Names in throttle blocks", _table(head, rows), left_out)
+    rows = (
+        (row.name, block_limits(row), holds_for(row), row.hosts if row.named else "", means(row), block_doubt(row))
+        for row in view.blocks
+    )
+    head = ("throttle block", "limits", "holds for", "#MX hosts", "its names mean now", "not known")
+    yield from _section("Throttle blocks", _table(head, rows), left_out)
 
 
 def _throttle_cells(row: ThrottleRow) -> tuple[object, ...]:

@@ -151,14 +151,29 @@ class BackoffRow(Struct):
 
 
 class BlockRow(Struct):
-    """What the names in a `throttle` block mean at the moment, as DNS says.
+    """A `throttle` block as it is configured, and what the names in it mean at the moment, as DNS says.
 
     Args:
+        limits: of messages, where these are seen, else of connections. connection_limits: of new connections. places:
+            connections at a time; None: unlimited. warmup_days, backoff_rules: how many it has.
+        per: what counts by itself. sources, instances, receivers: whom it holds for, as written; none: any. Of long
+            lists the first, and how many more. shadow: it holds nothing back.
         hosts: MX hosts; addresses: theirs, with those left out. failures: what of it cannot be looked up, in words;
-            what was known of it stays in force. asking: domains that have had no answer yet.
+            what was known of it stays in force. asking: domains that have had no answer yet. named: it has names.
     """
 
     name: str
+    limits: list[Rate] = []
+    connection_limits: list[Rate] = []
+    places: int | None = None
+    warmup_days: int = 0
+    backoff_rules: int = 0
+    per: list[str] = []
+    sources: list[str] = []
+    instances: list[str] = []
+    receivers: list[str] = []
+    shadow: bool = False
+    named: bool = False
     hosts: int = 0
     addresses: list[str] = []
     addresses_left_out: int = 0
@@ -418,8 +433,27 @@ def backoff_state(row: BackoffRow) -> str:
     return "its limits come back" if row.state == "rising" else f"{row.to} for {whole_seconds(row.seconds)}"
 
 
+def block_limits(row: BlockRow) -> str:
+    """`2000/hr, 20 connections, 5/s new connections, 5 days of warm-up`."""
+    said = [str(rate) for rate in row.limits] + ([_connections(row.places)] if row.places is not None else [])
+    said += [f"{rate} new connections" for rate in row.connection_limits]
+    said += [f"{row.warmup_days} days of warm-up"] * (row.warmup_days > 0)
+    said += [f"{row.backoff_rules} back-off rule" + "s" * (row.backoff_rules > 1)] * (row.backoff_rules > 0)
+    return (", ".join(said) or "no limit") + " (shadow mode)" * row.shadow
+
+
+def holds_for(row: BlockRow) -> str:
+    """`to yahoo.com from 192.0.2.0/24, vmta1 asked for by box7, counted per source`."""
+    lists = (("to", row.receivers), ("from", row.sources), ("asked for by", row.instances))
+    said = [f"{word} {', '.join(names)}" for word, names in lists if names]
+    together = row.per == ["nothing"]
+    return f"{' '.join(said) or 'all'}, counted {'all together' if together else 'per ' + ' and '.join(row.per)}"
+
+
 def means(row: BlockRow) -> str:
-    """The addresses; `and 12 more`."""
+    """The addresses; `and 12 more`; nothing where there are no names."""
+    if not row.named:
+        return ""
     more = [f"and {row.addresses_left_out} more"] * (row.addresses_left_out > 0)
     return " ".join([", ".join(row.addresses), *more]) or "no address"
 

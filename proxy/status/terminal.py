@@ -28,9 +28,11 @@ from proxy.status.rows import (
     backoff_state,
     between,
     block_doubt,
+    block_limits,
     called,
     failures_text,
     held_by,
+    holds_for,
     instance_state,
     limits_text,
     means,
@@ -210,10 +212,12 @@ def _names(status: Status) -> Iterator[str]:
     """Addresses stand at the end: there may be many of them."""
     for row in status.blocks:
         doubt = block_doubt(row)
-        words = f"{row.name}: {row.hosts} MX hosts, {means(row)}" + f" (not known: {doubt})" * bool(doubt)
-        yield "NAMES OF " + printable(words, _LONGEST_NAMES)
+        words = f"{row.name}: {block_limits(row)}; {holds_for(row)}"
+        if row.named:
+            words += f"; its names mean now {means(row)} ({row.hosts} MX hosts)" + f", not known: {doubt}" * bool(doubt)
+        yield "BLOCK " + printable(words, _LONGEST_NAMES)
     if status.blocks_left_out:
-        yield f"and {status.blocks_left_out} more blocks with names"
+        yield f"and {status.blocks_left_out} more blocks"
 
 
 def _throttles(rows: Iterable[ThrottleRow]) -> Iterator[tuple[object, ...]]:

@@ -6,7 +6,7 @@ run, and it lists a bounded number of everything. What was counted in different 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from heapq import nlargest, nsmallest
 from itertools import islice
 from typing import NamedTuple, TypeVar
@@ -51,6 +51,9 @@ _LONGEST_REASON = 300
 STEP = 500
 #: A sample of a throttle's slots is replaced when it is older.
 SAMPLE = 60 * SECOND
+
+
+_Asked = dict[Throttle, dict[str, int]]
 
 
 class Sources(NamedTuple):
@@ -170,9 +173,10 @@ def survey(
         if len(ranked) > 2 * most + STEP:
             ranked = nsmallest(most, ranked)
         yield
-    rows = []
+    rows, asked = [], (yield from _asked(manager))
     for *_, index in nsmallest(most, ranked):
-        row = yield from _throttle(everything[index], manager, meter, now_ns)
+        throttle = everything[index]
+        row = yield from _throttle(throttle, asked.get(throttle, {}), manager, meter, now_ns)
         row.source_name = sources.name_of_source(row.source)
         rows.append(row)
         if len(rows) % 20 == 0:
@@ -190,6 +194,18 @@ def survey(
         backoffs=backoffs,
         backoffs_left_out=backoffs_left_out,
     )
+
+
+def _asked(manager: Manager) -> Generator[None, None, _Asked]:
+    """Messages that wait in the proxy, by throttle and instance."""
+    asked: _Asked = {}
+    for number, (name, throttles, count) in enumerate(manager.waiting_messages(), 1):
+        for throttle in throttles if count else ():
+            names = asked.setdefault(throttle, {})
+            names[name] = names.get(name, 0) + count
+        if number % STEP == 0:
+            yield
+    return asked
 
 
 def _rank(throttle: Throttle, now: int) -> tuple[float, ...]:
@@ -246,10 +262,14 @@ def _fill(row: _Row, record: Record, now: float) -> _Row:
 # --- one throttle ---
 
 
-def _throttle(throttle: Throttle, manager: Manager, meter: Meter, now: int) -> Generator[None, None, ThrottleRow]:
+def _throttle(
+    throttle: Throttle, asked: Mapping[str, int], manager: Manager, meter: Meter, now: int
+) -> Generator[None, None, ThrottleRow]:
     terms = throttle.terms
     stakes = list(terms.stakes) if terms is not None else []
     instances = _holders(throttle)
+    for name, count in asked.items():
+        instances.setdefault(name, InstanceRow(name)).demand += count
     for stake in stakes:
         yield from _add_part(instances, stake, manager)
     for flow, share in (terms.advice or {}).items() if terms is not None else ():

@@ -53,6 +53,10 @@ class Core:
         self._drop_idle(now)  # all of them: a few, since it is done all the time
         return len(self._active)
 
+    def waiting_messages(self) -> list[tuple[str, tuple[Throttle, ...], int]]:
+        """Messages that the proxy itself asks slots for: whose, under which throttles, how many."""
+        return [(name, throttles, len(clerk.tickets)) for (name, throttles), clerk in self._desk.clerks.items()]
+
     def _drop_idle(self, now: int, most: int | None = None) -> None:
         """Look at throttles that nobody waits under or uses any more, or whose debt should be paid."""
         throttles = self._debts.expire(now, most)

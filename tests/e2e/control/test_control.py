@@ -205,7 +205,7 @@ def test_explain_says_what_would_happen(path):
         to = f"{mx.endpoint[0]}:{mx.endpoint[1]}"
         _, out, _ = ctl(path, "explain", "127.0.0.1", to, "instance=mta1")
         assert "mta1, weight 2" in out
-        assert "one, counted for all together: not in use now" in out
+        assert "one, counted for all together: 1 connection; not in use now" in out
         assert "connects at once" in out
         with socks5(proxy.socks5, mx.endpoint) as sock:
             assert sock.recv(100)

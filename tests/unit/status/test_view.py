@@ -12,12 +12,14 @@ import pytest
 from proxy.egress.pool import Entry, Pool, PoolKey
 from proxy.errors import BadCredentials, Step, UpstreamError
 from proxy.model import Discard, Endpoint, TlsMode
+from proxy.policy.directory import Book
 from proxy.policy.limits import Limits
 from proxy.policy.trouble import Troubles
 from proxy.settings import Rate as BlockRate
 from proxy.settings import ThrottleSettings
 from proxy.stats import Backlog, Counters, Flow, ManagerFigures, SessionFigures, Snapshot
 from proxy.status import metrics, page, terminal
+from proxy.status.names import block_rows
 from proxy.status.rows import (
     Connections,
     ListenerRow,
@@ -27,8 +29,11 @@ from proxy.status.rows import (
     Status,
     ThrottleRow,
     between,
+    block_limits,
     held_by,
+    holds_for,
     limits_text,
+    means,
     next_slot,
     throttle_state,
     trouble_text,
@@ -510,3 +515,36 @@ def test_sources_are_told_by_name_too():
         'greenarrow_proxy_source_messages_accepted_total{source="192.0.2.1",source_name="vmta1"} 3.0',
         'greenarrow_proxy_source_messages_accepted_total{source="192.0.2.2",source_name=""} 3.0',
     ]
+
+
+def test_a_message_that_waits_in_the_proxy_is_told():
+    """Under each of its throttles: nobody else says that it waits."""
+    limited = dataclasses.replace(block("paced"), max_delivery_rate=(BlockRate(1, 3600),), per=("nothing",))
+    world = House([limited])
+    for name in ("box7", "box7", "box8"):
+        world.manager.ask_message(name, 1.0, SOURCE, "198.51.100.1", (), world.now)
+    (row,) = world.view().throttles
+    assert {each.name: each.demand for each in row.instances} == {"box7": 1, "box8": 1}
+    assert (row.demand, held_by(row)) == (2, "rate")
+
+
+def test_blocks_are_told_as_configured_and_those_with_names_first():
+    blocks = [block(f"plain{number}", 2) for number in range(3)]
+    named = dataclasses.replace(
+        block("yahoo", 20, (2000, 3600)),
+        destination=(),
+        domain=("yahoo.com",),
+        source=(ipaddress.ip_network("192.0.2.1"), "vmta1"),
+        instance=tuple(f"box{number}" for number in range(10)),
+        max_connection_rate=(BlockRate(5, 1),),
+        per=("source", "receiver"),
+        enforce=False,
+    )
+    rows, left_out = run(block_rows([*blocks, named], Book()))[0]
+    assert ([row.name for row in rows], left_out) == (["yahoo", "plain0", "plain1", "plain2"], 0)
+    assert block_limits(rows[0]) == "2000/hr, 20 connections, 5/s new connections (shadow mode)"
+    boxes = ", ".join(f"box{number}" for number in range(8))
+    assert holds_for(rows[0]) == (
+        f"to yahoo.com from 192.0.2.1, vmta1 asked for by {boxes}, 2 more, counted per source and receiver"
+    )
+    assert (block_limits(rows[1]), means(rows[1])) == ("2 connections", "")
