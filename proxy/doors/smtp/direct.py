@@ -37,6 +37,8 @@ from proxy.throttling.flows import Places
 
 #: An MTA waits five minutes for the reply to EHLO or MAIL (RFC 5321 section 4.5.3.2); the answer must be there before.
 _ANSWER_WITHIN = 240.0
+#: Of those minutes, what is left for the connection itself when slot and place have taken all of that.
+_CONNECT_WITHIN = 50.0
 #: Shown of a receiver that nobody knows: what cannot be done without by who needs it. A message that does need it is
 #: put off if it turns out not to be there; without it, some MTAs would send it back for good.
 _SUPPOSED = ("8BITMIME", "SMTPUTF8")
@@ -144,6 +146,7 @@ class Direct:
             name,
             self._enter(_ANSWER_WITHIN, None),
             TlsMode.NONE,
+            monotonic() + _ANSWER_WITHIN,
             InClear("handshake", failure.reason, failure.tls_result),
         )
 
@@ -155,9 +158,8 @@ class Direct:
         shares = self._may_share(name)
         if shares and not fresh and (kept := self._kept(name, self._swap)) is not None:
             return kept
-        answer_by, self._answer_by = self._answer_by, None
-        seconds = _ANSWER_WITHIN if answer_by is None else answer_by - monotonic()
-        places = self._enter(seconds, name if shares else None) if patient else self._enter_now()
+        answer_by, self._answer_by = self._answer_by or monotonic() + _ANSWER_WITHIN, None
+        places = self._enter(answer_by - monotonic(), name if shares else None) if patient else self._enter_now()
         if shares and not fresh:
             try:
                 kept = self._kept_with(name, places)
@@ -166,7 +168,7 @@ class Direct:
                 raise
             if kept is not None:
                 return kept
-        return self._fresh(name, places, self._tls)
+        return self._fresh(name, places, self._tls, answer_by + _CONNECT_WITHIN)
 
     def slot(self, waits: Callable[[], None]) -> None:
         """See `Egress`."""
@@ -308,16 +310,19 @@ class Direct:
             kept.place = places
         return may
 
-    def _fresh(self, name: str, places: Places | None, tls: TlsMode, in_clear: InClear | None = None) -> Line:
+    def _fresh(
+        self, name: str, places: Places | None, tls: TlsMode, ends_at: float, in_clear: InClear | None = None
+    ) -> Line:
         """A new connection with its session up, which takes the places over.
 
         Args:
+            ends_at: see `Limits`.
             in_clear: why TLS is not tried, where that is so.
         """
         services, terms = self._services, self._terms
         timeout, idle = services.settings.connect_timeout, services.settings.idle_timeout
         wish = self._wish(name)._replace(tls=tls)
-        limits = Limits(timeout, _ANSWER_WITHIN, monotonic() + _ANSWER_WITHIN)
+        limits = Limits(timeout, _ANSWER_WITHIN, ends_at)
         asked_with = places
 
         def failed(stream: Stream) -> None:

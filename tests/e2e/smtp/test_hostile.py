@@ -100,7 +100,9 @@ def test_a_receiver_that_ends_at_each_step(proxy: Proxy, step: str, how) -> None
             assert heard in ([220, 421], [421], []), "[]: reset before the answer to CONNECT"
         else:
             before = {"mail": 0, "rcpt": 1, "data": 2, "body": 3, "dot": 3}[step]
-            assert heard == [220, 250, *GOOD[:before], *([421] if how.__name__ == "behave" else [])]
+            expected = [220, 250, *GOOD[:before], *([421] if how.__name__ == "behave" else [])]
+            # A reset takes what was not sent yet with it.
+            assert heard == (expected[: max(2, len(heard))] if how is reset else expected)
             assert not any(message.accepted for message in mx.messages)
 
 

@@ -33,3 +33,43 @@ def test_the_end_of_a_connect_that_failed_is_forgotten():
     finally:
         engine.stop()
     assert ends == {Endpoint("127.0.0.9", 9)}
+
+
+def test_slot_place_and_connection_of_a_mail_are_in_time_together(monkeypatch):
+    """An MTA waits five minutes for the reply to MAIL, however they were spent."""
+    now, asked = 1000.0, []
+    monkeypatch.setattr("proxy.doors.smtp.direct.monotonic", lambda: now)
+
+    def later(seconds):
+        nonlocal now
+        now += seconds
+
+    def message(*who_and_seconds):
+        asked.append(who_and_seconds[-2])
+        later(200.0)
+
+    def enter(self, seconds, name):
+        asked.append(seconds)
+        later(seconds)
+
+    def fresh(self, name, places, tls, ends_at, in_clear=None):
+        asked.append(ends_at - now)
+
+    one = direct(set(), Endpoint("192.0.2.1", 25), None)
+    services = one._services
+    services.settings.reuse_connections = False
+    services.access = SimpleNamespace(check_route=lambda *_: None)
+    services.admission = SimpleNamespace(message=message)
+    monkeypatch.setattr(Direct, "_settle", lambda self, seconds: None)
+    monkeypatch.setattr(Direct, "_enter", enter)
+    monkeypatch.setattr(Direct, "_fresh", fresh)
+    monkeypatch.setattr(Direct, "_tls", None)
+    one._terms.instance, one._terms.ehlo_name = "", None
+    for _ in range(2):
+        one.slot(lambda: None)
+        one.renew("mta.example", False)
+        assert asked == [240.0, 40.0, 50.0]
+        assert sum((200.0, 40.0, 50.0)) < 300.0
+        asked.clear()
+    one.renew("mta.example", False)  # of no message
+    assert asked[0] == 240.0
