@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests import peers
+from tests.mx import Mx
 from tests.program import SECRET, Proxy
 from tests.sinks import Sink
 
@@ -32,6 +34,27 @@ def test_the_configuration_is_good(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not [line for line in done.stderr.splitlines() if "in use now" not in line]
+
+
+def test_the_message_by_hand_arrives_with_line_ends_of_smtp(tmp_path: Path) -> None:
+    """The file is one as editors write it here: a line ends in LF, which SMTP does not allow (RFC 5321, 2.3.8)."""
+    peers.program("curl")
+    (tmp_path / "message.eml").write_bytes(b"Subject: hello\n\nHello.\n\n.dot\nlast\n")
+    with Mx() as mx, Proxy("default_source_ip 127.0.0.14\n") as proxy:
+        script = block("", "curl --socks5")
+        for old, new in (
+            ("10.0.0.1:1080", "{}:{}".format(*proxy.socks5)),
+            ("//198.51.100.7", f"//{mx.host}:{mx.port}"),
+        ):
+            assert old in script
+            script = script.replace(old, new)
+        command = ["sh", "-euc", script]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | {"SECRET": SECRET}, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        (message,) = mx.messages
+    assert message.wire + b"\r\n" == b"Subject: hello\r\n\r\nHello.\r\n\r\n..dot\r\nlast\r\n"
 
 
 def test_the_python_example_sends_mail() -> None:
