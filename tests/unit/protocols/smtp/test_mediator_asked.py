@@ -267,3 +267,25 @@ def test_what_the_client_pipelines_behind_what_is_wanted_is_served_when_that_is_
     made.tls_started()
     assert made.secured
     assert len(made.to_client) == 1
+
+
+def test_a_stop_waits_for_what_the_receiver_owes():
+    made = changed(group)
+    made.drain()
+    assert (made.to_client, made.want) == ([], None)
+    made.group.clear()
+    made.drain()
+    assert made.want is Want.END
+    assert made.to_client[0].startswith(b"421 4.3.2")
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_connection_that_offers_less_than_was_promised_serves_no_message_that_needs_it(again):
+    mail = b"MAIL FROM:<> BODY=8BITMIME"
+    made = changed(put(state=State.HELD, want=Want.LINE, pending=b"" if again else mail, promised=["mx", "8BITMIME"]))
+    if again:
+        made.group.begin(True)
+        made.group.add(b"MAIL", mail + b"\r\n")
+    made.attached_to(("mx",), None, True, False)
+    assert made.want is Want.END
+    assert made.to_client[0].startswith(b"421 4.3.2")
