@@ -29,7 +29,6 @@ from proxy.config.values import (
     SOURCE,
     STORE,
     TIMEZONE,
-    WARMUP,
     WEIGHT,
     WORKERS,
     Kind,
@@ -37,6 +36,7 @@ from proxy.config.values import (
     count,
     duration,
 )
+from proxy.config.warmup import WARMUP
 
 LOOPBACK = "127.0.0.0/8, ::1/128"
 

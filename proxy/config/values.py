@@ -14,17 +14,13 @@ from typing import Any
 
 from proxy.model import Endpoint, canonical_ip, ip_from_bytes, packed_ip
 from proxy.protocols.server_name import server_name
-from proxy.settings import Network, Rate, WarmupSettings
+from proxy.settings import Network, Rate
 
 #: Timers and TCP_USER_TIMEOUT (milliseconds in a C int) hold 24.8 days.
 LONGEST_DURATION = 24 * 86400.0
 SHORTEST_SECRET = 32
 #: In one range of single addresses.
 MOST_ADDRESSES = 4096
-
-#: Of a warm-up.
-MOST_DAYS = 366
-_LEAP_DAYS_BEFORE_1970 = 477
 
 _DURATION_UNITS = {"d": 86400.0, "h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
 _DURATION = re.compile("".join(rf"(?:([0-9]{{1,9}}(?:\.[0-9]{{1,9}})?){unit})?" for unit in _DURATION_UNITS))
@@ -210,38 +206,11 @@ def parse_rate(text: str) -> Rate | None:
     return Rate(number, _RATE_UNITS[unit]) if number else None
 
 
-def parse_date(text: str) -> int:
-    """`2026-12-01`: its number, counted in days from 1970-01-01."""
-    match = re.fullmatch(r"([0-9]{4})-([0-9]{2})-([0-9]{2})", text)
-    if match is None:
-        raise ValueError("a date is written 2026-12-01")
-    year, month, day = map(int, match.groups())
-    leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
-    lengths = (31, 29 if leap else 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
-    if not year >= 1970 or not 1 <= month <= 12 or not 1 <= day <= lengths[month - 1]:
-        raise ValueError("there is no such day")
-    before = year - 1
-    leap_days = before // 4 - before // 100 + before // 400 - _LEAP_DAYS_BEFORE_1970
-    return (year - 1970) * 365 + leap_days + sum(lengths[: month - 1]) + day - 1
-
-
 def parse_timezone(text: str) -> str:
     """`UTC` or a name of the IANA's database; whether this machine knows it is found out elsewhere."""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_+-]{0,31}(/[A-Za-z0-9_+-]{1,32}){0,2}", text):
         raise ValueError
     return text
-
-
-def parse_warmup(text: str) -> WarmupSettings:
-    """`50, 100, 200 /day from 2026-12-01`"""
-    figures, slash, rest = text.partition("/")
-    match = re.fullmatch(r"day from (\S+)", rest.strip())
-    if not slash or match is None:
-        raise ValueError("`/day from DATE` is missing")
-    numbers = tuple(_number(figure.strip()) for figure in figures.split(","))
-    if not all(1 <= number <= 10**9 for number in numbers) or len(numbers) > MOST_DAYS:
-        raise ValueError(f"figures from 1 to 1000000000, for {MOST_DAYS} days at most")
-    return WarmupSettings(figures=numbers, first_day=parse_date(match[1]))
 
 
 def parse_text(text: str) -> str:
@@ -386,7 +355,6 @@ PORTS = Kind("ports", parse_ports, "a port such as 25 or a range such as 2500-25
 SIZE = Kind("size", parse_size, "a size such as 64K or 1M")
 RATE = Kind("rate", parse_rate, "a rate such as 1000/hr, 50/min or 10/s")
 TIMEZONE = Kind("zone", parse_timezone, "UTC, or a time zone such as Europe/Berlin")
-WARMUP = Kind("days", parse_warmup, "figures for the days such as 50, 100, 200 /day from 2026-12-01", line=True)
 PATH = Kind("path", parse_text, "a file name", verbatim=True)
 NAME = Kind("name", parse_name, "a word of at most 64 characters")
 EHLO = Kind("name", parse_ehlo, "an EHLO name such as mail1.example.com or [192.0.2.1]")

@@ -39,7 +39,7 @@ def overview(settings: Settings, breathe: Breathe = hold_breath) -> list[str]:
 
 
 def _lines(block: ThrottleSettings, settings: Settings, modes: Modes) -> Iterator[str]:
-    if not block.max_delivery_rate:
+    if not (block.max_delivery_rate or block.warmup or any(rule.rate is not None for rule in block.backoff)):
         yield "  connections, at every listener"
         return
     where: dict[str, list[str]] = {}

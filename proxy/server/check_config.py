@@ -26,13 +26,13 @@ from proxy.config.rules import listeners
 from proxy.model import Breathe, Endpoint, hold_breath
 from proxy.net import tls
 from proxy.net.addresses import own_addresses
-from proxy.policy import counting
+from proxy.policy import counting, vain
 from proxy.policy.access import SHORTEST_ANSWER, place_within
 from proxy.policy.counting import overview as overview
 from proxy.policy.modes import Modes, any_smtp
 from proxy.server import calendar
 from proxy.server.shown import pairs
-from proxy.settings import InstanceSettings, Network, Settings, ThrottleSettings
+from proxy.settings import InstanceSettings, Network, Settings
 
 _AN_MX = Endpoint("192.0.2.1", 25)
 #: RFC 5321, section 4.5.3.2.6: a client waits ten minutes for the reply to the final dot.
@@ -395,13 +395,8 @@ def _blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
         yield Finding(False, "throttle", name, f"{name}: it never holds: {why}")
     for throttle in settings.throttle:
         breathe()
-        for directive in ("max_delivery_rate", "max_connection_rate"):
-            rates = getattr(throttle, directive)
-            for rate in rates:
-                if any(o != rate and o.amount <= rate.amount and o.seconds >= rate.seconds for o in rates):
-                    message = f"{throttle.name}: {directive} {rate.amount} in {rate.seconds} s is never reached"
-                    yield Finding(False, "throttle", throttle.name, f"{message}: another one allows less in longer")
-        yield from _without_effect(throttle, settings)
+        for message in vain.sentences(throttle, settings):
+            yield Finding(False, "throttle", throttle.name, f"{throttle.name}: {message}")
         if throttle.wait is not None and throttle.wait > (longest := place_within(SHORTEST_ANSWER)):
             message = f"{throttle.name}: wait is cut to {longest:.0f} s for clients that must have an answer in time"
             yield Finding(
@@ -410,30 +405,6 @@ def _blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
                 throttle.name,
                 f"{message}; only listen_redirect, answer_within, an OPEN and mode smtp's MAIL allow more",
             )
-
-
-def _without_effect(block: ThrottleSettings, settings: Settings) -> Iterator[Finding]:
-    """A block that limits nothing, and rules that nothing follows from, or that hear little."""
-    limits = (block.max_delivery_rate, block.max_concurrent_connections, block.max_connection_rate, block.warmup)
-    sets_one = any(rule.pause or rule.rate is not None for rule in block.backoff)
-    if not any(limits):
-        if not sets_one:
-            yield Finding(False, "throttle", block.name, f"{block.name}: no limit is set in it")
-        elif not all(rule.pause or rule.rate is not None for rule in block.backoff):
-            yield Finding(False, "throttle", block.name, f"{block.name}: backoff: percent of no limit is no limit")
-    if block.backoff and "receiver" not in block.per and _is_for_all(block):
-        message = (
-            f"{block.name}: backoff: any receiver's reply slows down the mail to all others: `receiver` is missing"
-        )
-        yield Finding(False, "throttle", block.name, f"{message} in `per`")
-    if block.backoff and not (settings.listen or any_smtp(settings)):
-        message = f"{block.name}: backoff: of a receiver's replies only refused greetings are seen in mode tcp"
-        yield Finding(False, "throttle", block.name, message)
-
-
-def _is_for_all(block: ThrottleSettings) -> bool:
-    """Whether it holds for mail to anybody."""
-    return not (block.domain or block.mx or block.destination) or any(map(_is_everywhere, block.destination))
 
 
 def _looks_like_a_border(block: InstanceSettings, settings: Settings) -> bool:

@@ -36,6 +36,7 @@ from proxy.status.rows import (
     ThrottleRow,
 )
 from proxy.status.trouble import found
+from proxy.throttling.backoff import NO_RATE
 from proxy.throttling.flows import Stake, Throttle
 from proxy.throttling.limits import Mode, Part
 from proxy.throttling.manager import Manager
@@ -287,7 +288,7 @@ def _throttle(
         name=throttle.key.name + (" (connections)" if throttle.connections else ""),
         kind="proxy" if terms is None else "instances",
         reconciled=_reconciled([stake.part for stake in stakes]) if terms is not None else "throttle block",
-        limits=_rates(window.limit for window in throttle.windows),
+        limits=_rates(window.limit for window in throttle.windows if window.limit != NO_RATE),
         places=throttle.cap or None,
         state=state,
         backoff=backoff,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.config import load as config
-from proxy.config.values import parse_date
+from proxy.config.warmup import parse_date
 from proxy.errors import ConfigError
 from proxy.settings import WarmupSettings
 

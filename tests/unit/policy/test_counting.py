@@ -112,3 +112,9 @@ def test_a_block_that_never_holds(base, lines, why):
     found = dict(never(settings(base + block(lines))))
     assert set(found) == ({"b"} if why else set())
     assert found.get("b", "").startswith(why)
+
+
+@pytest.mark.parametrize("limit", ["warmup 5 /day from 2026-12-01", "backoff on 421 { rate 5/min }"])
+def test_what_limits_messages_by_another_name(limit):
+    lines = overview(settings(f"{SOCKS}mode smtp\nthrottle b {{\n {limit}\n}}\n"))
+    assert lines == ["throttle b counts", "  at listen_socks5 127.0.0.1:1080: messages (mode smtp)"]

@@ -58,6 +58,7 @@ def test_a_pause_is_what_those_who_wait_wait_for_and_then_its_limits_come_back()
     row = world.throttle()
     assert throttle_state(row) == "paused 1h0m0s"
     assert held_by(row) == "pause"
+    assert row.limits == [], "what stands in for a rate that there is not is nobody's business"
     assert [each.state for each in world.view().backoffs] == ["backoff", "paused"]
     world.now += 3601 * SECOND
     world.manager.advance(world.now)
