@@ -244,6 +244,15 @@ def _sources(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
             breathe()
             if not _is_here(ip):
                 yield Finding(False, directive, value, f"{ip} {_NOT_HERE}")
+    absent: dict[str, list[str]] = {}
+    for block in settings.source:
+        for network in block.ip:
+            breathe()
+            if not _is_here(str(network.network_address)):
+                absent.setdefault(block.block or block.name, []).append(str(network.network_address))
+    for name, addresses in absent.items():
+        more = f" (nor are {len(addresses) - 1} more of its addresses)" if len(addresses) > 1 else ""
+        yield Finding(False, "source", name, f"{name}: {addresses[0]} {_NOT_HERE}{more}")
 
 
 def _descriptors(settings: Settings) -> Iterator[Finding]:

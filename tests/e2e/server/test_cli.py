@@ -98,13 +98,14 @@ def test_check_config_of_the_documented_sample():
 
 def test_check_config_of_all_limits_for_large_providers(conf):
     """They go together, and there is nothing to say of any; what they count is told."""
-    flag = conf(BASE + f"include {ROOT}/etc/throttles/*.conf\n")
+    smtp = "mode smtp\nsource mail1 {\n ip 127.0.0.1\n ehlo mail1.example.com\n}\n"
+    flag = conf(BASE + smtp + f"include {ROOT}/etc/throttles/*.conf\n")
     path = flag.partition("=")[2]
     assert run("--check-config", flag) == (
         0,
         f"{path}: the configuration is good\n"
         "throttles comcast, comcast_ipv6, gmail, gmx, icloud, orange, outlook, microsoft365 and 1 more count\n"
-        "  at listen_socks5 127.0.0.1:0: connections (mode tcp)\n"
+        "  at listen_socks5 127.0.0.1:0: messages (mode smtp)\n"
         "throttle every_receiver counts\n"
         "  connections, at every listener\n",
         "",

@@ -340,7 +340,16 @@ def test_mode_smtp_over_a_network_that_can_be_listened_to(tmp_path):
 
 def test_mode_smtp_that_shares_nothing(tmp_path):
     assert any("no connection will be shared" in line for line in look(tmp_path, "mode smtp\n")[1])
-    assert look(tmp_path, "mode smtp\nsource a {\n ip 192.0.2.1\n ehlo a.example\n}\n")[1] == []
+    assert look(tmp_path, "mode smtp\nsource a {\n ip 127.0.0.1\n ehlo a.example\n}\n")[1] == []
+
+
+def test_named_sources_that_are_not_on_this_machine(tmp_path):
+    """One line a block, however many addresses it has."""
+    blocks = "source a {\n ip 127.0.0.1\n}\nsource b {\n ip 192.0.2.1\n}\nsource v* {\n ip 127.0.0.2, 192.0.2.8/29\n}\n"
+    assert look(tmp_path, blocks)[1] == [
+        "F:7: warning: source: b: 192.0.2.1 is not an address of this machine",
+        "F:10: warning: source: v*: 192.0.2.9 is not an address of this machine (nor are 5 more of its addresses)",
+    ]
 
 
 def test_a_time_zone_that_this_machine_does_not_know_is_an_error(tmp_path):

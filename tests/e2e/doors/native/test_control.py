@@ -442,6 +442,30 @@ def test_a_path_by_the_names_of_its_source_and_its_receivers(named):
             a.throttle("127.0.7.7", Limits("yahoo"), mx="no host name").wait_until_registered(20)
 
 
+def test_a_path_by_names_frame_by_frame(named):
+    """As docs/protocol.md has it: nil and a name; what cannot be bound is told, and the session goes on."""
+    proxy, _ = named
+    with instance(proxy, "raw") as raw:
+        raw.ping()
+        rule = [["r", [[10, 1, 1]]]]
+        raw.tell(REG, [[1, None, rule, "vmta7", "mta5.yahoodns.example", "yahoo.example"]])
+        id, throttles, *_, warning = raw.limit()
+        assert (id, len(throttles), warning) == (1, 1, "")
+        for fields, why in (
+            ((None, rule, "typo"), "source typo is not known"),
+            (("127.0.7.7", rule, None, "no host name"), "mx no host name"),
+            (("127.0.7.7", rule, None, None, "a domain"), "domain a domain"),
+        ):
+            raw.tell(REG, [[2, *fields]])
+            id, throttles, *_, warning = raw.limit()
+            assert (id, throttles) == (2, [])
+            assert warning.startswith(why)
+        raw.want(1, 1)
+        assert raw.next(GRANT)[1][3][0][:2] == [1, 1]
+        raw.tell(REG, [[3, "127.0.7.7", rule, "vmta7"]])  # both: no form of this message
+        assert error_of(raw) == "bad_protocol"
+
+
 def test_a_path_by_the_name_of_several_addresses_counts_them_together(named):
     proxy, mx = named
     plainly = {"tls": "none", "reuse": False}
