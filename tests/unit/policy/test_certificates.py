@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from proxy.policy.certificates import Demand, Tlsa, matches, name_fits, usable
+from proxy.policy.certificates import Demand, Tlsa, client_names, matches, name_fits, usable
 
 CERTIFICATE, KEY = b"a certificate", b"its public key"
 
@@ -87,3 +87,39 @@ def test_what_a_connection_proved_is_told_apart():
     assert Demand((), False, key).word == Demand((), False, key[::-1]).word
     assert [demand.mandatory for demand in demands] == [False, True, True, True, True, True]
     assert Demand(("mx.example.net",)).word == ""
+
+
+@pytest.mark.parametrize(
+    ("certificate", "names"),
+    [
+        (None, []),
+        ({}, []),
+        (
+            {"subjectAltName": (("DNS", "MTA1.example"), ("IP Address", "192.0.2.1"), ("DNS", "mta2.example"))},
+            ["mta1.example", "mta2.example"],
+        ),
+        ({"subject": ((("commonName", "cn.example"),),), "subjectAltName": (("DNS", "san.example"),)}, ["san.example"]),
+        ({"subject": ((("organizationName", "Example"),), (("commonName", "cn.example"),))}, ["cn.example"]),
+        ({"subjectAltName": (("DNS", "*.example"), ("DNS", "x" * 65), ("DNS", "x" * 64), ("DNS", "a b"))}, ["x" * 64]),
+    ],
+)
+def test_names_of_a_clients_certificate(certificate, names):
+    assert client_names(certificate) == names
+
+
+def test_what_there_is_to_prove():
+    good = Tlsa(3, 1, 0, KEY)
+    unusable = Tlsa(0, 1, 0, KEY)
+    for demand, mandatory, binding in (
+        (Demand(("mx",)), False, False),
+        (Demand(("mx",), authority=True), True, True),
+        (Demand(("mx",), tlsa=(unusable,)), True, False),
+        (Demand(("mx",), tlsa=(unusable, good)), True, True),
+    ):
+        assert (demand.mandatory, demand.binding) == (mandatory, binding)
+
+
+def test_no_name_fits_no_name():
+    assert not name_fits("", "")
+    assert not name_fits(".", "")
+    assert not name_fits("*.b.example", "*.*.b.example")

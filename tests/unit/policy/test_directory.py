@@ -155,3 +155,72 @@ def test_the_tables_say_what_the_entries_say(answers, kept):
         ]
         assert set(book.domains(address)) == {domain for domain, _ in naming}
         assert book.hosts(address) == tuple(sorted({host for _, host in naming}))
+
+
+def test_a_doubt_that_is_known_stays_and_exactly_enough_is_none():
+    """The first host fails, and the second has too many addresses: the failure is what is told last of its own host."""
+    many = tuple(f"192.0.2.{n}" for n in range(MOST_ADDRESSES))
+    says = {("a.example", "MX"): Reply(("mx1.example",)), ("mx1.example", "A"): Reply(many)}
+    assert conduct("a.example", says)[0].doubt == ""
+    says["mx1.example", "AAAA"] = Reply(("2001:db8::1",))
+    answer, _ = conduct("a.example", says)
+    assert answer.doubt == f"mx1.example has {MOST_ADDRESSES + 1} addresses, {MOST_ADDRESSES} count"
+    assert answer.hosts == (Host("mx1.example", many),)
+    hosts = tuple(f"mx{n}.example" for n in range(MOST_HOSTS))
+    assert conduct("a.example", {("a.example", "MX"): Reply(hosts)})[0].doubt == ""
+    failing = {("a.example", "A"): Reply((), 60.0, "A: SERVFAIL"), ("a.example", "AAAA"): Reply(("2001:db8::1",))}
+    answer, _ = conduct("a.example", failing)
+    assert (answer.doubt, answer.hosts) == ("A: SERVFAIL", (Host("a.example", None),))
+
+
+def test_too_many_hosts_are_told_before_too_many_addresses():
+    hosts = tuple(f"mx{n}.example" for n in range(MOST_HOSTS + 1))
+    many = tuple(f"192.0.2.{n}" for n in range(MOST_ADDRESSES + 1))
+    answer, _ = conduct("a.example", {("a.example", "MX"): Reply(hosts), ("mx0.example", "A"): Reply(many)})
+    assert answer.doubt == f"has {MOST_HOSTS + 1} MX hosts, {MOST_HOSTS} count"
+
+
+def test_which_domains_nothing_was_heard_of(book):
+    assert book.unheard == {"a.example"}
+    book.learn("a.example", FAILED, 0.0)
+    assert book.unheard == set()
+    assert not book.entries["a.example"].answered
+    book.learn("a.example", good("192.0.2.1"), 0.0)
+    assert book.entries["a.example"].answered
+    book.want(["a.example", "b.example"], 0.0)
+    assert book.unheard == {"b.example"}
+    assert book.want([], 0.0)
+    assert book.unheard == set()
+    assert not book.want([], 0.0)
+
+
+def test_nothing_is_left_of_addresses_that_nobody_has(book):
+    book.want(["a.example", "b.example"], 0.0)
+    book.learn("a.example", good("192.0.2.1"), 0.0)
+    book.learn("b.example", good("192.0.2.1"), 0.0)
+    assert book.domains("192.0.2.1") == ("a.example", "b.example")
+    assert book.hosts_of("192.0.2.1", ["b.example", "c.example"]) == ("mx.example",)
+    assert book.hosts_of("192.0.2.2", ["b.example"]) == ()
+    book.want(["b.example"], 0.0)
+    assert (book.domains("192.0.2.1"), book.hosts("192.0.2.1")) == (("b.example",), ("mx.example",))
+    book.want([], 0.0)
+    assert (book._domains, book._hosts) == ({}, {})
+
+
+def test_another_server_is_asked_for_all_and_for_none_twice(book):
+    book.learn("a.example", good("192.0.2.1"), 0.0)
+    assert (book.idle(0.0), book.idle(300.5)) == (300.0, 0.0)
+    book.renew(5.0)
+    assert book.next(4.0) is None
+    assert book.next(5.0) == "a.example"
+    assert book.next(10**6) is None, "it is not given again before its answer has come"
+
+
+def test_one_host_without_an_answer_is_a_failure_of_the_look_up(book):
+    half = Answer((Host("mx1.example", ("192.0.2.1",)), Host("mx2.example", None)), 3000.0, "SERVFAIL")
+    book.learn("a.example", half, 0.0)
+    assert (book.entries["a.example"].failures, book.hosts("192.0.2.1")) == (1, ("mx1.example",))
+    first = book.idle(0.0)
+    assert book.next(first) == "a.example"
+    book.learn("a.example", half, 0.0)
+    assert (book.entries["a.example"].failures, book.idle(0.0)) == (2, 2 * first)

@@ -98,3 +98,52 @@ def test_refusals_have_a_beginning_which_a_pause_ends() -> None:
     assert (refusals.since, refusals.last, refusals.recent.total(350.0)) == (0.0, "wrong secret of mta-1", 2)
     troubles.refuse(BadCredentials("again"), 350.0 + LATELY)
     assert refusals.since == 350.0 + LATELY
+
+
+@pytest.mark.parametrize(
+    ("reply", "deferred", "rejected", "counted", "recent"),
+    [
+        ("421 4.7.0 no", 0, 0, (1, 0), 1),  # a greeting: counted by its own code
+        ("554 5.7.1 no", 0, 0, (0, 1), 1),
+        ("450 4.2.1 later", 2, 3, (2, 3), 5),
+        ("450 4.2.1 later", 1, 0, (1, 0), 1),
+        ("550 5.1.1 who?", 0, 1, (0, 1), 1),
+    ],
+)
+def test_replies_of_a_connection_that_is_over(
+    reply: str, deferred: int, rejected: int, counted: tuple[int, int], recent: int
+) -> None:
+    troubles = Troubles()
+    troubles.over(SOURCE, MX, reply, False, 10.0, deferred, rejected)
+    for record in (troubles.receivers[MX], troubles.sources[SOURCE]):
+        assert (record.deferred, record.rejected) == counted
+        assert (record.recent.total(10.0), record.opened) == (recent, 1)
+    troubles.over(SOURCE, MX, "", True, 20.0)
+    for record in (troubles.receivers[MX], troubles.sources[SOURCE]):
+        assert (record.deferred, record.rejected) == counted
+        assert (record.opened, record.failing_since, record.in_a_row) == (2, None, 0)
+
+
+def test_of_a_source_that_may_not_be_used_nothing_is_the_receivers() -> None:
+    troubles = Troubles()
+    troubles.failed(SOURCE, MX, UpstreamError("bind: no", Step.BIND, errno.EADDRNOTAVAIL), 1.0)
+    troubles.failed(SOURCE, None, REFUSED, 1.0)
+    assert (list(troubles.receivers), list(troubles.sources)) == ([], [SOURCE])
+
+
+def test_who_failed_long_ago_is_not_among_those_that_fail_now() -> None:
+    """More has gone wrong with it in all, but nothing lately."""
+    troubles = Troubles()
+    for _ in range(9):
+        troubles.failed(SOURCE, OTHER, REFUSED, 0.0)
+    now = 2.0 * LATELY
+    troubles.over(SOURCE, MX, "450 4.2.1 later", True, now, 1)
+    worst = troubles.receivers.worst(9, now)
+    assert [(name, record.failing_since is None) for name, record in worst] == [(MX, True), (OTHER, False)]
+
+
+def test_a_fresh_refusal_begins_its_row() -> None:
+    troubles = Troubles()
+    troubles.refuse(BadCredentials("no"), 3.0)
+    (refusals,) = troubles.refused.values()
+    assert (refusals.since, refusals.last_at, refusals.recent.total(3.0)) == (3.0, 3.0, 1)

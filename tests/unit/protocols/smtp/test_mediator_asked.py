@@ -289,3 +289,63 @@ def test_a_connection_that_offers_less_than_was_promised_serves_no_message_that_
     made.attached_to(("mx",), None, True, False)
     assert made.want is Want.END
     assert made.to_client[0].startswith(b"421 4.3.2")
+
+
+# --- what is said again ---
+
+
+def replaced(left: int | None = None) -> Mediator:
+    """Its MAIL and RCPT found a dead connection, and are to be said on a fresh one."""
+    made = changed(put(old=True, may_change=True))
+    made.begin(b"MAIL FROM:<>")
+    made.send(b"RCPT TO:<a@b.example>", b"RCPT")
+    made.lines._rest = b"half a li"
+    made.replace(Discard.PEER_CLOSED)
+    assert (made.state, made.want, made.fresh, made.in_vain) == (State.HELD, Want.LEAVE, True, True)
+    made.to_receiver.clear()
+    made.left()
+    assert made.want is Want.LINE
+    made.attached_to(HELLO, left, True, False)
+    return made
+
+
+@pytest.mark.parametrize(("left", "then"), [(None, None), (3, 2), (1, 0)])
+def test_what_is_said_again_counts_on_the_fresh_connection_and_is_judged_there(left, then):
+    made = replaced(left)
+    assert made.to_receiver == [b"MAIL FROM:<>\r\n", b"RCPT TO:<a@b.example>\r\n"]
+    assert (made.mails_left, made.fresh, made.begun, made.state) == (then, False, True, State.TRANSACTION)
+    assert (made.tracker.mails, made.tracker.owes) == (1, True)
+    made.receiver(b"250 ok\r\n250 ok\r\n")
+    assert b"".join(made.to_client) == b"250 ok\r\n250 ok\r\n", "the half line was the dead one's"
+
+
+@pytest.mark.parametrize(("old", "may_change"), [(False, True), (True, False), (True, True)])
+def test_only_what_may_have_found_a_dead_connection_can_be_said_again(old, may_change):
+    made = changed(put(old=old, may_change=may_change))
+    made.begin(b"MAIL FROM:<>")
+    assert made.group.repeatable is (old and may_change)
+    made.send(b"XFOO", b"XFOO")  # from now on the session is its own
+    assert not made.group.repeatable
+
+
+def test_a_command_that_was_held_is_held_no_more():
+    made = changed(put(state=State.HELD, pending=b"MAIL FROM:<>"))
+    made.go_on()
+    assert (made.pending, made.state) == (b"", State.TRANSACTION)
+
+
+def test_what_stands_behind_a_command_is_forgotten_from_the_next_line_on():
+    made = at_rest()
+    made.unread += b"STARTTLS\r\nNOOP\r\nQUIT\r\n"
+    made.discard_input()
+    assert made.unread == b"STARTTLS\r\n"
+
+
+@pytest.mark.parametrize(
+    ("offer", "secured", "helo", "shown"),
+    [(True, False, False, True), (False, False, False, False), (True, True, False, False), (True, False, True, False)],
+)
+def test_to_whom_starttls_is_shown(offer, secured, helo, shown):
+    made = changed(put(offer_starttls=offer, secured=secured, helo=helo, hello=HELLO))
+    made.answer_hello()
+    assert (b"STARTTLS" in b"".join(made.to_client)) is shown
