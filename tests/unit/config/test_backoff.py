@@ -26,7 +26,7 @@ def mistake(lines: str) -> str:
 
 
 def test_a_rule_on_one_line_and_the_same_on_several():
-    """The first is from the design, to the letter."""
+    """The first is that of the documents, to the letter."""
     rule = BackoffSettings(on=("421", "4.7.", "TSS04"), over=Rate(5, 60), percent=25, return_after=3600.0)
     one_line = 'backoff on 421, "4.7.", "TSS04" over 5/min { percent 25; return_after 1h }'
     assert read(one_line) == (rule,)

@@ -25,7 +25,7 @@ def read(line: str) -> WarmupSettings | None:
 @pytest.mark.parametrize(
     "line",
     [
-        "warmup 50, 100, 200, 500, 1000 /day from 2026-12-01",  # from the design, to the letter
+        "warmup 50, 100, 200, 500, 1000 /day from 2026-12-01",  # as in the documents, to the letter
         "warmup 50,100,200,500,1000/day from 2026-12-01  # a comment",
         "warmup 50, 100, 200, 500, 1000/day   from 2026-12-01",
     ],
