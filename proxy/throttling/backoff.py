@@ -93,6 +93,11 @@ class Slowdown:
         """In the order in which they began."""
         return list(self._causes.values())
 
+    @property
+    def rules(self) -> frozenset[Rule]:
+        """Those that are on."""
+        return frozenset(self._causes)
+
     def strike(self, rule: Rule, reply: str, instance: str, now: int) -> bool:
         """A reply that fits; whether it slows down, or slows down for longer."""
         if rule.over is not None and not self._too_many(rule, rule.over, now):
@@ -188,16 +193,17 @@ class Backoffs:
                 changed.append(oldest := next(iter(self._slowdowns)))
                 self._forget(oldest)
         self._slowdowns[key] = slowdown
-        was_on, reply = slowdown.on, reply[:_LONGEST_REPLY].encode("utf-8", "backslashreplace").decode()
+        before, reply = slowdown.rules, reply[:_LONGEST_REPLY].encode("utf-8", "backslashreplace").decode()
         struck = [each for each in rules if slowdown.strike(each, reply, instance, now)]
         if not struck:
             return changed
         slowdown.ended = ""
         self.wheel.arm(key, slowdown.next_change(now))
-        if not was_on:
-            self.begun += 1
-            what = " and ".join(dict.fromkeys(act(each) for each in struck))
-            longest = max(each.return_after for each in struck)
+        self.begun += not before
+        fresh = [each for each in struck if each not in before]
+        if fresh:
+            what = " and ".join(dict.fromkeys(act(each) for each in fresh))
+            longest = max(each.return_after for each in fresh)
             self._tell(Remark(Notice.BACKOFF, instance, f"{key}: {what}, for {longest:g} s", reply), key, now)
         return [*changed, key]
 

@@ -186,6 +186,11 @@ def test_of_several_the_least_holds_and_each_has_its_own_end() -> None:
     assert (house.limits(), house.throttle().cap) == ([(6, 60), (2000, 3600)], 20)
     assert house.limits(connections=True) == [(8, 1)]
     house.reply(places)
+    assert [remark.detail.partition(": ")[2] for remark in house.told()] == [
+        "6 messages in 60 s, for 600 s",
+        "25 % of each limit, for 3600 s",
+    ]
+    assert house.manager.blocks.backoffs.begun == 1
     assert (house.limits(), house.throttle().cap) == ([(6, 60), (500, 3600)], 5)
     house.pass_by(1300 * SECOND)
     assert house.limits() == [(15, 60), (500, 3600)]
