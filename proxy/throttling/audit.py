@@ -103,24 +103,33 @@ class Account:
         lapsed: how many of them are too old; forgotten at `lapsed_until`.
     """
 
-    __slots__ = ("_holdings", "free_until", "lapsed", "lapsed_until")
+    __slots__ = ("_fresh", "_holdings", "free_until", "lapsed", "lapsed_until")
 
     def __init__(self) -> None:
+        self._fresh: list[
+            tuple[Run, int]
+        ] = []  # with its slack: nothing is made of most, which lapse before a MAIL comes
         self._holdings: list[_Holding] = []
         self.free_until = 0
         self.lapsed = 0
         self.lapsed_until = 0
 
     def granted(self, run: Run, slack: int) -> None:
-        if not run.flow.path.limited:
+        if run.free and not run.flow.path.limited:
             self.free_until = run.first + slack
-            return
-        if self._holdings and run.n == 1 and self._holdings[-1].grow(run, slack):
-            return
-        self._holdings.append(_Holding(run.flow, run.serial, run.first, run.first + slack, run.n, run.step))
+        else:
+            self._fresh.append((run, slack))
+
+    def _take_in(self) -> None:
+        """What was granted of late is looked at like the rest from now on."""
+        for run, slack in self._fresh:
+            if not (self._holdings and run.n == 1 and self._holdings[-1].grow(run, slack)):
+                self._holdings.append(_Holding(run.flow, run.serial, run.first, run.first + slack, run.n, run.step))
+        self._fresh.clear()
 
     def returned(self, flow: Flow, start: int, end: int) -> list[tuple[int, int]]:
         """The flow's permits [start, end) come back: those of them that no MAIL has spent, as (first, n)."""
+        self._take_in()
         found: list[tuple[int, int]] = []
         left: list[_Holding] = []
         for holding in self._holdings:
@@ -162,6 +171,8 @@ class Account:
         """Permits that are too old from `now` on are no permits any more."""
         if now >= self.lapsed_until:
             self.lapsed = 0
+        if self._fresh:
+            self._lapse_fresh(now)
         empty = False
         for holding in self._holdings:
             if holding.last < now:
@@ -172,6 +183,17 @@ class Account:
                 empty = empty or not holding.n
         if empty:  # in the same list: 100,000 made anew are looked at by the next collection
             self._holdings[:] = [holding for holding in self._holdings if holding.n]
+
+    def _lapse_fresh(self, now: int) -> None:
+        old = 0
+        for run, slack in self._fresh:
+            if run.first + run.step * (run.n - 1) + slack >= now:
+                break
+            self.lapsed += run.n
+            self.lapsed_until = now + LATE
+            old += 1
+        del self._fresh[:old]
+        self._take_in()
 
     def over_at(self, now: int) -> int | None:
         """When to look again; None: there is nothing left."""
@@ -201,10 +223,10 @@ class Audit:
         self._accounts: Pieces[Holder, Account] = Pieces()
         self._told: dict[tuple[str, Notice], int] = {}
 
-    def granted(self, run: Run) -> None:
-        """Permits have left for their instance."""
-        flow, path = run.flow, run.flow.path
-        holder, slack = (flow.receiver.name, path.throttles), path.slack
+    def granted(self, run: Run, slack: int) -> None:
+        """Permits have left for their instance, each usable for `slack`."""
+        flow = run.flow
+        holder = flow.receiver.name, flow.path.throttles
         account = self._accounts.get(holder)
         if account is None:
             account = self._account(holder, run.first + run.step * (run.n - 1) + slack)

@@ -96,7 +96,10 @@ class Dispenser(Queues):
 
     def serve(self, throttle: Throttle, now: int) -> None:
         """Give out the slots of `throttle` that are due; arm the wheel for the rest."""
-        self._serve([throttle], now)
+        agenda: list[Turn] = []
+        self._visit(throttle, agenda, now)
+        if agenda:
+            self._follow(agenda, now)
 
     def expire(self, now: int, most: int | None = None) -> None:
         """Serve the throttles whose turn has come, `most` of them."""
@@ -111,7 +114,7 @@ class Dispenser(Queues):
         while waiting and left > 0:
             throttle = self.unfinished.next()
             self._left = part = min(part, left)
-            self._serve([throttle], now)  # what is not done of it stands behind the others now
+            self.serve(throttle, now)  # what is not done of it stands behind the others now
             left -= part - self._left + 1
             waiting -= 1
         self._left = left
@@ -123,12 +126,17 @@ class Dispenser(Queues):
         """
         agenda: list[Turn] = [(throttle.earliest(now) << 1, next(self._order), throttle) for throttle in throttles]
         heapify(agenda)
+        self._follow(agenda, now)
+
+    def _follow(self, agenda: list[Turn], now: int) -> None:
         while agenda:
-            throttle = heappop(agenda)[2]
-            if self._left <= 0:
-                self.unfinished.add(throttle)
-            elif throttle.slots is not None:
-                self._take_turn(throttle, throttle.slots, agenda, now)
+            self._visit(heappop(agenda)[2], agenda, now)
+
+    def _visit(self, throttle: Throttle, agenda: list[Turn], now: int) -> None:
+        if self._left <= 0:
+            self.unfinished.add(throttle)
+        elif throttle.slots is not None:
+            self._take_turn(throttle, throttle.slots, agenda, now)
 
     def _take_turn(self, throttle: Throttle, slots: Slots, agenda: list[Turn], now: int) -> None:
         """Serve the queue of `throttle` while its slots are the next ones and near."""

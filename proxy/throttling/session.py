@@ -204,12 +204,12 @@ class Session(Receiver):
         )
 
     def take(
-        self, sent: Callable[[Run, int], None], now: int, most: int, owes: Callable[[Path], bool] | None = None
+        self, sent: Callable[[Run, int, int], None], now: int, most: int, owes: Callable[[Path], bool] | None = None
     ) -> Output:
         """What waits, `most` records of a kind; `now` is not after the moment of sending.
 
         Args:
-            sent: told of each run that leaves.
+            sent: told of each run that leaves, and of its slack.
             owes: whether the limits of a path are still to be told by somebody else; None: those of no path.
         """
         pongs, self.pongs = self.pongs, []
@@ -221,9 +221,10 @@ class Session(Receiver):
         if owes is not None:
             self._limits_first(limits, owes)
         for run in self._take_runs(most):
-            sent(run, now)
+            flow, slack = run.flow, run.flow.path.slack
+            sent(run, slack, now)
             offset, step = (run.first - sent_at) // MICROSECOND, run.step // MICROSECOND
-            grants.append(GrantRecord(run.flow.id, run.n, offset, step, run.flow.path.slack // MICROSECOND))
+            grants.append(GrantRecord(flow.id, run.n, offset, step, slack // MICROSECOND))
         hold = (sent_at - self.ping_at) // MICROSECOND if self.ping_t is not None else 0
         return Output(
             [PongRecord(t, max(0, sent_at - at) // MICROSECOND) for t, at in pongs],

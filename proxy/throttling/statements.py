@@ -149,6 +149,6 @@ class Statements(Attendance):
         teller = self._registry.teller
         return session.take(self._sent, now, most, teller.owes if teller else None)
 
-    def _sent(self, run: Run, now: int) -> None:
+    def _sent(self, run: Run, slack: int, now: int) -> None:
         self._dispenser.sent(run, now)
-        self._audit.granted(run)
+        self._audit.granted(run, slack)

@@ -25,6 +25,12 @@ def account(*runs: Run) -> Account:
     return made
 
 
+def records_of(one: Account) -> int:
+    """How many there are, once they are looked at."""
+    one._take_in()
+    return len(one._holdings)
+
+
 def spend(one: Account, *moments: int) -> list[tuple[int, int] | None]:
     return [one.spend(now) for now in moments]
 
@@ -45,7 +51,7 @@ MINE, OTHER = flow(), flow()
 )
 def test_single_permits_at_one_pace_are_one_record(runs: list[tuple[int, int]], records: int) -> None:
     one = account(*[Run(MINE, serial, first) for serial, first in runs])
-    assert len(one._holdings) == records
+    assert records_of(one) == records
     slots = sorted(first for _, first in runs)
     assert spend(one, *[99] * len(runs)) == [(slot, slot + SLACK) for slot in slots]
     assert spend(one, 99) == [None]
@@ -54,11 +60,11 @@ def test_single_permits_at_one_pace_are_one_record(runs: list[tuple[int, int]], 
 def test_what_is_another_flows_or_has_another_slack_is_a_record_of_its_own() -> None:
     one = account(Run(MINE, 0, 0))
     one.granted(Run(OTHER, 1, 10), SLACK)
-    assert len(one._holdings) == 2
+    assert records_of(one) == 2
     one.granted(Run(OTHER, 2, 20), SLACK + 1)
-    assert len(one._holdings) == 3
+    assert records_of(one) == 3
     one.granted(Run(OTHER, 3, 30, n=2, step=10), SLACK + 1)
-    assert len(one._holdings) == 4
+    assert records_of(one) == 4
 
 
 def test_a_permit_is_used_from_its_slot_on_and_the_one_that_ends_first() -> None:
@@ -125,8 +131,8 @@ def test_a_mail_in_vain_gives_back_what_it_used() -> None:
 
 
 def test_what_nothing_limits_may_be_used_until_its_time() -> None:
-    one = account(Run(flow(limited=False), 0, 50, n=9))
-    assert (one.free_until, one._holdings) == (50 + SLACK, [])
+    one = account(Run(flow(limited=False), 0, 50, n=9, free=True))
+    assert (one.free_until, records_of(one)) == (50 + SLACK, 0)
     assert (one.over_at(149), one.over_at(150)) == (150, None)
 
 
@@ -170,7 +176,7 @@ def test_nobody_is_accused_for_what_a_predecessor_granted() -> None:
 
 def test_a_mail_uses_a_permit_or_one_that_lapsed_and_gives_it_back_in_vain() -> None:
     audit, one = Audit(1000), instance()
-    audit.granted(Run(one, 0, KNOWN))
+    audit.granted(Run(one, 0, KNOWN), SLACK)
     verdict, spent = audit.mail(one, KNOWN)
     assert (verdict, spent) == (Verdict.PERMITTED, Spent(("a", one.path.throttles), KNOWN, KNOWN + SLACK))
     assert audit.mail(one, KNOWN)[0] is Verdict.UNPERMITTED
@@ -184,7 +190,7 @@ def test_a_mail_uses_a_permit_or_one_that_lapsed_and_gives_it_back_in_vain() -> 
 def test_what_nothing_limited_when_it_was_granted_is_permitted_to_the_last_moment() -> None:
     audit, one = Audit(1000), instance()
     one.path.limited = False
-    audit.granted(Run(one, 0, KNOWN))
+    audit.granted(Run(one, 0, KNOWN, free=True), SLACK)
     one.path.limited = True
     assert audit.mail(one, KNOWN + SLACK) == (Verdict.PERMITTED, None)
     assert audit.mail(one, KNOWN + SLACK + 1) == (Verdict.UNPERMITTED, None)
@@ -193,7 +199,7 @@ def test_what_nothing_limited_when_it_was_granted_is_permitted_to_the_last_momen
 def test_an_account_is_forgotten_when_nothing_is_left_of_it() -> None:
     """It is looked at when the last permit of its first run has lapsed, and then when that is forgotten."""
     audit, one = Audit(1000), instance()
-    audit.granted(Run(one, 0, KNOWN, n=3, step=SECOND))
+    audit.granted(Run(one, 0, KNOWN, n=3, step=SECOND), SLACK)
     last = KNOWN + 2 * SECOND + SLACK
     assert audit.wheel.next_wakeup() == -(-(last + 1) // SECOND) * SECOND
     audit.expire(looked := -(-(last + 1) // SECOND) * SECOND, 10)
@@ -223,3 +229,16 @@ def test_remarks_are_made_once_a_minute_of_each_instance_and_kind() -> None:
     assert (audit.unpermitted, audit.late) == (4, 1)
     audit.tell_late(other, 9 * NOTICE_EVERY)
     assert list(audit._told) == [("b", Notice.LATE)], "what was told long ago is forgotten"
+
+
+@pytest.mark.parametrize(
+    ("now", "lapsed", "left"),
+    [(110, 0, [(0, 1), (5, 2)]), (111, 1, [(5, 2)]), (120, 1, [(5, 2)]), (130, 2, [(6, 1)]), (131, 3, [])],
+)
+def test_of_what_was_never_looked_at_only_what_is_alive_comes_back(
+    now: int, lapsed: int, left: list[tuple[int, int]]
+) -> None:
+    one = account(Run(MINE, 0, 10), Run(OTHER, 5, 20, n=2, step=10))
+    assert one.over_at(now) == (now + LATE if lapsed else 131)
+    assert one.lapsed == lapsed
+    assert one.returned(MINE, 0, 9) + one.returned(OTHER, 5, 9) == left

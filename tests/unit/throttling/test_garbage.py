@@ -92,10 +92,10 @@ def test_looking_at_permits_again_makes_nothing_new() -> None:
     throttle.limit_to((Limit(20, 1),), 0, SECOND)
     flow = Flow(Receiver("mta", 1.0), 0, records.Path((throttle,)))
     account = Account()
-    holdings = account._holdings
+    holdings, fresh = account._holdings, account._fresh
     account.granted(Run(flow, 0, SECOND, 2, SECOND), SECOND // 10)
     for now, left in ((SECOND, 1), (3 * SECOND // 2, 1), (10 * SECOND, 0)):
         account.over_at(now)
-        assert account._holdings is holdings
+        assert (account._holdings is holdings, account._fresh is fresh) == (True, True)
         assert len(holdings) == left
     assert account.lapsed == 2
