@@ -63,7 +63,7 @@ def test_it_is_greeted_as_the_receiver_would_and_waits_at_mail(door: tuple[Proxy
         first.quit()
         second.quit()
         assert (mx.connects, mx.handshakes, len(mx.messages)) == (1, 1, 2), "it was handed on"
-        proxy.wait_line(r"^connection .* messages=1 accepted=1 deferred=0 rejected=0 waited=0\.000")
+        proxy.wait_line(r"^connection .* messages=1 accepted=1 deferred=0 rejected=0 ")
 
 
 def test_not_in_time_is_said_to_the_message_alone(door: tuple[Proxy, Proxy]) -> None:
