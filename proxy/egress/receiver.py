@@ -162,6 +162,10 @@ class Receiver:
                 keep_alive(self.stream.socket, self.idle_timeout)
 
 
+class StaleSession(UpstreamError):
+    """The handshake broke in which an earlier TLS session was to go on: a full one may well succeed."""
+
+
 def may_do_without(wish: Wish) -> bool:
     """Whether the client would rather have a session in clear than none (RFC 7435)."""
     return wish.tls is TlsMode.OPPORTUNISTIC and not wish.demand.mandatory
@@ -191,8 +195,8 @@ def open_receiver(
     Args:
         failed: closes a connection whose session did not come up. Its receiver may count it for a while yet, and it
             holds its place for so long. Must not wait.
-        once_more: called when the handshake has failed, its connection was `failed`, and a new one is made in clear: it
-            may wait for that one's place, and give up by an exception.
+        once_more: called when the handshake has failed, its connection was `failed`, and a new one is made, in clear or
+            with a full handshake: it may wait for that one's place, and give up by an exception.
         sessions: see `BringUp`.
 
     Raises:
@@ -208,6 +212,8 @@ def open_receiver(
     if once_more is not None:
         once_more(failure)
     # Not on the same connection: after half a handshake it is of no use.
+    if isinstance(failure, StaleSession):
+        return _attempt(engine, wish, source, destination, limits, idle_timeout, failed, sessions)
     receiver = _attempt(engine, wish._replace(tls=TlsMode.NONE), source, destination, limits, idle_timeout, failed)
     receiver.in_clear = InClear("handshake", failure.reason, failure.tls_result)
     return receiver
@@ -284,6 +290,7 @@ class BringUp:
         self.mode = wish.tls
         self._dialogue = ClientDialogue(wish.ehlo_name, wish.tls, str(receiver.destination))
         self._ends_at = math.inf
+        self._offered = False  # an earlier TLS session
         self._heard = True  # anything since TLS began: before that, an alert is its failure
 
     def run(self, seconds: float) -> None:
@@ -371,6 +378,7 @@ class BringUp:
         known = self._sessions.get(self._terms, context, monotonic()) if self._sessions is not None else None
         try:
             session = known.session if known is not None else None
+            self._offered = session is not None
             stream = TlsStream(receiver.stream.socket, context, server_side=False, name=name, session=session)
         except ValueError:
             raise self._failed(f"{name} cannot be a TLS server name", 0) from None
@@ -439,7 +447,8 @@ class BringUp:
     def _failed(self, why: str, number: int, result: str = "", step: Step | None = None) -> UpstreamError:
         receiver, step = self.receiver, step or self._dialogue.step
         message = f"{step} {receiver.source} -> {receiver.destination}: {why}"
-        return UpstreamError(message, step, number, reason=why, tls_result=result)
+        kind = StaleSession if self._offered and step is Step.TLS and not result else UpstreamError
+        return kind(message, step, number, reason=why, tls_result=result)
 
 
 def _tls_reason(error: ssl.SSLError) -> str:

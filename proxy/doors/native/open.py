@@ -15,7 +15,7 @@ from proxy.doors.native.entrance import Guest
 from proxy.doors.native.receiver_names import host_name, names_of
 from proxy.egress import upstream
 from proxy.egress.pool import PoolKey
-from proxy.egress.receiver import InClear, Limits, Receiver, Wish, may_do_without, open_receiver
+from proxy.egress.receiver import InClear, Limits, Receiver, StaleSession, Wish, may_do_without, open_receiver
 from proxy.errors import BadCiphers, Overloaded, Step, UnknownPath, UpstreamError
 from proxy.model import UNNAMED, Endpoint, TlsMode
 from proxy.net.tls import Profile, Stream, client_context
@@ -237,7 +237,8 @@ class Opener:
 
         def once_more(error: UpstreamError) -> None:
             nonlocal places, asked_with
-            services.broken_tls.failed(destination, error.reason, monotonic())
+            if not isinstance(error, StaleSession):
+                services.broken_tls.failed(destination, error.reason, monotonic())
             self._tell(source, destination, error)
             seconds = limits.ends_at - monotonic()
             places = asked_with = services.admission.enter(*who, seconds, None, self._rated, self._names)

@@ -18,6 +18,7 @@ from proxy.egress.receiver import (
     InClear,
     Limits,
     Receiver,
+    StaleSession,
     Wish,
     connect_receiver,
     is_for_want_of_tls,
@@ -136,12 +137,15 @@ class Direct:
             if isinstance(error, UpstreamError) and error.smtp_reply is not None:
                 self.refused(line, error.smtp_reply)
             self.drop(line, False)
-            if not (isinstance(error, UpstreamError) and self._goes_in_clear(error)):
+            if not (isinstance(error, UpstreamError) and self._tries_again(error)):
                 raise
             failure = error
         else:
             return self._line(held.receiver, name, held.bring_up.mode, False)
         # Not on the same connection: after half a handshake it is of no use.
+        if isinstance(failure, StaleSession):
+            answer_by = monotonic() + _ANSWER_WITHIN
+            return self._fresh(name, self._enter(_ANSWER_WITHIN, None), self._tls, answer_by)
         return self._fresh(
             name,
             self._enter(_ANSWER_WITHIN, None),
@@ -332,7 +336,7 @@ class Direct:
 
         def once_more(error: UpstreamError) -> None:
             nonlocal places, asked_with
-            self._goes_in_clear(error)
+            self._tries_again(error)
             places = asked_with = self._enter(limits.ends_at - monotonic(), None)
 
         def make() -> Receiver:
@@ -382,13 +386,16 @@ class Direct:
                 ends.difference_update(noted)
             raise
 
-    def _goes_in_clear(self, error: UpstreamError) -> bool:
+    def _tries_again(self, error: UpstreamError) -> bool:
         """TLS failed, and may be done without (RFC 7435)."""
         if not is_for_want_of_tls(error) or not may_do_without(self._wished):
             return False
         self._services.counters.failed.count(error.step)
-        self._services.broken_tls.failed(self._terms.destination, error.reason, monotonic())
-        log.note(log.Event.TLS, log.INFO, f"{error}; going on in clear", destination=self._terms.destination)
+        how = "with a full handshake"
+        if not isinstance(error, StaleSession):
+            how = "in clear"
+            self._services.broken_tls.failed(self._terms.destination, error.reason, monotonic())
+        log.note(log.Event.TLS, log.INFO, f"{error}; going on {how}", destination=self._terms.destination)
         return True
 
     def _line(self, receiver: Receiver, name: str, tls: TlsMode, reused: bool) -> Line:

@@ -16,7 +16,7 @@ from tests.certificates import NAME, authority, pem
 from tests.clients import Refused, send, socks5
 from tests.dns_server import DnsServer
 from tests.independent_client import channel
-from tests.mx import Mx, say
+from tests.mx import Mx, close, say
 from tests.program import Proxy
 
 EHLO = "client.example"
@@ -241,3 +241,15 @@ def test_a_resumed_session_is_told(trusted: dict[str, str]) -> None:
             lines = answer.read().decode().splitlines()
         assert "greenarrow_proxy_tls_sessions_resumed_total 1.0" in lines
         assert 'greenarrow_proxy_tls_sessions_total{certificate="authority"} 2.0' in lines
+
+
+def test_a_resumed_handshake_that_breaks_is_followed_by_a_full_one(trusted: dict[str, str]) -> None:
+    text = SMTP + "reuse_connections no\n"
+    with (
+        Mx(lambda number: {"tls": close} if number == 1 else {}, starttls=True) as mx,
+        Proxy(text, environ=trusted) as proxy,
+    ):
+        assert delivered(proxy, mx)
+        assert delivered(proxy, mx)
+        assert [message.encrypted for message in mx.messages] == [True, True]
+        assert [session.resumed for session in mx.sessions] == [False, False, False]

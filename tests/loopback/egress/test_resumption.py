@@ -137,6 +137,17 @@ def test_a_handshake_that_breaks_takes_the_session_with_it() -> None:
         assert not house.resumed()
 
 
+def test_who_would_do_without_tls_has_a_full_handshake_before_that() -> None:
+    """An attacker who breaks resumed handshakes alone gets nobody to speak in clear."""
+    with Mx(lambda number: {"tls": close} if number == 1 else {}, starttls=True) as mx:
+        house = House(mx)
+        wanted = Demand((NAME,))
+        house.open(TlsMode.OPPORTUNISTIC, wanted)
+        receiver = house.open(TlsMode.OPPORTUNISTIC, wanted)
+        assert (receiver.tls is not None, receiver.in_clear, mx.connects) == (True, None, 3)
+        assert not mx.sessions[-1].resumed
+
+
 def test_a_receiver_that_hands_out_none() -> None:
     def without(context: ssl.SSLContext) -> None:
         context.num_tickets = 0
