@@ -12,6 +12,7 @@ from typing import Protocol
 from proxy.config.in_force import Row
 from proxy.model import Endpoint
 from proxy.status.rows import ConnectionRow, EventRow, OverrideRow, Status
+from proxy.throttling.overrides import Override
 
 
 class House(Protocol):
@@ -55,6 +56,18 @@ class House(Protocol):
 
     def log_less(self) -> int:
         """End all of these; how many there were."""
+
+    def is_throttle(self, name: str) -> bool:
+        """Whether there is a throttle of this name, an instance's or a block; may wait."""
+
+    def set_by_hand(self, override: Override, seconds: float) -> None:
+        """Pause a throttle, or lower its limits, for so long."""
+
+    def end_by_hand(self, name: str, source: str) -> int:
+        """End the pauses of a throttle; how many there were."""
+
+    def end_override(self, id: str) -> bool:
+        """End one of what was set by hand; False: there is none of this id."""
 
     def end_backoff(self, name: str) -> int | None:
         """End the back-offs of a throttle block, of how many throttles; None: there is no such block."""

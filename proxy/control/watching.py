@@ -6,6 +6,7 @@ caller, as long as that takes them.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from time import monotonic
 from typing import Any, NamedTuple
@@ -25,8 +26,9 @@ _HEARTBEAT = 5.0
 
 
 class Verbose(NamedTuple):
-    """What is written for a time. `ends_at` on the monotonic clock."""
+    """What is written for a time. `id` is that of `show overrides`; `ends_at` on the monotonic clock."""
 
+    id: str
     wanted: Mapping[str, str]
     ends_at: float
     because: str
@@ -39,17 +41,21 @@ class Watching:
 
     def __init__(self) -> None:
         self.verbose: list[Verbose] = []
+        self._numbers = itertools.count(1)
 
     def begin(self, wanted: Mapping[str, str], seconds: float, because: str) -> None:
         """Write the steps of these connections into the log, for so long."""
         watch = steps.Watch(log.step, wanted)
         steps.begin(watch)
         timer = gevent.spawn_later(seconds, self._end, watch)
-        self.verbose.append(Verbose(dict(wanted), monotonic() + seconds, because, watch, timer))
+        self.verbose.append(
+            Verbose(f"log{next(self._numbers)}", dict(wanted), monotonic() + seconds, because, watch, timer)
+        )
 
-    def end_all(self) -> int:
-        """As if their time were over; how many."""
-        ended, self.verbose = self.verbose, []
+    def end(self, id: str | None = None) -> int:
+        """As if their time were over; all, or one; how many."""
+        ended = [each for each in self.verbose if id in (None, each.id)]
+        self.verbose = [each for each in self.verbose if each not in ended]
         for each in ended:
             each.timer.kill(block=False)
             steps.end(each.watch)

@@ -22,6 +22,7 @@ from proxy.model import UNNAMED, Names
 from proxy.throttling.desk import MessageTicket
 from proxy.throttling.flows import Flow, Places, Throttle, Ticket
 from proxy.throttling.manager import Manager
+from proxy.throttling.overrides import Override
 from proxy.throttling.registry import Remark
 from proxy.throttling.session import End, Session
 from proxy.throttling.throttle import MILLISECOND
@@ -354,6 +355,19 @@ class Admission:
     def end_backoff(self, name: str) -> int | None:
         """End the back-offs of a block by hand; of how many throttles. None: there is no such block."""
         count = self.manager.end_backoff(name, clock_ns())
+        self.settle()
+        return count
+
+    def set_by_hand(self, override: Override, seconds: float) -> int:
+        """Lower limits, or a pause, for so long (`override.until` is set here); its number."""
+        now = clock_ns()
+        number = self.manager.set_by_hand(override._replace(until=now + int(seconds * _NANOSECONDS)), now)
+        self.settle()
+        return number
+
+    def end_by_hand(self, fits: Callable[[int, Override], bool]) -> int:
+        """End those that fit before their time; how many."""
+        count = self.manager.end_by_hand(fits, clock_ns())
         self.settle()
         return count
 

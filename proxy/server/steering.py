@@ -10,15 +10,21 @@ from proxy.config.in_force import Row
 from proxy.control import watching
 from proxy.control.explain import Rules, explained
 from proxy.egress import upstream
+from proxy.egress.admission import clock_ns
 from proxy.log import lines as log
 from proxy.model import Ending, Endpoint
 from proxy.net.addresses import own_addresses
+from proxy.net.turns import rest
 from proxy.policy.limits import Limits
 from proxy.services import Door, Services
 from proxy.stats import Standing
 from proxy.status.http import StatusDoor
 from proxy.status.rows import ConnectionRow, EventRow, OverrideRow, Status
+from proxy.throttling.overrides import Override, told
+from proxy.throttling.throttle import SECOND
 
+#: Looks at many things of one caller, where others take turns.
+_KEY = "control"
 _STANDARD = frozenset(("socks5", "proxy_protocol", "redirect"))
 
 
@@ -71,13 +77,16 @@ class Steering:
         return [_row(each, now) for each in standing]
 
     def overrides(self) -> list[OverrideRow]:
-        now = monotonic()
-        return [
-            OverrideRow(
-                "log verbose " + " ".join(f"{k}={v}" for k, v in each.wanted.items()), each.ends_at - now, each.because
-            )
+        now, now_ns = monotonic(), clock_ns()
+        verbose = [
+            OverrideRow(each.id, f"log verbose {_filters(each.wanted)}".rstrip(), each.ends_at - now, each.because)
             for each in self._watching.verbose
         ]
+        throttles = [
+            OverrideRow(str(number), told(each), (each.until - now_ns) / SECOND, each.because)
+            for number, each in self._services().admission.manager.overrides.items()
+        ]
+        return throttles + verbose
 
     def trace(self, wanted: Mapping[str, str], seconds: float) -> Iterator[list[str]]:
         return watching.trace(wanted, seconds)
@@ -109,13 +118,41 @@ class Steering:
         self._watching.begin(wanted, seconds, because)
 
     def log_less(self) -> int:
-        return self._watching.end_all()
+        return self._watching.end()
+
+    def is_throttle(self, name: str) -> bool:
+        manager = self._services().admission.manager
+        if manager.blocks.has(name):
+            return True
+        for some in manager.names():
+            if name in some:
+                return True
+            rest(_KEY)
+        return False
+
+    def set_by_hand(self, override: Override, seconds: float) -> None:
+        self._services().admission.set_by_hand(override, seconds)
+
+    def end_by_hand(self, name: str, source: str) -> int:
+        def fits(_: int, each: Override) -> bool:
+            return each.pause and (each.name, each.source) == (name, source)
+
+        return self._services().admission.end_by_hand(fits)
+
+    def end_override(self, id: str) -> bool:
+        if self._watching.end(id):
+            return True
+        return bool(self._services().admission.end_by_hand(lambda number, _: str(number) == id))
 
     def end_backoff(self, name: str) -> int | None:
         return self._services().admission.end_backoff(name)
 
     def stop(self) -> None:
         self._stop()
+
+
+def _filters(wanted: Mapping[str, str]) -> str:
+    return " ".join(f"{column}={value}" for column, value in wanted.items())
 
 
 def _row(standing: Standing, now: float) -> ConnectionRow:

@@ -327,10 +327,11 @@ class EventRow(Struct):
 
 
 class OverrideRow(Struct):
-    """Something set by hand. `ends`: seconds until it ends by itself; None: when it is ended."""
+    """Something set by hand. `id`: for `end override`; `ends`: seconds until it ends by itself."""
 
+    id: str
     what: str
-    ends: float | None
+    ends: float
     because: str = ""
 
 

@@ -15,7 +15,7 @@ from proxy.egress.pool import Entry, Pool, PoolKey
 from proxy.policy.directory import Book
 from proxy.policy.trouble import Record, Troubles
 from proxy.settings import ThrottleSettings
-from proxy.stats import OTHER, Backlog, Counters, Flow, Snapshot
+from proxy.stats import OTHER, Backlog, Counters, Flow, Snapshot, whole_seconds
 from proxy.status.backoffs import backoff_rows, state_of
 from proxy.status.names import block_rows, failing
 from proxy.status.rows import (
@@ -36,10 +36,10 @@ from proxy.status.rows import (
     ThrottleRow,
 )
 from proxy.status.trouble import found
-from proxy.throttling.backoff import NO_RATE
 from proxy.throttling.flows import Stake, Throttle
 from proxy.throttling.limits import Mode, Part
 from proxy.throttling.manager import Manager
+from proxy.throttling.overrides import NO_RATE, Override, told
 from proxy.throttling.throttle import SECOND, Key, Limit
 
 MOST_THROTTLES = 500
@@ -283,11 +283,15 @@ def _throttle(
         day, days = manager.blocks.warmup_of(throttle)
     else:
         state, backoff = _state(throttle, stakes, now)
+    how = _reconciled([stake.part for stake in stakes]) if terms is not None else "throttle block"
+    by_hand = list(manager.overrides.of(throttle.key)) if manager.overrides else []
+    if any(each.pause for each in by_hand):
+        state = "paused"
     return ThrottleRow(
         source=throttle.key.source,
         name=throttle.key.name + (" (connections)" if throttle.connections else ""),
         kind="proxy" if terms is None else "instances",
-        reconciled=_reconciled([stake.part for stake in stakes]) if terms is not None else "throttle block",
+        reconciled="; ".join([how, *(_by_hand(each, now) for each in by_hand)]),
         limits=_rates(window.limit for window in throttle.windows if window.limit != NO_RATE),
         places=throttle.cap or None,
         state=state,
@@ -308,6 +312,11 @@ def _throttle(
         warmup_day=day,
         warmup_days=days,
     )
+
+
+def _by_hand(override: Override, now: int) -> str:
+    because = f" ({override.because[:_LONGEST_REASON]})" if override.because else ""
+    return f"{told(override)}, for {whole_seconds((override.until - now) / SECOND)} more{because}"
 
 
 def _holders(throttle: Throttle) -> dict[str, InstanceRow]:

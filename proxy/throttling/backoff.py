@@ -21,8 +21,6 @@ from proxy.throttling.wheel import Wheel
 
 #: Keys of which something is remembered; beyond that those go that were told something the longest time ago.
 MOST_KEYS = 65_536
-#: What stands in for the rate of a throttle that has none, while it is paused: none to speak of.
-NO_RATE = Limit(100_000, 1)
 #: Percent of each limit that come back first.
 _AFTER_A_PAUSE = 10
 #: Characters of a reply that are kept, to be shown.

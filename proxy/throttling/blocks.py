@@ -14,9 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from proxy.model import Names
-from proxy.throttling.backoff import NO_RATE, Backoffs, Rule
+from proxy.throttling.backoff import Backoffs, Rule
 from proxy.throttling.flows import Throttle
 from proxy.throttling.limits import Effective
+from proxy.throttling.overrides import BY_HAND, NO_RATE, Override, Overrides
 from proxy.throttling.throttle import SECOND, Key, Limit, Shadow
 from proxy.throttling.warmup import Warmup, limit_on, number_of
 
@@ -114,14 +115,16 @@ class Blocks:
 
     Args:
         start: when the proxy began, in nanoseconds: what its predecessor did is unknown.
+        overrides: what was set by hand, here and elsewhere.
 
     Attributes:
         backoffs: which of them are slowed down, and why.
         day: of the calendar, counted from 1970-01-01; 0: nobody has said it yet.
     """
 
-    def __init__(self, rules: Rules, start: int) -> None:
+    def __init__(self, rules: Rules, start: int, overrides: Overrides) -> None:
         self._start = start
+        self._overrides = overrides
         self._rules = rules
         self._any = bool(rules)
         self._throttles: dict[Key, Throttle] = {}
@@ -232,6 +235,10 @@ class Blocks:
         """End every back-off of a block by hand, of how many throttles; see to it by `come_back`."""
         return self.backoffs.end([name], "was ended by hand", now)
 
+    def overridden(self, override: Override) -> None:
+        """Something was set by hand, or is over: it reaches the throttles by and by (`refresh`)."""
+        self._stale |= dict.fromkeys(each for each in self.throttles() if override.holds(each.key))
+
     def wait(self, throttles: Iterable[Throttle]) -> float | None:
         """Seconds that a request may queue under these: the shortest that a block says, none at all in a pause; None:
         none says anything.
@@ -292,11 +299,15 @@ class Blocks:
         if block is not None and not throttle.connections:
             limits += limit_on(block.warmup, self.day)
         terms = Effective(limits, places)
-        throttle.closed_until = 0
+        throttle.closed_until, throttle.closed_by = 0, ""
         slowdown = self.backoffs.of(throttle.key)
         if slowdown is not None:
             terms = slowdown.apply(terms, now, messages=not throttle.connections)
-            throttle.closed_until = slowdown.closed_until(now)
+            throttle.closed_until, throttle.closed_by = slowdown.closed_until(now), "after a reply of the receiver"
+        if self._overrides:
+            terms, until = self._overrides.apply(throttle.key, terms)
+            if until > throttle.closed_until:
+                throttle.closed_until, throttle.closed_by = until, BY_HAND
         throttle.limit_to(terms.limits or (NO_RATE,) * (throttle.closed_until > 0), self._start, now)
         throttle.cap = terms.places
         if block is None or block.enforce:

@@ -14,6 +14,7 @@ from proxy.throttling.blocks import Blocks, NoRules, Rules
 from proxy.throttling.desk import Desk
 from proxy.throttling.dispenser import Dispenser
 from proxy.throttling.flows import Flow, Throttle
+from proxy.throttling.overrides import Overrides
 from proxy.throttling.places import PlaceBook
 from proxy.throttling.registry import Registry
 from proxy.throttling.session import Session
@@ -33,11 +34,12 @@ class Core:
     def __init__(self, incarnation: int, start: int, enforce: bool = False, blocks: Rules | None = None) -> None:
         self.incarnation = incarnation
         self.enforce = enforce
-        self.blocks = Blocks(blocks or NoRules(), start)
+        self.overrides = Overrides()
+        self.blocks = Blocks(blocks or NoRules(), start, self.overrides)
         self._audit = Audit(start)
         self._dispenser = Dispenser()
         self._book = PlaceBook(self._shut)
-        self._registry = Registry(start, self._dispenser, self._book)
+        self._registry = Registry(start, self._dispenser, self._book, self.overrides)
         self._desk = Desk(self._dispenser, self._registry)
         self._adviser = Adviser()
         self._active: set[Throttle] = set()

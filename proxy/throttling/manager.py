@@ -13,11 +13,12 @@ what receivers reply.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from proxy.throttling.blocks import Rules
 from proxy.throttling.core import SWEEP
 from proxy.throttling.flows import Places, Throttle
+from proxy.throttling.overrides import Override
 from proxy.throttling.registry import Remark
 from proxy.throttling.requests import Requests
 
@@ -47,6 +48,25 @@ class Manager(Requests):
         self._settle(now)
         return count
 
+    def names(self) -> Iterator[set[str]]:
+        """Of the throttles that instances have named, some at a time."""
+        for piece in self._registry.throttles.pieces:
+            yield {key.name for key in piece}
+
+    def set_by_hand(self, override: Override, now: int) -> int:
+        """Lower limits, or a pause, for a time; its number."""
+        number = self.overrides.add(override)
+        self._overridden([override])
+        self._look_at_hand(now)
+        return number
+
+    def end_by_hand(self, fits: Callable[[int, Override], bool], now: int) -> int:
+        """End those that fit before their time; how many."""
+        ended = self.overrides.end(fits)
+        self._overridden(ended)
+        self._look_at_hand(now)
+        return len(ended)
+
     def turn_day(self, day: int, now: int) -> None:
         """It is this day, counted from 1970-01-01: warm-ups follow the calendar."""
         self.blocks.turn_day(day)
@@ -68,6 +88,8 @@ class Manager(Requests):
             self._ping(session, now)
         for throttle in self._registry.backoffs.expire(now, SWEEP):
             self._registry.relimit(throttle, now)
+        self._overridden(self.overrides.expire(now, SWEEP))
+        self._registry.step(now)
         for throttle, name in self._registry.leases.expire(now, SWEEP):
             self._registry.end_lease(throttle, name, now)
         self._sweep(now)
@@ -93,6 +115,7 @@ class Manager(Requests):
             self._departed
             or self._stretching
             or self._registry.teller
+            or self._registry.unfinished
             or self._dispenser.unfinished
             or self.blocks.stale
         ):
@@ -109,6 +132,7 @@ class Manager(Requests):
             self._registry.backoffs,
             self._registry.forgetting,
             self.blocks.backoffs.wheel,
+            self.overrides.wheel,
         )
         return min([due for wheel in wheels if (due := wheel.next_wakeup()) is not None], default=None)
 
@@ -134,6 +158,17 @@ class Manager(Requests):
                 self._dispenser.serve(throttle, now)
             self._book.pump(throttle, now)
             self._dispenser.serve(throttle, now)
+
+    def _overridden(self, overrides: Iterable[Override]) -> None:
+        """Something was set by hand, or is over: it reaches the throttles by and by."""
+        for override in overrides:
+            self.blocks.overridden(override)
+            self._registry.overridden(override)
+
+    def _look_at_hand(self, now: int) -> None:
+        self._registry.step(now)
+        self._refresh(now)
+        self._settle(now)
 
     def _pardon(self, now: int) -> None:
         """Messages without a permit are only counted from now on."""

@@ -44,9 +44,9 @@ def message_refusal(path: Path, now: int) -> Throttled:
 
 
 def _paused(throttle: Throttle, now: int) -> Throttled:
-    """By one of its `backoff` rules."""
+    """By one of its `backoff` rules, or by hand."""
     seconds = max(0, throttle.closed_until - now) / SECOND
-    why = f"throttle {throttle.key}: paused after a reply of the receiver; try again in {seconds:.0f} s"
+    why = f"throttle {throttle.key}: paused {throttle.closed_by}; try again in {seconds:.0f} s"
     return Throttled(why, throttle.key.name, seconds)
 
 

@@ -7,6 +7,7 @@ only when nobody needs it and its debt is paid. Giving out slots and places is l
 from __future__ import annotations
 
 import enum
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from proxy.throttling.dispenser import Dispenser
 from proxy.throttling.flows import Flow, Path, Receiver, Stake, Terms, Throttle
 from proxy.throttling.limits import BackoffRule, Part
 from proxy.throttling.many import Pieces
+from proxy.throttling.overrides import BY_HAND, NO_RATE, Override, Overrides
 from proxy.throttling.places import PlaceBook
 from proxy.throttling.telling import Teller
 from proxy.throttling.throttle import SECOND, TICK, Key
@@ -58,15 +60,18 @@ class Registry:
 
     Args:
         start: when this manager began, in nanoseconds.
+        overrides: what was set by hand, here and elsewhere.
     """
 
-    def __init__(self, start: int, dispenser: Dispenser, book: PlaceBook) -> None:
+    def __init__(self, start: int, dispenser: Dispenser, book: PlaceBook, overrides: Overrides) -> None:
         self.throttles: Pieces[Key, Throttle] = Pieces()
         self.remarks: list[Remark] = []
         self.leases: Wheel[tuple[Throttle, str]] = Wheel(SECOND)
         self.backoffs: Wheel[Throttle] = Wheel(TICK)
         self.forgetting: Wheel[Throttle] = Wheel(SECOND)
         self._start = start
+        self._overrides = overrides
+        self._to_look_at: deque[tuple[Override, dict[Key, Throttle]]] = deque()  # for what was set by hand
         self.teller = Teller(dispenser)
         self._dispenser = dispenser
         self._book = book
@@ -232,6 +237,12 @@ class Registry:
         terms = _terms(throttle)
         slowed, mixed = terms.backoff is not None, terms.mixed
         effective = terms.effective(now)
+        closed = throttle.closed_until
+        if self._overrides or closed:
+            effective, throttle.closed_until = self._overrides.apply(throttle.key, effective)
+            throttle.closed_by = BY_HAND
+            if throttle.closed_until and not effective.limits:
+                effective = effective._replace(limits=(NO_RATE,))
         if terms.mixed and not mixed:
             self.remarks.append(
                 Remark(
@@ -241,10 +252,10 @@ class Registry:
                 )
             )
         slack = throttle.slack
-        changed = throttle.limit_to(effective.limits, self._start, now)
+        changed = throttle.limit_to(effective.limits, self._start, now) or closed != throttle.closed_until
         if throttle.slack > slack:
             self._forget_slots(throttle, now)
-        if throttle.cap != effective.places:
+        if throttle.cap != effective.places or closed > throttle.closed_until:
             throttle.cap = effective.places
             changed = True
             self._book.pump(throttle, now)
@@ -254,6 +265,22 @@ class Registry:
         if changed or mixed != terms.mixed or slowed != (terms.backoff is not None):
             self._dispenser.serve(throttle, now)
             self.teller.all_of(throttle)
+
+    def overridden(self, override: Override) -> None:
+        """Something was set by hand, or is over: `step` sees to it, some throttles at a time."""
+        self._to_look_at.extend((override, piece) for piece in self.throttles.pieces)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether `step` has more to do."""
+        return bool(self._to_look_at)
+
+    def step(self, now: int) -> None:
+        """Put what was set by hand in force for some throttles."""
+        if self._to_look_at:
+            override, piece = self._to_look_at.popleft()
+            for throttle in [each for key, each in piece.items() if override.holds(key)]:
+                self.relimit(throttle, now)
 
     def announce(self, flow: Flow) -> None:
         """The receiver of `flow` is to be told the limits in force."""

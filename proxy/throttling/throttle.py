@@ -218,12 +218,12 @@ class Meter:
         cap: places there are, 0: unlimited. used: places taken. held: places by owner, None when nobody holds one.
         taken: slots given out so far. counts: a place also takes a slot (the proxy's own throttles count connections),
             if it is rated, or if `connections`: a place always does, and messages do not.
-        closed_until: no place and no slot before it, a pause of one of the proxy's own throttles; 0: there is none.
+        closed_until: no place and no slot before it, a pause; 0: there is none. closed_by: what paused it, in words.
         shadow: holds nothing back, and counts what it would have; None: it holds.
     """
 
     __slots__ = (
-        *("cap", "closed_until", "connections", "counts", "dormant", "held", "key"),
+        *("cap", "closed_by", "closed_until", "connections", "counts", "dormant", "held", "key"),
         *("opens", "shadow", "slack", "taken", "used", "windows"),
     )
 
@@ -240,6 +240,7 @@ class Meter:
         self.held: dict[str, int] | None = None
         self.connections = False
         self.closed_until = 0
+        self.closed_by = ""
         self.shadow: Shadow | None = None
 
     # --- shadow ---
@@ -271,7 +272,9 @@ class Meter:
     def earliest(self, now: int) -> int:
         """The next slot: `now`, rounded up to a microsecond, or later; of connections, up to LATENESS ago."""
         if self.counts:
-            now = max(now - LATENESS, self.closed_until)
+            now -= LATENESS
+        if self.closed_until > now:
+            now = self.closed_until
         slot = -(-now // MICROSECOND) * MICROSECOND
         if slot < self.opens:
             slot = self.opens

@@ -14,9 +14,11 @@ import uuid
 
 import pytest
 
-from tests.clients import dial, socks5, v2
+from greenarrow_proxy_client import Limits, Session
+from greenarrow_proxy_client.throttle import ThrottleTimeout
+from tests.clients import Refused, dial, socks5, v2
 from tests.mx import Mx, close, say
-from tests.program import ROOT, Proxy
+from tests.program import ROOT, SECRET, Proxy
 from tests.sinks import Raw, greet
 from tests.waiting import wait_for
 
@@ -313,3 +315,80 @@ def test_top_shows_trouble_throttles_and_connections(path):
                     wanted[text] -= text in line
             process.send_signal(signal.SIGINT)
             assert process.wait(20) == 0
+
+
+def test_a_throttle_is_paused_and_limited_by_hand(path):
+    block = "throttle one {\n  destination 127.0.0.0/8\n  max_concurrent_connections 9\n  per nothing\n}\n"
+    more = "listen_status 127.0.0.1:0\n"
+    with Proxy(f"control_socket {path}\n{block}{more}") as proxy, Mx() as mx:
+        code, out, _ = ctl(path, "--because", "they are down", "pause", "throttle", "one", "for", "10m")
+        assert (code, out.strip()) == (0, "one is paused for 10m0s")
+        with pytest.raises(Refused):
+            socks5(proxy.socks5, mx.endpoint)
+        proxy.wait_line("throttle one: paused by hand; try again in")
+        (row,) = rows(path, "show", "overrides")
+        assert (row["id"], row["what"], row["because"]) == ("1", "pause one", "they are down")
+        (row,) = rows(path, "show", "throttles", "one")
+        assert row["state"] == "paused"
+        assert "pause one, for 9m" in row["reconciled"]
+        assert "(they are down)" in row["reconciled"]
+        proxy.hup()
+        with pytest.raises(Refused):
+            socks5(proxy.socks5, mx.endpoint)
+        assert ctl(path, "resume", "throttle", "one")[0] == 0
+        assert ctl(path, "resume", "throttle", "one")[0] == 78
+        with socks5(proxy.socks5, mx.endpoint) as sock:
+            assert sock.recv(100)
+            code, out, _ = ctl(path, "limit", "throttle", "one", "connections=1", "rate=500/hr", "for", "2h")
+            assert (code, out.strip()) == (0, "one is limited to connections=1 rate=500/hr for 2h0m0s")
+            (row,) = rows(path, "show", "throttles", "one")
+            assert (row["places"], row["limits"]) == (1, [{"amount": 500, "seconds": 3600, "burst": 1}])
+            (row,) = rows(path, "show", "overrides")
+            assert row["what"] == "limit one: 1 connections, 500 in 3600 s"
+            assert ctl(path, "end", "override", row["id"])[0] == 0
+            assert rows(path, "show", "throttles", "one")[0]["places"] == 9
+        proxy.wait_line('control: pause throttle one for 10m .*because="they are down"')
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("pause", "throttle", "nothing"), "neither a throttle block nor a rule"),
+        (("pause", "throttle", "one", "here"), "not the address of a source"),
+        (("pause", "throttle", "one", "for", "ever"), "a duration"),
+        (("limit", "throttle", "one", "connections=0"), "connections=5 or rate=500/hr"),
+        (("limit", "throttle", "one", "rate=fast"), "connections=5 or rate=500/hr"),
+        (("limit", "throttle", "one", "192.0.2.1"), "connections=NUMBER"),
+        (("end", "override", "7"), "no override 7"),
+    ],
+)
+def test_what_cannot_be_set_by_hand(door, words, told):
+    code, _, err = ctl(door, *words)
+    assert code in (64, 78)
+    assert told in err
+    assert rows(door, "show", "overrides") == []
+
+
+@pytest.fixture(scope="module")
+def door():
+    path = f"@greenarrow-test-{uuid.uuid4()}"
+    with Proxy(f"control_socket {path}\nthrottle one {{\n  max_concurrent_connections 9\n}}\n"):
+        yield path
+
+
+def test_a_rule_that_instances_have_named_is_paused_and_they_are_told(path):
+    with Proxy(f"control_socket {path}\n") as proxy, Session(proxy.native, SECRET, "a") as session:
+        throttle = session.throttle("127.0.0.9", Limits("yahoo", ((100, 1),)))
+        throttle.acquire(10)
+        assert ctl(path, "pause", "throttle", "yahoo", "127.0.0.9")[0] == 0
+        wait_for(lambda: rows(path, "show", "throttles", "yahoo")[0]["state"] == "paused", what="it is paused")
+
+        def none_is_left():  # what was granted before may be used
+            try:
+                throttle.acquire(0.5)
+            except ThrottleTimeout:
+                return True
+
+        wait_for(none_is_left, what="nothing goes on")
+        assert ctl(path, "resume", "throttle", "yahoo", "127.0.0.9")[0] == 0
+        throttle.acquire(10)
