@@ -212,6 +212,7 @@ def test_another_server_is_asked_for_all_and_for_none_twice(book):
     assert (book.idle(0.0), book.idle(300.5)) == (300.0, 0.0)
     book.renew(5.0)
     assert book.next(4.0) is None
+    book.renew(5.0)
     assert book.next(5.0) == "a.example"
     assert book.next(10**6) is None, "it is not given again before its answer has come"
 

@@ -1,10 +1,12 @@
 """What a caller asks the mediator, condition by condition: may it read, is it idle, may it lend, is there any hope."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
 from proxy.model import Discard
+from proxy.protocols.smtp.course import MOST_IDLE_COMMANDS, MOST_MISTAKES
 from proxy.protocols.smtp.mediator import MOST_INPUT, Mediator
 from proxy.protocols.smtp.states import State, Want
 from tests.unit.protocols.smtp.world import HELLO, HOST, opened, throttled, unreachable
@@ -349,3 +351,49 @@ def test_to_whom_starttls_is_shown(offer, secured, helo, shown):
     made = changed(put(offer_starttls=offer, secured=secured, helo=helo, hello=HELLO))
     made.answer_hello()
     assert (b"STARTTLS" in b"".join(made.to_client)) is shown
+
+
+def test_how_many_commands_without_a_message_and_how_many_mistakes():
+    """A MAIL begins the count of the first anew; nothing does that of the second."""
+    made = at_rest()
+    for _ in range(2):
+        assert all(made.count_idle() for _ in range(MOST_IDLE_COMMANDS - 1))
+        assert made.want is None
+        made.ask_slot(b"MAIL FROM:<>")
+        made.state, made.want = State.READY, None
+    assert all(made.count_idle() for _ in range(MOST_IDLE_COMMANDS - 1))
+    assert not made.count_idle()
+    assert made.want is Want.END
+    made = at_rest()
+    for _ in range(MOST_MISTAKES - 1):
+        made.mistake(b"500 no\r\n")
+    assert made.want is None
+    made.mistake(b"500 no\r\n")
+    assert made.want is Want.END
+
+
+@pytest.mark.parametrize(
+    ("state", "then"), [(State.DETACHED, State.HELD), (State.HELD, State.HELD), (State.HELLO, State.HELLO)]
+)
+def test_who_asks_for_a_connection_is_held_unless_it_has_only_said_its_name(state, then):
+    made = changed(put(state=state))
+    made.ask_line()
+    assert (made.state, made.want) == (then, Want.LINE)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_refusal_of_ours_is_told_to_the_judge_with_all_that_the_client_said(again):
+    """Whether it was held before it was said, or after its connection was found dead."""
+    told = []
+    made = changed(put(state=State.HELD, pending=b"" if again else b"MAIL FROM:<>", fresh=again, begun=again))
+    if again:
+        made.group.begin(True)
+        made.group.add(b"MAIL", b"MAIL FROM:<>\r\n")
+        made.group.add(b"RCPT", b"RCPT TO:<a@b.example>\r\n")
+    made.unread += b"DATA\r\n"
+    made.tracker = SimpleNamespace(turned_away=lambda said, reply: told.append((said, reply)))
+    made.refuse(b"451 later\r\n")
+    said = b"MAIL FROM:<>\r\nRCPT TO:<a@b.example>\r\n" if again else b"MAIL FROM:<>\n"
+    assert told == [(said + b"DATA\r\n", b"451 later\r\n")]
+    assert (made.state, made.fresh, made.pending, made.begun, made.refused) == (State.SWALLOW, False, b"", False, 1)
+    assert [reply[:3] for reply in made.to_client] == [b"451", b"503"][: 1 + again]
