@@ -48,7 +48,12 @@ class Dialogue:
         control.listen(self)
 
     def throttle(
-        self, source_ip: str | None, limits: Sequence[Limits], source: str | None, mx: str | None, domain: str | None
+        self,
+        source_ip: str | None,
+        limits: Sequence[Limits],
+        source: str | None = None,
+        mx: str | None = None,
+        domain: str | None = None,
     ) -> Throttle:
         """See `Session.throttle`."""
         if source_ip is not None:

@@ -84,7 +84,9 @@ def load(
         ConfigError: every mistake found, one a line, up to `MOST_MISTAKES`.
     """
     file = File(read_file, breathe, find)
-    given = gather(build_parser(file), argv, environ, file)
+    parser = build_parser(file)
+    breathe()
+    given = gather(parser, argv, environ, file)
     _raise_for(file.unreadable)  # everything else would be a consequence of that
     if not given and not file.texts.blocks and not file.mistakes:
         raise ConfigError(_nothing(file.name), file.name)
