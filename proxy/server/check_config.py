@@ -251,6 +251,7 @@ def _sources(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
             if not _is_here(str(network.network_address)):
                 absent.setdefault(block.block or block.name, []).append(str(network.network_address))
     for name, addresses in absent.items():
+        breathe()
         more = f" (nor are {len(addresses) - 1} more of its addresses)" if len(addresses) > 1 else ""
         yield Finding(False, "source", name, f"{name}: {addresses[0]} {_NOT_HERE}{more}")
 
