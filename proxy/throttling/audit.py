@@ -14,7 +14,7 @@ import enum
 from typing import NamedTuple
 
 from proxy.throttling.flows import WORD, Flow, Run, Throttle
-from proxy.throttling.many import Pieces
+from proxy.throttling.many import MASK, Pieces
 from proxy.throttling.registry import Notice, Remark
 from proxy.throttling.returns import LONGEST_SLACK
 from proxy.throttling.session import Session
@@ -227,7 +227,7 @@ class Audit:
         """Permits have left for their instance, each usable for `slack`."""
         flow = run.flow
         holder = flow.receiver.name, flow.path.throttles
-        account = self._accounts.get(holder)
+        account = self._accounts.pieces[hash(holder) & MASK].get(holder)
         if account is None:
             account = self._account(holder, run.first + run.step * (run.n - 1) + slack)
         account.granted(run, slack)

@@ -213,7 +213,8 @@ class Dispenser(Queues):
                 return False
             there = self._where_to_wait(flow, throttle, own, slot, decider, now)
             if there is not None:
-                self._move(flow, slots, there, max(own, there.earliest(now)), agenda, now)
+                when = slot if there is decider else max(own, there.earliest(now))
+                self._move(flow, slots, there, when, agenda, now)
                 if queue and slots.path is not None:
                     # The others would follow it for nothing: one is enough to ask there.
                     wheel.arm(throttle, slot)

@@ -14,6 +14,7 @@ what receivers reply.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from proxy.throttling.blocks import Rules
 from proxy.throttling.core import SWEEP
@@ -21,6 +22,7 @@ from proxy.throttling.flows import Places, Throttle
 from proxy.throttling.overrides import Override
 from proxy.throttling.registry import Remark
 from proxy.throttling.requests import Requests
+from proxy.throttling.wheel import Wheel
 
 
 class Manager(Requests):
@@ -33,6 +35,23 @@ class Manager(Requests):
         enforce: `throttle_enforce`: messages sent without a permit are paid for before the next connection.
         blocks: the proxy's own throttles.
     """
+
+    def __init__(self, incarnation: int, start: int, enforce: bool = False, blocks: Rules | None = None) -> None:
+        super().__init__(incarnation, start, enforce, blocks)
+        self._wheels: tuple[Wheel[Any], ...] = (
+            self._dispenser.wheel,
+            self._dispenser.fine,
+            self._desk.wheel,
+            self._book.wheel,
+            self._adviser.wheel,
+            self._audit.wheel,
+            self._pings,
+            self._registry.leases,
+            self._registry.backoffs,
+            self._registry.forgetting,
+            self.blocks.backoffs.wheel,
+            self.overrides.wheel,
+        )
 
     def replied(self, places: Places, reply: str, now: int) -> None:
         """A receiver refused something on the connection that has these places: see `Blocks.replied`."""
@@ -120,21 +139,7 @@ class Manager(Requests):
             or self.blocks.stale
         ):
             return 0
-        wheels = (
-            self._dispenser.wheel,
-            self._dispenser.fine,
-            self._desk.wheel,
-            self._book.wheel,
-            self._adviser.wheel,
-            self._audit.wheel,
-            self._pings,
-            self._registry.leases,
-            self._registry.backoffs,
-            self._registry.forgetting,
-            self.blocks.backoffs.wheel,
-            self.overrides.wheel,
-        )
-        return min([due for wheel in wheels if (due := wheel.next_wakeup()) is not None], default=None)
+        return min([due for wheel in self._wheels if (due := wheel.next_wakeup()) is not None], default=None)
 
     def take_notices(self) -> list[Remark]:
         remarks: list[Remark] = []

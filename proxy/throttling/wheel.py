@@ -82,6 +82,8 @@ class Wheel(Generic[Item]):
             most: that many of them at most; the others stay due, so that `next_wakeup` is in the past.
         """
         due: list[Item] = []
+        if not self._order or self._order[0] * self._tick > now_ns:
+            return due  # nearly always
         pieces = self._bucket_of.pieces
         looks = None if most is None else _LOOKS * most
         while self._order and self._order[0] * self._tick <= now_ns:
