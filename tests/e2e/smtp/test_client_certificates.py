@@ -15,8 +15,10 @@ from tests.clients import send, socks5
 from tests.independent_client import channel
 from tests.mx import Mx
 from tests.program import Proxy
+from tests.sharing import cached
 
 CA = trustme.CA()
+EHLO = "client.example"  # what tests.clients.Smtp says
 
 
 class Files:
@@ -93,6 +95,24 @@ def test_a_reload_reads_them_again_and_a_tls_session_is_never_gone_on_in_as_some
         proxy.hup()
         assert shown(proxy, mx, "127.0.0.5") == files.der("five") != first
         assert not mx.sessions[-1].resumed
+
+
+def test_a_shared_connection_is_for_who_appears_as_the_same(files: Files, mx: Mx) -> None:
+    sharing = (
+        text(files)
+        .replace("reuse_connections no\n", "")
+        .replace("source here {\n", f"source here {{\n    ehlo {EHLO}\n")
+    )
+    with Proxy(sharing) as proxy:
+        first = shown(proxy, mx, "127.0.0.5")
+        cached(proxy, 1, mx)
+        assert shown(proxy, mx, "127.0.0.5") == first
+        assert mx.connects == 1
+        cached(proxy, 1, mx)
+        files.make("five")
+        proxy.hup()
+        assert shown(proxy, mx, "127.0.0.5") == files.der("five") != first
+        assert mx.connects == 2
 
 
 def test_a_receiver_that_does_not_ask_sees_none(files: Files) -> None:
