@@ -79,3 +79,21 @@ def test_an_answer_is_one_line_with_version_and_verdict() -> None:
         assert line.count(b"\n") == 1
         decoded = msgspec.json.decode(line)
         assert (decoded["v"], decoded["ok"]) == (VERSION, ok)
+
+
+def test_which_commands_change_something_and_what_they_need() -> None:
+    """Written out: a row that is wrong would let an observer change things."""
+    needs = {" ".join(each.words): each.least_arguments for each in COMMANDS if each.changes}
+    assert needs == {
+        "reload": 0,
+        "close connection": 1,
+        "drop cached": 1,
+        "log verbose": 0,
+        "pause throttle": 1,
+        "resume throttle": 1,
+        "limit throttle": 2,
+        "end override": 1,
+        "backoff end": 1,
+        "drain": 0,
+        "stop": 0,
+    }

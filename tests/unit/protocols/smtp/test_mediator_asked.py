@@ -397,3 +397,46 @@ def test_a_refusal_of_ours_is_told_to_the_judge_with_all_that_the_client_said(ag
     assert told == [(said + b"DATA\r\n", b"451 later\r\n")]
     assert (made.state, made.fresh, made.pending, made.begun, made.refused) == (State.SWALLOW, False, b"", False, 1)
     assert [reply[:3] for reply in made.to_client] == [b"451", b"503"][: 1 + again]
+
+
+# --- replies ---
+
+
+@pytest.mark.parametrize(
+    ("verb", "code", "state"),
+    [
+        (b"MAIL", 299, State.TRANSACTION),
+        (b"NOOP", 300, State.RAW),  # what the client says next may be no command
+        (b"NOOP", 399, State.RAW),
+        (b"NOOP", 400, State.READY),
+        (b"NOOP", 299, State.READY),
+        (b"AUTH", 334, State.AUTH),
+        (b"AUTH", 335, State.RAW),
+        (b"AUTH", 235, State.READY),
+        (b"NOOP", 421, State.OVER),
+        (b"NOOP", 420, State.READY),
+        (b"NOOP", 422, State.READY),
+    ],
+)
+def test_what_a_reply_makes_of_the_dialogue(verb, code, state):
+    made = changed()
+    made.send(verb + b" x", verb)
+    made.receiver(b"%d x\r\n" % code)
+    assert made.state is state
+    assert made.death is (Discard.SAID_421 if code == 421 else None)
+
+
+@pytest.mark.parametrize(("code", "is_open"), [(250, True), (450, False), (400, False)])
+def test_a_mail_is_open_when_it_was_accepted(code, is_open):
+    made = changed()
+    made.send(b"MAIL FROM:<>", b"MAIL")
+    made.receiver(b"%d x\r\n" % code)
+    assert made.open is is_open
+
+
+def test_a_receiver_that_has_had_its_say_may_close_behind_our_back():
+    made = changed()
+    made.send(b"NOOP", b"NOOP")
+    assert not made.old
+    made.receiver(b"250 ok\r\n")
+    assert made.old
