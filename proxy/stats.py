@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from proxy.errors import ProxyError, UpstreamError
-from proxy.model import Endpoint, TlsSeen
+from proxy.model import Ending, Endpoint, TlsSeen
+from proxy.spans import SPANS
 
 #: A table of named counters never holds more names than this; what comes later is counted under OTHER.
 MAX_NAMES = 64
@@ -281,8 +282,9 @@ class Counters:
     tls_failures: what kept others from having one, by result of RFC 8460. reused and fresh: how often a request was
     served from the cache or by a new connection. messages: MAIL commands seen where the dialogue is; `audit` counts
     those without a permit. messages_accepted, messages_deferred and messages_rejected: replies to them by class, by
-    instance; with sources_ in front, by source address. probes: connections that closed without a byte, and health
-    checks.
+    instance; with sources_ in front, by source address. instances_ended and instances_failed: relayed connections that
+    have ended, and outgoing ones that did not come to be, by instance; with sources_ in front by source address.
+    probes: connections that closed without a byte, and health checks.
     """
 
     __slots__ = (
@@ -295,6 +297,8 @@ class Counters:
         "failed",
         "fresh",
         "in_clear",
+        "instances_ended",
+        "instances_failed",
         "internal_errors",
         "messages",
         "messages_accepted",
@@ -307,6 +311,8 @@ class Counters:
         "reused",
         "sources_accepted",
         "sources_deferred",
+        "sources_ended",
+        "sources_failed",
         "sources_rejected",
         "tls_failures",
         "tls_resumed",
@@ -336,6 +342,10 @@ class Counters:
         self.sources_rejected = Table()
         self.probes = 0
         self.accept_errors = 0
+        self.instances_ended = Table()
+        self.instances_failed = Table()
+        self.sources_ended = Table()
+        self.sources_failed = Table()
         self.internal_errors = 0
         self.reloads = 0
         self.reloads_failed = 0
@@ -344,6 +354,27 @@ class Counters:
         """A new session over TLS."""
         self.tls_sessions.count(seen.certificate)
         self.tls_resumed += seen.resumed
+
+    def over(
+        self,
+        ending: Ending,
+        instance: str,
+        source: str,
+        up: int,
+        down: int,
+        seconds: float,
+        messages: int | None = None,
+    ) -> None:
+        """A relayed connection has ended; `messages`: MAIL commands, None: the dialogue was not seen."""
+        self.bytes_up += up
+        self.bytes_down += down
+        self.ended.count(ending)
+        self.instances_ended.count(instance or "-")
+        self.sources_ended.count(source)
+        SPANS.session.observe(seconds)
+        SPANS.bytes.observe(up)
+        if messages is not None:
+            SPANS.messages.observe(messages)
 
     def note(self, error: ProxyError) -> None:
         """A request that was refused, or an outgoing connection that did not come to be."""

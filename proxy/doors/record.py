@@ -157,10 +157,8 @@ class Visit:
         reply = refusal(self.reply) if self.reply else ""
         ending = ending.after(reply)
         services.troubles.over(self.source, self.destination, reply, not reply and down > 0, monotonic())
-        counters = services.counters
-        counters.bytes_up += up
-        counters.bytes_down += down
-        counters.ended.count(ending)
+        seconds = monotonic() - self.started
+        services.counters.over(ending, self.instance, self.source, up, down, seconds)
         services.gauges.outgoing -= 1
         self.forget_end()
         if self.place is not None:
@@ -179,7 +177,7 @@ class Visit:
             "",
             up,
             down,
-            monotonic() - self.started,
+            seconds,
             ending,
             reply=reply,
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable
+from time import monotonic
 from typing import Any
 
 from gevent import get_hub, getcurrent
@@ -19,6 +20,7 @@ from gevent import get_hub, getcurrent
 from proxy.errors import Throttled
 from proxy.log import lines as log
 from proxy.model import UNNAMED, Names
+from proxy.spans import SPANS
 from proxy.throttling.desk import MessageTicket
 from proxy.throttling.flows import Flow, Places, Throttle, Ticket
 from proxy.throttling.manager import Manager
@@ -109,8 +111,13 @@ class Admission:
         answer = manager.admit(owner, weight, source, destination, flows, clock_ns(), rated, names)
         self.settle()
         if isinstance(answer, Places):
+            SPANS.place.observe(0.0)
             return answer
-        self._wait_for(answer, self._longest(answer, seconds), key)
+        began = monotonic()
+        try:
+            self._wait_for(answer, self._longest(answer, seconds), key)
+        finally:
+            SPANS.place.observe(monotonic() - began)
         return answer.places
 
     def swap(
@@ -138,6 +145,7 @@ class Admission:
                 manager.cancel(answer, clock_ns())
                 self.settle()
                 return False, None
+            SPANS.place.observe(0.0)
             self.settle()
             return True, answer
         new = manager.swap(old, owner, weight, source, destination, flows, clock_ns(), rated, names)
@@ -243,7 +251,9 @@ class Admission:
 
         ticket = self.ask_slot(owner, weight, source, destination, flows, seconds, answer, names)
         if ticket not in self._answers:
+            SPANS.slot.observe(0.0)
             return ticket
+        began = monotonic()
         try:
             waits()
             while not answers:
@@ -251,6 +261,8 @@ class Admission:
         except BaseException:
             self.cancel_message(ticket)
             raise
+        finally:
+            SPANS.slot.observe(monotonic() - began)
         if answers[0] is not None:
             raise answers[0]
         return ticket

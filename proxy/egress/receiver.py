@@ -32,6 +32,7 @@ from proxy.net.tls import ClientIdentity, PlainStream, Profile, Stream, TlsStrea
 from proxy.net.turns import TurnOver
 from proxy.policy.certificates import Demand, Result
 from proxy.protocols.smtp.dialogue import Action, ClientDialogue, Then, mailmax
+from proxy.spans import SPANS
 from proxy.throttling.flows import Places
 
 
@@ -384,7 +385,9 @@ class BringUp:
             raise self._failed(f"{name} cannot be a TLS server name", 0) from None
         stream.turn.key = receiver.destination.host
         try:
+            began = monotonic()
             shake_hands(self._engine, stream, for_receivers())
+            SPANS.tls.observe(monotonic() - began)
             receiver.stream = stream
             receiver.tls = facts = _facts(stream, wish.demand, known)
             if wish.demand.binding and not facts.verdict.verified:

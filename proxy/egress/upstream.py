@@ -32,6 +32,7 @@ from proxy.net.alarm import Alarm
 from proxy.net.conversation import watch_over
 from proxy.net.relay import TCP_NODELAY, Engine, RawSocket
 from proxy.policy.access import Access
+from proxy.spans import SPANS
 
 #: A client's connect takes no longer, whatever time it has: a receiver that is not there is to be told of.
 LONGEST_CONNECT = 50.0
@@ -97,6 +98,7 @@ def connect(
         Overloaded: no memory to watch over one more socket.
         UpstreamError: step `connect`, with the errno; a timeout is ETIMEDOUT, no free port is EADDRNOTAVAIL.
     """
+    began = monotonic()
     number = sock.connect_ex(destination)
     if begun is not None:
         begun(sock)
@@ -114,6 +116,7 @@ def connect(
             alarm.cancel()
     if number:
         raise UpstreamError(f"connect {source} -> {destination}: {_why(number)}", Step.CONNECT, number)
+    SPANS.connect.observe(monotonic() - began)
     return events & ~EPOLLOUT
 
 

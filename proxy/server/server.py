@@ -42,6 +42,7 @@ from proxy.net import certificates, tls
 from proxy.net.addresses import own_addresses
 from proxy.net.crew import Crew
 from proxy.net.relay import make_engine
+from proxy.net.turn_meter import TurnMeter
 from proxy.net.turns import Breather, rest
 from proxy.policy.access import Access
 from proxy.policy.budget import FailureBudget
@@ -59,6 +60,7 @@ from proxy.server.signals import Signals
 from proxy.server.steering import Steering
 from proxy.services import Gauges, Instances, Leaving, Newcomers, Services
 from proxy.settings import Settings
+from proxy.spans import SPANS
 from proxy.stats import MOST_LINES, Counters, Snapshot
 from proxy.status.http import House, InForce, ReloadFailure, StatusDoor
 from proxy.throttling.manager import Manager
@@ -180,6 +182,7 @@ class Server:
         self._signals.watch()
         own_addresses().watch(self._source_gone, self._source_came)
         process.log_what_the_hub_catches(self._counters)
+        TurnMeter(SPANS.turn)
         gevent.spawn(self._report_forever)
         gevent.spawn(self._sweep_forever)
         gevent.spawn(self._keeper.run)

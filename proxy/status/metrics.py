@@ -8,13 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
+from itertools import accumulate
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from proxy.errors import ConfigError, ProxyError, Step, UpstreamError, every
 from proxy.model import Discard, Ending
+from proxy.spans import SPANS, Histogram
 from proxy.stats import MAX_NAMES
 from proxy.status.rows import Overview, SessionRow
 
@@ -49,6 +58,10 @@ _COUNTERS = {
     "sources_rejected": ("source_messages_rejected", "source", "The same by the address that mail leaves from"),
     "messages_without_permit": ("messages_without_permit", "", "MAIL commands that no permit covered"),
     "backoffs": ("throttle_backoffs", "", "Times that a reply has slowed a throttle down"),
+    "instances_ended": ("instance_connections", "instance", "Relayed connections that have ended, by instance"),
+    "instances_failed": ("instance_failed", "instance", "Outgoing connections that did not come to be, by instance"),
+    "sources_ended": ("source_connections", "source", "Relayed connections that have ended, by source address"),
+    "sources_failed": ("source_failed", "source", "Outgoing connections that did not come to be, by source address"),
     "probes": ("probes", "", "Connections that closed without a byte, and health checks"),
     "accept_errors": ("accept_errors", "", "Times that a listener could not accept"),
     "internal_errors": ("internal_errors", "", "Mistakes of the program itself"),
@@ -56,6 +69,18 @@ _COUNTERS = {
     "reloads_failed": ("reloads_failed", "", "Reloads that were refused"),
 }
 
+
+#: Histograms of `proxy.spans`.
+_SPANS = {
+    "connect": "Until a receiver was connected",
+    "tls": "TLS handshakes with receivers",
+    "place": "Waiting for a place under the throttles, those that did not have to included",
+    "slot": "Waiting for a message's slot, where messages are seen, those that did not have to included",
+    "session": "From the client's request to the end",
+    "turn": "Work between two looks at the sockets, in which nobody else is served",
+    "bytes": "From client to receiver in a session",
+    "messages": "MAIL commands of a session whose dialogue is seen",
+}
 
 #: What labels of a closed vocabulary have before anything has happened: a rate over a series that begins with its first
 #: event is 0 for that event.
@@ -107,9 +132,21 @@ class _View(Collector):
         )
         yield _gauge("draining", "1 while the program is stopping", int(program.draining))
         yield from _counters(view)
+        yield from _spans()
         yield from _connections(view)
         yield from _throttling(view)
         yield from _pool(view)
+
+
+def _spans() -> Iterator[Metric]:
+    for name, text in _SPANS.items():
+        span: Histogram = getattr(SPANS, name)
+        unit = "" if name in ("bytes", "messages") else "_seconds"
+        metric = {"bytes": "session_bytes", "messages": "session_messages"}.get(name, name)
+        counts = list(accumulate(span.counts))
+        ends = [*map(floatToGoString, span.bounds), "+Inf"]
+        buckets = list(zip(ends, counts, strict=True))
+        yield HistogramMetricFamily(_PREFIX + metric + unit, text, buckets=buckets, sum_value=span.total)
 
 
 def _counters(view: Overview) -> Iterator[Metric]:

@@ -138,11 +138,10 @@ class Session:
             services.keeper.part(receiver, self._parting)
         else:
             services.keeper.close(receiver, reset)
-        counters = services.counters
-        counters.bytes_up += transfer.up
-        counters.bytes_down += transfer.down
-        counters.ended.count(ending)
         now, said = monotonic(), transfer.tracker.said if transfer.tracker is not None else ""
+        seconds, messages = now - self._started, outcomes.messages if outcomes is not None else None
+        ends = self._peer.instance, receiver.source
+        services.counters.over(ending, *ends, transfer.up, transfer.down, seconds, messages)
         seen = outcomes or Outcomes()
         good = seen.accepted > 0 or (not said and transfer.down > 0)
         services.troubles.over(receiver.source, receiver.destination, said, good, now, seen.deferred, seen.rejected)
@@ -157,7 +156,7 @@ class Session:
             receiver.tls.version if receiver.tls else "failed" if self._taken.in_clear else "",
             transfer.up,
             transfer.down,
-            now - self._started,
+            seconds,
             ending,
             outcomes,
             said,

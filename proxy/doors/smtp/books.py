@@ -108,9 +108,8 @@ class Books:
         outcomes.deferred += refused
         ending = self.ending.after(self.refused_by)
         self.step(f"over: {ending}, {outcomes.messages} messages {self.reply}".rstrip())
-        counters.bytes_up += self.up
-        counters.bytes_down += self.down
-        counters.ended.count(ending)
+        seconds = now - facts.started
+        counters.over(ending, terms.instance, terms.source, self.up, self.down, seconds, outcomes.messages)
         counters.count_outcomes(terms.instance, terms.source, outcomes)
         log.connection(
             facts.number,
@@ -123,7 +122,7 @@ class Books:
             self.tls,
             self.up,
             self.down,
-            now - facts.started,
+            seconds,
             ending,
             outcomes,
             self.reply,

@@ -284,6 +284,31 @@ def test_labels_of_a_closed_vocabulary_are_there_from_the_start():
     assert figures["accepted_connections_total", "redirect"] == 0
 
 
+def test_histograms_and_what_is_told_by_instance_and_source():
+    with Proxy(STATUS + "mode smtp\nthrottle all {\n  max_concurrent_connections 5\n}\n") as own, Mx() as mx:
+        with socks5(own.socks5, mx.endpoint, user="mta-1") as sock, sock.makefile("rwb", buffering=0) as file:
+            assert file.readline().startswith(b"220")
+            for line in (b"EHLO a.example", b"MAIL FROM:<>", b"RCPT TO:<b@example.net>", b"DATA", b"\r\n.", b"QUIT"):
+                file.write(line + b"\r\n")
+                while file.readline()[3:4] == b"-":
+                    pass
+        with pytest.raises(Refused), socks5(own.socks5, ("127.0.0.1", 1), user="mta-2") as sock:
+            assert sock.recv(100)
+        figures = wait_for(
+            lambda: (found := metrics(own)).get(("instance_connections_total", "mta-1")) and found, what="it has ended"
+        )
+        assert figures["session_seconds_count",] == 1
+        assert figures["connect_seconds_count",] == 1
+        assert figures["connect_seconds_bucket", "+Inf"] == 1
+        assert figures["place_seconds_count",] >= 1
+        assert figures["slot_seconds_count",] == 1
+        assert figures["session_messages_sum",] == 1
+        assert figures["session_bytes_sum",] > 30
+        assert figures["turn_seconds_count",] > 10
+        assert figures["source_connections_total", "127.0.0.1"] == 1
+        assert figures["instance_failed_total", "mta-2"] == figures["source_failed_total", "127.0.0.1"] == 1
+
+
 def test_which_configuration_is_in_force_since_when():
     def in_force(own):
         figures = metrics(own)
