@@ -2,18 +2,21 @@
 
 A connection carries one request, has one deadline over all of it, and may send a few kilobytes; of too many at a time
 the oldest is cut off. The view is built in steps with others in between, once a second at most, however often it is
-asked for, and so is the page that shows it: one rendering serves all who ask. gevent's WSGI handler parses and answers;
-what it would print or log is left out. Under which names it may be asked is `status.host`'s, listening `server`'s.
+asked for, and so is the page that shows it: one rendering serves all who ask, packed once for those who take gzip.
+gevent's WSGI handler parses and answers; what it would print or log is left out. Under which names it may be asked is
+`status.host`'s, listening `server`'s.
 """
 
 from __future__ import annotations
 
 import contextlib
+import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from time import monotonic
 from typing import Any, NamedTuple, TypeVar
+from urllib.parse import parse_qs
 
 import msgspec
 from gevent import Timeout, socket
@@ -32,7 +35,7 @@ from proxy.policy.directory import Book
 from proxy.protocols.recognise import wrong_door
 from proxy.services import Door, Newcomers, Services, numbers
 from proxy.stats import Snapshot
-from proxy.status import host, metrics
+from proxy.status import host, looks, metrics
 from proxy.status import page as status_page
 from proxy.status.rows import Connections, ListenerRow, Program, Status
 from proxy.status.view import Meter, Sources, overview, survey
@@ -50,12 +53,15 @@ _ENOUGH_TO_KNOW = 64
 _THROTTLES_AT_ONCE = 50
 #: A view that is younger is shown again.
 _FRESH = 1.0
+#: Forms of one view that are kept: page and JSON, packed or not, and the page for some who look for something.
+_MOST_FORMS = 16
+_GZIP = 16 + zlib.MAX_WBITS
 
 _HTML, _JSON, _TEXT = "text/html; charset=utf-8", "application/json", "text/plain; charset=utf-8"
 _HEADERS = [
     ("Cache-Control", "no-store"),
     ("Connection", "close"),
-    ("Content-Security-Policy", "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"),
+    ("Content-Security-Policy", looks.POLICY),
     ("X-Content-Type-Options", "nosniff"),
 ]
 #: All of the status together is one, where others take turns.
@@ -103,6 +109,14 @@ class House(NamedTuple):
     book: Book = Book()
 
 
+class Form(NamedTuple):
+    """What a view is shown as. `wanted`: what is looked for; `packed`: as gzip."""
+
+    path: str
+    wanted: str
+    packed: bool
+
+
 class Answer(NamedTuple):
     """One HTTP answer."""
 
@@ -122,7 +136,7 @@ class StatusDoor:
         self._meter = Meter()
         self._building = RLock()
         self._view: tuple[float, Status] | None = None
-        self._shown: dict[str, tuple[Status, Answer]] = {}
+        self._shown: dict[Form, tuple[Status, Answer]] = {}
         # Never started: it only holds what the handler asks for. The listener is not its own.
         self._wsgi = WSGIServer(("127.0.0.1", 0), self._respond, log=None, error_log=None)
         self._wsgi.environ |= {"SERVER_NAME": "greenarrow_proxy", "SERVER_PORT": "0"}
@@ -187,7 +201,7 @@ class StatusDoor:
         """The WSGI application."""
         method = environ["REQUEST_METHOD"]
         path = environ["PATH_INFO"]
-        answer = (None if path == _HEALTH else self._misdirected(environ)) or self._answer(method, path)
+        answer = (None if path == _HEALTH else self._misdirected(environ)) or self._answer(method, path, environ)
         rest(_KEY)  # many may have waited for the same answer
         headers = [("Content-Type", answer.kind), ("Content-Length", str(len(answer.body))), *answer.more, *_HEADERS]
         start_response(answer.status, headers)
@@ -204,33 +218,47 @@ class StatusDoor:
             return Answer("421 Misdirected Request", _TEXT, f"{error}\n".encode())
         return None
 
-    def _answer(self, method: str, path: str) -> Answer:
+    def _answer(self, method: str, path: str, environ: dict[str, Any]) -> Answer:
         page = self._pages().get(path)
         if page is None:
             return Answer("404 Not Found", _TEXT, b"not found\n")
         if method not in ("GET", "HEAD"):
             return Answer("405 Method Not Allowed", _TEXT, b"read only\n", (("Allow", "GET, HEAD"),))
-        return page()
+        return page(environ)
 
-    def _pages(self) -> dict[str, Callable[[], Answer]]:
+    def _pages(self) -> dict[str, Callable[[dict[str, Any]], Answer]]:
         return {
-            "/": lambda: self._show("/", _HTML, status_page.pieces),
-            "/status.json": lambda: self._show("/status.json", _JSON, _json_pieces),
-            "/metrics": self._metrics,
-            _HEALTH: self._health,
+            "/": lambda environ: self._page(_wanted(environ["QUERY_STRING"]), _takes_gzip(environ)),
+            "/status.json": lambda environ: self._json(_takes_gzip(environ)),
+            "/metrics": lambda environ: self._metrics(),
+            _HEALTH: lambda environ: self._health(),
         }
 
-    def _show(self, path: str, kind: str, pieces: Callable[[Status], Iterable[str | bytes]]) -> Answer:
+    def _page(self, wanted: str, packed: bool) -> Answer:
+        return self._show(Form("/", wanted, packed), _HTML, lambda view: status_page.pieces(view, wanted))
+
+    def _json(self, packed: bool) -> Answer:
+        return self._show(Form("/status.json", "", packed), _JSON, _json_pieces)
+
+    def _show(self, form: Form, kind: str, pieces: Callable[[Status], Iterable[str | bytes]]) -> Answer:
         """The view in one form; made once for each view. May wait."""
         with self._building:
             view = self.view()
-            shown = self._shown.get(path)
+            shown = self._shown.pop(form, None)
             if shown is None or shown[0] is not view:
                 made: list[bytes] = []
+                packer = zlib.compressobj(wbits=_GZIP) if form.packed else None
                 for piece in pieces(view):
-                    made.append(piece.encode() if isinstance(piece, str) else piece)
+                    data = piece.encode() if isinstance(piece, str) else piece
+                    made.append(packer.compress(data) if packer else data)
                     rest(_KEY)
-                shown = self._shown[path] = view, Answer("200 OK", kind, b"".join(made))
+                if packer:
+                    made.append(packer.flush())
+                more = (("Vary", "Accept-Encoding"), *[("Content-Encoding", "gzip")] * form.packed)
+                shown = view, Answer("200 OK", kind, b"".join(made), more)
+            self._shown[form] = shown
+            if len(self._shown) > _MOST_FORMS:
+                del self._shown[next(iter(self._shown))]
             return shown[1]
 
     def _metrics(self) -> Answer:
@@ -316,6 +344,22 @@ class StatusDoor:
             services.access.name_of_source,
         )
         return sources, now
+
+
+def _wanted(query: str) -> str:
+    """What `?q=` looks for; "": nothing."""
+    # WSGI gives bytes as Latin-1; what is no UTF-8 finds nothing, and does no harm.
+    found = parse_qs(query, errors="replace")
+    return found.get("q", [""])[0].strip()[: status_page.LONGEST_QUERY]
+
+
+def _takes_gzip(environ: dict[str, Any]) -> bool:
+    """Whether `Accept-Encoding` has gzip in it, and not with weight 0 (RFC 9110, 12.5.3)."""
+    weights = {}
+    for part in environ.get("HTTP_ACCEPT_ENCODING", "").lower().split(","):
+        name, _, weight = part.partition(";")
+        weights[name.strip()] = weight.replace(" ", "").rstrip("0.") != "q="
+    return bool(weights.get("gzip", weights.get("*", False)))
 
 
 def _not_http(error: PeerError) -> bytes:

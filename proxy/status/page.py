@@ -1,18 +1,20 @@
-"""The status page: one HTML document without scripts or outside parts, that loads itself anew.
+"""The status page: one HTML document without outside parts, that keeps itself up to date, with or without its script.
 
-It is made in pieces, each well under a millisecond of work, so that who makes it can let others run in between.
+It is made in pieces, each well under a millisecond of work, so that who makes it can let others run in between, and
+lists a bounded number of everything; what is looked for (`?q=`) is found all the same. What an operator wants first
+stands first: trouble before all, and in a table the columns that say who waits for what, for a telephone shows no more.
 Everything that is not written here is escaped: names come from instances, addresses from configuration and clients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from html import escape
-from itertools import chain, islice
 
-from proxy.log.lines import printable
 from proxy.stats import duration, whole_seconds
+from proxy.status.looks import REFRESH, SCRIPT, STYLE
+from proxy.status.markup import Mark, Row, Table, figures, holds, section, text
 from proxy.status.rows import (
+    BlockRow,
     CachedRow,
     InstanceRow,
     PeerRow,
@@ -41,66 +43,76 @@ from proxy.status.rows import (
     trouble_text,
 )
 
-REFRESH = 5
-#: Rows of a table in one piece.
-_ROWS = 25
-_STYLE = """
-:root{color-scheme:light dark}
-body{font:14px/1.45 system-ui,sans-serif;margin:1.5rem auto;max-width:110rem;padding:0 1rem}
-h1{font-size:1.35rem;margin:0}h2{font-size:1.05rem;margin:1.6rem 0 .4rem}p{margin:.2rem 0;opacity:.75}
-.s{overflow-x:auto}table{border-collapse:collapse}
-th,td{padding:.22rem .6rem;text-align:left;border-bottom:1px solid #8883;white-space:nowrap}
-th{font-weight:600;opacity:.7}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
-tr.i td{opacity:.8;border-bottom-style:dotted}tr.i td:nth-child(2){padding-left:1.8rem}
-.w{color:light-dark(#9a4408,#f5a524);font-weight:600}.b{color:light-dark(#b3121b,#ff7b72);font-weight:600}
-.ok{color:light-dark(#116329,#56d364)}.t{margin:.3rem 0;padding-left:1.2rem}
-.c{display:flex;flex-wrap:wrap;gap:.3rem 1.6rem}.c b{font-variant-numeric:tabular-nums}
-"""
+#: Rows of a table: a page that a telephone can hold, whatever there is.
+MOST_ROWS = 100
+#: Of throttles and the instances under them together; of one throttle's instances, unless it is looked for.
+MOST_THROTTLE_ROWS = 250
+MOST_INSTANCES = 5
+#: Characters of what is looked for.
+LONGEST_QUERY = 100
 
 
-class _Html(str):
-    """Markup; whatever is not one is text and gets escaped."""
+def pieces(view: Status, wanted: str = "") -> Iterator[str]:
+    """The document.
 
-    __slots__ = ()
+    Args:
+        wanted: only rows with this text in them are listed, large and small letters alike; "": all.
+    """
+    wanted = wanted[:LONGEST_QUERY]
+    yield _top(view, wanted)
+    yield _trouble(view)
+    yield _overview(view)
+    small = wanted.casefold()
+    yield from section(_throttles(view, small), MOST_THROTTLE_ROWS, small)
+    for table in (_backoffs, _names, _receivers, _sources, _sessions, _pool_keys, _listeners, _counters):
+        made = table(view)
+        if made is None:
+            continue
+        if small:
+            made = made._replace(rows=(row for row in made.rows if holds(row.cells, small)))
+        yield from section(made, MOST_ROWS, small)
+        if table is _pool_keys:
+            yield _pool(view)
+    yield f"</main><script>{SCRIPT}</script></body></html>\n"
 
 
-def pieces(view: Status) -> Iterator[str]:
-    """The document."""
+# --- before the tables ---
+
+
+def _top(view: Status, wanted: str) -> str:
     program = view.program
     draining = ' <span class="b">draining</span>' if program.draining else ""
-    yield "".join(
+    clear = ' <a href="/">show all</a>' if wanted else ""
+    return "".join(
         (
             '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">',
-            f'<meta http-equiv="refresh" content="{REFRESH}">',
-            '<meta name="viewport" content="width=device-width"><title>GreenArrow Proxy</title>',
-            f"<style>{_STYLE}</style></head><body><main><h1>GreenArrow Proxy on {_text(view.host)}{draining}</h1>",
-            f"<p>{_text(view.generated_at)}, version {_text(program.version)}, up {whole_seconds(program.uptime)}, "
-            f"incarnation {_text(program.incarnation)}, relay {_text(program.relay)}. ",
+            f'<noscript><meta http-equiv="refresh" content="{REFRESH}"></noscript>',
+            '<meta name="viewport" content="width=device-width,initial-scale=1">',
+            f"<title>GreenArrow Proxy on {text(view.host)}</title>",
+            f"<style>{STYLE}</style></head><body><main><h1>GreenArrow Proxy on {text(view.host)}{draining}</h1>",
+            f'<p class="f">{text(view.generated_at)}, version {text(program.version)}, ',
+            f"up {whole_seconds(program.uptime)}, incarnation {text(program.incarnation)}, ",
+            f"relay {text(program.relay)}. ",
             'Also: <a href="/status.json">status.json</a>, <a href="/metrics">metrics</a>, ',
-            '<a href="/healthz">healthz</a></p>',
-            _trouble(view),
-            _overview(view),
+            '<a href="/healthz">healthz</a></p><p id="live" class="b" role="status"></p>',
+            '<form role="search" action="/"><label for="q">Rows with</label>',
+            f'<input id="q" name="q" type="search" maxlength="{LONGEST_QUERY}" autocomplete="off" ',
+            f'value="{text(wanted)}"><button>Show</button>{clear}</form>',
         )
     )
-    for section in (_throttles, _backoffs, _names, _receivers, _sources, _sessions, _pool, _counters):
-        yield from section(view)
-    yield "</main></body></html>\n"
-
-
-# --- sections ---
 
 
 def _trouble(view: Status) -> str:
     """In words, before all else."""
     if not view.trouble:
         return '<h2>Trouble</h2><p class="ok">none</p>'
-    items = "".join(f'<li class="b">{_text(trouble_text(row))}</li>' for row in view.trouble)
-    return f'<h2>Trouble</h2><ul class="t">{items}</ul>'
+    items = "".join(f'<li class="b">{text(trouble_text(row))}</li>' for row in view.trouble)
+    return f"<h2>Trouble</h2><ul>{items}</ul>"
 
 
 def _overview(view: Status) -> str:
     connections = view.connections
-    figures = _figures(
+    return figures(
         ("clients", f"{connections.open} of {connections.limit}"),
         ("not yet known", connections.newcomers),
         ("native channels", connections.channels),
@@ -109,73 +121,106 @@ def _overview(view: Status) -> str:
         ("throttles in use", f"{view.manager.throttles} of {view.manager.known} known"),
         ("messages without a permit", view.manager.without_permit),
     )
-    rows = [
-        (row.address, row.protocol.replace("_", " "), row.open_connections, "closing" if row.closing else "")
-        for row in view.listeners
-    ]
-    return figures + "".join(_section("Listeners", _table(("address", "protocol", "#open connections", ""), rows)))
 
 
-def _throttles(view: Status) -> Iterator[str]:
+# --- throttles ---
+
+
+def _throttles(view: Status, wanted: str) -> Table:
     head = (
-        *("throttle", "source / instance", "limits", "how / mode", "state", "#places", "#waiting", "#share"),
-        *("#demand", "held by", "#next slot", "#rate used"),
+        *("throttle", "held by", "#waiting", "#places", "#rate used", "state", "#demand", "#next slot"),
+        *("limits", "how / mode", "#share"),
     )
-
-    def rows() -> Iterator[_Html]:
-        for throttle in view.throttles:
-            yield _row(head, _throttle_cells(throttle))
-            for each in throttle.instances:
-                yield _row(head, _instance_cells(each), "i")
-            if throttle.instances_left_out:
-                yield _row(head, ("", f"and {throttle.instances_left_out} more"), "i")
-
-    left_out = f"<p>{view.throttles_left_out} more are not shown.</p>" if view.throttles_left_out else ""
-    yield from _section("Throttles", _markup_table(head, rows()), left_out)
+    rows = _throttle_rows(view.throttles, wanted)
+    caption = "First those that somebody waits for, then the busiest; below each, its instances"
+    return Table("Throttles", caption, head, rows, findable=view.throttles_left_out)
 
 
-def _backoffs(view: Status) -> Iterator[str]:
-    if not view.backoffs:
-        return
-    left_out = f"<p>{view.backoffs_left_out} more are not shown.</p>" if view.backoffs_left_out else ""
-    rows = ((row.name, between(row), backoff_state(row), row.instance, row.reply) for row in view.backoffs)
-    head = ("throttle", "for", "back-off", "instance", "what the receiver said")
-    yield from _section("Back-off", _table(head, rows), left_out)
+def _throttle_rows(throttles: Iterable[ThrottleRow], wanted: str) -> Iterator[Row]:
+    """One that is looked for has all its instances; of one that is not, those instances that are."""
+    for throttle in throttles:
+        cells = _throttle_cells(throttle)
+        inner = [Row(_instance_cells(each), inner=True) for each in throttle.instances]
+        if wanted and not holds(cells, wanted):
+            inner = [row for row in inner if holds(row.cells, wanted)]
+            if not inner:
+                continue
+            left_out = 0
+        elif wanted:
+            left_out = throttle.instances_left_out
+        else:
+            inner, left_out = _busiest(throttle), throttle.instances_left_out
+            left_out += len(throttle.instances) - len(inner)
+        yield Row(cells)
+        yield from inner
+        if left_out:
+            yield Row((f"and {left_out} more", *[""] * (len(cells) - 1)), inner=True)
 
 
-def _names(view: Status) -> Iterator[str]:
-    if not view.blocks:
-        return
-    left_out = f"<p>{view.blocks_left_out} more are not shown.</p>" if view.blocks_left_out else ""
-    rows = (
-        (row.name, block_limits(row), holds_for(row), row.hosts if row.named else "", means(row), block_doubt(row))
-        for row in view.blocks
-    )
-    head = ("throttle block", "limits", "holds for", "#MX hosts", "its names mean now", "not known")
-    yield from _section("Throttle blocks", _table(head, rows), left_out)
+def _busiest(throttle: ThrottleRow) -> list[Row]:
+    ranked = sorted(throttle.instances, key=lambda row: (-row.waiting, -row.demand, -row.used, row.name))
+    shown = sorted(ranked[:MOST_INSTANCES], key=lambda row: row.name)
+    return [Row(_instance_cells(each), inner=True) for each in shown]
 
 
 def _throttle_cells(row: ThrottleRow) -> tuple[object, ...]:
-    state = _Html(f'<span class="b">{throttle_state(row)}</span>')
-    waiting: object = _Html(f'<span class="w">{row.waiting}</span>') if row.waiting else 0
     return (
-        *(_Html(f"<b>{_text(row.name)}</b>"), between(row), limits_text(row.limits, row.places), row.reconciled, state),
-        *(places_text(row.used, row.places), waiting, "", row.demand, held_by(row)),
-        *(next_slot(row), percent(row.rate_use)),
+        *(Mark(f"{row.name}\n{between(row)}", "two"), Mark(held_by(row), "w")),
+        *(Mark(str(row.waiting), "w") if row.waiting else 0, places_text(row.used, row.places), percent(row.rate_use)),
+        *(Mark(throttle_state(row), "b"), row.demand, next_slot(row)),
+        *(limits_text(row.limits, row.places), row.reconciled, ""),
     )
 
 
 def _instance_cells(row: InstanceRow) -> tuple[object, ...]:
     said = limits_text(row.limits, row.places) if row.mode else ""
     share = "" if row.share is None else row.share
-    return ("", row.name, said, row.mode, instance_state(row), row.used, row.waiting, share, row.demand, "", "", "")
+    return row.name, "", row.waiting, row.used, "", instance_state(row), row.demand, "", said, row.mode, share
 
 
-def _receivers(view: Status) -> Iterator[str]:
-    left_out = f"<p>{view.receivers_left_out} more are not shown.</p>" if view.receivers_left_out else ""
-    head = ("receiver", *_PEER_HEAD)
-    rows = ((row.name, *_peer_cells(row)) for row in view.receivers)
-    yield from _section("Receivers with trouble", _table(head, rows), left_out)
+# --- other tables ---
+
+
+def _backoffs(view: Status) -> Table | None:
+    if not view.backoffs:
+        return None
+    rows = (
+        Row((row.name, between(row), backoff_state(row), row.instance, Mark(row.reply, "l"))) for row in view.backoffs
+    )
+    head = ("throttle", "for", "back-off", "instance", "what the receiver said")
+    return Table(
+        "Back-off", "What a receiver's reply has slowed down, the latest first", head, rows, view.backoffs_left_out
+    )
+
+
+def _names(view: Status) -> Table | None:
+    if not view.blocks:
+        return None
+    rows = (
+        Row(
+            (
+                row.name,
+                block_limits(row),
+                block_doubt(row),
+                Mark(holds_for(row), "l"),
+                _hosts(row),
+                Mark(means(row), "l"),
+            )
+        )
+        for row in view.blocks
+    )
+    head = ("throttle block", "limits", "not known", "holds for", "#MX hosts", "its names mean now")
+    return Table("Throttle blocks", "As configured, and what DNS says", head, rows, view.blocks_left_out)
+
+
+def _hosts(row: BlockRow) -> object:
+    return row.hosts if row.named else ""
+
+
+def _receivers(view: Status) -> Table:
+    rows = (Row((row.name, *_peer_cells(row))) for row in view.receivers)
+    caption = "Those that fail, and those that have failed since the start"
+    return Table("Receivers with trouble", caption, ("receiver", *_PEER_HEAD), rows, view.receivers_left_out)
 
 
 #: Of receivers and of sources.
@@ -183,45 +228,63 @@ _PEER_HEAD = ("failing for", "#last 5 min", "last refusal or failure", "#ago", "
 
 
 def _peer_cells(row: PeerRow) -> tuple[object, ...]:
-    failing = _Html(f'<span class="b">{ago(row.failing)}</span>')
     last_ago = ago(row.last_ago) if row.last else ""
-    return failing, row.recent, row.last, last_ago, failures_text(row), row.deferred, row.rejected, row.opened
-
-
-def _sources(view: Status) -> Iterator[str]:
-    left_out = f"<p>{view.sources_left_out} more are not shown.</p>" if view.sources_left_out else ""
-    head = ("source", "on this machine", *_PEER_HEAD, "#delivered", "#deferred", "#rejected")
-    yield from _section("Source addresses", _table(head, map(_source_cells, view.sources)), left_out)
-
-
-def _source_cells(row: SourceRow) -> tuple[object, ...]:
-    here = presence(row) if row.present else _Html(f'<span class="b">{presence(row)}</span>')
     return (
-        *(called(row.name, row.source_name), here, *_peer_cells(row)),
-        *(row.messages_accepted, row.messages_deferred, row.messages_rejected),
+        *(Mark(ago(row.failing), "b"), row.recent, Mark(row.last, "l"), last_ago, failures_text(row)),
+        *(row.deferred, row.rejected, row.opened),
     )
 
 
-def _sessions(view: Status) -> Iterator[str]:
+def _sources(view: Status) -> Table:
+    head = ("source", "on this machine", "#delivered", "#deferred", "#rejected", *_PEER_HEAD)
+    caption = "With trouble, gone, or used for mail; messages since the start"
+    rows = map(_source_row, view.sources)
+    return Table("Source addresses", caption, head, rows, view.sources_left_out)
+
+
+def _source_row(row: SourceRow) -> Row:
+    here = presence(row) if row.present else Mark(presence(row), "b")
+    messages = row.messages_accepted, row.messages_deferred, row.messages_rejected
+    return Row((called(row.name, row.source_name), here, *messages, *_peer_cells(row)))
+
+
+def _sessions(view: Status) -> Table:
     head = (
         *("instance", "address", "#connected", "#ping", "#ago", "#ram", "#bounce", "#disk", "#forward", "#back"),
         *("#paths", "#weight", "#without permit"),
     )
-    left_out = f"<p>{view.sessions_left_out} more are not shown.</p>" if view.sessions_left_out else ""
-    yield from _section("Sessions", _table(head, map(_session_cells, view.sessions)), left_out)
+    caption = "Instances that are connected; messages in their queues"
+    return Table("Sessions", caption, head, map(_session_row, view.sessions), view.sessions_left_out)
 
 
-def _session_cells(row: SessionRow) -> tuple[object, ...]:
-    return (
-        *(row.name, row.address, whole_seconds(row.connected), duration(row.ping), whole_seconds(row.ping_age)),
-        *(row.ram, row.bounce, row.disk, queues_text(row.forward), queues_text(row.back), row.paths, f"{row.weight:g}"),
-        row.without_permit,
+def _session_row(row: SessionRow) -> Row:
+    return Row(
+        (
+            *(row.name, row.address, whole_seconds(row.connected), duration(row.ping), whole_seconds(row.ping_age)),
+            *(row.ram, row.bounce, row.disk, queues_text(row.forward), queues_text(row.back)),
+            *(row.paths, f"{row.weight:g}", row.without_permit),
+        )
     )
 
 
-def _pool(view: Status) -> Iterator[str]:
+def _pool_keys(view: Status) -> Table:
+    head = ("destination", "source", "#connections", "#messages", "#oldest", "#idle", "EHLO name", "TLS", "tenant")
+    caption = "To receivers, held open and not in use"
+    return Table("Cached connections", caption, head, map(_cached_row, view.pool.keys), view.pool.keys_left_out)
+
+
+def _cached_row(row: CachedRow) -> Row:
+    return Row(
+        (
+            *(row.destination, row.source, row.connections, row.messages, whole_seconds(row.oldest)),
+            *(whole_seconds(row.idle), row.ehlo_name, f"{row.tls} {row.tls_server_name}", "yes" if row.tenant else ""),
+        )
+    )
+
+
+def _pool(view: Status) -> str:
     pool = view.pool
-    figures = _figures(
+    return figures(
         ("held", pool.held),
         ("given back so far", pool.offered),
         ("requests served from here", percent(pool.reuse_ratio) or "none yet"),
@@ -231,64 +294,21 @@ def _pool(view: Status) -> Iterator[str]:
         ("longest idle", whole_seconds(pool.longest_idle)),
         *((f"closed: {reason}", count) for reason, count in pool.discards.items()),
     )
-    head = ("source", "destination", "EHLO name", "TLS", "tenant", "#connections", "#messages", "#oldest", "#idle")
-    left_out = f"<p>{pool.keys_left_out} more are not shown.</p>" if pool.keys_left_out else ""
-    table = _table(head, map(_cached_cells, pool.keys))
-    yield from _section("Cached connections", chain((figures,), table), left_out)
 
 
-def _cached_cells(row: CachedRow) -> tuple[object, ...]:
-    return (
-        *(row.source, row.destination, row.ehlo_name, f"{row.tls} {row.tls_server_name}", "yes" if row.tenant else ""),
-        *(row.connections, row.messages, whole_seconds(row.oldest), whole_seconds(row.idle)),
+def _listeners(view: Status) -> Table:
+    rows = (
+        Row((row.address, row.protocol.replace("_", " "), row.open_connections, "closing" if row.closing else ""))
+        for row in view.listeners
     )
+    return Table("Listeners", "Where clients connect", ("address", "protocol", "#open connections", "state"), rows)
 
 
-def _counters(view: Status) -> Iterator[str]:
-    rows: list[tuple[object, ...]] = []
+def _counters(view: Status) -> Table:
+    return Table("Counters", "Since the start", ("counter", "of", "#count"), _counter_rows(view))
+
+
+def _counter_rows(view: Status) -> Iterator[Row]:
     for name, value in view.counters.items():
-        parts = sorted(value.items()) if isinstance(value, dict) else [("", value)]
-        rows += [(name.replace("_", " "), key, count) for key, count in parts]
-    yield from _section("Counters since the start", _table(("counter", "", "#count"), rows))
-
-
-# --- markup ---
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, _Html) else escape(printable(str(value)))
-
-
-def _section(title: str, content: Iterable[str], after: str = "") -> Iterator[str]:
-    yield f"<h2>{title}</h2>"
-    yield from content
-    yield after
-
-
-def _figures(*figures: tuple[str, object]) -> str:
-    spans = (f"<span>{_text(name)} <b>{_text(value)}</b></span>" for name, value in figures)
-    return f'<div class="c">{"".join(spans)}</div>'
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> Iterator[str]:
-    return _markup_table(head, (_row(head, cells) for cells in rows))
-
-
-def _markup_table(head: tuple[str, ...], rows: Iterator[_Html]) -> Iterator[str]:
-    """A name in `head` that begins with # is that of a column of figures."""
-    some = "".join(islice(rows, _ROWS))
-    if not some:
-        yield "<p>none</p>"
-        return
-    names = "".join(f'<th class="n">{n[1:]}</th>' if n.startswith("#") else f"<th>{n}</th>" for n in head)
-    yield f'<div class="s"><table><tr>{names}</tr>'
-    while some:
-        yield some
-        some = "".join(islice(rows, _ROWS))
-    yield "</table></div>"
-
-
-def _row(head: tuple[str, ...], cells: tuple[object, ...], kind: str = "") -> _Html:
-    tags = ('<td class="n">' if name.startswith("#") else "<td>" for name in head)
-    content = "".join(tag + _text(cell) + "</td>" for tag, cell in zip(tags, cells, strict=False))
-    return _Html(f'<tr class="{kind}">{content}</tr>' if kind else f"<tr>{content}</tr>")
+        for key, count in sorted(value.items()) if isinstance(value, dict) else [("", value)]:
+            yield Row((name.replace("_", " "), key, count))
