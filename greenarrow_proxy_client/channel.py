@@ -187,10 +187,19 @@ class Channel:
             raise PeerError(f"{type(message).__name__ if message else 'DATA'} is out of order")
 
     def _frame(self, timeout: float | None) -> frames.Frame:
-        frame = self._link.next_frame(timeout)
-        if frame is None:
-            raise ConnectionResetError("the proxy closed the channel")
-        return frame
+        """The next one that says anything. PROBE does not, nor does it give the proxy more time."""
+        give_up = None if timeout is None else time.monotonic() + timeout
+        while True:
+            frame = self._link.next_frame(timeout)
+            if frame is None:
+                raise ConnectionResetError("the proxy closed the channel")
+            if frame[0] != m.Probe.TYPE:
+                return frame
+            frames.decode(frame, frames.CHANNEL_FROM_PROXY)
+            if give_up is not None:
+                timeout = give_up - time.monotonic()
+                if timeout <= 0:
+                    raise TimeoutError("timed out")
 
 
 def _message(frame: frames.Frame) -> m.Message | None:

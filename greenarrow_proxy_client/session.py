@@ -222,6 +222,7 @@ class Session:
             tlsa=[m.TlsaRecord(*record) for record in tlsa],
             tls_min=tls_min,
             tls_ciphers=tls_ciphers,
+            probes=True,
         )
         return ProxiedSMTP(self._stream(request, timeout, throttles), ehlo_name, reuse, throttles)
 
@@ -242,6 +243,7 @@ class Session:
             throttles=[throttle.id for throttle in throttles],
             deadline_ms=int(deadline * 1000),
             source=source,
+            probes=True,
         )
         return self._stream(request, timeout, throttles)
 

@@ -18,7 +18,7 @@ from tests.clients import TIMEOUT
 from tests.program import SECRET
 
 HELLO, CHALLENGE, AUTH, WELCOME, CHANNEL_AUTH, ERROR, GOAWAY = range(1, 8)
-OPEN, OPENED, FAILED, DATA, EOF, ABORTED, END, ENDED = range(0x10, 0x18)
+OPEN, OPENED, FAILED, DATA, EOF, ABORTED, END, ENDED, PROBE = range(0x10, 0x19)
 PING, PONG, CERT = 0x20, 0x21, 0x22
 SESSION, CHANNEL = 1, 2
 Address = tuple[str, int]
@@ -216,7 +216,7 @@ class Peer:
         defaults = {"ehlo_name": None, "tls": "none", "tls_server_name": None, "tls_verify": False, "reuse": False}
         defaults |= {"throttles": [], "deadline_ms": 10_000, "smtputf8": False, "requiretls": False, "tenant": None}
         defaults |= {"fresh": False, "dialogue": False, "source_name": None, "mx": None, "domain": None}
-        defaults |= {"tls_names": [], "tlsa": [], "tls_min": "", "tls_ciphers": ""}
+        defaults |= {"tls_names": [], "tlsa": [], "tls_min": "", "tls_ciphers": "", "probes": False}
         assert set(more) <= set(defaults)
         self.say(OPEN, source, destinations, *(defaults | more).values())
 

@@ -130,7 +130,8 @@ class Channel:
                 continue
             if frame[0] != frames.DATA:
                 message: m.Message = frames.decode(frame, frames.CHANNEL_FROM_PROXY)
-                return message
+                if not isinstance(message, m.Probe):
+                    return message
 
     def end(self) -> bool:
         """The SMTP session is over; waits for ENDED. Whether the channel is good for another one."""
@@ -247,7 +248,7 @@ class Via:
     def _open_on(self, channel: Channel, request: m.Open, ends_at: float) -> m.Opened:
         left = max(ends_at - monotonic(), _LEAST)
         try:
-            return channel.open(msgspec.structs.replace(request, deadline_ms=int(left * 1000)))
+            return channel.open(msgspec.structs.replace(request, deadline_ms=int(left * 1000), probes=True))
         except ViaUnavailable:
             self.close(channel)
             raise

@@ -11,6 +11,7 @@ import errno
 import os
 
 from proxy.errors import PeerError
+from proxy.net.peer import holds_back
 from proxy.net.relay import RawSocket
 from proxy.net.tls import Stream
 from proxy.policy.turns import Turn
@@ -29,7 +30,8 @@ class FramedStream:
         table: which frames the other side may send, see `frames`.
 
     Attributes:
-        word: a message other than DATA, EOF and ABORTED that came when bytes were expected; `recv` goes on no further.
+        word: a message other than DATA, EOF, ABORTED and PROBE that came when bytes were expected; `recv` goes on no
+            further.
     """
 
     __slots__ = ("_decoder", "_done", "_left", "_out", "_table", "socket", "under", "word")
@@ -95,7 +97,7 @@ class FramedStream:
             raise OSError(message.errno or errno.ECONNRESET, message.message or os.strerror(errno.ECONNRESET))
         elif isinstance(message, m.Opened | m.Failed | m.Ended):
             raise PeerError(f"{type(message).__name__.upper()} is out of order")
-        else:
+        elif not isinstance(message, m.Probe):
             self.word = message
 
     def send(self, data: bytes | memoryview) -> int:
@@ -126,6 +128,15 @@ class FramedStream:
     def _push(self) -> None:
         with contextlib.suppress(BlockingIOError):
             self.flush()
+
+    def probe(self) -> None:
+        """Say PROBE, the proxy's word that means nothing, unless the client takes nothing.
+
+        Raises:
+            OSError: the connection is broken.
+        """
+        if not self.unsent and not holds_back(self.socket):
+            self.say(m.Probe())
 
     def finish(self) -> None:
         """Say EOF: no more bytes will come, the other direction goes on."""

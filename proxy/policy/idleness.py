@@ -1,4 +1,5 @@
-"""When a connection has been idle for too long, as housekeeping sees it now and then. Time is an argument.
+"""When a connection has been idle for too long, as housekeeping sees it now and then, and when one that stands still is
+to be probed. Time is an argument.
 
 The relay's pairs have the same rule in their engine (`relay.Pair.idle_for`), whose loop knows nothing of objects.
 """
@@ -8,6 +9,9 @@ from __future__ import annotations
 from typing import Protocol
 
 from proxy.model import Ending
+
+#: Seconds without a byte until a client of which nothing is read is probed, and from one probe to the next.
+PROBE_AFTER = 5.0
 
 
 class Patience(Protocol):
@@ -44,3 +48,31 @@ class Idleness:
         if idle >= patience.idle_timeout:
             return Ending.IDLE_TIMEOUT
         return Ending.HALF_CLOSE_TIMEOUT if half_closed and idle >= patience.half_close_timeout else None
+
+
+class Standstill:
+    """One connection's, while the receiver holds back what the client sent.
+
+    Nothing of the client is read meanwhile, and its end may stand behind more than there is room for: it is not seen,
+    but for a probe that it answers.
+    """
+
+    __slots__ = ("_moved", "_since")
+
+    def __init__(self) -> None:
+        self._moved = -1
+        self._since = 0.0
+
+    def due_in(self, moved: int, now: float) -> float:
+        """Seconds until the client is to be probed; 0: now, and then again in `PROBE_AFTER`.
+
+        Args:
+            moved: bytes so far, of both directions, probes not counted.
+        """
+        if moved != self._moved:
+            self._moved, self._since = moved, now
+        left = self._since + PROBE_AFTER - now
+        if left > 0:
+            return left
+        self._since = now
+        return 0.0

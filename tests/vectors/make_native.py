@@ -199,6 +199,7 @@ def channel(maker: Maker) -> None:
         tlsa=[[3, 1, 1, hashlib.sha256(b"stands for the public key").digest()]],
         tls_min="",
         tls_ciphers="",
+        probes=True,
     )
     maker.message("open-raw", "OPEN", 0x10, source_ip=None, destinations=[["2001:db8::25", 25]])
     maker.message(
@@ -289,6 +290,7 @@ def channel(maker: Maker) -> None:
     maker.message("aborted", "ABORTED", 0x15, code="upstream_failed", errno=104, message="connection reset by peer")
     maker.message("end", "END", 0x16, keep=True, messages=1)
     maker.message("ended", "ENDED", 0x17, kept=True, reason="kept")
+    maker.message("probe", "PROBE", 0x18)
 
 
 def session(maker: Maker) -> None:
@@ -349,6 +351,10 @@ def invalid() -> list[dict[str, str]]:
         "length of 4 GB": struct.pack(">IB", 2**32 - 1, 0x10),
         "unknown frame type": frame(0x7F, pack([])),
         "a frame of the other direction": frame(0x11, pack([])),
+        "a probe of the client's": frame(0x18, pack([])),
+        "integer for probes": frame(
+            0x10, pack([*good, *[False] * 2, None, *[False] * 2, *[None] * 3, [], [], "", "", 1])
+        ),
         "a frame of a session on a channel": frame(0x20, pack([INCARNATION, 1])),
         "DATA without a byte": frame(0x13, b""),
         "no payload": frame(0x16, b""),

@@ -20,6 +20,7 @@ from proxy.model import Ending, Endpoint
 from proxy.net.alarm import Alarm
 from proxy.net.conversation import receive, send_all
 from proxy.net.framed import FramedStream
+from proxy.net.probing import Prober
 from proxy.net.relay import Engine
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
@@ -41,6 +42,7 @@ class Dialogue:
             raise PeerError("OPEN with dialogue has one destination, no ehlo_name and no throttles")
         self._services = services
         self._door = door
+        self._probes = request.probes
         self._link = link
         self._number = number
         self._started = monotonic()
@@ -95,7 +97,9 @@ class Dialogue:
         """
         link, engine = self._link, self._services.engine
         stream = FramedStream(link.stream, link.decoder, frames.CHANNEL_FROM_CLIENT)
-        visit = self._visit = Visit(self._services, self._door, stream, self._facts, self._egress, self._first)
+        prober = Prober(engine, stream.probe) if self._probes else None
+        visit = Visit(self._services, self._door, stream, self._facts, self._egress, self._first, prober)
+        self._visit = visit
         visit.serve(b"")
         self._visit = None
         if visit.breach is not None:

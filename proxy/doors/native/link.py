@@ -18,7 +18,7 @@ from proxy.doors.native.entrance import Guest
 from proxy.errors import PeerError, ProxyError
 from proxy.model import Ending
 from proxy.net.conversation import farewell, rest_for
-from proxy.net.peer import has_gone
+from proxy.net.peer import has_gone, holds_back
 from proxy.net.relay import GONE, UNSURE, Engine
 from proxy.net.turns import TurnOver
 from proxy.policy.turns import READ
@@ -27,6 +27,7 @@ from proxy.protocols.native import messages as m
 
 _READ_SIZE = 65536
 _RESET = select.EPOLLERR | select.EPOLLHUP
+_PROBE = frames.encode(m.Probe())
 
 #: Handles epoll events in the hub; whether the greenlet has to look around.
 Step = Callable[[int], bool]
@@ -148,6 +149,19 @@ class Link:
         except OSError:
             raise ClientGone("the connection broke") from None
         return not self.blocked
+
+    def probe(self) -> None:
+        """Say PROBE, which no living client minds. A dead one's kernel answers it with a reset.
+
+        Not while the client takes nothing: what it was sent already tells as much, and probes do not pile up.
+
+        Raises:
+            ClientGone.
+        """
+        if not self.blocked and not holds_back(self.stream.socket):
+            moved = self.moved
+            self.queue(_PROBE)
+            self.moved = moved  # nothing has: idleness goes on
 
     def tell_goaway(self) -> None:
         """Say GOAWAY, if there is one to be said; once."""

@@ -77,7 +77,7 @@ class Session:
             way = Way(taken.receiver.source, taken.receiver.destination.host, names_of(request, place.flows))
             self._gate = Gate(services.admission, place, way, link.wake)
         tracker = self._tracker() if tracked else None
-        self.transfer = Transfer(link, taken.receiver, tracker, taken.reused, self._gate)
+        self.transfer = Transfer(link, taken.receiver, tracker, taken.reused, self._gate, request.probes)
 
     def finish(self, current: Services) -> tuple[Ending, bool]:
         """Answer END: keep the connection for the next one, or close it; how it ended, and whether by a reset.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import ssl
+from functools import partial
 from time import monotonic
 
 from gevent import Timeout
@@ -20,6 +21,7 @@ from proxy.egress.receiver import Receiver
 from proxy.errors import PeerError
 from proxy.model import Discard, Ending
 from proxy.net.peer import has_gone
+from proxy.net.probing import Prober
 from proxy.net.relay import GONE, UNSURE
 from proxy.net.turns import TurnOver
 from proxy.policy.turns import FRAME, READ
@@ -43,6 +45,7 @@ class Transfer:
         tracker: follows the dialogue, if the connection may be shared or its messages are counted.
         reused: somebody else has had the connection before.
         gate: says which MAIL may go on; needs a tracker. None: all.
+        probes: the client takes PROBE.
 
     Attributes:
         up, down: bytes so far.
@@ -53,7 +56,13 @@ class Transfer:
     """
 
     def __init__(
-        self, link: Link, receiver: Receiver, tracker: Tracker | None, reused: bool = False, gate: Gate | None = None
+        self,
+        link: Link,
+        receiver: Receiver,
+        tracker: Tracker | None,
+        reused: bool = False,
+        gate: Gate | None = None,
+        probes: bool = False,
     ) -> None:
         self.receiver = receiver
         self.tracker = tracker
@@ -66,6 +75,7 @@ class Transfer:
         self._link = link
         self._reused = reused
         self._gate = gate
+        self._prober = Prober(link.engine, link.probe) if probes else None
         if gate is not None and tracker is not None:
             tracker.mails_allowed = 0
         self._kept = b""  # of the client, from a MAIL on that has to wait
@@ -91,7 +101,7 @@ class Transfer:
         Raises:
             ClientGone, PeerError.
         """
-        link, receiver = self._link, self._stream.socket.fileno()
+        link = self._link
         while self.end is None:
             moved = self._from_receiver()
             moved |= self._from_client()
@@ -109,7 +119,20 @@ class Transfer:
                 if self._blocked and has_gone(link.stream.socket):
                     self._push_on()
                 else:
-                    link.wait(receiver, self._client_event, self._receiver_event)
+                    self._wait()
+
+    def _wait(self) -> None:
+        """Until something happens; of a client that is not read, see `Prober`.
+
+        Raises:
+            ClientGone.
+        """
+        link, receiver = self._link, self._stream.socket.fileno()
+        wait = partial(link.wait, receiver, self._client_event, self._receiver_event)
+        if self._prober is not None and (self._blocked or self._is_full()):
+            self._prober.wait(link.moved, wait)
+        else:
+            wait()
 
     def _client_event(self, events: int) -> bool:
         """The usual case, in the hub: what the client sends, the receiver takes. See `Link.wait`."""

@@ -21,6 +21,7 @@ from proxy.log import lines as log
 from proxy.model import Ending
 from proxy.net.conversation import farewell, rest_for, send_all
 from proxy.net.framed import FramedStream
+from proxy.net.probing import Prober
 from proxy.net.tls import Stream
 from proxy.policy.idleness import Idleness
 from proxy.protocols.smtp.fates import FateTracker
@@ -46,6 +47,7 @@ class Visit:
     Args:
         stream: the client's, its socket registered with the engine; stays the caller's to close.
         egress: where its receivers come from. first: what it had at its request.
+        prober: finds out whether a client that is not read still lives; None: it takes no probes.
 
     Attributes:
         breach: why its channel is to be closed, if it has one.
@@ -59,6 +61,7 @@ class Visit:
         facts: Facts,
         egress: Egress,
         first: Line | Preview,
+        prober: Prober | None = None,
     ) -> None:
         terms, settings = facts.terms, services.settings
         starttls = terms.offer_starttls and services.mta_context is not None
@@ -75,6 +78,7 @@ class Visit:
         self._may_speak_tls = isinstance(first, Line) and first.greeting is None  # to whom nobody has spoken SMTP yet
         self._client_done = False  # it has said FIN
         self._idleness = Idleness()
+        self._prober = prober
         self._reset = False  # the client is to see RST, as the receiver sent it
         self.breach: PeerError | None = None
 
@@ -165,10 +169,22 @@ class Visit:
             elif self._turn.over:
                 rest_for(self._turn)
             elif not self._move() and not self._turn.over:
-                self._holding.wait()
-                self._turn.begin(monotonic())
+                self._wait()
             if self._wires.doom:
                 raise ClientGone("to be cut off")
+
+    def _wait(self) -> None:
+        """Until something happens.
+
+        Raises:
+            OSError: the client is gone.
+        """
+        receiver = self._wires.receiver
+        if self._prober is not None and receiver is not None and receiver.blocked:
+            self._prober.wait(self._moved, self._holding.wait)
+        else:
+            self._holding.wait()
+        self._turn.begin(monotonic())
 
     def _send(self) -> None:
         """Hand on what has piled up.

@@ -50,7 +50,7 @@ TO_HELLO = _table(m.Challenge, m.Error)
 TO_AUTH = _table(m.Welcome, m.Error)
 #: What comes in on an authenticated connection, besides DATA on channels.
 CHANNEL_FROM_CLIENT = _table(m.Open, m.Eof, m.End)
-CHANNEL_FROM_PROXY = _table(m.Opened, m.Failed, m.Eof, m.Aborted, m.Ended, m.Goaway, m.Error)
+CHANNEL_FROM_PROXY = _table(m.Opened, m.Failed, m.Eof, m.Aborted, m.Ended, m.Probe, m.Goaway, m.Error)
 SESSION_FROM_CLIENT = _table(s.Ping, s.Pong, s.Reg, s.Demand, s.Return, s.Outcome, s.Bye, s.List)
 SESSION_FROM_PROXY = _table(s.Ping, s.Pong, s.Cert, s.Grant, s.Cap, s.Limit, s.Cached, m.Goaway, m.Error)
 

@@ -177,7 +177,7 @@ class Open(Message, frozen=True):
     """Client: open an SMTP session; the first destination that works is taken.
 
     `tls_names`, `tlsa`: what the receiver's certificate has to prove (`policy.certificates.Demand`); `tls_min`,
-    `tls_ciphers`: what TLS has to be (`net.tls.Profile`).
+    `tls_ciphers`: what TLS has to be (`net.tls.Profile`). `probes`: I take PROBE.
     """
 
     TYPE = 0x10
@@ -202,6 +202,7 @@ class Open(Message, frozen=True):
     tlsa: Annotated[list[TlsaRecord], Meta(max_length=32)] = []
     tls_min: TlsMinimum = ""
     tls_ciphers: Annotated[str, Meta(max_length=255, pattern=r"\A[A-Za-z0-9:!+_-]*\Z")] = ""
+    probes: bool = False
 
     def __post_init__(self) -> None:
         if self.source_ip is not None:
@@ -310,3 +311,10 @@ class Ended(Message, frozen=True):
     TYPE = 0x17
     kept: bool
     reason: Word
+
+
+class Probe(Message, frozen=True):
+    """Proxy: nothing. Whose socket is dead answers it with a reset; sent while a receiver holds back what the client
+    sent."""
+
+    TYPE = 0x18

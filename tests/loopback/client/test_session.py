@@ -100,6 +100,7 @@ def test_mail_through_the_proxy(proxy, session):
             [],
             20_000,
             tenant="t",
+            probes=True,
         )
     ]
     assert proxy.ends == [m.End(True, 1)]
