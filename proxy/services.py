@@ -290,8 +290,8 @@ def note_failure(
     now = monotonic()
     services.counters.note(error)
     if isinstance(error, UpstreamError):
-        services.counters.instances_failed.count(instance or "-")
-        services.counters.sources_failed.count(source or "-")
+        services.counters.instances_failed.count(f"{instance or '-'} {error.step}")
+        services.counters.sources_failed.count(f"{source or '-'} {error.step}")
         services.troubles.failed(source, destination, error, now)
     else:
         services.troubles.refuse(error, now)

@@ -283,7 +283,8 @@ class Counters:
     served from the cache or by a new connection. messages: MAIL commands seen where the dialogue is; `audit` counts
     those without a permit. messages_accepted, messages_deferred and messages_rejected: replies to them by class, by
     instance; with sources_ in front, by source address. instances_ended and instances_failed: relayed connections that
-    have ended, and outgoing ones that did not come to be, by instance; with sources_ in front by source address.
+    have ended, and outgoing ones that did not come to be, by instance (and behind a blank by step); with sources_ in
+    front by source address.
     probes: connections that closed without a byte, and health checks.
     """
 

@@ -342,6 +342,7 @@ class StatusDoor:
             house.book,
             services.settings.throttle,
             services.access.name_of_source,
+            lambda: (each.standing() for each in list(services.instances.connections)),
         )
         return sources, now
 

@@ -59,9 +59,13 @@ _COUNTERS = {
     "messages_without_permit": ("messages_without_permit", "", "MAIL commands that no permit covered"),
     "backoffs": ("throttle_backoffs", "", "Times that a reply has slowed a throttle down"),
     "instances_ended": ("instance_connections", "instance", "Relayed connections that have ended, by instance"),
-    "instances_failed": ("instance_failed", "instance", "Outgoing connections that did not come to be, by instance"),
+    "instances_failed": (
+        "instance_failed",
+        "instance",
+        "Outgoing connections that did not come to be, by instance and step",
+    ),
     "sources_ended": ("source_connections", "source", "Relayed connections that have ended, by source address"),
-    "sources_failed": ("source_failed", "source", "Outgoing connections that did not come to be, by source address"),
+    "sources_failed": ("source_failed", "source", "The same by source address and step"),
     "probes": ("probes", "", "Connections that closed without a byte, and health checks"),
     "accept_errors": ("accept_errors", "", "Times that a listener could not accept"),
     "internal_errors": ("internal_errors", "", "Mistakes of the program itself"),
@@ -70,6 +74,8 @@ _COUNTERS = {
 }
 
 
+#: Of these, what is counted by two labels.
+_BY_STEP = frozenset(("instances_failed", "sources_failed"))
 #: Histograms of `proxy.spans`.
 _SPANS = {
     "connect": "Until a receiver was connected",
@@ -152,7 +158,9 @@ def _spans() -> Iterator[Metric]:
 def _counters(view: Overview) -> Iterator[Metric]:
     for name, value in view.counters.items():
         metric, label, text = _COUNTERS.get(name, (name, "name", name.replace("_", " ")))
-        if isinstance(value, dict) and label == "source":
+        if isinstance(value, dict) and name in _BY_STEP:
+            yield _by_step(metric, text, label, value, view)
+        elif isinstance(value, dict) and label == "source":
             family = CounterMetricFamily(_PREFIX + metric, text, labels=[label, "source_name"])
             for key, count in value.items():
                 family.add_metric([key, view.source_names.get(key, "")], count)
@@ -164,6 +172,17 @@ def _counters(view: Overview) -> Iterator[Metric]:
             yield family
         else:
             yield CounterMetricFamily(_PREFIX + metric, text, value=value)
+
+
+def _by_step(metric: str, text: str, label: str, value: dict[str, int], view: Overview) -> Metric:
+    """Counted under a name and, behind a blank, a step."""
+    names = [label, "source_name"] if label == "source" else [label]
+    family = CounterMetricFamily(_PREFIX + metric, text, labels=[*names, "step"])
+    for key, count in value.items():
+        name, _, step = key.rpartition(" ")
+        values = [name, view.source_names.get(name, "")] if label == "source" else [name]
+        family.add_metric([*values, step], count)
+    return family
 
 
 def _connections(view: Overview) -> Iterator[Metric]:
@@ -185,6 +204,9 @@ def _connections(view: Overview) -> Iterator[Metric]:
     outgoing.add_metric(["active"], connections.active)
     outgoing.add_metric(["cached"], connections.cached)
     yield outgoing
+    yield _named("instance_active", "instance", "Clients' connections, by instance", view.active_instances)
+    yield _named("source_active", "source", "Clients' connections, by the address they leave from", view.active_sources)
+    yield _named("source_cached", "source", "Held-open connections, by the address they leave from", view.pool.sources)
 
 
 def _throttling(view: Overview) -> Iterator[Metric]:
@@ -221,6 +243,13 @@ def _pool(view: Overview) -> Iterator[Metric]:
 
 def _gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(_PREFIX + name, text, value=value)
+
+
+def _named(name: str, label: str, text: str, counts: dict[str, int]) -> Metric:
+    family = GaugeMetricFamily(_PREFIX + name, text, labels=[label])
+    for key, count in counts.items():
+        family.add_metric([key], count)
+    return family
 
 
 def _by_instance(name: str, text: str, rows: list[SessionRow], figure: Callable[[SessionRow], float]) -> Metric:

@@ -255,6 +255,7 @@ class PoolView(Struct):
     longest_idle: float
     keys: list[CachedRow] = []
     keys_left_out: int = 0
+    sources: dict[str, int] = {}
 
 
 class PeerRow(Struct):
@@ -364,6 +365,8 @@ class Overview(Struct):
     sources: list[SourceRow] = []
     sources_left_out: int = 0
     source_names: dict[str, str] = {}
+    active_instances: dict[str, int] = {}
+    active_sources: dict[str, int] = {}
 
 
 class Status(Overview, kw_only=True):

@@ -15,7 +15,7 @@ from proxy.egress.pool import Entry, Pool, PoolKey
 from proxy.policy.directory import Book
 from proxy.policy.trouble import Record, Troubles
 from proxy.settings import ThrottleSettings
-from proxy.stats import OTHER, Backlog, Counters, Flow, Snapshot, whole_seconds
+from proxy.stats import OTHER, Backlog, Counters, Flow, Snapshot, Standing, Table, whole_seconds
 from proxy.status.backoffs import backoff_rows, state_of
 from proxy.status.names import block_rows, failing
 from proxy.status.rows import (
@@ -74,6 +74,7 @@ class Sources(NamedTuple):
     book: Book = Book()
     blocks: Sequence[ThrottleSettings] = ()
     name_of_source: Callable[[str], str] = lambda address: ""
+    standing: Callable[[], Iterable[Standing | None]] = lambda: ()
 
 
 class _Sample(NamedTuple):
@@ -124,7 +125,10 @@ def overview(sources: Sources, now: float) -> Generator[None, None, Overview]:
     receivers, sources_ = _receivers(sources.troubles, now), _source_rows(sources, now)
     if receivers:
         yield
+    by_instance, by_source = yield from _active(sources.standing())
     view = Overview(
+        active_instances=by_instance,
+        active_sources=by_source,
         program=sources.program,
         listeners=sources.listeners,
         connections=sources.connections,
@@ -153,6 +157,19 @@ def overview(sources: Sources, now: float) -> Generator[None, None, Overview]:
     )
     view.trouble = found(view, sources.troubles, now, failing(sources.book), manager.blocks.backoffs.latest)
     return view
+
+
+def _active(standing: Iterable[Standing | None]) -> Generator[None, None, tuple[Table, Table]]:
+    """Connections that have asked for a receiver, by instance and by source address."""
+    by_instance, by_source = Table(), Table()
+    rest = iter(standing)
+    while step := list(islice(rest, STEP)):
+        for each in step:
+            if each is not None and each.destination is not None:
+                by_instance.count(each.instance or "-")
+                by_source.count(each.source or "-")
+        yield
+    return by_instance, by_source
 
 
 def survey(
@@ -398,10 +415,12 @@ def _pool(pool: Pool, counters: Counters, now: float) -> Generator[None, None, P
     entries = iter(pool.entries())
     held, age_sum, oldest, longest_idle = 0, 0.0, 0.0, 0.0
     rows: dict[PoolKey, CachedRow] = {}
+    sources = Table()
     while step := list(islice(entries, STEP)):
         for entry in step:
             age, idle = max(0.0, now - entry.opened_at), max(0.0, now - entry.idle_since)
             held, age_sum = held + 1, age_sum + age
+            sources.count(entry.key.source)
             oldest, longest_idle = max(oldest, age), max(longest_idle, idle)
             row = rows.get(entry.key)
             if row is None:
@@ -424,6 +443,7 @@ def _pool(pool: Pool, counters: Counters, now: float) -> Generator[None, None, P
         longest_idle=longest_idle,
         keys=keys,
         keys_left_out=len(rows) - len(keys),
+        sources=sources,
     )
 
 

@@ -306,7 +306,12 @@ def test_histograms_and_what_is_told_by_instance_and_source():
         assert figures["session_bytes_sum",] > 30
         assert figures["turn_seconds_count",] > 10
         assert figures["source_connections_total", "", "127.0.0.1"] == 1
-        assert figures["instance_failed_total", "mta-2"] == figures["source_failed_total", "", "127.0.0.1"] == 1
+        assert figures["instance_failed_total", "connect", "mta-2"] == 1
+        assert figures["source_failed_total", "", "127.0.0.1", "connect"] == 1
+        with socks5(own.socks5, mx.endpoint, user="mta-1") as sock:
+            assert sock.recv(100)
+            figures = metrics(own)
+            assert figures["instance_active", "mta-1"] == figures["source_active", "127.0.0.1"] == 1
 
 
 def test_which_configuration_is_in_force_since_when():
