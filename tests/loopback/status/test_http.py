@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket as stdlib
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import gevent
@@ -22,7 +23,7 @@ from proxy.services import Door, Newcomers
 from proxy.stats import Counters, Snapshot
 from proxy.status import host as status_host
 from proxy.status import http
-from proxy.status.http import House, StatusDoor
+from proxy.status.http import House, InForce, StatusDoor
 from proxy.status.view import STEP
 from proxy.throttling.limits import Part
 from proxy.throttling.manager import Manager
@@ -53,10 +54,10 @@ class Room:
             crew=Crew(),
             host_name="mta1",
             incarnation=7,
-            instances=SimpleNamespace(channels={}, dialogues={}),
+            instances=SimpleNamespace(channels={}, connections={}, dialogues={}),
             keeper=SimpleNamespace(pool=Pool(None)),
             newcomers=Newcomers(10),
-            settings=SimpleNamespace(throttle_enforce=False, throttle=()),
+            settings=SimpleNamespace(throttle_enforce=False, throttle=(), listen_status_name=()),
             troubles=Troubles(),
         )
         self.room = StatusDoor(
@@ -68,6 +69,7 @@ class Room:
                 limit=lambda: 100,
                 clients=lambda: 0,
                 draining=lambda: self.draining,
+                in_force=lambda: InForce("0" * 12, datetime.now(UTC)),
                 reload_failure=lambda: None,
                 spare=self.spare,
             )
@@ -190,13 +192,13 @@ FOREIGN = [
 
 
 def under(name):
-    return b"GET /healthz HTTP/1.1\r\nHost: " + name.encode("latin-1") + b"\r\n\r\n"
+    return b"GET /status.json HTTP/1.1\r\nHost: " + name.encode("latin-1") + b"\r\n\r\n"
 
 
 @pytest.mark.parametrize("name", [*OURS, "mta1.example.com:809", "mta1.Example.Com."])
 def test_addresses_and_this_machines_names_are_answered(room, monkeypatch, name):
-    monkeypatch.setattr(status_host.check, "__defaults__", ({"mta1": "mta1.example.com."}.__getitem__,))
-    assert room.ask(under(name)).endswith(b"ok\n")
+    monkeypatch.setattr(status_host.check, "__defaults__", ({"mta1": "mta1.example.com."}.__getitem__, ()))
+    assert room.ask(under(name)).startswith(b"HTTP/1.1 200 ")
 
 
 def test_who_names_no_host_is_answered(room):
@@ -206,7 +208,7 @@ def test_who_names_no_host_is_answered(room):
 
 @pytest.mark.parametrize("name", FOREIGN)
 def test_a_name_that_somebody_else_may_own_reads_nothing(room, monkeypatch, name):
-    monkeypatch.setattr(status_host.check, "__defaults__", ({"mta1": "mta1.example.com"}.__getitem__,))
+    monkeypatch.setattr(status_host.check, "__defaults__", ({"mta1": "mta1.example.com"}.__getitem__, ()))
     monkeypatch.setattr(log, "refused", lambda *fields: room.said.append(fields))
     answer = room.ask(under(name))
     assert answer.startswith(b"HTTP/1.1 421 Misdirected Request\r\n")
