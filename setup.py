@@ -101,6 +101,10 @@ setup(
         ("share/man/man5", existing("man/greenarrow_proxy.conf.5")),
         ("share/greenarrow_proxy", existing("etc/greenarrow_proxy.conf", "etc/greenarrow_proxy.service")),
         (
+            "share/greenarrow_proxy/monitoring",
+            existing("etc/monitoring/greenarrow_proxy.rules.yml", "etc/monitoring/grafana-dashboard.json"),
+        ),
+        (
             "share/greenarrow_proxy/throttles",
             [str(path.relative_to(HERE)) for path in sorted((HERE / "etc" / "throttles").glob("*.conf"))],
         ),

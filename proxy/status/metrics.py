@@ -26,6 +26,7 @@ from proxy.model import Discard, Ending
 from proxy.spans import SPANS, Histogram
 from proxy.stats import MAX_NAMES
 from proxy.status.rows import Overview, SessionRow
+from proxy.status.trouble import KINDS
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _PREFIX = "greenarrow_proxy_"
@@ -137,6 +138,7 @@ class _View(Collector):
             datetime.fromisoformat(program.configured).timestamp() if program.configured else 0,
         )
         yield _gauge("draining", "1 while the program is stopping", int(program.draining))
+        yield _trouble(view)
         yield from _counters(view)
         yield from _spans()
         yield from _connections(view)
@@ -153,6 +155,14 @@ def _spans() -> Iterator[Metric]:
         ends = [*map(floatToGoString, span.bounds), "+Inf"]
         buckets = list(zip(ends, counts, strict=True))
         yield HistogramMetricFamily(_PREFIX + metric + unit, text, buckets=buckets, sum_value=span.total)
+
+
+def _trouble(view: Overview) -> Metric:
+    family = GaugeMetricFamily(_PREFIX + "trouble", "1 while there is trouble of this kind", labels=["kind"])
+    there = {row.kind for row in view.trouble}
+    for kind in KINDS:
+        family.add_metric([kind], int(kind in there))
+    return family
 
 
 def _counters(view: Overview) -> Iterator[Metric]:

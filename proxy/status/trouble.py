@@ -13,6 +13,11 @@ from proxy.status.rows import Overview, PeerRow, SourceRow, TroubleRow
 from proxy.throttling.backoff import Slowdown
 from proxy.throttling.throttle import Key
 
+_KINDS = (
+    *("draining", "old_configuration", "internal_errors", "nearly_full", "source_missing", "sources_failing"),
+    *("receivers_failing", "backoff", "dns"),
+)
+
 #: Failures of the last five minutes, with nothing that went well since, that put a receiver or a source in trouble.
 FEW = 3
 #: Seconds that nothing has gone well from a source address. Many receivers' good and bad answers come mixed there.
@@ -31,6 +36,8 @@ _REFUSALS = {
     "overloaded": "clients are turned away, for the proxy is full or an address fails too often",
     "via_unavailable": "the proxy that this agent goes through (via) is not available",
 }
+#: All of them: what looks at the kinds by name finds each before it has ever been there.
+KINDS = (*_KINDS, *_REFUSALS)
 
 
 def found(

@@ -22,6 +22,7 @@ from greenarrow_proxy_client import Session
 from greenarrow_proxy_client.throttle import Limits
 from proxy.stats import Counters
 from tests.clients import Refused, dial, socks5
+from tests.monitoring import alerts, queries, selectors
 from tests.mx import Mx, close, say
 from tests.program import BASE, ROOT, SECRET, Proxy
 from tests.sinks import Raw, Sink, echo, greet
@@ -334,13 +335,36 @@ def test_which_configuration_is_in_force_since_when():
         assert metrics(own)["config_last_reload_successful",] == 1
 
 
-def test_what_the_documented_monitoring_rules_look_at_exists(proxy):
-    page = (ROOT / "docs" / "operations.md").read_text()
-    rules = [line for line in page.splitlines() if re.match(r"\| `[a-z(]*greenarrow_proxy_\w+.*[>=] \d", line)]
-    assert len(rules) >= 8
+def test_what_alerts_and_dashboard_look_at_exists(proxy):
+    """`tests/interop/test_prometheus.py` looks at their labels, too."""
     known = re.findall(r"^# TYPE (\w+) ", get(proxy, "/metrics")[2].decode(), re.MULTILINE)
-    wanted = {name for line in rules for name in re.findall(r"greenarrow_proxy_\w+", line.split("|")[1])}
+    expressions = [each.expression for each in (*alerts(), *queries())]
+    wanted = {
+        re.sub(r"_bucket$", "", selector.partition("{")[0])
+        for expression in expressions
+        for selector in selectors(expression)
+    }
+    assert len(wanted) >= 30
     assert wanted <= set(known), wanted - set(known)
+
+
+def test_the_documented_alerts_are_those_of_the_file():
+    page = (ROOT / "docs" / "operations.md").read_text()
+    documented = re.findall(r"^\| `(Proxy\w+)` \| `(.+?)` \| .+ \|$", page, re.MULTILINE)
+    assert documented == [(alert.name, alert.expression) for alert in alerts()]
+
+
+def test_trouble_is_a_metric_of_each_kind_that_is_documented(proxy):
+    page = (ROOT / "docs" / "operations.md").read_text()
+    table = page[page.index("| kind | what it says |") : page.index("The view is at most a second old")]
+    kinds = {
+        kind for row in table.splitlines()[2:] for kind in re.findall(r"`(\w+)`", row.split("|")[1:2][0] if row else "")
+    }
+    assert {key[1] for key in metrics(proxy) if key[0] == "trouble"} == kinds
+    with Proxy(STATUS) as own:
+        assert metrics(own)["trouble", "old_configuration"] == 0
+        own.bad_hup(STATUS + "nonsense 1\n")
+        assert metrics(own)["trouble", "old_configuration"] == 1
 
 
 def test_watch_shows_it_again_until_it_is_interrupted(proxy):
