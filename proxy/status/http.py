@@ -246,9 +246,10 @@ class StatusDoor:
             view = self.view()
             shown = self._shown.pop(form, None)
             if shown is None or shown[0] is not view:
+                seen = self._search(view, form.wanted) if form.wanted else view
                 made: list[bytes] = []
                 packer = zlib.compressobj(wbits=_GZIP) if form.packed else None
-                for piece in pieces(view):
+                for piece in pieces(seen):
                     data = piece.encode() if isinstance(piece, str) else piece
                     made.append(packer.compress(data) if packer else data)
                     rest(_KEY)
@@ -280,6 +281,13 @@ class StatusDoor:
                 sources, now = self._sources()
                 self._view = monotonic(), self._look(survey(sources, self._meter, now, clock_ns()))
             return self._view[1]
+
+    def _search(self, view: Status, wanted: str) -> Status:
+        """The same with other throttles, if more are known than are listed."""
+        if not view.throttles_left_out:
+            return view
+        sources, now = self._sources()
+        return self._look(survey(sources, self._meter, now, clock_ns(), wanted=wanted))
 
     def changed(self) -> None:
         """Somebody has steered: the next look is a new one."""

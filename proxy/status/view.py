@@ -111,6 +111,12 @@ class Meter:
         """A look is over."""
         self._last, self._next = self._next, {}
 
+    def aside(self) -> Meter:
+        """For a look at some throttles only, which is not to be remembered."""
+        meter = Meter()
+        meter._last = self._last
+        return meter
+
 
 def overview(sources: Sources, now: float) -> Generator[None, None, Overview]:
     """All but the single throttles.
@@ -173,17 +179,22 @@ def _active(standing: Iterable[Standing | None]) -> Generator[None, None, tuple[
 
 
 def survey(
-    sources: Sources, meter: Meter, now: float, now_ns: int, most: int = MOST_THROTTLES
+    sources: Sources, meter: Meter, now: float, now_ns: int, most: int = MOST_THROTTLES, wanted: str = ""
 ) -> Generator[None, None, Status]:
     """The whole view.
 
     Args:
         now: seconds of the pool's clock. now_ns: nanoseconds of the manager's.
         most: throttles that are listed.
+        wanted: of all throttles, only those are looked at that have this in their names or in those of their instances,
+            large and small letters alike; "": all.
     """
     view = yield from overview(sources, now)
     manager = sources.manager
     everything = [*manager.throttles.values(), *manager.blocks.throttles()]
+    if wanted:
+        everything = yield from _named(everything, sources, wanted.casefold())
+        meter = meter.aside()
     ranked: list[tuple[tuple[float, ...], Key, int]] = []
     for at in range(0, len(everything), STEP):
         some = enumerate(everything[at : at + STEP], at)
@@ -212,6 +223,20 @@ def survey(
         backoffs=backoffs,
         backoffs_left_out=backoffs_left_out,
     )
+
+
+def _named(throttles: list[Throttle], sources: Sources, wanted: str) -> Generator[None, None, list[Throttle]]:
+    found, looked_at = [], 0
+    for throttle in throttles:
+        key, terms = throttle.key, throttle.terms
+        stakes = [stake.name for stake in terms.stakes] if terms is not None else []
+        names = (*key, sources.name_of_source(key.source), *(throttle.held or {}), *stakes)
+        if any(wanted in str(name).casefold() for name in names):
+            found.append(throttle)
+        if (looked_at := looked_at + len(names)) > STEP:
+            looked_at = 0
+            yield
+    return found
 
 
 def _asked(manager: Manager) -> Generator[None, None, _Asked]:

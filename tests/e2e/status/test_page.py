@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import http.client
 import json
+import re
 import threading
 import time
 
@@ -272,3 +273,21 @@ def test_what_is_looked_for_is_escaped_and_bounded(proxy):
         _, body = get(proxy, odd)
         assert body.endswith(b"</html>\n")
         assert b"\x00" not in body
+
+
+def test_a_page_of_seven_hundred_throttles_is_small_and_any_of_them_can_be_looked_for():
+    with Proxy("listen_status 127.0.0.1:0\n") as own, Session(own.native, SECRET, "server-many") as session:
+        limits = [Limits(f"rule-{number:03}", [(5, 60), (3600, 3600)], 3) for number in range(700)]
+        throttles = [session.throttle(SOURCE, each) for each in limits]
+        assert all(throttle.wait_until_registered(30) for throttle in throttles)
+        wait_for(lambda: view(own)["throttles_left_out"] == 200, what="all are known")
+        _, whole = get(own, "/")
+        assert len(whole) < 150_000
+        assert b"<p>575 more are not shown; they can be looked for by name.</p>" in whole
+        listed = {row["name"] for row in view(own)["throttles"]}
+        hidden = next(each.name for each in limits if each.name not in listed)
+        for wanted, names in ((hidden.upper(), {hidden}), ("rule-69", {f"rule-69{n}" for n in range(10)})):
+            _, body = get(own, f"/?q={wanted}")
+            assert set(re.findall(r"<b>(rule-\d+)</b>", body.decode())) == names
+            assert b"are not shown" not in body
+        assert {row["name"] for row in view(own)["throttles"]} == listed, "the JSON is what it was"

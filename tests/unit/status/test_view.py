@@ -291,6 +291,42 @@ def test_equals_keep_an_order_so_that_the_page_does_not_jump():
     assert [row.name for row in house.view().throttles] == [f"rule-{number:02}" for number in range(50)]
 
 
+def test_what_is_looked_for_is_found_among_all_and_the_others_are_not_looked_at():
+    house = House()
+    house.names["192.0.2.9"] = "vmta9"
+    parts = [(Key("192.0.2.9" if n == 30 else SOURCE, f"rule-{n:03}"), hourly(100)) for n in range(40)]
+    house.session("one", *parts[:20])
+    house.session("two", *parts[20:], id=100)
+
+    def found(wanted, most=500):
+        house.meter.turn()
+        view, _ = run(survey(house.sources(), house.meter, 500.0, house.now, most, wanted))
+        return sorted(row.name for row in view.throttles), view.throttles_left_out
+
+    assert found("Rule-03") == ([f"rule-{n:03}" for n in range(30, 40)], 0)
+    assert found("VMTA9") == found("192.0.2.9") == (["rule-030"], 0)
+    assert found("two") == ([f"rule-{n:03}" for n in range(20, 40)], 0)
+    assert found("two", most=5)[1] == 15
+    assert found("nowhere") == ([], 0)
+
+
+def test_a_look_at_some_throttles_does_not_spoil_the_use_of_rates():
+    house = House()
+    house.session("one", (KEY, hourly(3600)), (Key(SOURCE, "other"), hourly(3600)))
+    house.view()
+    house.now += 10 * SECOND
+    run(survey(house.sources(), house.meter, 500.0, house.now, wanted="other"))
+    assert house.throttle("yahoo").rate_use == 0.0
+
+
+def test_looking_for_something_stops_often_too():
+    house = House()
+    house.session("one", *[(Key(SOURCE, f"rule-{n:04}"), hourly(100)) for n in range(2 * STEP)])
+    _, whole = run(survey(house.sources(), house.meter, 500.0, house.now, 0))
+    _, found = run(survey(house.sources(), house.meter, 500.0, house.now, 0, "nowhere"))
+    assert found >= 2 * STEP * 5 // STEP - 1 > whole
+
+
 def test_the_work_stops_often_and_lets_the_world_change():
     house = House()
     count = 5 * STEP
