@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from proxy.control.commands import VERSION, Request
-from proxy.log.lines import printable
+from proxy.log.spelling import printable
 
 EX_OK, EX_USAGE, EX_UNAVAILABLE, EX_SOFTWARE, EX_NOPERM, EX_CONFIG = 0, 64, 69, 70, 77, 78
 _EXIT = {"bad_request": EX_SOFTWARE, "bad_command": EX_USAGE, "not_allowed": EX_NOPERM, "failed": EX_CONFIG}

@@ -16,7 +16,7 @@ from gevent.queue import Empty, Queue
 
 from proxy.log import lines as log
 from proxy.log import steps
-from proxy.log.lines import printable
+from proxy.log.spelling import printable
 from proxy.stats import Standing
 
 #: Steps that wait for a caller who does not take them; the rest is counted.

@@ -37,6 +37,7 @@ from proxy.egress.resumption import Sessions
 from proxy.egress.tlsa import TlsaLookUps
 from proxy.errors import ConfigError, Draining
 from proxy.log import lines as log
+from proxy.log import outputs
 from proxy.model import Breathe, Ending, Endpoint, hold_breath, let_go
 from proxy.net import certificates, tls
 from proxy.net.addresses import own_addresses
@@ -95,11 +96,11 @@ def run(load: Load, loaded: Loaded) -> int:
     Returns:
         The exit code: 0 clean stop, 1 a second signal ended the drain, 69 cannot listen.
     """
-    log.setup(loaded.settings)
+    outputs.setup(loaded.settings)
     try:
         return Server(load, loaded).run()
     finally:
-        log.flush(1.0)
+        outputs.flush(1.0)
 
 
 class Server:
@@ -361,7 +362,7 @@ class Server:
         """Put new settings in force. Nothing here can fail."""
         settings = prepared.services.settings
         self.services = prepared.services
-        log.name_sources(self.services.access.name_of_source)
+        outputs.name_sources(self.services.access.name_of_source)
         if self._via is not None and self._via is not self.services.via:
             self._via.stop()
         self._via = self.services.via
@@ -422,7 +423,7 @@ class Server:
             with process.no_garbage_collection():
                 loaded = self._load(breathe, self._reserve.lent)
                 self._take(self._prepare(loaded, breathe), breathe)
-                log.reconfigure(loaded.settings)
+                outputs.reconfigure(loaded.settings)
                 _tell_doubts(loaded, breathe)
                 old_limits.let_go(breathe)
                 loaded.origins.let_go(breathe)
@@ -462,7 +463,7 @@ class Server:
                 "second signal: ending at once",
                 open_connections=self._doors.open_connections(),
             )
-            log.flush(1.0)
+            outputs.flush(1.0)
             os._exit(EXIT_FORCED)
         self._stop.set()
 

@@ -11,7 +11,7 @@ from proxy.control import watching
 from proxy.control.explain import Rules, explained
 from proxy.egress import upstream
 from proxy.egress.admission import clock_ns
-from proxy.log import lines as log
+from proxy.log import outputs
 from proxy.model import Ending, Endpoint
 from proxy.net.addresses import own_addresses
 from proxy.net.turns import rest
@@ -68,7 +68,7 @@ class Steering:
 
     def events(self) -> list[EventRow]:
         now = monotonic()
-        return [EventRow(line.time, now - line.at, line.level, line.event, line.text) for line in log.recent()]
+        return [EventRow(line.time, now - line.at, line.level, line.event, line.text) for line in outputs.recent()]
 
     def connections(self) -> list[ConnectionRow]:
         now = monotonic()

@@ -11,7 +11,7 @@ from html import escape
 from itertools import islice
 from typing import NamedTuple
 
-from proxy.log.lines import printable
+from proxy.log.spelling import printable
 
 #: Rows of a table in one piece.
 _ROWS = 25

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 import msgspec
 
 from proxy.errors import ConfigError, UsageError
-from proxy.log.lines import printable
+from proxy.log.spelling import printable
 from proxy.model import Endpoint, canonical_ip
 from proxy.settings import Settings
 from proxy.stats import duration, whole_seconds

@@ -23,7 +23,7 @@ import pytest
 
 from proxy import errors
 from proxy.log import lines as log
-from proxy.log import writer
+from proxy.log import outputs, writer
 from proxy.log.lines import Event
 from proxy.model import Ending, Endpoint
 from proxy.stats import Limiter
@@ -41,18 +41,18 @@ def settings(**changes: object) -> SimpleNamespace:
 @pytest.fixture(autouse=True)
 def _clean_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(log, "_limiter", Limiter())
-    monkeypatch.setattr(log, "_name_of_source", log._name_of_source)
+    monkeypatch.setattr(outputs, "name_of_source", outputs.name_of_source)
     root, own = logging.getLogger(), logging.getLogger("greenarrow_proxy")
     saved = (root.handlers, root.level, own.handlers, logging.raiseExceptions)
     yield
     root.handlers, root.level, own.handlers, logging.raiseExceptions = saved
     logging.captureWarnings(False)
-    for output in {log._out, log._err} - {None}:
+    for output in {outputs.out, outputs._err} - {None}:
         output.close()
     for fd in OPENED:
         os.close(fd)
     OPENED.clear()
-    log._out = log._err = None
+    outputs.out = outputs._err = None
 
 
 #: Descriptors to be closed after the test.
@@ -90,7 +90,7 @@ class Output:
     def __init__(self, environ: dict[str, str] | None = None, **changes: object) -> None:
         self._out_end, out = pipe()
         self._err_end, err = pipe()
-        log.setup(settings(**changes), environ or {}, out, err)
+        outputs.setup(settings(**changes), environ or {}, out, err)
 
     def out(self) -> list[str]:
         return self._lines(self._out_end)
@@ -170,7 +170,7 @@ def test_the_closing_line_has_a_word_in_every_place() -> None:
 def test_lines_that_name_a_source_have_its_name_too() -> None:
     """Behind the address, in whatever line; one without a name is as it was."""
     output = Output()
-    log.name_sources({"192.0.2.1": "vmta1", "192.0.2.9": "vmta9"}.get)  # type: ignore[arg-type]
+    outputs.name_sources({"192.0.2.1": "vmta1", "192.0.2.9": "vmta9"}.get)  # type: ignore[arg-type]
     close()
     close(source="192.0.2.2")
     refuse(errors.FamilyMismatch("no"))
@@ -181,7 +181,7 @@ def test_lines_that_name_a_source_have_its_name_too() -> None:
     assert " source=192.0.2.1 source_name=vmta1 dropped=1" in third
     assert " source=192.0.2.9 source_name=vmta9 destination=" in last
     output = Output(log_format="json")
-    log.name_sources({"192.0.2.1": "vmta1"}.get)  # type: ignore[arg-type]
+    outputs.name_sources({"192.0.2.1": "vmta1"}.get)  # type: ignore[arg-type]
     close()
     fields = list(json.loads(output.out()[0]).items())
     assert fields[fields.index(("source", "192.0.2.1")) + 1] == ("source_name", "vmta1")
@@ -242,7 +242,7 @@ def test_warnings_and_errors_go_to_stderr() -> None:
 def test_debug_lines_appear_only_when_verbose_and_a_reload_changes_that() -> None:
     output = Output()
     log.note(Event.TLS, log.DEBUG, "first")
-    log.reconfigure(settings(log_verbose=True))
+    outputs.reconfigure(settings(log_verbose=True))
     log.note(Event.TLS, log.DEBUG, "second")
     (line,) = output.out()
     assert line.endswith(" DEBUG tls: second")
@@ -257,7 +257,7 @@ def test_peer_text_cannot_forge_a_line_or_move_the_cursor() -> None:
     assert len(lines) == 2
     assert all(line.isprintable() for line in lines)
     assert r'instance="x\"\n2026-01-01 INFO connection id=1 \x1b[2J\u202e\x9b\x00\\" protocol=socks5' in lines[0]
-    log.reconfigure(settings(log_format="json"))
+    outputs.reconfigure(settings(log_format="json"))
     close(instance=hostile)
     log.note(Event.SESSION, log.INFO, "hello " + hostile, name=hostile)
     lines = output.out()
@@ -365,7 +365,7 @@ def test_the_journal_gets_no_timestamp_but_a_priority(pair: tuple[socket.socket,
     status = os.fstat(ours.fileno())
     environ = {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"}
     for form in ("text", "json"):
-        log.setup(settings(log_format=form), environ, ours.fileno(), ours.fileno())
+        outputs.setup(settings(log_format=form), environ, ours.fileno(), ours.fileno())
         close()
         log.note(Event.DRAIN, log.WARNING, "two connections cut")
         gevent.sleep(0)
@@ -389,7 +389,7 @@ def test_a_journal_stream_of_somebody_else_keeps_the_timestamp() -> None:
 
 def test_colour_on_a_terminal_only() -> None:
     master, slave = terminal()
-    log.setup(settings(), {}, slave, slave)
+    outputs.setup(settings(), {}, slave, slave)
     log.note(Event.STOP, log.ERROR, "red")
     gevent.sleep(0)
     coloured = os.read(master, 65536).decode()
@@ -403,14 +403,14 @@ def test_colour_on_a_terminal_only() -> None:
 
 def fill_and_drain(write_fd: int, read: Callable[[], bytes], total: int) -> list[str]:
     """Write `total` lines while nobody reads, then read everything; returns the lines."""
-    log.setup(settings(), {}, write_fd, write_fd)
+    outputs.setup(settings(), {}, write_fd, write_fd)
     for number in range(total):
         close(id=number)
         if number % 1000 == 0:
             gevent.sleep(0)  # comes back although the output is full
     gevent.sleep(0)
-    assert log._out is not None
-    assert log._out._watcher.active  # waits to be told of room, does not poll for it
+    assert outputs.out is not None
+    assert outputs.out._watcher.active  # waits to be told of room, does not poll for it
     assert not fcntl.fcntl(write_fd, fcntl.F_GETFL) & os.O_NONBLOCK
     data = b""
     with gevent.Timeout(20):
@@ -419,7 +419,7 @@ def fill_and_drain(write_fd: int, read: Callable[[], bytes], total: int) -> list
                 data += read()
             except BlockingIOError:
                 # Until the loss is told and a line written after it has come through.
-                if len(log._out._queue) < 100 and b" lost: " not in data:
+                if len(outputs.out._queue) < 100 and b" lost: " not in data:
                     close(id=999999)
                 gevent.sleep(0.001)
     lines = data.decode().splitlines()
@@ -434,7 +434,7 @@ def check_loss(lines: list[str], total: int) -> None:
     assert told > 0
     assert len(ids) + told == total
     assert ids == [str(n) for n in range(len(ids))]
-    assert log.lines_lost() == told
+    assert outputs.lines_lost() == told
 
 
 def test_a_pipe_that_nobody_reads_stops_nothing() -> None:
@@ -464,7 +464,7 @@ def test_a_terminal_that_is_stopped_stops_nothing() -> None:
 def test_lines_of_one_pass_of_the_loop_go_out_in_one_write() -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # a datagram is one write
     with ours, theirs:
-        log.setup(settings(), {}, ours.fileno(), ours.fileno())
+        outputs.setup(settings(), {}, ours.fileno(), ours.fileno())
         for _ in range(100):
             close()
         gevent.sleep(0)
@@ -473,34 +473,34 @@ def test_lines_of_one_pass_of_the_loop_go_out_in_one_write() -> None:
 
 def test_a_reader_that_has_gone_is_counted_and_not_asked_in_a_loop() -> None:
     read_end, write_end = pipe()
-    log.setup(settings(), {}, write_end, write_end)
+    outputs.setup(settings(), {}, write_end, write_end)
     os.close(read_end)
     OPENED.remove(read_end)
     for expected in range(1, 4):
         close()
         gevent.sleep(0)
         gevent.sleep(0)
-        assert log.lines_lost() >= expected
-    assert log._out is not None
-    assert not log._out._scheduled
+        assert outputs.lines_lost() >= expected
+    assert outputs.out is not None
+    assert not outputs.out._scheduled
 
 
 def test_a_full_disk_is_counted() -> None:
     full = os.open("/dev/full", os.O_WRONLY)
     OPENED.add(full)
-    log.setup(settings(), {}, full, full)
+    outputs.setup(settings(), {}, full, full)
     for _ in range(2 * writer.BATCH):
         close()
     gevent.sleep(0)
     gevent.sleep(0)
-    assert log.lines_lost() == writer.BATCH  # the rest waits for the next line, when there may be room
+    assert outputs.lines_lost() == writer.BATCH  # the rest waits for the next line, when there may be room
 
 
 def test_a_file_is_written_plainly(tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as file:
         file.write(b"before\n")
         file.flush()
-        log.setup(settings(), {}, file.fileno(), file.fileno())
+        outputs.setup(settings(), {}, file.fileno(), file.fileno())
         close()
         log.note(Event.STOP, log.WARNING, "after")
         gevent.sleep(0)
@@ -512,26 +512,26 @@ def test_a_file_is_written_plainly(tmp_path: Path) -> None:
 
 def test_flush_waits_for_room_but_not_for_ever() -> None:
     read_end, write_end = pipe()
-    log.setup(settings(), {}, write_end, write_end)
+    outputs.setup(settings(), {}, write_end, write_end)
     for _ in range(2000):
         close()
-    assert log._out is not None
-    assert log._out.flush(0.01) is False
+    assert outputs.out is not None
+    assert outputs.out.flush(0.01) is False
     count = "import os, sys; sys.exit(sum(1 for line in sys.stdin if line.endswith('client_closed\\n')) != 2000)"
     os.set_blocking(read_end, True)
     with subprocess.Popen([sys.executable, "-c", count], stdin=read_end) as reader:
-        assert log._out.flush(20) is True
-        log._out.close()
+        assert outputs.out.flush(20) is True
+        outputs.out.close()
         os.close(write_end)
         OPENED.remove(write_end)
         assert reader.wait(20) == 0
-    log._out = log._err = None
+    outputs.out = outputs._err = None
 
 
 def test_lines_written_just_before_the_end_arrive() -> None:
     script = (
-        "from types import SimpleNamespace as S; from proxy.log import lines as log; "
-        "log.setup(S(log_verbose=False, log_format='text', log_connections='all')); "
+        "from types import SimpleNamespace as S; from proxy.log import lines as log, outputs; "
+        "outputs.setup(S(log_verbose=False, log_format='text', log_connections='all')); "
         "log.note(log.Event.STOP, log.INFO, 'good bye'); log.note(log.Event.STOP, log.WARNING, 'alas')"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -541,8 +541,8 @@ def test_lines_written_just_before_the_end_arrive() -> None:
 
 def test_a_closed_stdout_is_no_reason_to_fail() -> None:
     script = (
-        "import os; os.close(1); from types import SimpleNamespace as S; from proxy.log import lines as log; "
-        "log.setup(S(log_verbose=False, log_format='text', log_connections='all')); "
+        "import os; os.close(1); from types import SimpleNamespace as S; from proxy.log import lines as log, outputs; "
+        "outputs.setup(S(log_verbose=False, log_format='text', log_connections='all')); "
         "log.note(log.Event.STOP, log.INFO, 'unheard'); log.note(log.Event.STOP, log.WARNING, 'heard')"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -8,6 +8,7 @@ import pytest
 
 from proxy.config import load
 from proxy.log import lines as log
+from proxy.log import outputs
 from proxy.net import certificates, turns
 from proxy.server import server as module
 from proxy.server.server import Server
@@ -32,7 +33,7 @@ def loaded(text, breathe=lambda: None):
 def server(monkeypatch):
     """A server in force, whose every breath is a rest, and which reads AFTER at a reload."""
     monkeypatch.setattr(turns, "TURN_SECONDS", 0.0)
-    monkeypatch.setattr(log, "reconfigure", lambda settings: None)
+    monkeypatch.setattr(outputs, "reconfigure", lambda settings: None)
     first = loaded(BEFORE)
     server = Server(lambda breathe, lent: loaded(AFTER, breathe), first)
     server._take(server._prepare(first, lambda: None), lambda: None)
