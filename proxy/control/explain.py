@@ -16,7 +16,8 @@ from proxy.policy.limits import Hit, Limits
 from proxy.policy.modes import Modes
 from proxy.stats import duration
 from proxy.status.names import described
-from proxy.status.rows import Status, ThrottleRow, block_limits, held_by, limits_text, places_text, throttle_state
+from proxy.status.rows import Status, ThrottleRow
+from proxy.status.spelled import block_limits, held_by, limits_text, places_text, throttle_state
 
 #: In `default_source_ip`: the address that the client dialled.
 _SAME = "same"

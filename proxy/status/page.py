@@ -22,6 +22,8 @@ from proxy.status.rows import (
     SourceRow,
     Status,
     ThrottleRow,
+)
+from proxy.status.spelled import (
     ago,
     backoff_state,
     between,

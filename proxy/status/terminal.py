@@ -17,13 +17,8 @@ from proxy.log.spelling import printable
 from proxy.model import Endpoint, canonical_ip
 from proxy.settings import Settings
 from proxy.stats import duration, whole_seconds
-from proxy.status.rows import (
-    InstanceRow,
-    PeerRow,
-    SessionRow,
-    SourceRow,
-    Status,
-    ThrottleRow,
+from proxy.status.rows import InstanceRow, PeerRow, SessionRow, SourceRow, Status, ThrottleRow
+from proxy.status.spelled import (
     ago,
     backoff_state,
     between,

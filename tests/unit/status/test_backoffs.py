@@ -8,7 +8,8 @@ from proxy.policy.limits import Limits
 from proxy.settings import BackoffSettings
 from proxy.status import metrics, page, terminal
 from proxy.status.backoffs import MOST_BACKOFFS
-from proxy.status.rows import BackoffRow, backoff_state, held_by, throttle_state
+from proxy.status.rows import BackoffRow
+from proxy.status.spelled import backoff_state, held_by, throttle_state
 from proxy.throttling.throttle import SECOND
 from tests.unit.status.test_view import SOURCE, House, block
 

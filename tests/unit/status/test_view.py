@@ -20,14 +20,8 @@ from proxy.settings import ThrottleSettings
 from proxy.stats import Backlog, Counters, Flow, ManagerFigures, SessionFigures, Snapshot
 from proxy.status import metrics, page, terminal
 from proxy.status.names import block_rows
-from proxy.status.rows import (
-    Connections,
-    ListenerRow,
-    Overview,
-    Program,
-    Rate,
-    Status,
-    ThrottleRow,
+from proxy.status.rows import Connections, ListenerRow, Overview, Program, Rate, Status, ThrottleRow
+from proxy.status.spelled import (
     between,
     block_limits,
     held_by,

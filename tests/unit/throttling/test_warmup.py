@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from proxy.settings import Rate, WarmupSettings
-from proxy.status.rows import throttle_state
+from proxy.status.spelled import throttle_state
 from proxy.throttling.throttle import SECOND, Limit
 from proxy.throttling.warmup import limit_on, number_of
 from tests.unit.status.test_view import House as View

@@ -1,0 +1,153 @@
+"""How a figure is spelled, on the page and in the terminal alike: rows in, words out.
+
+What a figure is called in a table's head, and where it stands, is the table's own matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from proxy.stats import duration, whole_seconds
+from proxy.status.rows import (
+    BackoffRow,
+    BlockRow,
+    InstanceRow,
+    PeerRow,
+    Queues,
+    Rate,
+    SourceRow,
+    ThrottleRow,
+    TroubleRow,
+)
+
+
+def limits_text(limits: Iterable[Rate], places: int | None) -> str:
+    """`1000/hr, 20 connections`."""
+    said = [str(rate) for rate in limits] + ([_connections(places)] if places is not None else [])
+    return ", ".join(said) or "unlimited"
+
+
+def _connections(count: int) -> str:
+    return f"{count} connection" + "s" * (count != 1)
+
+
+def places_text(used: int, places: int | None) -> str:
+    """`3 of 20`."""
+    return str(used) if places is None else f"{used} of {places}"
+
+
+def percent(share: float | None) -> str:
+    """A share of 1 in percent; None: nothing."""
+    return "" if share is None else f"{share:.0%}"
+
+
+def next_slot(row: ThrottleRow) -> str:
+    """When the next message may go; nothing without a rate."""
+    if row.next_slot is None:
+        return ""
+    return "now" if row.next_slot <= 0 else duration(row.next_slot)
+
+
+def between(row: ThrottleRow | BackoffRow) -> str:
+    """What a throttle counts by itself: a source, `to` a receiver, or all together."""
+    source = called(row.source, row.source_name) if isinstance(row, ThrottleRow) else row.source
+    return " ".join(filter(None, (source, f"to {row.receiver}" if row.receiver else ""))) or "all"
+
+
+def called(address: str, name: str) -> str:
+    """A source address with its name, if it has one."""
+    return f"{address} ({name})" if name else address
+
+
+def throttle_state(row: ThrottleRow) -> str:
+    """What is unusual about a throttle."""
+    if row.shadow:
+        refused = f", {row.would_refuse} refused" if row.would_refuse else ""
+        backoff = f", {row.state} {whole_seconds(row.backoff)}" if row.backoff else ""
+        return f"shadow: would have waited {row.would_wait} times{refused}{backoff}"
+    warm_up = [f"warm-up day {row.warmup_day} of {row.warmup_days}"] * (row.warmup_day > 0)
+    state = [f"{row.state} {whole_seconds(row.backoff)}" if row.backoff else row.state] * bool(row.state)
+    return ", ".join(state + warm_up)
+
+
+def backoff_state(row: BackoffRow) -> str:
+    """`25 % of each limit for 59m50s`"""
+    return "its limits come back" if row.state == "rising" else f"{row.to} for {whole_seconds(row.seconds)}"
+
+
+def block_limits(row: BlockRow) -> str:
+    """`2000/hr, 20 connections, 5/s new connections, 5 days of warm-up`."""
+    said = [str(rate) for rate in row.limits] + ([_connections(row.places)] if row.places is not None else [])
+    said += [f"{rate} new connections" for rate in row.connection_limits]
+    said += [f"{row.warmup_days} days of warm-up"] * (row.warmup_days > 0)
+    said += [f"{row.backoff_rules} back-off rule" + "s" * (row.backoff_rules > 1)] * (row.backoff_rules > 0)
+    return (", ".join(said) or "no limit") + " (shadow mode)" * row.shadow
+
+
+def holds_for(row: BlockRow) -> str:
+    """`to yahoo.com from 192.0.2.0/24, vmta1 asked for by box7, counted per source`."""
+    lists = (("to", row.receivers), ("from", row.sources), ("asked for by", row.instances))
+    said = [f"{word} {', '.join(names)}" for word, names in lists if names]
+    together = row.per == ["nothing"]
+    return f"{' '.join(said) or 'all'}, counted {'all together' if together else 'per ' + ' and '.join(row.per)}"
+
+
+def means(row: BlockRow) -> str:
+    """The addresses; `and 12 more`; nothing where there are no names."""
+    if not row.named:
+        return ""
+    more = [f"and {row.addresses_left_out} more"] * (row.addresses_left_out > 0)
+    return " ".join([", ".join(row.addresses), *more]) or "no address"
+
+
+def block_doubt(row: BlockRow) -> str:
+    """What is not known of its names."""
+    more = [f"and {row.failures_left_out} more"] * (row.failures_left_out > 0)
+    return "; ".join([*row.failures, *more, *[f"{row.asking} without an answer yet"] * (row.asking > 0)])
+
+
+def trouble_text(row: TroubleRow) -> str:
+    """One line: what, how often lately, since when."""
+    more = [f"{row.recent} in the last 5 minutes"] * (row.recent > 0)
+    more += [f"for {whole_seconds(row.since)}"] if row.since is not None else []
+    return row.text + (f" ({', '.join(more)})" if more else "")
+
+
+def held_by(row: ThrottleRow) -> str:
+    """What those who wait under a throttle wait for; nothing: nobody waits."""
+    if row.state in ("paused", "backoff"):
+        return "pause" if row.state == "paused" else "back-off"
+    if row.waiting and row.places is not None and row.used >= row.places:
+        return "places"
+    if row.demand + row.waiting and row.next_slot:
+        return "rate"
+    return "other limits" if row.demand + row.waiting else ""
+
+
+def ago(seconds: float | None) -> str:
+    """`5m3s`; None: nothing."""
+    return "" if seconds is None else whole_seconds(seconds)
+
+
+def failures_text(row: PeerRow) -> str:
+    """`connect 3, greeting 12`."""
+    return ", ".join(f"{step} {count}" for step, count in sorted(row.failed.items()))
+
+
+def presence(row: SourceRow) -> str:
+    """Whether a source address is on this machine."""
+    if row.present:
+        return "here"
+    return "NOT HERE" if row.absent is None else f"GONE {whole_seconds(row.absent)}"
+
+
+def instance_state(row: InstanceRow) -> str:
+    """What is unusual about an instance under a throttle."""
+    if row.paused:
+        return "paused"
+    return "gone" if row.mode and not row.connected else ""
+
+
+def queues_text(row: Queues) -> str:
+    """`in out buf`, as in the log."""
+    return f"{row.entering} {row.leaving} {row.parked}"
