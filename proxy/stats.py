@@ -139,28 +139,51 @@ def _escaped(code: int) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
-def listener_line(endpoint: Endpoint, open_connections: int) -> str:
-    return f"listener({endpoint}): open_connections={open_connections}"
+class StatusLine(NamedTuple):
+    """One of the documented status lines. `fields`: the same figures by name, for a log that is read by machines; times
+    are seconds."""
+
+    text: str
+    fields: dict[str, object]
 
 
-def manager_line(manager: ManagerFigures) -> str:
-    return (
+def listener_line(endpoint: Endpoint, open_connections: int) -> StatusLine:
+    text = f"listener({endpoint}): open_connections={open_connections}"
+    return StatusLine(text, {"listener": str(endpoint), "open_connections": open_connections})
+
+
+def manager_line(manager: ManagerFigures) -> StatusLine:
+    text = (
         f"throttle: manager({manager.incarnation}): throttles={manager.throttles} sessions={len(manager.sessions)} "
         f"{manager.backlog} forward{manager.forward} back{manager.back}"
     )
+    fields: dict[str, object] = {"manager": manager.incarnation, "throttles": manager.throttles}
+    fields["sessions"] = len(manager.sessions)
+    return StatusLine(text, fields | _queues(manager.backlog, manager.forward, manager.back))
 
 
-def session_line(session: SessionFigures) -> str:
-    return (
+def session_line(session: SessionFigures) -> StatusLine:
+    text = (
         f"throttle: session({bare(session.name)}): timeconnected={whole_seconds(session.connected)} "
         f"ping={duration(session.ping)}({whole_seconds(session.ping_age)} ago) "
         f"{session.backlog} forward{session.forward} back{session.back}"
     )
+    fields: dict[str, object] = {"session": session.name, "timeconnected": round(session.connected, 3)}
+    fields |= {"ping": round(session.ping, 6), "ping_age": round(session.ping_age, 3)}
+    return StatusLine(text, fields | _queues(session.backlog, session.forward, session.back))
 
 
-def remote_line(active: int, cached: int) -> str:
+def remote_line(active: int, cached: int) -> StatusLine:
     """`connections` counts every outgoing socket, so it is the sum of the two by construction."""
-    return f"direct_remote_smtp: connections={active + cached}(active={active} cached={cached})"
+    text = f"direct_remote_smtp: connections={active + cached}(active={active} cached={cached})"
+    return StatusLine(text, {"connections": active + cached, "active": active, "cached": cached})
+
+
+def _queues(backlog: Backlog, forward: Flow, back: Flow) -> dict[str, object]:
+    named: dict[str, object] = {f"backlog_{name}": count for name, count in backlog._asdict().items()}
+    for way, flow in (("forward", forward), ("back", back)):
+        named |= {f"{way}_{name}": count for name, count in flow._asdict().items()}
+    return named
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +202,7 @@ class Snapshot:
     active: int
     cached: int
 
-    def lines(self, most: int | None = None) -> list[str]:
+    def lines(self, most: int | None = None) -> list[StatusLine]:
         """The documented status lines, in their documented order.
 
         Args:
@@ -189,14 +212,18 @@ class Snapshot:
         listeners, others = _first(self.listeners, most, lambda listener: listener[1])
         lines = [listener_line(endpoint, count) for endpoint, count in listeners]
         if others:
-            lines.append(f"listeners({len(others)} more): open_connections={sum(count for _, count in others)}")
+            total = sum(count for _, count in others)
+            text = f"listeners({len(others)} more): open_connections={total}"
+            lines.append(StatusLine(text, {"listeners": len(others), "open_connections": total}))
         if self.manager is not None:
             lines.append(manager_line(self.manager))
             sessions, rest = _first(self.manager.sessions, most, lambda session: sum(session.backlog))
             lines += [session_line(session) for session in sessions]
             if rest:
                 backlog = Backlog(*(sum(column) for column in zip(*(each.backlog for each in rest), strict=True)))
-                lines.append(f"throttle: sessions({len(rest)} more): {backlog}")
+                fields: dict[str, object] = {f"backlog_{name}": count for name, count in backlog._asdict().items()}
+                fields["sessions"] = len(rest)
+                lines.append(StatusLine(f"throttle: sessions({len(rest)} more): {backlog}", fields))
         lines.append(remote_line(self.active, self.cached))
         return lines
 

@@ -63,7 +63,7 @@ class TextFormatter(colorlog.ColoredFormatter):
             line = f"{event}{figures} message={quoted(message, MESSAGE_LIMIT)}"
         else:
             text = printable(message, MESSAGE_LIMIT)
-            line = text + figures if event is Event.STATUS else f"{event}: {text}{figures}"
+            line = text if event is Event.STATUS else f"{event}: {text}{figures}"
         if record.levelno != INFO:
             line = f"{record.levelname} {line}"
         record.line = line if self._journal else f"{clock.stamp()} {line}"

@@ -30,7 +30,7 @@ from proxy.log.formats import clock, where
 from proxy.log.outputs import note, step
 from proxy.log.spelling import FIELD_LIMIT, printable, quoted, word
 from proxy.model import Ending, Endpoint, TlsSeen, owner_of
-from proxy.stats import Fate, Limiter, Outcomes
+from proxy.stats import Fate, Limiter, Outcomes, StatusLine
 
 __all__ = [
     "DEBUG",
@@ -59,10 +59,10 @@ def internal_error(message: str, error: BaseException) -> None:
     note(Event.INTERNAL, ERROR, message, **where(error))
 
 
-def status(lines: Iterable[str]) -> None:
+def status(lines: Iterable[StatusLine]) -> None:
     """Write the documented status lines (`stats.Snapshot.lines`), and what the limiter has left out meanwhile."""
     for line in lines:
-        note(Event.STATUS, INFO, line)
+        note(Event.STATUS, INFO, line.text, **line.fields)
     _tell_suppressed(time.monotonic())
 
 

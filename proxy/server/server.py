@@ -62,7 +62,7 @@ from proxy.server.steering import Steering
 from proxy.services import Gauges, Instances, Leaving, Newcomers, Services
 from proxy.settings import Settings
 from proxy.spans import SPANS
-from proxy.stats import MOST_LINES, Counters, Snapshot
+from proxy.stats import MOST_LINES, Counters, Snapshot, StatusLine
 from proxy.status.http import House, InForce, ReloadFailure, StatusDoor
 from proxy.throttling.manager import Manager
 
@@ -564,7 +564,7 @@ def _values(settings: Settings) -> list[object]:
     return [value for values in lists for value in values]
 
 
-def _in_turns(lines: Iterable[str]) -> Iterator[str]:
+def _in_turns(lines: Iterable[StatusLine]) -> Iterator[StatusLine]:
     breathe = Breather("report")
     for line in lines:
         breathe()

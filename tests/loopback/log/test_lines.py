@@ -26,7 +26,7 @@ from proxy.log import lines as log
 from proxy.log import outputs, writer
 from proxy.log.lines import Event
 from proxy.model import Ending, Endpoint
-from proxy.stats import Limiter
+from proxy.stats import Limiter, remote_line
 
 ROOT = Path(__file__).resolve().parents[3]
 STAMP = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
@@ -225,9 +225,18 @@ def test_log_connections(setting: str, expected: list[str]) -> None:
 
 def test_status_lines_carry_their_documented_text_and_nothing_else() -> None:
     output = Output()
-    log.status(["direct_remote_smtp: connections=613(active=610 cached=3)"])
+    log.status([remote_line(610, 3)])
     (line,) = output.out()
     assert re.fullmatch(STAMP + r" direct_remote_smtp: connections=613\(active=610 cached=3\)", line)
+
+
+def test_status_lines_are_fields_in_json() -> None:
+    output = Output(log_format="json")
+    log.status([remote_line(610, 3)])
+    (line,) = output.out()
+    entry = json.loads(line)
+    assert entry["message"] == "direct_remote_smtp: connections=613(active=610 cached=3)"
+    assert (entry["event"], entry["connections"], entry["active"], entry["cached"]) == ("status", 613, 610, 3)
 
 
 def test_warnings_and_errors_go_to_stderr() -> None:
