@@ -32,6 +32,7 @@ from proxy.net.tls import ServerIdentity
 from proxy.policy.access import Access
 from proxy.policy.budget import FailureBudget
 from proxy.policy.crowd import Crowd
+from proxy.policy.logins import Logins
 from proxy.policy.modes import Modes
 from proxy.policy.trouble import Troubles
 from proxy.protocols.native.auth import ChannelKey, Fences
@@ -147,14 +148,16 @@ class Instances:
         fences: which run of each name holds the name.
         channels: the open channels. sessions: the open sessions. dialogues: the clients of mode smtp.
         connections: whatever has a client, of all doors.
+        logins: which secret each was proven with, of those who come with a password, too.
         leaving: set when the program stops, for those who come in afterwards, since they had dialled before.
     """
 
-    __slots__ = ("channel_keys", "channels", "connections", "dialogues", "fences", "leaving", "sessions")
+    __slots__ = ("channel_keys", "channels", "connections", "dialogues", "fences", "leaving", "logins", "sessions")
 
     def __init__(self) -> None:
         self.channel_keys: dict[bytes, ChannelKey] = {}
         self.fences = Fences()
+        self.logins = Logins()
         self.channels: dict[HostedChannel, None] = {}
         self.dialogues: dict[HostedDialogue, None] = {}
         self.sessions: dict[HostedSession, None] = {}

@@ -96,6 +96,12 @@ COMMANDS: tuple[Command, ...] = (
         arguments="SOURCE DESTINATION[:PORT] [instance=NAME]",
         least_arguments=2,
     ),
+    Command(
+        ("show", "logins"),
+        "which secret clients have proven themselves with",
+        8,
+        arguments="[INSTANCE] [COLUMN=VALUE ...] [older=30s]",
+    ),
     Command(("show", "overrides"), "what was set by hand for a time", 8, arguments="[COLUMN=VALUE ...]"),
     Command(("trace",), "the steps of connections as they happen", 8, arguments="[COLUMN=VALUE ...] [for 60s]"),
     Command(("reload",), "read the configuration anew and wait for the outcome", changes=True),

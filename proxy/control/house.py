@@ -11,7 +11,7 @@ from typing import Protocol
 
 from proxy.config.in_force import Row
 from proxy.model import Endpoint
-from proxy.status.rows import ConnectionRow, EventRow, OverrideRow, Status
+from proxy.status.rows import ConnectionRow, EventRow, LoginRow, OverrideRow, Status
 from proxy.throttling.overrides import Override
 
 
@@ -29,6 +29,9 @@ class House(Protocol):
 
     def connections(self) -> list[ConnectionRow]:
         """Clients' connections as they stand, the oldest first."""
+
+    def logins(self) -> list[LoginRow]:
+        """Who has proven a name with which secret, the last one first."""
 
     def overrides(self) -> list[OverrideRow]:
         """What was set by hand for a time."""

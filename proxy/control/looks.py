@@ -64,6 +64,8 @@ def look(words: tuple[str, ...], arguments: Sequence[str], house: House) -> Answ
         return _answer(table, chosen(house.events(), arguments, ("event",), "ago"))
     if table == "overrides":
         return _answer(table, chosen(house.overrides(), arguments, ("what",)))
+    if table == "logins":
+        return _answer(table, chosen(house.logins(), arguments, ("instance",), "ago"))
     if table == "connections":
         return _answer(table, chosen(house.connections(), arguments, ("id",), "age"))
     found = _OF_THE_VIEW[table]

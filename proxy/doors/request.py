@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from ssl import CERT_NONE
+from time import monotonic
 
 from proxy.doors.failures import wrong_secret
 from proxy.doors.record import Visit
@@ -156,6 +157,7 @@ def _authenticate(visit: Visit, login: Login) -> str:
     instance, visit.source_name = services.access.names_of(login.instance)
     try:
         visit.instance = services.access.authenticate(login._replace(instance=instance), host)
+        services.instances.logins.proven(visit.instance, host, login.secret, monotonic())
         visit.now("request", "has proven its name")
         return visit.instance
     except BadCredentials:

@@ -19,7 +19,7 @@ from proxy.policy.limits import Limits
 from proxy.services import Door, Services
 from proxy.stats import Standing
 from proxy.status.http import StatusDoor
-from proxy.status.rows import ConnectionRow, EventRow, OverrideRow, Status
+from proxy.status.rows import ConnectionRow, EventRow, LoginRow, OverrideRow, Status
 from proxy.throttling.overrides import Override, told
 from proxy.throttling.throttle import SECOND
 
@@ -75,6 +75,14 @@ class Steering:
         found = [each.standing() for each in list(self._services().instances.connections)]
         standing = sorted((each for each in found if each is not None), key=lambda each: each.started)
         return [_row(each, now) for each in standing]
+
+    def logins(self) -> list[LoginRow]:
+        services = self._services()
+        found = services.instances.logins.known(services.access.secrets_of, monotonic())
+        return [
+            LoginRow(each.instance, each.host, str(each.secret or "gone"), each.latest, each.count, each.ago)
+            for each in found
+        ]
 
     def overrides(self) -> list[OverrideRow]:
         now, now_ns = monotonic(), clock_ns()

@@ -313,6 +313,18 @@ class ConnectionRow(Struct):
     destination: str
 
 
+class LoginRow(Struct):
+    """Who has proven a name with which secret. `secret`: its number among those that prove this name now, or `gone`;
+    `latest`: this client has come with no other one since; `logins`: how often; `ago`: seconds, the last time."""
+
+    instance: str
+    client: str
+    secret: str
+    latest: bool
+    logins: int
+    ago: float
+
+
 class EventRow(Struct):
     """A line of the log. `ago`: seconds; `text`: message and fields."""
 

@@ -182,6 +182,7 @@ class _Entrance:
         if not services.access.instance_allowed(peer.instance, self._client.host):
             raise BadCredentials("unknown instance or wrong secret")
         services.instances.fences.check(peer.instance, peer.run_id)
+        services.instances.logins.proven(peer.instance, self._client.host, peer.secret, monotonic())
         return handshake
 
     def refuse(self, error: ProxyError) -> None:

@@ -1,0 +1,69 @@
+"""Which of several secrets each client has proven itself with, so that an old one goes when nobody uses it any more.
+
+Pure and bounded. Of a secret only its hash is kept; which number it has is asked of the rules in force, since a reload
+may put others in front of it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import sha256
+from typing import NamedTuple
+
+#: Names, addresses and secrets that belong together; who has not come for longest is forgotten first.
+MOST = 1000
+
+
+class _Key(NamedTuple):
+    instance: str
+    host: str
+    digest: bytes
+
+
+class Known(NamedTuple):
+    """One client with one secret.
+
+    Args:
+        secret: its number, from 1 in the order of the configuration; 0: it is no longer one of them.
+        latest: the client has not come with another one since.
+        count, ago: how often, and seconds since the last time.
+    """
+
+    instance: str
+    host: str
+    secret: int
+    latest: bool
+    count: int
+    ago: float
+
+
+class Logins:
+    """The table; whoever has proven a secret is entered."""
+
+    def __init__(self, most: int = MOST) -> None:
+        self._seen: OrderedDict[_Key, tuple[int, float]] = OrderedDict()
+        self._most = most
+
+    def proven(self, instance: str, host: str, secret: bytes, now: float) -> None:
+        """A client from `host` is this instance, by this secret."""
+        key = _Key(instance, host, sha256(secret).digest())
+        count, _ = self._seen.get(key, (0, 0.0))
+        self._seen[key] = count + 1, now
+        self._seen.move_to_end(key)
+        if len(self._seen) > self._most:
+            self._seen.popitem(last=False)
+
+    def known(self, secrets_of: Callable[[str], Sequence[bytes]], now: float) -> Iterator[Known]:
+        """All of it, who came last in front.
+
+        Args:
+            secrets_of: the secrets that prove a name now.
+        """
+        clients = set()
+        for key, (count, at) in reversed(self._seen.items()):
+            digests = [sha256(secret).digest() for secret in secrets_of(key.instance)]
+            number = digests.index(key.digest) + 1 if key.digest in digests else 0
+            client = key.instance, key.host
+            yield Known(*client, number, client not in clients, count, now - at)
+            clients.add(client)
