@@ -1,4 +1,4 @@
-"""`ctl show logins`: who still uses the old one of two secrets, through both doors that know any, and never the secret."""
+"""`ctl show logins`: who still uses the old one of two secrets, through both doors that know any; never a secret."""
 
 from __future__ import annotations
 
