@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from proxy.model import Ending
-from proxy.policy.idleness import Idleness
+from proxy.policy.idleness import Idleness, Standstill
 
 PATIENCE = SimpleNamespace(idle_timeout=100.0, half_close_timeout=10.0)
 
@@ -36,3 +36,17 @@ def test_who_is_busy_is_not_idle() -> None:
     idleness = Idleness()
     assert [idleness.over(0, False, PATIENCE, now, busy=True) for now in (0.0, 500.0)] == [None, None]
     assert [idleness.over(0, False, PATIENCE, now) for now in (599.9, 600.0)] == [None, Ending.IDLE_TIMEOUT]
+
+
+def test_who_stands_still_is_probed_at_an_even_pace() -> None:
+    standstill = Standstill()
+    assert [standstill.due_in(7, now) for now in (100.0, 101.5, 104.0)] == [5.0, 3.5, 1.0]
+    assert [standstill.due_in(7, now) for now in (105.0, 105.0, 109.0, 110.0)] == [0.0, 5.0, 1.0, 0.0]
+    assert [standstill.due_in(7, now) for now in (118.0, 118.0)] == [0.0, 5.0], "one that is late is not made up for"
+
+
+def test_whose_bytes_move_is_not_probed() -> None:
+    standstill = Standstill()
+    assert [standstill.due_in(moved, 100.0 + 4.5 * moved) for moved in range(20)] == [5.0] * 20
+    assert [standstill.due_in(19, now) for now in (186.0, 190.5)] == [4.5, 0.0]
+    assert standstill.due_in(20, 195.5) == 5.0

@@ -69,15 +69,27 @@ class Stream:
 
 
 class Steps:
-    """A transfer whose greenlet is the test's; it never waits."""
+    """A transfer whose greenlet is the test's; it never waits.
 
-    def __init__(self, tracker: Tracker | None = None, reused: bool = False) -> None:
+    Args:
+        alarms: for a client that takes probes.
+    """
+
+    def __init__(
+        self, tracker: Tracker | None = None, reused: bool = False, probes: bool = False, alarms: Any = None
+    ) -> None:
         self.client, self.receiver = Stream(), Stream()
         decoder = frames.FrameDecoder(frames.MAX_PAYLOAD)
         guest: Any = SimpleNamespace(stream=self.client, handshake=SimpleNamespace(decoder=decoder))
-        engine: Any = SimpleNamespace(wait=lambda fd: None)
-        self.link = Link(engine, guest)
-        self.transfer = Transfer(self.link, SimpleNamespace(stream=self.receiver), tracker, reused)  # type: ignore[arg-type]
+        self.engine: Any = SimpleNamespace(wait=lambda fd: None, alarms=alarms)
+        self.link = Link(self.engine, guest)
+        self.transfer = Transfer(
+            self.link,
+            SimpleNamespace(stream=self.receiver),  # type: ignore[arg-type]
+            tracker,
+            reused,
+            probes=probes,
+        )
 
     def says(self, *what: bytes | m.Message) -> None:
         """One read of the client's, and an event: DATA or messages."""
@@ -747,11 +759,11 @@ class Gate:
 class Gated(Steps):
     """One with a gate; its dialogue begins behind EHLO."""
 
-    def __init__(self, tracker: Any = None) -> None:
+    def __init__(self, tracker: Any = None, probes: bool = False, alarms: Any = None) -> None:
         self.gate: Any = Gate()
         self.tracker = tracker or Tracker()
-        super().__init__(self.tracker)
-        self.transfer = Transfer(self.link, self.transfer.receiver, self.tracker, gate=self.gate)
+        super().__init__(self.tracker, alarms=alarms)
+        self.transfer = Transfer(self.link, self.transfer.receiver, self.tracker, gate=self.gate, probes=probes)
 
     def hold(self, *more: bytes | m.Message) -> None:
         """A MAIL waits, and so does what stands behind it."""
