@@ -27,14 +27,14 @@ class Known(NamedTuple):
     Args:
         secret: its number, from 1 in the order of the configuration; 0: it is no longer one of them.
         latest: the client has not come with another one since.
-        count, ago: how often, and seconds since the last time.
+        logins, ago: how often, and seconds since the last time.
     """
 
     instance: str
     host: str
     secret: int
     latest: bool
-    count: int
+    logins: int
     ago: float
 
 

@@ -80,7 +80,7 @@ class Steering:
         services = self._services()
         found = services.instances.logins.known(services.access.secrets_of, monotonic())
         return [
-            LoginRow(each.instance, each.host, str(each.secret or "gone"), each.latest, each.count, each.ago)
+            LoginRow(each.instance, each.host, str(each.secret or "gone"), each.latest, each.logins, each.ago)
             for each in found
         ]
 
