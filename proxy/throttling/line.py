@@ -39,7 +39,7 @@ class Line(Generic[Waiting]):
     """
 
     __slots__ = (
-        *("_began", "_clock", "_due", "_heap", "_owners", "_passed", "_poor", "_served", "_turn", "_weight"),
+        *("_began", "_clock", "_due", "_heap", "_keys", "_owners", "_passed", "_poor", "_served", "_turn", "_weight"),
         *("_weights", "claim", "size"),
     )
 
@@ -48,6 +48,7 @@ class Line(Generic[Waiting]):
         self._passed = 0
         self._owners: dict[str, deque[Waiting]] = {}
         self._heap: list[tuple[float, int, str]] = []
+        self._keys: dict[str, tuple[float, int, str]] = {}  # of each owner its last entry in the heap
         self._served: dict[str, int] = {}
         self._turn = 0
         self._weights: dict[str, float] = {}
@@ -59,48 +60,53 @@ class Line(Generic[Waiting]):
         self.claim: Waiting | None = None
 
     def add(self, ticket: Waiting, meter: Meter) -> None:
-        owner = self._owners.get(ticket.owner)
-        if owner is None:
-            owner = self._owners[ticket.owner] = deque()
-            self._weights[ticket.owner] = ticket.weight
-            self._weight += ticket.weight
-            if ticket.owner not in self._served:  # a newcomer comes after those who wait
-                self._turn += 1
-                self._served[ticket.owner] = self._turn
-            if ticket.owner not in self._due:
-                self._due[ticket.owner] = self._clock + 1 / ticket.weight
-                heappush(self._poor, (self._due[ticket.owner], ticket.owner))
-            owner.append(ticket)
-            self.rank(ticket.owner, meter)
-        else:
-            owner.append(ticket)
         self.size += 1
+        owner = ticket.owner
+        tickets = self._owners.get(owner)
+        if tickets is not None:
+            tickets.append(ticket)
+            return
+        weight = ticket.weight
+        self._owners[owner] = deque((ticket,))
+        self._weights[owner] = weight
+        self._weight += weight
+        if owner not in self._served:  # a newcomer comes after those who wait
+            self._turn += 1
+            self._served[owner] = self._turn
+        if owner not in self._due:
+            due = self._due[owner] = self._clock + 1 / weight
+            heappush(self._poor, (due, owner))
+        self.rank(owner, meter)
 
     def rank(self, owner: str, meter: Meter) -> None:
         """Note the owner's order anew: it joined, it was served, or its number of places changed."""
-        if owner in self._owners:
-            heappush(self._heap, self._key(owner, meter))
-            if len(self._heap) > 64 + 4 * len(self._owners):
-                self._compact(meter)
+        tickets = self._owners.get(owner)
+        if tickets is None:
+            return
+        held, heap = meter.held, self._heap
+        places = held.get(owner, 0) + 1 if held else 1
+        key = self._keys[owner] = (places / tickets[0].weight, self._served[owner], owner)
+        heappush(heap, key)
+        if len(heap) > 64 + 4 * len(self._owners):
+            self._compact()
 
-    def _compact(self, meter: Meter) -> None:
+    def _compact(self) -> None:
         """Drop the entries that are out of date, and the turns of owners who do not wait."""
         self._served = {owner: turn for owner, turn in self._served.items() if owner in self._owners}
-        self._heap = sorted(self._key(owner, meter) for owner in self._owners)
-
-    def _key(self, owner: str, meter: Meter) -> tuple[float, int, str]:
-        held = meter.held.get(owner, 0) if meter.held else 0
-        return (held + 1) / self._owners[owner][0].weight, self._served[owner], owner
+        self._heap = sorted(self._keys.values())
 
     def _first(self, meter: Meter) -> str | None:
         """Whose turn it is. Entries of the heap that are out of date are dropped: newer ones say it better."""
-        if (overdue := self._overdue(meter)) is not None:
+        poor = self._poor
+        if poor and poor[0][0] <= self._clock and (overdue := self._overdue(meter)) is not None:
             return overdue
-        while self._heap:
-            owner = self._heap[0][2]
-            if owner in self._owners and self._heap[0] == self._key(owner, meter):
+        heap, keys = self._heap, self._keys
+        while heap:
+            first = heap[0]
+            owner = first[2]
+            if keys.get(owner) == first:
                 return owner
-            heappop(self._heap)
+            heappop(heap)
         return None
 
     def _overdue(self, meter: Meter) -> str | None:
@@ -131,7 +137,7 @@ class Line(Generic[Waiting]):
             return ticket.number < self._owners[first][0].number
         if first == self._overdue(meter):
             return False
-        return (meter.holds(ticket.owner) + 1) / ticket.weight <= self._key(first, meter)[0]
+        return (meter.holds(ticket.owner) + 1) / ticket.weight <= self._keys[first][0]
 
     def peek(self, meter: Meter) -> Waiting | None:
         """The ticket whose turn it is; it stays."""
@@ -153,7 +159,8 @@ class Line(Generic[Waiting]):
             self._clock += 1 / self._weight
         due = self._due.get(ticket.owner)
         if due is not None:
-            self._due[ticket.owner] = max(self._clock, due) + 1 / ticket.weight
+            clock = self._clock
+            self._due[ticket.owner] = (clock if clock > due else due) + 1 / ticket.weight
 
     def remove(self, ticket: Waiting, meter: Meter) -> None:
         self._owners[ticket.owner].remove(ticket)
@@ -162,6 +169,7 @@ class Line(Generic[Waiting]):
 
     def _left(self, owner: str) -> None:
         self.size -= 1
+        self._keys.pop(owner, None)  # it is to be ranked anew
         if not self._owners[owner]:
             del self._owners[owner]
             self._weight -= self._weights.pop(owner)

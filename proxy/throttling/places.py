@@ -107,10 +107,10 @@ class PlaceBook:
         if not places.open:
             return
         places.open = False
-        self._leave(places)
-        lines = [throttle for throttle in places.throttles if throttle.line is not None]
+        lines = self._leave(places)
         if lines or self._freed:
-            self._pump(lines[::-1], now)
+            lines.reverse()
+            self._pump(lines, now)
 
     def heir(self, places: Places, now: int) -> Ticket | None:
         """Who would be the first to get in if these came free; None: nobody, or only doing it would tell.
@@ -202,7 +202,8 @@ class PlaceBook:
     def _next_in_line(self, throttle: Throttle, line: Line[Ticket], ticket: Ticket, now: int) -> None:
         """It is the turn of `ticket`, the first in this line."""
         line.served(ticket)
-        self._drop_empty(throttle)
+        if not line.size:
+            self._drop_empty(throttle)
         if len(ticket.throttles) > 1:  # (with one it gets in now)
             ticket.turns |= {throttle}
         self._try(ticket, now, throttle)
@@ -241,7 +242,8 @@ class PlaceBook:
                 self._stand(ticket, throttle, now)
                 return
         for throttle in ticket.throttles:
-            if self._full(throttle, now, ticket, ticket.rated):
+            # (Where its turn has come there is a place for it: nothing has happened since `_pump` looked.)
+            if throttle is not passed and self._full(throttle, now, ticket, ticket.rated):
                 earlier = self._claim(ticket, now) if ticket.turns else None
                 self._stand(ticket, earlier or throttle, now)
                 return
@@ -347,7 +349,7 @@ class PlaceBook:
                 line.got_in(ticket)
                 line.rank(ticket.owner, throttle)
         for throttle in fresh:
-            if not throttle.takes(ticket.rated):
+            if not throttle.counts or not throttle.takes(ticket.rated):
                 continue
             if throttle.shadow is not None:
                 throttle.shadow_slot(now)
@@ -369,8 +371,10 @@ class PlaceBook:
                 _list(flow)
         return Places(owner, weight, throttles, flows)
 
-    def _leave(self, places: Places) -> None:
+    def _leave(self, places: Places) -> list[Throttle]:
+        """Give them back; those of their throttles where somebody waits."""
         owner = places.owner
+        lines = []
         for throttle in places.throttles:
             throttle.free_place(owner)
             if not throttle.used:
@@ -379,12 +383,14 @@ class PlaceBook:
             line, terms = throttle.line, throttle.terms
             if line is not None:
                 line.rank(owner, throttle)
+                lines.append(throttle)
             if terms is not None and terms.advice is not None:
                 self.crowded[throttle] = None
         for flow in places.flows:
             flow.places -= 1
             if not flow.places:  # (it looks itself)
                 _list(flow)
+        return lines
 
     def _moved(self, ticket: Ticket, by: int) -> None:
         for flow in ticket.flows:

@@ -398,7 +398,8 @@ class Meter:
     # --- places ---
 
     def full(self) -> bool:
-        return self.shadow is None and self._out_of_places()
+        # (As `_out_of_places`: asked several times for each connection, and a call is most of what it costs.)
+        return self.shadow is None and (0 < self.cap <= self.used or self.closed_until > 0)
 
     def _out_of_places(self) -> bool:
         return 0 < self.cap <= self.used or self.closed_until > 0

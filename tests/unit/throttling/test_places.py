@@ -263,8 +263,7 @@ def weights_ignored(patch: Patch) -> None:
 
 
 def whoever_is_first_by_name(patch: Patch) -> None:
-    patch.setattr(Queue, "_key", lambda self, owner, meter: (0.0, 0, owner))
-    patch.setattr(Queue, "_overdue", lambda self, meter: None)
+    patch.setattr(Queue, "_first", lambda self, meter: min(self._owners, default=None))
 
 
 def small_weights_wait_for_a_whole_place(patch: Patch) -> None:
