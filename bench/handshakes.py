@@ -20,7 +20,7 @@ import gevent
 import trustme
 
 from proxy.net.apart import Apart
-from proxy.net.tls import Profile, client_context
+from proxy.net.contexts import Profile, client_context
 
 _SECONDS = 3.0
 #: Who wait in the line at a time: enough for two threads to be busy.

@@ -27,8 +27,8 @@ from proxy.errors import ProxyError, UpstreamError
 from proxy.log import lines as log
 from proxy.model import Ending, Endpoint
 from proxy.net.crew import Crew
+from proxy.net.identities import ServerIdentity
 from proxy.net.relay import Engine, RawSocket
-from proxy.net.tls import ServerIdentity
 from proxy.policy.access import Access
 from proxy.policy.budget import FailureBudget
 from proxy.policy.crowd import Crowd

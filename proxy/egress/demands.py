@@ -14,7 +14,7 @@ from proxy.egress.receiver import Wish
 from proxy.egress.tlsa import TlsaLookUps
 from proxy.errors import Step, UpstreamError
 from proxy.model import UNNAMED, Endpoint, Names, TlsMode
-from proxy.net.tls import ClientIdentity
+from proxy.net.contexts import ClientIdentity
 from proxy.policy.certificates import Demand, Result
 from proxy.policy.dane import Found
 from proxy.policy.tls_rules import TlsRule, TlsRules

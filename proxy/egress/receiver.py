@@ -23,12 +23,13 @@ from proxy.egress import upstream
 from proxy.egress.resumption import LARGEST, Known, Sessions, Terms
 from proxy.errors import Step, UpstreamError
 from proxy.model import Endpoint, TlsMode, TlsSeen
-from proxy.net import tls
+from proxy.net import contexts
 from proxy.net.apart import for_receivers
 from proxy.net.certificates import Verdict, judged
+from proxy.net.contexts import ClientIdentity, Profile
 from proxy.net.conversation import receive, send_all, shake_hands
 from proxy.net.relay import Engine, RawSocket, keep_alive
-from proxy.net.tls import ClientIdentity, PlainStream, Profile, Stream, TlsStream
+from proxy.net.tls import PlainStream, Stream, TlsStream
 from proxy.net.turns import TurnOver
 from proxy.policy.certificates import Demand, Result
 from proxy.protocols.smtp.dialogue import Action, ClientDialogue, Then, mailmax
@@ -42,7 +43,7 @@ class Wish(NamedTuple):
     Args:
         ehlo_name: None: no session at all, the proxy stays out of the dialogue.
         tls_server_name: as `server_name` has it; empty: none.
-        demand: what the receiver's certificate has to prove. minimum, ciphers, identity: see `tls.Profile`.
+        demand: what the receiver's certificate has to prove. minimum, ciphers, identity: see `contexts.Profile`.
     """
 
     ehlo_name: str | None
@@ -375,7 +376,7 @@ class BringUp:
     def _start_tls(self) -> None:
         wish, receiver = self._wish, self.receiver
         name = wish.tls_server_name or None
-        context = tls.client_context(wish.profile)
+        context = contexts.client_context(wish.profile)
         known = self._sessions.get(self._terms, context, monotonic()) if self._sessions is not None else None
         try:
             session = known.session if known is not None else None

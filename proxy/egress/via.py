@@ -30,11 +30,12 @@ from proxy.errors import (
     ViaUnavailable,
 )
 from proxy.model import Endpoint
+from proxy.net.contexts import proven_context
 from proxy.net.conversation import receive, rest_for, send_all, shake_hands
 from proxy.net.framed import FramedStream
 from proxy.net.peer import holds_back
 from proxy.net.relay import Engine, RawSocket, keep_alive
-from proxy.net.tls import PlainStream, Stream, TlsStream, proven_context
+from proxy.net.tls import PlainStream, Stream, TlsStream
 from proxy.net.turns import TurnOver
 from proxy.policy.turns import READ
 from proxy.protocols.native import frames

@@ -22,7 +22,7 @@ class TlsRule(NamedTuple):
         level: None: the block does not say.
         names: of which the certificate has to carry one; empty: the block does not say.
         hosts: the MX hosts that the receiver is known as there, best first.
-        minimum, ciphers: see `net.tls.Profile`.
+        minimum, ciphers: see `net.contexts.Profile`.
     """
 
     block: str

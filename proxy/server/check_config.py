@@ -24,7 +24,7 @@ from proxy.config.load import Loaded
 from proxy.config.origins import Origins
 from proxy.config.rules import listeners
 from proxy.model import Breathe, Endpoint, hold_breath
-from proxy.net import tls
+from proxy.net import contexts, identities
 from proxy.net.addresses import own_addresses
 from proxy.policy import counting, vain
 from proxy.policy.access import SHORTEST_ANSWER, place_within
@@ -161,18 +161,18 @@ def _identity(settings: Settings) -> Iterator[Finding]:
     certificate, key = settings.tls_certificate_file, settings.tls_private_key_file
     if certificate is not None and key is not None:
         try:
-            tls.load_identity(certificate, key)
-        except tls.UnfitIdentity as error:
+            identities.load_identity(certificate, key)
+        except identities.UnfitIdentity as error:
             yield Finding(True, error.directive, None, str(error))
     if settings.tls_client_ca_file is not None:
         try:
-            tls.door_context(tls.generated_identity("check"), settings.tls_client_ca_file)
-        except tls.UnfitIdentity as error:
+            identities.door_context(identities.generated_identity("check"), settings.tls_client_ca_file)
+        except identities.UnfitIdentity as error:
             yield Finding(True, error.directive, None, str(error))
     for pair in pairs(settings, hold_breath):
         try:
             pair.load()
-        except tls.UnfitIdentity as error:
+        except identities.UnfitIdentity as error:
             directive = error.directive if pair.value is None else pair.directive
             yield Finding(True, directive, pair.value, pair.sentence(error))
 
@@ -181,7 +181,7 @@ def unfit_tls_blocks(settings: Settings) -> Iterator[Finding]:
     """What only OpenSSL knows; errors, on which a start and a reload fail."""
     for block in settings.tls:
         try:
-            tls.client_context(tls.Profile(True, block.min or "", block.ciphers or ""))
+            contexts.client_context(contexts.Profile(True, block.min or "", block.ciphers or ""))
         except ValueError as error:
             yield Finding(True, "tls", block.name, f"{block.name}: ciphers: {error}")
 

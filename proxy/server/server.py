@@ -39,7 +39,7 @@ from proxy.errors import ConfigError, Draining
 from proxy.log import lines as log
 from proxy.log import outputs
 from proxy.model import Breathe, Ending, Endpoint, hold_breath, let_go
-from proxy.net import certificates, tls
+from proxy.net import certificates, identities
 from proxy.net.addresses import own_addresses
 from proxy.net.crew import Crew
 from proxy.net.relay import make_engine
@@ -131,7 +131,7 @@ class Server:
         self._tls_sessions = Sessions()
         self._acquaintances = Acquaintances()
         self._via: via.Via | None = None
-        self._generated: tls.ServerIdentity | None = None
+        self._generated: identities.ServerIdentity | None = None
         self._zone: tzinfo = UTC  # whose calendar days count
         self._stops = 0
         self._stop = Event()
@@ -207,8 +207,10 @@ class Server:
             with self._reserve.lent():
                 identity = self._identity(settings)
                 secure = identity is not None and bool(settings.secure_doors)
-                context = tls.door_context(identity, settings.tls_client_ca_file) if identity and secure else None
-        except tls.UnfitIdentity as error:
+                context = (
+                    identities.door_context(identity, settings.tls_client_ca_file) if identity and secure else None
+                )
+        except identities.UnfitIdentity as error:
             where = loaded.origins.place(error.directive)
             raise where.mistake(f"{error.directive}: {error}") from None
         for finding in (*check_config.unfit_tls_blocks(settings), *check_config.unfit_timezone(settings)):
@@ -260,7 +262,7 @@ class Server:
     def _wire(
         self,
         settings: Settings,
-        identity: tls.ServerIdentity | None,
+        identity: identities.ServerIdentity | None,
         own: Iterable[Endpoint] = (),
         breathe: Breathe = hold_breath,
         shown: Shown | None = None,
@@ -298,7 +300,7 @@ class Server:
             host_name=socket.gethostname(),
         )
 
-    def _identity(self, settings: Settings) -> tls.ServerIdentity | None:
+    def _identity(self, settings: Settings) -> identities.ServerIdentity | None:
         """What the native listener and mode smtp's STARTTLS show; one made in memory stays the same over reloads.
 
         Raises:
@@ -309,9 +311,9 @@ class Server:
             return None
         certificate, key = settings.tls_certificate_file, settings.tls_private_key_file
         if certificate is None or key is None:
-            self._generated = self._generated or tls.generated_identity(socket.gethostname())
+            self._generated = self._generated or identities.generated_identity(socket.gethostname())
             return self._generated
-        return tls.load_identity(certificate, key)
+        return identities.load_identity(certificate, key)
 
     def _shown(self, loaded: Loaded, breathe: Breathe) -> Shown:
         """What receivers are shown.
@@ -324,7 +326,7 @@ class Server:
             try:
                 with self._reserve.lent():
                     shown.add(pair, pair.load())
-            except tls.UnfitIdentity as error:
+            except identities.UnfitIdentity as error:
                 directive = error.directive if pair.value is None else pair.directive
                 where = loaded.origins.place(directive, pair.value)
                 raise where.mistake(f"{directive}: {pair.sentence(error)}") from None

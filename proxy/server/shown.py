@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterator
 from typing import NamedTuple
 
 from proxy.model import Breathe
-from proxy.net import tls
+from proxy.net import contexts, identities
 from proxy.settings import Settings
 
 
@@ -26,14 +26,14 @@ class Pair(NamedTuple):
     key: str
     addresses: tuple[str, ...] = ()
 
-    def load(self) -> tls.ClientIdentity:
+    def load(self) -> contexts.ClientIdentity:
         """
         Raises:
-            tls.UnfitIdentity: a file is of no use.
+            identities.UnfitIdentity: a file is of no use.
         """
-        return tls.load_client_identity(self.certificate, self.key)
+        return identities.load_client_identity(self.certificate, self.key)
 
-    def sentence(self, error: tls.UnfitIdentity) -> str:
+    def sentence(self, error: identities.UnfitIdentity) -> str:
         """What is wrong, for people who know the directive already."""
         return f"{self.value}: {error.directive}: {error}" if self.value else str(error)
 
@@ -59,15 +59,15 @@ class Shown:
     """What is shown, by the address that is left from."""
 
     def __init__(self) -> None:
-        self._default: tls.ClientIdentity | None = None
-        self._by_source: dict[str, tls.ClientIdentity] = {}
+        self._default: contexts.ClientIdentity | None = None
+        self._by_source: dict[str, contexts.ClientIdentity] = {}
 
-    def add(self, pair: Pair, identity: tls.ClientIdentity) -> None:
+    def add(self, pair: Pair, identity: contexts.ClientIdentity) -> None:
         """Show this one there."""
         if not pair.addresses:
             self._default = identity
         self._by_source.update(dict.fromkeys(pair.addresses, identity))
 
-    def of(self, source: str) -> tls.ClientIdentity | None:
+    def of(self, source: str) -> contexts.ClientIdentity | None:
         """What is shown from there; None: nothing."""
         return self._by_source.get(source, self._default)

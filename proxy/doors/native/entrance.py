@@ -20,8 +20,9 @@ from proxy.errors import BadCredentials, ClientNotAllowed, HandshakeTimeout, Pee
 from proxy.log import lines as log
 from proxy.model import Endpoint
 from proxy.net.conversation import farewell, receive, send_all, watch_over
+from proxy.net.identities import ServerIdentity
 from proxy.net.relay import RawSocket
-from proxy.net.tls import NoPlaintext, PlainStream, ServerIdentity, Stream
+from proxy.net.tls import NoPlaintext, PlainStream, Stream
 from proxy.policy.access import Access
 from proxy.protocols.native import frames
 from proxy.protocols.native.auth import NO_CERTIFICATE, Peer, ServerHandshake

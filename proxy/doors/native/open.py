@@ -18,7 +18,8 @@ from proxy.egress.pool import PoolKey
 from proxy.egress.receiver import InClear, Limits, Receiver, StaleSession, Wish, may_do_without, open_receiver
 from proxy.errors import BadCiphers, Overloaded, Step, UnknownPath, UpstreamError
 from proxy.model import UNNAMED, Endpoint, TlsMode
-from proxy.net.tls import Profile, Stream, client_context
+from proxy.net.contexts import Profile, client_context
+from proxy.net.tls import Stream
 from proxy.policy.certificates import Demand, Result, Tlsa
 from proxy.protocols.native import messages as m
 from proxy.protocols.native.auth import Peer

@@ -177,7 +177,7 @@ class Open(Message, frozen=True):
     """Client: open an SMTP session; the first destination that works is taken.
 
     `tls_names`, `tlsa`: what the receiver's certificate has to prove (`policy.certificates.Demand`); `tls_min`,
-    `tls_ciphers`: what TLS has to be (`net.tls.Profile`). `probes`: I take PROBE.
+    `tls_ciphers`: what TLS has to be (`net.contexts.Profile`). `probes`: I take PROBE.
     """
 
     TYPE = 0x10

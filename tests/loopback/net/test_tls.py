@@ -12,17 +12,18 @@ from pathlib import Path
 import pytest
 import trustme
 
-from proxy.net import tls
+from proxy.net import identities
 from proxy.net.conversation import receive, send_all
+from proxy.net.identities import ServerIdentity
 from proxy.net.relay import Engine, RawSocket
-from proxy.net.tls import PlainStream, ServerIdentity, TlsStream
+from proxy.net.tls import PlainStream, TlsStream
 from proxy.protocols.native.auth import certificate_hash
 from tests.loopback.net.relays import tcp_pair, until
 
 
 @pytest.fixture(scope="module")
 def identity() -> ServerIdentity:
-    return tls.generated_identity("proxy.example.com")
+    return identities.generated_identity("proxy.example.com")
 
 
 class Pair:
@@ -214,7 +215,7 @@ def files(tmp_path: Path, chain: bytes, key: bytes) -> tuple[str, str]:
 def test_the_hash_is_the_leafs(tmp_path: Path) -> None:
     leaf = trustme.CA().create_child_ca().issue_cert("proxy.example.com")
     chain = b"".join(blob.bytes() for blob in leaf.cert_chain_pems)
-    identity = tls.load_identity(*files(tmp_path, chain, leaf.private_key_pem.bytes()))
+    identity = identities.load_identity(*files(tmp_path, chain, leaf.private_key_pem.bytes()))
     der = ssl.PEM_cert_to_DER_cert(leaf.cert_chain_pems[0].bytes().decode())
     assert identity.certificate == certificate_hash(der)
     pair = Pair(identity)
@@ -224,7 +225,7 @@ def test_the_hash_is_the_leafs(tmp_path: Path) -> None:
 
 def test_a_generated_certificate_touches_no_disk_and_is_each_time_another() -> None:
     before = len(os.listdir("/proc/self/fd"))
-    assert tls.generated_identity("x").certificate != tls.generated_identity("x" * 300).certificate
+    assert identities.generated_identity("x").certificate != identities.generated_identity("x" * 300).certificate
     assert len(os.listdir("/proc/self/fd")) == before
 
 
@@ -240,7 +241,7 @@ def test_files_that_are_of_no_use(tmp_path: Path) -> None:
         serialization.BestAvailableEncryption(b"password"),
     )
     for certificate, private in ((chain, other.private_key_pem.bytes()), (chain, b""), (b"", b""), (chain, locked)):
-        with pytest.raises(tls.UnfitIdentity):
-            tls.load_identity(*files(tmp_path, certificate, private))
-    with pytest.raises(tls.UnfitIdentity, match="nowhere: No such file"):
-        tls.load_identity(str(tmp_path / "nowhere"), str(tmp_path / "key.pem"))
+        with pytest.raises(identities.UnfitIdentity):
+            identities.load_identity(*files(tmp_path, certificate, private))
+    with pytest.raises(identities.UnfitIdentity, match="nowhere: No such file"):
+        identities.load_identity(str(tmp_path / "nowhere"), str(tmp_path / "key.pem"))
