@@ -181,6 +181,11 @@ def is_for_want_of_tls(error: UpstreamError) -> bool:
     return error.step is Step.TLS or (error.step is Step.STARTTLS and error.errno == errno.ETIMEDOUT)
 
 
+def may_try_again(wish: Wish, error: UpstreamError) -> bool:
+    """Whether another connection is made: with a full handshake, which proves no less, or in clear where that will do."""
+    return isinstance(error, StaleSession) or (may_do_without(wish) and is_for_want_of_tls(error))
+
+
 def open_receiver(
     engine: Engine,
     wish: Wish,
@@ -208,7 +213,7 @@ def open_receiver(
     try:
         return _attempt(engine, wish, source, destination, limits, idle_timeout, failed, sessions)
     except UpstreamError as error:
-        if not (may_do_without(wish) and is_for_want_of_tls(error)) or monotonic() >= limits.ends_at:
+        if not may_try_again(wish, error) or monotonic() >= limits.ends_at:
             raise
         failure = error
     if once_more is not None:

@@ -224,9 +224,10 @@ class Backoffs:
         wanted, count = set(names), 0
         for key, slowdown in self._slowdowns.items():
             if key.name in wanted:
-                count += slowdown.on
+                if slowdown.on:  # else there is nothing to come back from, and nothing to tell
+                    count += 1
+                    self.wheel.arm(key, now)
                 slowdown.end(why)
-                self.wheel.arm(key, now)
         return count
 
     def _tell(self, remark: Remark, key: Key, now: int) -> None:

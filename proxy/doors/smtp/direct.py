@@ -21,8 +21,8 @@ from proxy.egress.receiver import (
     StaleSession,
     Wish,
     connect_receiver,
-    is_for_want_of_tls,
     may_do_without,
+    may_try_again,
     open_receiver,
 )
 from proxy.errors import Overloaded, Throttled, UpstreamError
@@ -387,8 +387,8 @@ class Direct:
             raise
 
     def _tries_again(self, error: UpstreamError) -> bool:
-        """TLS failed, and may be done without (RFC 7435)."""
-        if not is_for_want_of_tls(error) or not may_do_without(self._wished):
+        """TLS failed, and may be done without (RFC 7435), or has not failed for good; see `may_try_again`."""
+        if not may_try_again(self._wished, error):
             return False
         self._services.counters.failed.count(error.step)
         how = "with a full handshake"

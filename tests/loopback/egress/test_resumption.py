@@ -128,13 +128,25 @@ def test_a_receiver_that_has_forgotten_it_gets_a_full_handshake() -> None:
 
 
 def test_a_handshake_that_breaks_takes_the_session_with_it() -> None:
-    with Mx(lambda number: {"tls": close} if number == 1 else {}, starttls=True) as mx:
+    with Mx(lambda number: {"tls": close} if number in (1, 2) else {}, starttls=True) as mx:
         house = House(mx)
         house.open()
         with pytest.raises(UpstreamError):
             house.open()
+        assert mx.connects == 3, "a full handshake was tried"
         assert len(house.sessions) == 0
         assert not house.resumed()
+
+
+@pytest.mark.parametrize("mode", [TlsMode.REQUIRED, TlsMode.IMPLICIT])
+def test_who_must_have_tls_has_a_full_handshake_too(mode: TlsMode) -> None:
+    """A receiver that breaks each resumed handshake would get every second connection's mail late."""
+    implicit = mode is TlsMode.IMPLICIT
+    with Mx(lambda number: {"tls": close} if number == 1 else {}, starttls=not implicit, implicit_tls=implicit) as mx:
+        house = House(mx)
+        house.open(mode)
+        facts = house.open(mode).tls
+        assert (facts and (facts.resumed, facts.verdict.verified), mx.connects) == ((False, True), 3)
 
 
 def test_who_would_do_without_tls_has_a_full_handshake_before_that() -> None:

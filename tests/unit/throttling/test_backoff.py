@@ -253,6 +253,20 @@ def test_it_is_ended_by_hand() -> None:
     house.reply(places, BLOCKED)
 
 
+def test_what_has_only_been_counted_is_forgotten_without_a_word() -> None:
+    rule = BackoffSettings(on=("421",), over=Rate(1, 3600), percent=25)
+    house = House(block(rule, **FULL))
+    places = house.opened()
+    house.reply(places)
+    assert house.manager.end_backoff("yahoo", house.now) == 0
+    house.pass_by(TICK)
+    assert house.told() == [], "it had its own limits all the time"
+    house.reply(places)
+    assert house.throttle().cap == 20, "the first one is forgotten"
+    house.reply(places)
+    assert house.throttle().cap == 5
+
+
 def test_a_reload_keeps_it_while_the_block_has_any_rule() -> None:
     house = House(block(QUARTER, **FULL))
     house.reply(house.opened())
