@@ -4,5 +4,6 @@ Everything is put together here and nothing else is done here: what happens with
 what a directive means is `config`'s.
 
 Read `server` first, `listener` (one listening socket) and `listeners` (all of them), `process` (descriptors, garbage
-collection, the hub), `systemd`; `check_config` asks the machine what a start would, `ping` looks at a running proxy.
+collection, the hub), `systemd`, `routine` (now and then), `drain` (the end); `check_config` asks the machine what a
+start would, `ping` looks at a running proxy.
 """

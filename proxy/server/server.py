@@ -1,7 +1,8 @@
-"""The running program: the wiring of everything else, reload and drain.
+"""The running program: the wiring of everything else, start, reload and stop.
 
 `run` is the whole life from the first socket to the exit code. A reload builds everything that can fail before it
-changes anything: it is all or nothing. Accepted connections are `reception`'s, watching for signals is `signals`'.
+changes anything: it is all or nothing. Accepted connections are `reception`'s, watching for signals is `signals`', what
+is read of certificates `certificates`', how clients take leave `drain`'s, what is done now and then `routine`'s.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import signal
 import socket
 import ssl
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from datetime import UTC, datetime, tzinfo
@@ -35,10 +36,10 @@ from proxy.egress.keeper import Keeper
 from proxy.egress.look_ups import LookUps
 from proxy.egress.resumption import Sessions
 from proxy.egress.tlsa import TlsaLookUps
-from proxy.errors import ConfigError, Draining
+from proxy.errors import ConfigError
 from proxy.log import lines as log
 from proxy.log import outputs
-from proxy.model import Breathe, Ending, Endpoint, hold_breath, let_go
+from proxy.model import Breathe, Endpoint, hold_breath, let_go
 from proxy.net import certificates, identities
 from proxy.net.addresses import own_addresses
 from proxy.net.crew import Crew
@@ -49,20 +50,23 @@ from proxy.policy.access import Access
 from proxy.policy.budget import FailureBudget
 from proxy.policy.directory import Book
 from proxy.policy.limits import Limits
-from proxy.policy.modes import Modes, any_smtp
+from proxy.policy.modes import Modes
 from proxy.policy.tls_rules import TlsRules
 from proxy.policy.trouble import Troubles
 from proxy.server import calendar, check_config, figures, process, systemd
+from proxy.server.certificates import Certificates
+from proxy.server.drain import drain
 from proxy.server.listener import ListenError
 from proxy.server.listeners import Doors, Opened
 from proxy.server.reception import Reception
-from proxy.server.shown import Shown, pairs
+from proxy.server.routine import Routine
+from proxy.server.shown import Shown
 from proxy.server.signals import Signals
 from proxy.server.steering import Steering
-from proxy.services import Gauges, Instances, Leaving, Newcomers, Services
+from proxy.services import Gauges, Instances, Newcomers, Services
 from proxy.settings import Settings
 from proxy.spans import SPANS
-from proxy.stats import MOST_LINES, Counters, Snapshot, StatusLine
+from proxy.stats import Counters, Snapshot
 from proxy.status.http import House, InForce, ReloadFailure, StatusDoor
 from proxy.throttling.manager import Manager
 
@@ -75,11 +79,6 @@ _MANY_THROTTLES = 1_000
 #: Connections that have not said who they are, and those that wait for the answer to a wrong secret.
 _MAX_NEWCOMERS = 1024
 _MAX_SLOWED = 256
-_SWEEPS_AN_IDLE_TIMEOUT = 8
-_LONGEST_SWEEP_PERIOD = 15.0
-_DRAIN_POLL = 0.05
-_EXTEND_EVERY = 5.0
-_STOPPING = "the proxy is shutting down"
 
 
 #: Reads the configuration anew, breathing in the middle; borrows descriptors for the files. Raises ConfigError.
@@ -131,19 +130,20 @@ class Server:
         self._tls_sessions = Sessions()
         self._acquaintances = Acquaintances()
         self._via: via.Via | None = None
-        self._generated: identities.ServerIdentity | None = None
         self._zone: tzinfo = UTC  # whose calendar days count
         self._stops = 0
         self._stop = Event()
         self._settled = Event()  # no reload is going on
         self._settled.set()
+        self._notifier = systemd.Notifier(os.environ, os.getpid())
+        self._routine = Routine(lambda: self.services, self.snapshot, self._turn_day, self._notifier)
         stop = self._stop_soon
         self._signals = Signals(
             at_once={signal.SIGTERM: stop, signal.SIGINT: stop},
-            in_turn={signal.SIGHUP: self._reload, signal.SIGUSR1: self._report},
+            in_turn={signal.SIGHUP: self._reload, signal.SIGUSR1: self._routine.report},
         )
         self._reserve = process.Reserve()
-        self._notifier = systemd.Notifier(os.environ, os.getpid())
+        self._certificates = Certificates(self._reserve.lent)
         inherited = systemd.Inherited(os.environ, os.getpid())
         self._reception = Reception(
             services=lambda: self.services,
@@ -184,10 +184,8 @@ class Server:
         own_addresses().watch(self._source_gone, self._source_came)
         process.log_what_the_hub_catches(self._counters)
         TurnMeter(SPANS.turn)
-        gevent.spawn(self._report_forever)
-        gevent.spawn(self._sweep_forever)
+        self._routine.begin()
         gevent.spawn(self._keeper.run)
-        gevent.spawn(self._watchdog_forever)
         process.load_codecs()
         collector = process.Collector(lambda: len(self._admission.manager.throttles) >= _MANY_THROTTLES)
         collector.begin()
@@ -203,20 +201,11 @@ class Server:
             ConfigError: the certificate is of no use. ListenError: an address cannot be had. Nothing has changed then.
         """
         settings = loaded.settings
-        try:
-            with self._reserve.lent():
-                identity = self._identity(settings)
-                secure = identity is not None and bool(settings.secure_doors)
-                context = (
-                    identities.door_context(identity, settings.tls_client_ca_file) if identity and secure else None
-                )
-        except identities.UnfitIdentity as error:
-            where = loaded.origins.place(error.directive)
-            raise where.mistake(f"{error.directive}: {error}") from None
+        identity, context = self._certificates.of_doors(loaded)
         for finding in (*check_config.unfit_tls_blocks(settings), *check_config.unfit_timezone(settings)):
             where = loaded.origins.place(finding.directive, finding.value)
             raise where.mistake(f"{finding.directive}: {finding.message}")
-        shown = self._shown(loaded, breathe)
+        shown = self._certificates.for_receivers(loaded, breathe)
         control_socket = self._control_socket(settings)
         try:
             opened = self._doors.open_missing(settings, breathe)
@@ -224,20 +213,12 @@ class Server:
             if control_socket is not None:
                 control_socket.close()
             raise
-        judge = self._judge(settings)
+        judge = self._certificates.judge(settings)
         services = self._wire(settings, identity, self._doors.endpoints(settings, opened), breathe, shown, context)
         limits = Limits(settings.throttle, settings.source, self._book, breathe)
         return _Prepared(
             services, opened, judge, limits, control_socket, loaded.in_force, digest(loaded.in_force, breathe)
         )
-
-    def _judge(self, settings: Settings) -> certificates.Judge | None:
-        """With the authorities as they are now: read by each reload, and not under the first connection."""
-        if not (settings.listen or any_smtp(settings)):
-            return None
-        with self._reserve.lent():  # and others do not run meanwhile, who would take what is lent
-            pem = certificates.read_authorities()
-        return certificates.Judge(gevent.get_hub().threadpool.apply(certificates.Authorities, (pem,)))
 
     def _control_socket(self, settings: Settings) -> gevent.socket.socket | None:
         """A new one, if another than the present is wanted.
@@ -300,39 +281,6 @@ class Server:
             host_name=socket.gethostname(),
         )
 
-    def _identity(self, settings: Settings) -> identities.ServerIdentity | None:
-        """What the native listener and mode smtp's STARTTLS show; one made in memory stays the same over reloads.
-
-        Raises:
-            UnfitIdentity: the operator's files are of no use.
-        """
-        native = settings.listen and settings.listen_tls
-        if not (native or settings.mode_smtp_starttls or settings.secure_doors):
-            return None
-        certificate, key = settings.tls_certificate_file, settings.tls_private_key_file
-        if certificate is None or key is None:
-            self._generated = self._generated or identities.generated_identity(socket.gethostname())
-            return self._generated
-        return identities.load_identity(certificate, key)
-
-    def _shown(self, loaded: Loaded, breathe: Breathe) -> Shown:
-        """What receivers are shown.
-
-        Raises:
-            ConfigError: the operator's files are of no use.
-        """
-        shown = Shown()
-        for pair in pairs(loaded.settings, breathe):
-            try:
-                with self._reserve.lent():
-                    shown.add(pair, pair.load())
-            except identities.UnfitIdentity as error:
-                directive = error.directive if pair.value is None else pair.directive
-                where = loaded.origins.place(directive, pair.value)
-                raise where.mistake(f"{directive}: {pair.sentence(error)}") from None
-            breathe()
-        return shown
-
     def _source_gone(self, host: str) -> None:
         """No answer can come to it any more, so nobody shall wait for one."""
         dropped = self._keeper.forsake(host)
@@ -386,7 +334,7 @@ class Server:
         self._look_ups.use(domains, settings.dns_server, breathe)
         self._limits = prepared.limits
         self._zone = calendar.zone(settings.timezone)
-        self._admission.turn_day(calendar.day_in(self._zone))
+        self._turn_day()
         self._admission.manager.reload(settings.throttle_enforce, self._limits, clock_ns())
         self._admission.settle()
         for session in list(self._instances.sessions):
@@ -470,36 +418,9 @@ class Server:
         self._stop.set()
 
     def _drain(self) -> int:
-        """Accept nothing more, let what is open finish within `drain_timeout`, reset the rest."""
+        """Let what is open finish, then stop what is the program's own."""
         self._settled.wait()  # a reload that is just putting new doors in force: they would be left open
-        timeout = self.services.settings.drain_timeout
-        self._notifier.stopping("draining", 3 * _EXTEND_EVERY)
-        self._doors.finish()
-        end = monotonic() + timeout
-        self._instances.leaving = Leaving(end, _STOPPING)
-        for channel in list(self._instances.channels):
-            channel.goaway(timeout, _STOPPING, Ending.DRAIN_TIMEOUT)
-        for dialogue in list(self._instances.dialogues):
-            dialogue.goaway()
-        for session in list(self._instances.sessions):
-            session.goaway(timeout, _STOPPING)
-        self._keeper.drain()
-        open_now = self._doors.open_connections()
-        log.note(log.Event.DRAIN, log.INFO, "stopping: no new connections", open_connections=open_now, timeout=timeout)
-        extended = monotonic()
-        while self._busy() and monotonic() < end:
-            if monotonic() - extended >= _EXTEND_EVERY:
-                extended = monotonic()
-                self._notifier.extend(3 * _EXTEND_EVERY)
-            gevent.sleep(_DRAIN_POLL)
-        cut = self._doors.open_connections()
-        self._engine.abort_all(Ending.DRAIN_TIMEOUT)
-        for channel in list(self._instances.channels):
-            channel.cut(Ending.DRAIN_TIMEOUT)
-        for dialogue in list(self._instances.dialogues):
-            dialogue.cut(Ending.DRAIN_TIMEOUT)
-        for session in list(self._instances.sessions):
-            session.cut(Draining(_STOPPING))
+        cut = drain(self.services, self._doors, self._notifier)
         rest()
         self._look_ups.stop()
         if self._control is not None:
@@ -507,45 +428,14 @@ class Server:
         log.note(log.Event.STOP, log.INFO, "stopped", reset_connections=cut)
         return EXIT_OK
 
-    def _busy(self) -> bool:
-        """Whether anything is open that a drain waits for; sessions stay until all else is done."""
-        return self._doors.open_connections() > len(self._instances.sessions) or self._keeper.cached > 0
-
-    # ---------------------------------------------------------------- what happens now and then
+    # ---------------------------------------------------------------- its state
 
     def snapshot(self) -> Snapshot:
         """The figures of this moment."""
         return figures.snapshot(self.services, self._doors)
 
-    def _report(self) -> None:
-        """SIGUSR1: all status lines, in turns with all else: there may be thousands."""
-        log.status(_in_turns(self.snapshot().lines()))
-
-    def _report_forever(self) -> None:
-        while True:
-            gevent.sleep(self.services.settings.stats_interval)
-            log.status(self.snapshot().lines(MOST_LINES))
-
-    def _watchdog_forever(self) -> None:
-        interval = self._notifier.watchdog_interval
-        while interval:
-            self._notifier.watchdog()
-            gevent.sleep(interval)
-
-    def _sweep_forever(self) -> None:
-        while True:
-            settings = self.services.settings
-            shortest = min(settings.idle_timeout, settings.half_close_timeout)
-            gevent.sleep(min(shortest / _SWEEPS_AN_IDLE_TIMEOUT, _LONGEST_SWEEP_PERIOD))
-            self._admission.turn_day(calendar.day_in(self._zone))
-            for _ in self._engine.sweep(monotonic()):
-                rest()
-            for channel in list(self._instances.channels):
-                channel.sweep(monotonic())
-            for dialogue in list(self._instances.dialogues):
-                dialogue.sweep(monotonic())
-            if self._via is not None:
-                self._via.shed()
+    def _turn_day(self) -> None:
+        self._admission.turn_day(calendar.day_in(self._zone))
 
 
 class _Prepared(NamedTuple):
@@ -564,13 +454,6 @@ def _values(settings: Settings) -> list[object]:
     """What is in all lists of the settings."""
     lists = [value for field in fields(settings) if isinstance(value := getattr(settings, field.name), tuple)]
     return [value for values in lists for value in values]
-
-
-def _in_turns(lines: Iterable[StatusLine]) -> Iterator[StatusLine]:
-    breathe = Breather("report")
-    for line in lines:
-        breathe()
-        yield line
 
 
 def _tell_doubts(loaded: Loaded, breathe: Breathe) -> None:
