@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 
 from tests import clients
 from tests.clients import dial, proxied, read_all, socks5, v1, was_reset
-from tests.mx import Mx, say
+from tests.mx import Mx, say, stall
 from tests.peers import MESSAGE
 from tests.program import SECRET, Address, Proxy
 from tests.sinks import Raw, Sink, closed_port, deaf_port, echo, greet
@@ -316,3 +317,26 @@ def test_an_agents_client_that_gives_up_on_a_receiver_that_takes_nothing(pair: t
             wait_for(lambda: "active=0" in proxy.status()[-1], what="the place is free")
         finally:
             gate.set()
+
+
+@pytest.mark.parametrize("mode", ["tcp", "smtp"])
+def test_an_agent_that_is_killed_while_a_receiver_takes_nothing(mode: str) -> None:
+    """Its FIN is not seen: see PROBE in docs/protocol.md."""
+    with (
+        Proxy(SHARES) as proxy,
+        agent(proxy.native, more=f"mode {mode}\n", exit_code=-signal.SIGKILL) as front,
+        Mx({"data": say(b"354 go on\r\n", stall)}) as mx,
+        socks5(front.socks5, mx.endpoint, SOURCE) as sock,
+    ):
+        smtp = clients.Smtp(sock)
+        smtp.ehlo(NAME)
+        smtp.mail("a@example.com")
+        smtp.rcpt("b@example.net")
+        assert smtp.docmd("DATA")[0] == 354
+        sock.settimeout(1.0)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                sock.sendall(bytes(65536))
+        front.signal(signal.SIGKILL)
+        proxy.wait_line(r"^connection .*protocol=native .*outcome=client_reset", 60)
+        wait_for(lambda: "active=0" in proxy.status()[-1], what="the place is free")

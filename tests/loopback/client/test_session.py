@@ -27,6 +27,7 @@ from tests.waiting import wait_for
 ROOT = Path(__file__).resolve().parents[3]
 MAIL = b"Subject: hello\r\n\r\nHello\r\n"
 EOF = native.encode(m.Eof())
+PROBE = native.encode(m.Probe())
 RESET = native.encode(m.Aborted("upstream_failed", 104, "connection reset by peer"))
 CHANNEL = m.Kind.CHANNEL
 
@@ -198,6 +199,39 @@ def test_a_reset_is_told_with_its_number(proxy, session):
     stream.close()
     session.connect([DESTINATION]).close()
     assert len(proxy.channels) == 1, "the channel outlives it"
+
+
+def test_probes_say_nothing(proxy, session):
+    proxy.receivers.append(Receiver({"NOOP": PROBE + native.encode_data(b"250 ") + PROBE * 2}))
+    stream = session.connect([DESTINATION])
+    stream.sendall(b"NOOP\r\nRSET\r\n")
+    assert stream.recv(4) == b"250 "
+    assert stream.recv(8) == b"250 ok\r\n"
+    proxy.channels[0].send(PROBE)
+    assert stream.release(wait=True) == "kept"
+    session.connect([DESTINATION]).close()
+    assert len(proxy.channels) == 1
+
+
+def test_probes_give_the_proxy_no_more_time(proxy, session):
+    proxy.receivers.append(Receiver({"NOOP": b""}))
+    stream = session.connect([DESTINATION], timeout=0.1)
+    stream.sendall(b"NOOP\r\n")
+    over, probes = threading.Event(), []
+
+    def probe():
+        while len(probes) < 2000 and not over.wait(0.005):
+            probes.append(1)
+            proxy.channels[0].send(PROBE)
+
+    thread = threading.Thread(target=probe)
+    thread.start()
+    with pytest.raises(TimeoutError):
+        stream.recv(1)
+    over.set()
+    thread.join(10)
+    assert 0 < len(probes) < 2000
+    stream.close()
 
 
 def test_a_time_out_leaves_the_channel_whole(proxy, session):

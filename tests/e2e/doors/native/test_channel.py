@@ -364,6 +364,40 @@ def test_a_slow_receiver_slows_the_client_and_fills_no_memory(proxy: Proxy) -> N
         proxy.wait_idle()
 
 
+def test_a_client_that_lives_is_probed_and_loses_nothing() -> None:
+    """Its receiver takes nothing for a while, and then all of it. Meanwhile the client sends, and does not read."""
+    goes_on = threading.Event()
+    came: list[int] = []
+
+    def serve(sock: socket.socket) -> None:
+        goes_on.wait(60)
+        while data := sock.recv(65536):
+            came.append(len(data))
+
+    def send() -> None:
+        peer.data(bytes(32 * MEBIBYTE))
+        peer.say(mta.END, False, 0)
+
+    with (
+        Proxy("listen_tls no\n") as proxy,
+        Raw(serve) as server,
+        channel(proxy.native, tls=False) as peer,
+    ):
+        peer.opened(server.endpoint, probes=True)
+        peer.sock.settimeout(60)
+        sender = threading.Thread(target=send)
+        sender.start()
+        try:
+            assert peer.hear() == (mta.PROBE, [])
+        finally:
+            goes_on.set()
+            sender.join(60)
+        while (heard := peer.hear())[0] == mta.PROBE:
+            assert heard[1] == []
+        assert heard == (mta.ENDED, [False, "not_offered"])
+        wait_for(lambda: sum(came) == 32 * MEBIBYTE, 30, "all of it")
+
+
 def _standing_still(figure: Callable[[], float]) -> bool:
     first = figure()
     threading.Event().wait(0.5)
