@@ -130,8 +130,8 @@ def _overview(view: Status) -> str:
 
 def _throttles(view: Status, wanted: str) -> Table:
     head = (
-        *("throttle", "held by", "#waiting", "#places", "#rate used", "state", "#demand", "#next slot"),
-        *("limits", "how / mode", "#share"),
+        *("throttle", "held by", "#waiting", "#places", "#rate used", "#delivered", "#deferred", "#rejected"),
+        *("state", "#demand", "#next slot", "limits", "how / mode", "#share"),
     )
     rows = _throttle_rows(view.throttles, wanted)
     caption = "First those that somebody waits for, then the busiest; below each, its instances"
@@ -169,6 +169,7 @@ def _throttle_cells(row: ThrottleRow) -> tuple[object, ...]:
     return (
         *(Mark(f"{row.name}\n{between(row)}", "two"), Mark(held_by(row), "w")),
         *(Mark(str(row.waiting), "w") if row.waiting else 0, places_text(row.used, row.places), percent(row.rate_use)),
+        *(row.messages_accepted, row.messages_deferred, row.messages_rejected),
         *(Mark(throttle_state(row), "b"), row.demand, next_slot(row)),
         *(limits_text(row.limits, row.places), row.reconciled, ""),
     )
@@ -177,7 +178,8 @@ def _throttle_cells(row: ThrottleRow) -> tuple[object, ...]:
 def _instance_cells(row: InstanceRow) -> tuple[object, ...]:
     said = limits_text(row.limits, row.places) if row.mode else ""
     share = "" if row.share is None else row.share
-    return row.name, "", row.waiting, row.used, "", instance_state(row), row.demand, "", said, row.mode, share
+    state = instance_state(row)
+    return row.name, "", row.waiting, row.used, "", "", "", "", state, row.demand, "", said, row.mode, share
 
 
 # --- other tables ---

@@ -100,6 +100,8 @@ class ThrottleRow(Struct):
         next_slot: seconds until the next one; None: no rate. taken: slots given out since the throttle is known.
         place_use, rate_use: 0 to 1, None: unknown or unlimited. rate_use is that of the last minute or two.
         source_name: that a `source` block gives its source.
+        messages_accepted, messages_deferred, messages_rejected: since the throttle is known, on connections whose use
+            is over, where the dialogue is seen.
     """
 
     source: str
@@ -126,6 +128,9 @@ class ThrottleRow(Struct):
     warmup_day: int = 0
     warmup_days: int = 0
     source_name: str = ""
+    messages_accepted: int = 0
+    messages_deferred: int = 0
+    messages_rejected: int = 0
 
 
 class BackoffRow(Struct):

@@ -207,6 +207,9 @@ def survey(
         throttle = everything[index]
         row = yield from _throttle(throttle, asked.get(throttle, {}), manager, meter, now_ns)
         row.source_name = sources.name_of_source(row.source)
+        if (carried := throttle.carried) is not None:
+            row.messages_accepted, row.messages_deferred = carried.accepted, carried.deferred
+            row.messages_rejected = carried.rejected
         rows.append(row)
         if len(rows) % 20 == 0:
             yield

@@ -14,7 +14,7 @@ from proxy.model import UNNAMED, Names
 from proxy.throttling.limits import Backoff, BackoffRule, Effective, Part, reconcile
 from proxy.throttling.line import Line, Request
 from proxy.throttling.share import clamp_weight
-from proxy.throttling.throttle import MICROSECOND, SECOND, Key, Meter
+from proxy.throttling.throttle import MICROSECOND, SECOND, Carried, Key, Meter
 
 #: Virtual time of one permit at weight 1.
 UNIT = 1 << 20
@@ -228,6 +228,17 @@ class Places:
         self.throttles = throttles
         self.flows = flows
         self.open = True
+
+    def carried(self, accepted: int, deferred: int, rejected: int) -> None:
+        """What became of the messages of one use of the connection."""
+        if not accepted and not deferred and not rejected:
+            return
+        for throttle in self.throttles:
+            if throttle.carried is None:
+                throttle.carried = Carried()
+            throttle.carried.accepted += accepted
+            throttle.carried.deferred += deferred
+            throttle.carried.rejected += rejected
 
 
 NOWHERE: frozenset[Throttle] = frozenset()

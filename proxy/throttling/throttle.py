@@ -76,6 +76,17 @@ class Shadow:
         self.refused = 0
 
 
+class Carried:
+    """What became of the messages on connections that have had a place; counted when a connection's use is over."""
+
+    __slots__ = ("accepted", "deferred", "rejected")
+
+    def __init__(self) -> None:
+        self.accepted = 0
+        self.deferred = 0
+        self.rejected = 0
+
+
 def check(limit: Limit) -> None:
     """Refuse a limit that would not hold.
 
@@ -220,10 +231,11 @@ class Meter:
             if it is rated, or if `connections`: a place always does, and messages do not.
         closed_until: no place and no slot before it, a pause; 0: there is none. closed_by: what paused it, in words.
         shadow: holds nothing back, and counts what it would have; None: it holds.
+        carried: None: nothing yet, or nobody has looked into the dialogues.
     """
 
     __slots__ = (
-        *("cap", "closed_by", "closed_until", "connections", "counts", "dormant", "held", "key"),
+        *("cap", "carried", "closed_by", "closed_until", "connections", "counts", "dormant", "held", "key"),
         *("opens", "shadow", "slack", "taken", "used", "windows"),
     )
 
@@ -242,6 +254,7 @@ class Meter:
         self.closed_until = 0
         self.closed_by = ""
         self.shadow: Shadow | None = None
+        self.carried: Carried | None = None
 
     # --- shadow ---
 

@@ -198,6 +198,8 @@ class Session:
         outcomes, tracker = Outcomes(), transfer.tracker
         outcomes.add(mails, tracker.accepted, tracker.deferred + transfer.refused, tracker.rejected)
         services.counters.count_outcomes(self._peer.instance, receiver.source, outcomes)
+        if receiver.place is not None:
+            receiver.place.carried(tracker.accepted, tracker.deferred, tracker.rejected)
         return outcomes
 
 

@@ -187,6 +187,11 @@ class Direct:
         """See `Egress`."""
         self._services.admission.replied(_held(line).receiver.place, reply)
 
+    def carried(self, line: Line, accepted: int, deferred: int, rejected: int) -> None:
+        """See `Egress`."""
+        if (place := _held(line).receiver.place) is not None:
+            place.carried(accepted, deferred, rejected)
+
     def reloaded(self, services: Services) -> None:
         """See `Egress`."""
         self._services = services

@@ -156,6 +156,9 @@ class Egress(Protocol):
             reply: its code and a blank, then its lines, joined by LF.
         """
 
+    def carried(self, line: Line, accepted: int, deferred: int, rejected: int) -> None:
+        """What became of the messages on `line`, before it is parted from. Does not wait."""
+
     def reloaded(self, services: Services) -> None:
         """New settings decide about what `renew` and `slot` are asked for from now on. Does not wait."""
 

@@ -112,6 +112,7 @@ class Holding:
         self._wires.detach()
         line.messages, line.errors = tracker.mails, tracker.errors
         self._books.count(tracker, mediator.in_vain)
+        self.egress.carried(line, tracker.accepted, tracker.deferred, tracker.rejected)
         if mediator.death or verdict in _DIRTY or mediator.state is State.RAW or line.greeting is None:
             if line.shared and verdict is not None:
                 self._services.keeper.decline(verdict)

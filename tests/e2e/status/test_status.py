@@ -9,6 +9,7 @@ import os
 import random
 import re
 import signal
+import smtplib
 import socket
 import subprocess
 import sys
@@ -21,9 +22,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from greenarrow_proxy_client import Session
 from greenarrow_proxy_client.throttle import Limits
 from proxy.stats import Counters
-from tests.clients import Refused, dial, socks5
+from tests.clients import Refused, Smtp, dial, socks5
 from tests.monitoring import alerts, queries, selectors
-from tests.mx import Mx, close, say
+from tests.mx import Mx, close, say, usual
 from tests.program import BASE, ROOT, SECRET, Proxy
 from tests.sinks import Raw, Sink, echo, greet
 from tests.waiting import wait_for
@@ -234,6 +235,36 @@ def test_messages_without_a_permit_are_counted():
         assert now["manager"]["without_permit"] == 3
         assert [row["without_permit"] for row in now["sessions"]] == [3]
         assert "3 messages were sent without a permit" in command("--status", address(proxy))[1]
+
+
+@pytest.mark.parametrize("mode", ["tcp", "smtp"])
+def test_what_became_of_messages_is_counted_by_throttle(mode):
+    """By a native session's own throttle and a block in mode tcp, by the block for a client of SOCKS in mode smtp."""
+    script = {"dot": [usual, say(b"451 4.7.1 later\r\n"), say(b"550 5.7.1 never\r\n"), usual]}
+    block = "throttle everyone {\n    max_concurrent_connections 50\n}\n"
+    with contextlib.ExitStack() as stack:
+        mx = stack.enter_context(Mx(script))
+        proxy = stack.enter_context(Proxy(STATUS + block + f"mode {mode}\n"))
+        if mode == "smtp":
+            smtp = Smtp(socks5(proxy.socks5, mx.endpoint, SOURCE))
+            smtp.ehlo()
+            wanted = {"everyone"}
+        else:
+            session = stack.enter_context(Session(proxy.native, SECRET, "server-f"))
+            throttle = session.throttle(SOURCE, Limits("named", [(100, 1)]))
+            assert throttle.wait_until_registered(10)
+            smtp = session.smtp([mx.endpoint], "mta.example.com", source_ip=SOURCE, throttles=[throttle])
+            wanted = {"everyone", "named"}
+        for code in (250, 451, 550, 250):
+            with contextlib.nullcontext() if code == 250 else pytest.raises(smtplib.SMTPDataError):
+                smtp.sendmail("a@example.com", ["b@example.net"], b"Subject: x\r\n\r\nx\r\n")
+        smtp.quit()
+
+        def told():
+            fates = ("messages_accepted", "messages_deferred", "messages_rejected")
+            return {row["name"]: [row[fate] for fate in fates] for row in view(proxy)["throttles"]}
+
+        wait_for(lambda: told() == {name: [2, 1, 1] for name in wanted}, what="all are counted")
 
 
 def test_reloads_are_counted_good_and_bad_ones():
