@@ -14,17 +14,15 @@ import hmac
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from hashlib import sha256
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
-from itertools import repeat
 from typing import Literal
 
 from proxy.errors import BadCredentials, ClientNotAllowed, DestinationNotAllowed, FamilyMismatch, SourceNotAllowed
 from proxy.model import Breathe, Endpoint, Login, canonical_ip, hold_breath
+from proxy.policy.networks import Networks, forms, is_translated, parse
 from proxy.policy.sources import Sources, address_or_unknown, split_user
-from proxy.settings import InstanceSettings, Network, Settings
+from proxy.settings import InstanceSettings, Settings
 
 Door = Literal["native", "socks5", "proxy_protocol", "redirect", "status"]
-_Address = IPv4Address | IPv6Address
 
 #: Verdicts remembered of each kind; one costs some 300 bytes.
 _REMEMBERED = 4096
@@ -39,18 +37,6 @@ _ANSWER_WITHIN = {"redirect": 240.0}
 #: Who waits for a place leaves so many seconds for the connect, or half of what there is.
 _FOR_THE_CONNECT = 10.0
 _ANY_V6 = "::"
-
-_NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052 section 2.1
-_NAT64_LOCAL = IPv6Network("64:ff9b:1::/48")  # RFC 8215
-_6TO4 = IPv6Network("2002::/16")  # RFC 3056 section 2
-_V4_COMPATIBLE = IPv6Network("::/96")  # RFC 4291 section 2.5.5.1
-_SIIT = IPv6Network("::ffff:0:0:0/96")  # RFC 2765 section 2.1, "IPv4-translated"
-_TEREDO = IPv6Network("2001::/32")  # RFC 4380 section 2.6
-_TRANSLATED = (_NAT64, _NAT64_LOCAL, _6TO4, _SIIT, _TEREDO)
-#: RFC 5214 section 6.1: the interface identifier of a private and of a public IPv4 address, in any network.
-_ISATAP = (b"\0\0\x5e\xfe", b"\2\0\x5e\xfe")
-#: RFC 6052 section 2.2: the bytes of the IPv4 address for prefixes of 48, 56, 64 and 96 bits.
-_NAT64_LAYOUTS = ((6, 7, 9, 10), (7, 9, 10, 11), (9, 10, 11, 12), (12, 13, 14, 15))
 
 
 def place_within(seconds: float) -> float:
@@ -163,7 +149,7 @@ class Access:
     def instance_allowed(self, instance: str, client: str) -> bool:
         """Whether the instance may come from this address: its block's `allow_from`, if there is one."""
         block = self._instance(instance)
-        return block is None or not block.clients or _parse(client) in block.clients
+        return block is None or not block.clients or parse(client) in block.clients
 
     def check_source(self, instance: str, ip: str) -> None:
         """Whether the instance may leave from the address.
@@ -263,7 +249,7 @@ class Access:
     def _is_own_listener(self, endpoint: Endpoint) -> bool:
         hosts = self._own_ports[endpoint.port]
         own = self._own_addresses
-        for form in _forms(_parse(endpoint.host)):
+        for form in forms(parse(endpoint.host)):
             text = str(form)
             # Connecting to the unspecified address means this machine. A [::] that we inherited may serve IPv4, too.
             if text in hosts or form.is_unspecified:
@@ -282,36 +268,36 @@ class _Rules:
     """
 
     def __init__(self, settings: Settings, blocks: Mapping[str, InstanceSettings], breathe: Breathe) -> None:
-        everyone = _Networks(settings.allow_from, breathe=breathe)
-        self._doors: dict[Door, _Networks] = {
+        everyone = Networks(settings.allow_from, breathe=breathe)
+        self._doors: dict[Door, Networks] = {
             "native": everyone,
             "socks5": everyone,
             "redirect": everyone,
-            "proxy_protocol": _Networks(settings.listen_proxy_protocol_allow_from, breathe=breathe),
-            "status": _Networks(settings.listen_status_allow_from, breathe=breathe),
+            "proxy_protocol": Networks(settings.listen_proxy_protocol_allow_from, breathe=breathe),
+            "status": Networks(settings.listen_status_allow_from, breathe=breathe),
         }
-        self._sources = _Networks(settings.source_ip, breathe=breathe)
+        self._sources = Networks(settings.source_ip, breathe=breathe)
         self._ports = settings.destination_port
-        self._denied = _Networks(settings.deny_destination, breathe=breathe)
-        self._allowed = _Networks(settings.allow_destination, breathe=breathe)
-        translated = (net for net in settings.allow_destination if _is_translated(net))
-        self._allowed_translated = _Networks(translated, breathe=breathe)
+        self._denied = Networks(settings.deny_destination, breathe=breathe)
+        self._allowed = Networks(settings.allow_destination, breathe=breathe)
+        translated = (net for net in settings.allow_destination if is_translated(net))
+        self._allowed_translated = Networks(translated, breathe=breathe)
         clients = [(network, block.name) for block in settings.instance for network in block.allow_from]
-        self._names = _Networks([network for network, _ in clients], [name for _, name in clients], breathe)
+        self._names = Networks([network for network, _ in clients], [name for _, name in clients], breathe)
         # Prepared when asked for: there may be thousands, and a reload would wait for them all.
         self.instance = lru_cache(_REMEMBERED)(partial(_prepare, blocks))
 
     def judge_client(self, ip: str, door: Door) -> bool:
         """Whether this address may connect at that door at all."""
-        return _parse(ip) in self._doors[door]
+        return parse(ip) in self._doors[door]
 
     def find_instance(self, ip: str) -> str:
         """The name of the block whose `allow_from` matches the address most closely, the first of equals; else ""."""
-        return self._names.name_of(_parse(ip))
+        return self._names.name_of(parse(ip))
 
     def judge_source(self, instance: str, ip: str) -> str:
         """Why not, or ""."""
-        address = _parse(ip)
+        address = parse(ip)
         if address.is_unspecified or address.is_multicast:
             return f"source {ip}: no connection can leave from it"
         block = self.instance(instance)
@@ -327,10 +313,10 @@ class _Rules:
         """Why not, or "", but for our own listeners."""
         if not any(low <= port <= high for low, high in self._ports):
             return f"{Endpoint(host, port)}: port {port} is not in destination_port"
-        address = _parse(host)
+        address = parse(host)
         if address in self._allowed_translated:
             return ""
-        for form in _forms(address):
+        for form in forms(address):
             if self._denied.longest_match(form) > self._allowed.longest_match(form):
                 return f"{Endpoint(host, port)} is in a denied range" + (f" (as {form})" if form != address else "")
         return ""
@@ -358,56 +344,14 @@ def _prepare(blocks: Mapping[str, InstanceSettings], instance: str) -> _Instance
     return _Instance(block) if block is not None else None
 
 
-class _Networks:
-    """Networks to look an address up in, at the cost of one dict look-up for each prefix length that occurs.
-
-    Args:
-        names: what each network stands for; of equal networks the first one's counts.
-    """
-
-    def __init__(
-        self, networks: Iterable[Network], names: Iterable[str] = repeat(""), breathe: Breathe = hold_breath
-    ) -> None:
-        found: dict[tuple[int, int], dict[int, str]] = {}
-        for network, name in zip(networks, names, strict=False):
-            breathe()
-            prefix = int(network.network_address) >> network.max_prefixlen - network.prefixlen
-            found.setdefault((network.version, network.prefixlen), {}).setdefault(prefix, name)
-        self._levels: dict[int, list[tuple[int, int, dict[int, str]]]] = {4: [], 6: []}
-        for (version, length), prefixes in sorted(found.items(), reverse=True):
-            self._levels[version].append((length, (32 if version == 4 else 128) - length, prefixes))
-
-    def __bool__(self) -> bool:
-        return any(self._levels.values())
-
-    def __contains__(self, address: _Address) -> bool:
-        return self.longest_match(address) >= 0
-
-    def longest_match(self, address: _Address) -> int:
-        """The length of the longest prefix that contains the address, or -1."""
-        value = int(address)
-        for length, shift, prefixes in self._levels[address.version]:
-            if value >> shift in prefixes:
-                return length
-        return -1
-
-    def name_of(self, address: _Address) -> str:
-        """What the longest prefix that contains the address stands for, or ""."""
-        value = int(address)
-        for _, shift, prefixes in self._levels[address.version]:
-            if (name := prefixes.get(value >> shift)) is not None:
-                return name
-        return ""
-
-
 class _Instance:
     """The lists of one `instance` block, prepared."""
 
     __slots__ = ("clients", "single_sources", "sources")
 
     def __init__(self, block: InstanceSettings) -> None:
-        self.clients = _Networks(block.allow_from)
-        self.sources = _Networks(block.source_ip)
+        self.clients = Networks(block.allow_from)
+        self.sources = Networks(block.source_ip)
         #: At most one of each family: where a block lists several addresses or a network, none is "the" source.
         families = [[net for net in block.source_ip if net.version == version] for version in (4, 6)]
         self.single_sources = [
@@ -422,10 +366,6 @@ def _digests(secrets: Iterable[bytes]) -> tuple[bytes, ...]:
     return tuple(sha256(secret).digest() for secret in secrets)
 
 
-def _parse(ip: str) -> _Address:
-    return ip_address(canonical_ip(ip))
-
-
 def _listeners(settings: Settings) -> tuple[Endpoint, ...]:
     status = (settings.listen_status,) if settings.listen_status else ()
     return (*settings.listen, *settings.standard_doors, *status)
@@ -437,29 +377,3 @@ def _hosts_by_port(listeners: Iterable[Endpoint], breathe: Breathe) -> dict[int,
         breathe()
         hosts.setdefault(listener.port, set()).add(canonical_ip(listener.host))
     return hosts
-
-
-def _is_translated(network: Network) -> bool:
-    """Whether the operator names a range of a translator or tunnel as such: then he means what lies behind it, too."""
-    return isinstance(network, IPv6Network) and any(network.subnet_of(range_) for range_ in _TRANSLATED)
-
-
-def _forms(address: _Address) -> list[_Address]:
-    """The address, and the IPv4 addresses that a translator or tunnel on the way could make of it."""
-    forms: list[_Address] = [address]
-    if address.version == 4:
-        return forms
-    packed = address.packed
-    if packed[8:12] in _ISATAP:
-        forms.append(IPv4Address(packed[12:]))
-    if address in _NAT64 or address in _SIIT or (address in _V4_COMPATIBLE and int(address) > 1):
-        forms.append(IPv4Address(packed[12:]))
-    elif address in _6TO4:
-        forms.append(IPv4Address(packed[2:6]))
-    elif address in _TEREDO:  # the server, and the client with all its bits turned round
-        forms += [IPv4Address(packed[4:8]), IPv4Address(bytes(byte ^ 0xFF for byte in packed[12:]))]
-    elif address in _NAT64_LOCAL:
-        # The prefix in use is the network's secret: each reading counts, but for those that read its zeros.
-        readings = (bytes(packed[index] for index in layout) for layout in _NAT64_LAYOUTS)
-        forms.extend(IPv4Address(reading) for reading in readings if reading[0])
-    return forms
