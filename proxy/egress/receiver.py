@@ -182,7 +182,7 @@ def is_for_want_of_tls(error: UpstreamError) -> bool:
 
 
 def may_try_again(wish: Wish, error: UpstreamError) -> bool:
-    """Whether another connection is made: with a full handshake, which proves no less, or in clear where that will do."""
+    """Whether another connection is made: with a full handshake, which proves as much, or in clear if that will do."""
     return isinstance(error, StaleSession) or (may_do_without(wish) and is_for_want_of_tls(error))
 
 
