@@ -127,12 +127,12 @@ class Transfer:
         Raises:
             ClientGone.
         """
-        link, receiver = self._link, self._stream.socket.fileno()
-        wait = partial(link.wait, receiver, self._client_event, self._receiver_event)
+        link = self._link
+        steps = self._stream.socket.fileno(), self._client_event, self._receiver_event
         if self._prober is not None and (self._blocked or self._is_full()):
-            self._prober.wait(link.moved, wait)
+            self._prober.wait(link.moved, partial(link.wait, *steps))
         else:
-            wait()
+            link.wait(*steps)
 
     def _client_event(self, events: int) -> bool:
         """The usual case, in the hub: what the client sends, the receiver takes. See `Link.wait`."""
