@@ -1,6 +1,7 @@
 """Under a service manager: what it is told, and the sockets that it hands over. systemd itself is not needed."""
 
 import contextlib
+import fcntl
 import os
 import re
 import signal
@@ -108,8 +109,8 @@ def test_a_manager_that_does_not_listen_is_no_reason_to_wait(manager):
 @contextlib.contextmanager
 def inherited(*listeners):
     """`before` for Proxy: makes them descriptors 3, 4 ... of the process, as a service manager does."""
-    # First out of the way of the numbers that they shall have.
-    high = [os.dup2(sock.fileno(), 200 + number) for number, sock in enumerate(listeners)]
+    # First out of the way of the numbers that they shall have; whatever has these here keeps them.
+    high = [fcntl.fcntl(sock.fileno(), fcntl.F_DUPFD, 200) for sock in listeners]
     moves = " ".join(f"{3 + number}<&{fd} {fd}<&-" for number, fd in enumerate(high))
     try:
         yield {
