@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 from proxy import __version__
 from proxy.config import load as config
+from proxy.config.layers import PREFIX
 from proxy.errors import ConfigError, UsageError
 from proxy.model import Breathe
 from proxy.settings import Settings
@@ -207,6 +208,9 @@ def _ctl(argv: list[str]) -> int:
 
 
 def _control_socket(file: str | None) -> str:
+    """The environment goes before the file, as everywhere, and needs none: the file may be what is wrong."""
+    if named := os.environ.get(f"{PREFIX}CONTROL_SOCKET"):
+        return named
     flags = [f"--config-filename={file}"] if file is not None else []
     path = config.load(flags, os.environ, read_file, find=find_files).settings.control_socket
     if path is None:
