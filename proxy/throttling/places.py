@@ -48,7 +48,7 @@ class PlaceBook:
         self.wheel: Wheel[Throttle] = Wheel(MILLISECOND)
         self._shut = shut
         self._numbers = count()
-        self._freed: list[Throttle] = []  # where places are kept no longer
+        self._freed: list[Throttle] = []  # where something else than a place that came back may let somebody go on
 
     def admit(
         self,
@@ -71,6 +71,8 @@ class PlaceBook:
         ticket = Ticket(owner, weight, throttles, flows, rated)
         ticket.number = next(self._numbers)
         self._try(ticket, now)
+        if self._freed:
+            self._pump([], now)
         return ticket.places or ticket
 
     def swap(
@@ -97,9 +99,7 @@ class PlaceBook:
         self._leave(old)
         paced = [throttle for throttle in fresh if not throttle.connections]  # it is no new connection
         new = self._enter(Ticket(owner, weight, throttles, flows, rated), paced, now)
-        for throttle in old.throttles:
-            if throttle not in throttles:
-                self.pump(throttle, now)
+        self._pump([throttle for throttle in old.throttles[::-1] if throttle not in throttles], now)
         return new
 
     def release(self, places: Places, now: int) -> None:
@@ -140,7 +140,8 @@ class PlaceBook:
         ticket.waiting = False
 
     def pump(self, throttle: Throttle, now: int) -> None:
-        """Let in who can get in under `throttle` now."""
+        """Let in who can get in under `throttle` now, whose limits may have changed."""
+        self._filled(throttle)
         self._pump([throttle], now)
 
     def shut(self, flow: Flow, now: int) -> None:
@@ -157,11 +158,12 @@ class PlaceBook:
         for ticket in tickets:
             self._moved(ticket, -1)
             self._try(ticket, now)
+        self._pump([], now)
 
     # --- steps ---
 
     def _pump(self, throttles: list[Throttle], now: int) -> None:
-        """Let in who can get in under these, and where a place is no longer kept for somebody."""
+        """Let in who can get in under these, and where others may go on by it."""
         while throttles or self._freed:
             throttle = (throttles or self._freed).pop()
             while (line := throttle.line) is not None and not throttle.full():  # (full: nobody is looked for)
@@ -307,6 +309,12 @@ class PlaceBook:
                 self._freed.append(throttle)
                 self._drop_empty(throttle)
 
+    def _filled(self, throttle: Throttle) -> None:
+        """If `throttle` is full now, its claim cannot use what is kept for it elsewhere: others may (see `_full`)."""
+        claim = throttle.line.claim if throttle.line is not None else None
+        if claim is not None and throttle.full():
+            self._freed += [each for each in claim.throttles if each is not throttle]
+
     def _full(self, throttle: Throttle, now: int, ticket: Ticket | None, rated: bool) -> bool:
         """Whether `throttle` has no place or slot for `ticket`, or for those who stand in line (None)."""
         if throttle.shadow is not None:
@@ -348,6 +356,10 @@ class PlaceBook:
             if line is not None:
                 line.got_in(ticket)
                 line.rank(ticket.owner, throttle)
+                if line.claim is not None:
+                    self._filled(throttle)
+                if throttle.counts:
+                    self._freed.append(throttle)  # another may be first there now, who needs no slot
         for throttle in fresh:
             if not throttle.counts or not throttle.takes(ticket.rated):
                 continue
@@ -406,6 +418,7 @@ class PlaceBook:
                 blocker.gated.remove(ticket)
         elif blocker is not None and blocker.line is not None:
             blocker.line.remove(ticket, blocker)
+            self._freed.append(blocker)  # the next one there may need less
             self.crowded[blocker] = None
             self._drop_empty(blocker)
 

@@ -321,6 +321,33 @@ def test_what_comes_free_together_is_known_when_some_have_left(book: Book) -> No
     book.gets("y", address)
 
 
+# --- what happens elsewhere ---
+
+
+def test_what_is_kept_is_free_for_others_when_its_ticket_cannot_use_it_any_more(book: Book) -> None:
+    """The rule closes, and its places come with the address's: who waits for the address alone gets in at once."""
+    address, rule, third = throttle("address", 2), throttle("rule", 2), throttle("third")
+    leaving = book.gets("x", address)
+    for path in ((address, rule), (third,)):
+        book.gets("x", *path)
+    book.waits("z", address, rule, third)
+    book.release(leaving, 0)
+    other = book.waits("y", address)
+    rule.closed_until = 3600 * SECOND
+    book.pump(rule, 0)
+    assert book.admitted == [other]
+
+
+def test_who_needs_no_slot_gets_in_when_the_one_before_it_gives_up(book: Book) -> None:
+    fast = throttle("fast", 1, Limit(1, 30))
+    held = book.gets("x", fast)
+    first, second = book.waits("z", fast), book.ask("y", fast, rated=False)
+    book.release(held, 0)
+    assert not book.admitted
+    book.cancel(first, 0)
+    assert book.admitted == [second]
+
+
 # --- what is told ---
 
 
