@@ -222,6 +222,7 @@ def _check_config(load: Callable[[], config.Loaded], user: str | None) -> int:
     from gevent import get_hub
 
     from proxy.server import account, check_config
+    from proxy.server.findings import sentences
 
     get_hub()  # what it loads may be where that user cannot read
     user = account.check_as(user)
@@ -232,7 +233,7 @@ def _check_config(load: Callable[[], config.Loaded], user: str | None) -> int:
         _print(f"{error}{who}", sys.stderr)
         return EX_CONFIG
     findings = check_config.check(loaded)
-    for line in check_config.sentences(findings, loaded.origins):
+    for line in sentences(findings, loaded.origins):
         _print(line, sys.stderr)
     if any(finding.error for finding in findings):
         return EX_CONFIG

@@ -53,7 +53,7 @@ from proxy.policy.limits import Limits
 from proxy.policy.modes import Modes
 from proxy.policy.tls_rules import TlsRules
 from proxy.policy.trouble import Troubles
-from proxy.server import calendar, check_config, figures, process, systemd
+from proxy.server import calendar, check_config, figures, findings, process, systemd
 from proxy.server.certificates import Certificates
 from proxy.server.drain import drain
 from proxy.server.listener import ListenError
@@ -459,6 +459,6 @@ def _values(settings: Settings) -> list[object]:
 def _tell_doubts(loaded: Loaded, breathe: Breathe) -> None:
     """What `--check-config` would warn of."""
     doubts = check_config.doubts(loaded, breathe=breathe)
-    for line in check_config.sentences(doubts, loaded.origins, marked=False, breathe=breathe):
+    for line in findings.sentences(doubts, loaded.origins, marked=False, breathe=breathe):
         breathe()
         log.note(log.Event.CONFIG, log.WARNING, line)

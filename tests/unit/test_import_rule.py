@@ -54,6 +54,7 @@ PURE_FILES = {
         "egress.pool",
         "egress.resumption",
     ),
+    *("server.advice", "server.findings"),
     *("status.backoffs", "status.names", "status.rows", "status.spelled", "status.trouble", "status.view"),
 }
 #: What the library shares with the program of `throttling`; it must stay small, since MTAs carry it with them.

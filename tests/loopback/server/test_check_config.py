@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 
 from proxy.config import load
 from proxy.config.values import Kind
-from proxy.server import check_config
+from proxy.server import check_config, findings
 
 BASE = "listen_socks5 127.0.0.1:0\nallow_from 127.0.0.1\nauth_shared_secret 0123456789abcdef0123456789abcdef\n"
 
@@ -29,8 +29,8 @@ def look(tmp_path, text, environ=None, **more):
             return file.read()
 
     loaded = load.load(argv, environ or {}, read_file)
-    findings = check_config.check(loaded, **more)
-    lines = [line.replace(str(path), "F") for line in check_config.sentences(findings, loaded.origins)]
+    found = check_config.check(loaded, **more)
+    lines = [line.replace(str(path), "F") for line in findings.sentences(found, loaded.origins)]
     return [line for line in lines if "warning: " not in line], [line for line in lines if "warning: " in line]
 
 
@@ -278,7 +278,7 @@ def test_the_first_two_hundred_and_how_many_more(tmp_path):
     listed = ", ".join(f"198.51.{n >> 8}.{n & 255}" for n in range(1000))
     errors, warnings = look(tmp_path, f"source_ip {listed}\ndefault_source_ip 198.51.0.7\n")
     assert errors == ["and 801 more warnings"]
-    assert len(warnings) == check_config.MOST_TOLD
+    assert len(warnings) == findings.MOST_TOLD
 
 
 def test_the_work_grows_with_the_number_of_findings_and_not_with_its_square(tmp_path, monkeypatch):
