@@ -38,7 +38,8 @@ from proxy.stats import Snapshot
 from proxy.status import host, looks, metrics
 from proxy.status import page as status_page
 from proxy.status.rows import Connections, ListenerRow, Program, Status
-from proxy.status.view import Meter, Sources, overview, survey
+from proxy.status.throttles import Meter
+from proxy.status.view import Sources, overview, survey
 
 #: Says nothing that anybody might not know, and is asked by load balancers under any name.
 _HEALTH = "/healthz"

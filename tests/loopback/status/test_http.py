@@ -24,7 +24,7 @@ from proxy.stats import Counters, Snapshot
 from proxy.status import host as status_host
 from proxy.status import http
 from proxy.status.http import House, InForce, StatusDoor
-from proxy.status.view import STEP
+from proxy.status.throttles import STEP
 from proxy.throttling.limits import Part
 from proxy.throttling.manager import Manager
 from proxy.throttling.throttle import SECOND, Key, Limit

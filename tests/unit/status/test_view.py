@@ -32,18 +32,8 @@ from proxy.status.spelled import (
     throttle_state,
     trouble_text,
 )
-from proxy.status.view import (
-    MOST_INSTANCES,
-    MOST_KEYS,
-    MOST_PEERS,
-    MOST_SESSIONS,
-    SAMPLE,
-    STEP,
-    Meter,
-    Sources,
-    overview,
-    survey,
-)
+from proxy.status.throttles import MOST_INSTANCES, SAMPLE, STEP, Meter
+from proxy.status.view import MOST_KEYS, MOST_PEERS, MOST_SESSIONS, Sources, overview, survey
 from proxy.throttling.flows import Places, Ticket
 from proxy.throttling.limits import BackoffRule, Mode, Part
 from proxy.throttling.manager import Manager
