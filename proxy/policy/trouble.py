@@ -129,7 +129,7 @@ class Troubles:
     Attributes:
         receivers, sources: their records.
         gone: source addresses that were on this machine and are no more → since when.
-        refused: by the error's code, a closed vocabulary.
+        refused: by the error's code, a closed vocabulary; accepts that failed among them.
     """
 
     def __init__(self, most: int = MOST) -> None:
@@ -198,13 +198,20 @@ class Troubles:
 
     def refuse(self, error: ProxyError, now: float) -> None:
         """A request was refused."""
-        refusals = self.refused.get(error.code)
+        self._note(error.code, str(error), now)
+
+    def accept_failed(self, why: str, now: float) -> None:
+        """A listener could not accept; told among what was refused."""
+        self._note("accept_errors", why, now)
+
+    def _note(self, code: str, why: str, now: float) -> None:
+        refusals = self.refused.get(code)
         if refusals is None:
-            refusals = self.refused[error.code] = Refusals()
+            refusals = self.refused[code] = Refusals()
         if now - refusals.last_at >= LATELY:
             refusals.since = now
         refusals.recent.add(now)
-        refusals.last, refusals.last_at = str(error), now
+        refusals.last, refusals.last_at = why, now
 
     def source_gone(self, host: str, now: float) -> None:
         """It is not on this machine any more."""

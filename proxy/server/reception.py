@@ -113,10 +113,11 @@ class Reception:
     def accept_failed(self, listener: Listener, error: OSError) -> None:
         """An accept error that made a listener back off."""
         services, now = self._services(), monotonic()
+        text = os.strerror(error.errno or 0)
         services.counters.accept_errors += 1
+        services.troubles.accept_failed(text, now)
         services.keeper.shed(_SHED_WHEN_SHORT)
         if now < self._next_accept_line:  # with one descriptor free now and then, every second accept fails
             return
         self._next_accept_line = now + _ACCEPT_LINE_EVERY
-        text = os.strerror(error.errno or 0)
         log.note(log.Event.ACCEPT, log.ERROR, f"accept on {listener.door.endpoint}: {text}; trying again soon")

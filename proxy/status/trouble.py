@@ -29,6 +29,7 @@ _NEARLY_FULL = 0.9
 
 #: Refusals that somebody must act upon, by code; what happens by itself (draining, throttled) is none.
 _REFUSALS = {
+    "accept_errors": "listeners cannot accept, for descriptors (LimitNOFILE) or memory have run out",
     "bad_credentials": "clients give a wrong secret or an unknown instance",
     "client_not_allowed": "clients are not in allow_from",
     "source_not_allowed": "clients ask for a source address that is not in source_ip",
@@ -127,7 +128,7 @@ def _refusals(troubles: Troubles, now: float) -> Iterator[TroubleRow]:
         if refusals is None or now - refusals.last_at > LATELY:
             continue
         recent = refusals.recent.total(now)
-        if recent >= _MANY_REFUSALS:
+        if recent >= (1 if code == "accept_errors" else _MANY_REFUSALS):
             yield TroubleRow(code, f"{text}; the last: {refusals.last}", recent, now - refusals.since)
 
 

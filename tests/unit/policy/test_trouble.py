@@ -148,3 +148,10 @@ def test_a_fresh_refusal_begins_its_row() -> None:
     troubles.refuse(BadCredentials("no"), 3.0)
     (refusals,) = troubles.refused.values()
     assert (refusals.since, refusals.last_at, refusals.recent.total(3.0)) == (3.0, 3.0, 1)
+
+
+def test_accepts_that_fail_are_told_among_what_is_refused() -> None:
+    troubles = Troubles()
+    troubles.accept_failed("Too many open files", 3.0)
+    refusals = troubles.refused["accept_errors"]
+    assert (refusals.last, refusals.since, refusals.recent.total(3.0)) == ("Too many open files", 3.0, 1)
