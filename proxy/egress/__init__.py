@@ -3,8 +3,8 @@
 Which door a client came through, and what it speaks, is not known here; whoever has a request in the program's
 vocabulary is served the same.
 
-Read `upstream` (a socket), `receiver` (greeting, EHLO, TLS on it), `pool` (pure: which idle connection fits) and
-`keeper` (its doing side), then `admission` (who waits for a place or a slot, and the throttles' clock).
+Read `upstream` (a socket), `bring_up` (greeting, EHLO, TLS on it: a `receiver`), `pool` (pure: which idle connection
+fits) and `keeper` (its doing side), then `admission` (who waits for a place or a slot, and the throttles' clock).
 `look_ups` asks DNS what the domains of blocks mean, `tlsa` for TLSA records, and `demands` joins what a client and the
 operator's `tls` blocks want of TLS.
 """

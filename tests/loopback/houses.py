@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import gevent
 
 from proxy.egress.admission import Admission, clock_ns
+from proxy.egress.bring_up import open_receiver
 from proxy.egress.keeper import Keeper
 from proxy.egress.pool import PoolKey
-from proxy.egress.receiver import Limits, Wish, open_receiver
+from proxy.egress.receiver import Limits, Wish
 from proxy.model import Endpoint, TlsMode
 from proxy.net.crew import Crew
 from proxy.net.relay import make_engine

@@ -14,8 +14,9 @@ from typing import NamedTuple
 from proxy.doors.native.entrance import Guest
 from proxy.doors.native.receiver_names import host_name, names_of
 from proxy.egress import upstream
+from proxy.egress.bring_up import open_receiver
 from proxy.egress.pool import PoolKey
-from proxy.egress.receiver import InClear, Limits, Receiver, StaleSession, Wish, may_do_without, open_receiver
+from proxy.egress.receiver import InClear, Limits, Receiver, StaleSession, Wish, may_do_without
 from proxy.errors import BadCiphers, Overloaded, Step, UnknownPath, UpstreamError
 from proxy.model import UNNAMED, Endpoint, TlsMode
 from proxy.net.contexts import Profile, client_context

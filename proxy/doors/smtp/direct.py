@@ -12,19 +12,9 @@ from typing import NamedTuple
 
 from proxy.doors.smtp.egress import Line, Preview, TlsAtOnce
 from proxy.egress import upstream
+from proxy.egress.bring_up import BringUp, connect_receiver, open_receiver
 from proxy.egress.pool import PoolKey
-from proxy.egress.receiver import (
-    BringUp,
-    InClear,
-    Limits,
-    Receiver,
-    StaleSession,
-    Wish,
-    connect_receiver,
-    may_do_without,
-    may_try_again,
-    open_receiver,
-)
+from proxy.egress.receiver import InClear, Limits, Receiver, StaleSession, Wish, may_do_without, may_try_again
 from proxy.errors import Overloaded, Throttled, UpstreamError
 from proxy.log import lines as log
 from proxy.model import Discard, Endpoint, TlsMode

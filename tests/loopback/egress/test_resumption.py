@@ -8,7 +8,8 @@ from time import monotonic
 
 import pytest
 
-from proxy.egress.receiver import Limits, Receiver, Wish, open_receiver
+from proxy.egress.bring_up import open_receiver
+from proxy.egress.receiver import Limits, Receiver, Wish
 from proxy.egress.resumption import Sessions
 from proxy.errors import UpstreamError
 from proxy.model import Endpoint, TlsMode

@@ -12,7 +12,7 @@ import pytest
 from proxy.config import load
 from proxy.doors.native import open as room
 from proxy.doors.native.open import Opener
-from proxy.egress import receiver as receiver_room
+from proxy.egress import bring_up
 from proxy.errors import BadServerName, SourceNotAllowed, Step, Throttled, UpstreamError
 from proxy.model import Endpoint, TlsMode
 from proxy.protocols.native import messages as m
@@ -139,10 +139,10 @@ def test_silent_receivers_leave_time_for_the_last(house):
 
 def test_a_late_greeting_is_heard_although_there_are_many_others(house, monkeypatch):
     """Its even part of the time is 125 ms: it gets the half."""
-    real = receiver_room.Timeout.start_new
+    real = bring_up.Timeout.start_new
     timers = []
     monkeypatch.setattr(
-        receiver_room.Timeout, "start_new", lambda seconds, *rest: timers.append(seconds) or real(seconds, *rest)
+        bring_up.Timeout, "start_new", lambda seconds, *rest: timers.append(seconds) or real(seconds, *rest)
     )
     with contextlib.ExitStack() as stack:
         receivers = [stack.enter_context(Mx()) for _ in range(8)]
@@ -197,7 +197,7 @@ BLOCK = "throttle narrow {\n    max_concurrent_connections 1\n    wait 5s\n}\n"
 )
 def test_the_connection_in_clear_takes_its_own_turn(make, monkeypatch, script, step):
     """What hangs is no other: it is given up in time. The first connection's place is free by then."""
-    monkeypatch.setattr(receiver_room, "_HANDSHAKE_SECONDS", 0.3)
+    monkeypatch.setattr(bring_up, "_HANDSHAKE_SECONDS", 0.3)
     house = make(BLOCK)
     with Mx(script, starttls=True) as mx:
         taken = house.open(mx.endpoint, **OPPORTUNISTIC)
