@@ -33,12 +33,14 @@ class Texts:
     """What all files say, in order.
 
     Attributes:
-        files: their names. unreadable: mistakes about those that have no text; mistakes: all others.
+        files: their names. unmatched: patterns that stand for no file.
+        unreadable: mistakes about those that have no text; mistakes: all others.
     """
 
     directives: list[Piece] = field(default_factory=list)
     blocks: list[tuple[str, config_file.Block]] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    unmatched: list[Given] = field(default_factory=list)
     unreadable: list[ConfigError] = field(default_factory=list)
     mistakes: list[ConfigError] = field(default_factory=list)
 
@@ -99,7 +101,10 @@ class _Assembly:
             return
         for value in directive.values:
             path = beside(value, including)
-            for name in self._find(path) if any(mark in value for mark in "*?[") else (path,):
+            found = self._find(path) if any(mark in value for mark in "*?[") else (path,)
+            if not found:
+                self.texts.unmatched.append(Given(value, including, line))
+            for name in found:
                 problem = self._problem(name, chain)
                 if problem:
                     where = f"{INCLUDE}: {shown_path(name)}: {problem}"

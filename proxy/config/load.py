@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from proxy.config import rules
 from proxy.config.hints import did_you_mean, shown
 from proxy.config.in_force import Block, Row, in_force
-from proxy.config.includes import Find, Texts
+from proxy.config.includes import INCLUDE, Find, Texts
 from proxy.config.layers import (
     BY_NAME,
     MOST_MISTAKES,
@@ -51,7 +51,7 @@ class Loaded(NamedTuple):
 
     Args:
         origins: where its values stand.
-        doubts: what was given and has no effect, one sentence each.
+        doubts: what was given and has no effect, one sentence each. unmatched: patterns of `include` without any file.
         files: the configuration file and those that it includes, in the order in which they were read.
         in_force: what was written, for who asks the running program.
     """
@@ -61,6 +61,7 @@ class Loaded(NamedTuple):
     doubts: tuple[str, ...]
     files: tuple[str, ...] = ()
     in_force: tuple[Row, ...] = ()
+    unmatched: tuple[str, ...] = ()
 
 
 def load(
@@ -92,7 +93,7 @@ def load(
         raise ConfigError(_nothing(file.name), file.name)
     loader = _Loader(file.mistakes, read_file, breathe)
     settings, origins = loader.settings(given, file)
-    names = tuple(file.texts.files)
+    names, unmatched = tuple(file.texts.files), tuple(each.text for each in file.texts.unmatched)
     blocks = file.texts.blocks
     file.texts = Texts()  # argparse's objects hold each other, and this, until the garbage collector finds them
     let_go(blocks, breathe)
@@ -100,7 +101,7 @@ def load(
     doubts = tuple(f"{name} is not a variable of ours{hint}" for name, hint in unknown_variables(environ))
     rows = in_force(given, loader.blocks, breathe)
     let_go(loader.blocks, breathe)
-    return Loaded(settings, origins, doubts, names, rows)
+    return Loaded(settings, origins, doubts, names, rows, unmatched)
 
 
 def _nothing(file: str) -> str:
@@ -148,7 +149,7 @@ class _Loader:
         values["listen_proxy_protocol_allow_from"] = values["listen_proxy_protocol_allow_from"] or values["allow_from"]
         values |= self._blocks(file)
         settings = Settings(config_filename=file.name or None, **values)
-        written: dict[str, list[Given]] = dict(given)
+        written: dict[str, list[Given]] = dict(given) | {INCLUDE: file.texts.unmatched}
         if of_files:
             written["auth_shared_secret"] = [*given.get("auth_shared_secret", ()), *of_files]
         for where, (kind, name, _, line) in file.texts.blocks:

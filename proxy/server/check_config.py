@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 
+from proxy.config.includes import INCLUDE
 from proxy.config.load import Loaded
 from proxy.config.rules import listeners
 from proxy.model import Breathe, Endpoint, hold_breath
@@ -38,6 +39,8 @@ _NOT_HERE = "is not an address of this machine"
 _NOT_OURS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _WILDCARDS = ("0.0.0.0", "::")
 
+_RELATIVE = ", beside the file that includes it"
+
 
 def check(loaded: Loaded, now: datetime | None = None) -> list[Finding]:
     """Everything there is to say; `now` is the wall clock."""
@@ -56,6 +59,7 @@ def doubts(loaded: Loaded, now: datetime | None = None, breathe: Breathe = hold_
     findings: list[Finding] = []
     for found in (
         (Finding(False, ENVIRONMENT, None, doubt) for doubt in loaded.doubts),
+        (Finding(False, INCLUDE, each, f"{each}: no file is called so{_RELATIVE}") for each in loaded.unmatched),
         _leaves(settings, now or datetime.now(UTC), breathe),
         _absent(settings, breathe),
         _sources(settings, breathe),

@@ -1,6 +1,7 @@
 """`--check-config`: what the machine says of well-formed settings."""
 
 import datetime
+import glob
 import os
 import resource
 import socket
@@ -28,7 +29,7 @@ def look(tmp_path, text, environ=None, **more):
         with open(name, encoding="utf-8") as file:
             return file.read()
 
-    loaded = load.load(argv, environ or {}, read_file)
+    loaded = load.load(argv, environ or {}, read_file, find=glob.glob)
     found = check_config.check(loaded, **more)
     lines = [line.replace(str(path), "F") for line in findings.sentences(found, loaded.origins)]
     return [line for line in lines if "warning: " not in line], [line for line in lines if "warning: " in line]
@@ -99,6 +100,13 @@ def test_a_variable_that_does_nothing(tmp_path):
     assert warning == (
         "warning: environment: GREENARROW_PROXY_LISTN is not a variable of ours; did you mean GREENARROW_PROXY_LISTEN?"
     )
+
+
+def test_a_pattern_that_no_file_fits(tmp_path):
+    (tmp_path / "one.conf").write_text("")
+    _, (warning,) = look(tmp_path, "include *.conf.d\ninclude o*.conf\n")
+    assert warning.endswith("warning: include: *.conf.d: no file is called so, beside the file that includes it")
+    assert warning.startswith("F:")
 
 
 def test_a_busy_port_is_left_alone(tmp_path):
