@@ -1,7 +1,7 @@
 """The throttle manager's doing: its clock, its one timer, and those who wait for a place or for a message's slot.
 
 `manager` decides and never waits. Here a request for a connection waits in its greenlet until its ticket is admitted or
-its time is up; one for a message in its greenlet (`message`) or without any (`ask_message`). After each call what
+its time is up; one for a message in its greenlet (`message`) or without any (`ask_slot`). After each call what
 follows from it is carried out: tickets are woken, sessions are given what they are to send, notices are logged, and the
 timer is set. Many whose time is up together are told in turns. With no throttle configured or named, a connection costs
 one look.
@@ -232,7 +232,7 @@ class Admission:
         waits: Callable[[], object] = lambda: None,
         names: Names = UNNAMED,
     ) -> MessageTicket | None:
-        """Wait for `ask_message` in the running greenlet.
+        """Wait for `ask_slot` in the running greenlet.
 
         Args:
             waits: called when the slot is not there at once; must not wait.
@@ -275,35 +275,6 @@ class Admission:
         """
         return ticket is None or self.manager.put_off(ticket, clock_ns())
 
-    def ask_message(
-        self,
-        owner: str,
-        weight: float,
-        source: str,
-        destination: str,
-        flows: tuple[Flow, ...],
-        seconds: float,
-        answer: Answer,
-        names: Names = UNNAMED,
-    ) -> MessageTicket | None:
-        """Ask for the slot of one message that the proxy is to pass on, in fair order with all instances' demand.
-
-        Args:
-            owner: instance name, else the client's address; one that has a session shares its turns with it.
-            weight: as the operator has set it.
-            source, destination, names: canonical addresses, and what the client says: the proxy's own throttles that
-                match them apply; none without a source.
-            flows: a session's paths, whose throttles apply, too.
-            seconds: the longest to wait; the proxy's own throttles may say less.
-            answer: see `Answer`. Not called if None is returned here, nor after `cancel_message`.
-
-        Returns:
-            None: the slot is there, or nothing limits it: pass the message on now. Else a ticket for `cancel_message`.
-            The refusal names the throttle (`throttle`) and says when to come back (`retry_after`, seconds).
-        """
-        ticket = self.ask_slot(owner, weight, source, destination, flows, seconds, answer, names)
-        return ticket if ticket in self._answers else None
-
     def ask_slot(
         self,
         owner: str,
@@ -315,7 +286,22 @@ class Admission:
         answer: Answer,
         names: Names,
     ) -> MessageTicket | None:
-        """As `ask_message`, but None says that nothing limits it: a ticket may be `granted`, and is for `put_off`."""
+        """Ask for the slot of one message that the proxy is to pass on, in fair order with all instances' demand.
+
+        Args:
+            owner: instance name, else the client's address; one that has a session shares its turns with it.
+            weight: as the operator has set it.
+            source, destination, names: canonical addresses, and what the client says: the proxy's own throttles that
+                match them apply; none without a source.
+            flows: a session's paths, whose throttles apply, too.
+            seconds: the longest to wait; the proxy's own throttles may say less.
+            answer: see `Answer`. Not called if the slot is there at once, nor after `cancel_message`.
+
+        Returns:
+            None: nothing limits it. Else a ticket for `cancel_message` and `put_off`; if it is `granted`, the slot is
+            there: pass the message on now. The refusal names the throttle (`throttle`) and says when to come back
+            (`retry_after`, seconds).
+        """
         manager = self.manager
         if not flows and not manager.blocks:
             return None

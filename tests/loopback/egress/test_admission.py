@@ -10,6 +10,7 @@ import pytest
 
 from proxy.egress.admission import Admission, Client, clock_ns
 from proxy.errors import Throttled
+from proxy.model import UNNAMED
 from proxy.policy.limits import Limits
 from proxy.settings import BackoffSettings
 from proxy.throttling.flows import Places, Throttle
@@ -213,7 +214,8 @@ class Messages(Office):
 
     def order(self, owner, seconds=20.0):
         answer = lambda refusal: self.answers.append((owner, refusal))  # noqa: E731
-        return self.ask_message(owner, 1.0, SOURCE, DESTINATION, (), seconds, answer)
+        ticket = self.ask_slot(owner, 1.0, SOURCE, DESTINATION, (), seconds, answer, UNNAMED)
+        return ticket if ticket in self._answers else None
 
     def send(self, owner, seconds=20.0):
         self.message(owner, 1.0, SOURCE, DESTINATION, (), seconds)
