@@ -25,7 +25,7 @@ class Routine:
 
     Args:
         services: those of the moment. snapshot: the figures of the moment.
-        turn_day: tell whoever counts by days which one it is.
+        turn_day: tell whoever counts by days which one it is. tick: some times a minute.
     """
 
     def __init__(
@@ -33,11 +33,13 @@ class Routine:
         services: Callable[[], Services],
         snapshot: Callable[[], Snapshot],
         turn_day: Callable[[], None],
+        tick: Callable[[], None],
         notifier: systemd.Notifier,
     ) -> None:
         self._services = services
         self._snapshot = snapshot
         self._turn_day = turn_day
+        self._tick = tick
         self._notifier = notifier
 
     def begin(self) -> None:
@@ -68,6 +70,7 @@ class Routine:
             gevent.sleep(min(shortest / _SWEEPS_AN_IDLE_TIMEOUT, _LONGEST_SWEEP_PERIOD))
             services = self._services()
             self._turn_day()
+            self._tick()
             for _ in services.engine.sweep(monotonic()):
                 rest()
             for channel in list(services.instances.channels):

@@ -136,7 +136,9 @@ class Server:
         self._settled = Event()  # no reload is going on
         self._settled.set()
         self._notifier = systemd.Notifier(os.environ, os.getpid())
-        self._routine = Routine(lambda: self.services, self.snapshot, self._turn_day, self._notifier)
+        self._routine = Routine(
+            lambda: self.services, self.snapshot, self._turn_day, lambda: self._status.tick(), self._notifier
+        )
         stop = self._stop_soon
         self._signals = Signals(
             at_once={signal.SIGTERM: stop, signal.SIGINT: stop},

@@ -34,11 +34,13 @@ from proxy.net.turns import rest
 from proxy.policy.directory import Book
 from proxy.protocols.recognise import wrong_door
 from proxy.services import Door, Newcomers, Services, numbers
+from proxy.spans import SPANS
 from proxy.stats import Snapshot
 from proxy.status import host, looks, metrics
 from proxy.status import page as status_page
 from proxy.status.rows import Connections, ListenerRow, Program, Status
 from proxy.status.throttles import Meter
+from proxy.status.timeline import Timeline
 from proxy.status.view import Sources, overview, survey
 
 #: Says nothing that anybody might not know, and is asked by load balancers under any name.
@@ -135,6 +137,7 @@ class StatusDoor:
         self._started = monotonic()
         self._open = Newcomers(_MOST_CONNECTIONS)
         self._meter = Meter()
+        self._timeline = Timeline(self._started, SPANS.turn.bounds)
         self._building = RLock()
         self._view: tuple[float, Status] | None = None
         self._shown: dict[Form, tuple[Status, Answer]] = {}
@@ -281,6 +284,7 @@ class StatusDoor:
             if self._view is None or monotonic() - self._view[0] >= _FRESH:
                 sources, now = self._sources()
                 self._view = monotonic(), self._look(survey(sources, self._meter, now, clock_ns()))
+                self._view[1].minutes = list(self._timeline.rows)
             return self._view[1]
 
     def _search(self, view: Status, wanted: str) -> Status:
@@ -288,7 +292,17 @@ class StatusDoor:
         if not view.throttles_left_out:
             return view
         sources, now = self._sources()
-        return self._look(survey(sources, self._meter, now, clock_ns(), wanted=wanted))
+        found = self._look(survey(sources, self._meter, now, clock_ns(), wanted=wanted))
+        found.minutes = view.minutes
+        return found
+
+    def tick(self) -> None:
+        """To be called several times a minute, whether anybody looks or not."""
+        self._timeline.look(monotonic(), *self._totals())
+
+    def _totals(self) -> tuple[int, int, list[int]]:
+        counters = self._house.services().counters
+        return sum(counters.ended.values()), sum(counters.failed.values()), SPANS.turn.counts
 
     def changed(self) -> None:
         """Somebody has steered: the next look is a new one."""

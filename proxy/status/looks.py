@@ -36,6 +36,9 @@ tr.i>*{border-bottom-style:dotted}tr.i th{padding-left:1rem}
 .ok{color:light-dark(#116329,#56d364)}ul{margin:.3rem 0;padding-left:1.2rem;overflow-wrap:anywhere}
 dl{display:flex;flex-wrap:wrap;gap:.3rem 1.6rem;margin:.6rem 0}dl div{display:flex;gap:.4rem}
 dd{margin:0;font-weight:600;font-variant-numeric:tabular-nums}
+.h{display:flex;flex-wrap:wrap;gap:.6rem 2rem}figure{margin:0;width:20rem;max-width:100%}figcaption{color:var(--soft)}
+svg{display:block;width:100%;border-bottom:1px solid var(--line)}
+polyline{fill:none;stroke:light-dark(#0b57d0,#8ab4f8);stroke-width:1.5}
 @media(max-width:40rem){body{padding:.7rem}th,td{padding:.22rem .4rem}caption{white-space:normal}
   tbody th{min-width:8.6rem;max-width:9rem;white-space:normal;overflow-wrap:anywhere}
   caption{max-width:calc(100vw - 1.4rem)}.l{max-width:18rem}}

@@ -17,6 +17,7 @@ from proxy.status.rows import (
     BlockRow,
     CachedRow,
     InstanceRow,
+    MinuteRow,
     PeerRow,
     SessionRow,
     SourceRow,
@@ -64,6 +65,7 @@ def pieces(view: Status, wanted: str = "") -> Iterator[str]:
     yield _top(view, wanted)
     yield _trouble(view)
     yield _overview(view)
+    yield _last_hour(view.minutes)
     small = wanted.casefold()
     yield from section(_throttles(view, small), MOST_THROTTLE_ROWS, small)
     for table in (_backoffs, _names, _receivers, _sources, _sessions, _pool_keys, _listeners, _counters):
@@ -122,6 +124,38 @@ def _overview(view: Status) -> str:
         ("to receivers", f"{connections.active} active, {connections.cached} cached"),
         ("throttles in use", f"{view.manager.throttles} of {view.manager.known} known"),
         ("messages without a permit", view.manager.without_permit),
+    )
+
+
+# --- the last hour ---
+
+#: Of one line, in units of its picture.
+_STEP, _HEIGHT = 3, 30
+
+
+def _last_hour(minutes: list[MinuteRow]) -> str:
+    if not minutes:
+        return ""
+    lines = (
+        _line("connections ended, a second", [row.ended for row in minutes], "{:.1f}"),
+        _line("connections failed, a second", [row.failed for row in minutes], "{:.1f}"),
+        _line("longest turn, seconds", [row.turn for row in minutes], "{:.3g}"),
+    )
+    return f'<h2>The last hour</h2><div class="h">{"".join(lines)}</div>'
+
+
+def _line(title: str, values: list[float], form: str) -> str:
+    """One figure by minutes, the latest on the right; in words what it is now and at most."""
+    most = max(values)
+    scale = _HEIGHT / most if most else 0.0
+    left = _STEP * (60 - len(values))
+    points = " ".join(
+        f"{left + _STEP * at},{_HEIGHT + 1 - value * scale:.1f}" for at, value in enumerate([*values, values[-1]])
+    )
+    said = f"{title}: {form.format(values[-1])}, at most {form.format(most)}"
+    return (
+        f'<figure><svg viewBox="0 0 {_STEP * 60} {_HEIGHT + 2}" role="img" aria-label="{said}">'
+        f'<polyline points="{points}"/></svg><figcaption>{said}</figcaption></figure>'
     )
 
 

@@ -358,6 +358,15 @@ class ConfigRow(Struct):
     place: str
 
 
+class MinuteRow(Struct):
+    """One minute of the last hour. `ended`, `failed`: connections to receivers, a second; `turn`: so long was the
+    longest turn of the program at most, seconds, by the classes of its histogram in the metrics; 5: or longer."""
+
+    ended: float
+    failed: float
+    turn: float
+
+
 class Overview(Struct):
     """All but the single throttles. `generated_at`: UTC, RFC 3339; `trouble`: the worst first; `source_names`: of the
     addresses in `counters` and `sources` that have one."""
@@ -383,7 +392,8 @@ class Overview(Struct):
 
 
 class Status(Overview, kw_only=True):
-    """The whole view; those throttles come first that somebody waits for, then the busiest."""
+    """The whole view; those throttles come first that somebody waits for, then the busiest. `minutes`: of the last
+    hour, the latest last."""
 
     throttles: list[ThrottleRow]
     throttles_left_out: int
@@ -391,3 +401,4 @@ class Status(Overview, kw_only=True):
     blocks_left_out: int = 0
     backoffs: list[BackoffRow] = []
     backoffs_left_out: int = 0
+    minutes: list[MinuteRow] = []

@@ -11,10 +11,13 @@ import re
 import threading
 import time
 
+import msgspec
 import pytest
 
 from greenarrow_proxy_client import Session
 from greenarrow_proxy_client.throttle import Limits
+from proxy.status.page import pieces
+from proxy.status.rows import MinuteRow, Status
 from tests.browser import Browser
 from tests.clients import Refused, socks5
 from tests.mx import Mx, close, say
@@ -122,6 +125,23 @@ def test_axe_has_nothing_to_say(proxy, browser, width, dark, tmp_path):
     browser.look(3000, dark)
     found = browser.run("axe.run({runOnly: ['color-contrast']})")
     assert [node["html"] for rule in found["violations"] + found["incomplete"] for node in rule["nodes"]] == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_last_hour_too(proxy, browser, width, tmp_path):
+    """Of a program that has run so long, as a file."""
+    if not AXE.exists():
+        missing("axe-core is not there: run tests/fetch_node_peers.sh")
+    shown = msgspec.json.decode(get(proxy, "/status.json")[1], type=Status)
+    shown.minutes = [MinuteRow(minute % 7 + 1.5, minute % 5 / 10, 0.002) for minute in range(60)]
+    (tmp_path / "page.html").write_text("".join(pieces(shown)))
+    browser.look(width, dark=True)
+    browser.open(f"file://{tmp_path}/page.html")
+    browser.picture(tmp_path / f"hour-{width}.png")
+    assert browser.run("[...document.querySelectorAll('svg')].every(svg => svg.getBoundingClientRect().height > 20)")
+    assert browser.run("document.documentElement.scrollWidth") == width
+    browser.run(AXE.read_text() + ";0")
+    assert [rule["id"] for rule in browser.run("axe.run()")["violations"]] == []
 
 
 def test_a_telephone_shows_what_matters_without_scrolling_sideways(proxy, browser):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import socket as stdlib
 from datetime import UTC, datetime
+from time import monotonic
 from types import SimpleNamespace
 
 import gevent
@@ -298,3 +299,15 @@ def test_a_health_check_does_not_wait_for_a_view(room):
     assert room.ask(GET % b"/healthz").endswith(b"ok\n")
     assert not slow.ready()
     slow.join()
+
+
+def test_the_last_hour_is_kept_while_nobody_looks(room, monkeypatch):
+    began = monotonic()
+    room.counters.ended.count("client_closed", 5)
+    for minute in (1, 2):
+        monkeypatch.setattr(http, "monotonic", lambda now=began + 61.0 * minute: now)
+        room.room.tick()
+        room.counters.failed.count("connect", 61)
+    ended, failed = ([getattr(row, name) for row in room.room.view().minutes] for name in ("ended", "failed"))
+    assert [round(value * 61) for value in ended] == [5, 0]
+    assert [round(value) for value in failed] == [0, 1]

@@ -13,6 +13,7 @@ from proxy.status.rows import (
     InstanceRow,
     ListenerRow,
     ManagerRow,
+    MinuteRow,
     PeerRow,
     PoolView,
     Program,
@@ -46,6 +47,9 @@ class Shape(HTMLParser):
             self.rows.setdefault(self.title, []).append([])
         if tag in ("td", "th") and "tbody" in self.open:
             self.rows[self.title][-1].append("")
+
+    def handle_startendtag(self, tag, attributes):
+        pass
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -160,3 +164,14 @@ def test_each_table_has_a_caption_a_head_for_every_column_and_row_and_can_be_scr
     assert "<th>" not in page
     for row in re.findall(r"<tr[^>]*>(.*?)</tr>", page.split("<tbody>", 1)[1]):
         assert row.startswith(('<th scope="row">', '<th scope="col"'))
+
+
+def test_the_last_hour_is_drawn_and_told():
+    assert "The last hour" not in "".join(pieces(status()))
+    view = status(minutes=[MinuteRow(0.0, 0.0, 0.0), MinuteRow(4.0, 0.0, 0.002), MinuteRow(2.0, 0.0, 0.002)])
+    page = "".join(pieces(view))
+    Shape(page)
+    ended, failed, turn = re.findall(r'aria-label="([^"]*)"><polyline points="([^"]*)"/>', page)
+    assert ended == ("connections ended, a second: 2.0, at most 4.0", "171,31.0 174,1.0 177,16.0 180,16.0")
+    assert failed == ("connections failed, a second: 0.0, at most 0.0", "171,31.0 174,31.0 177,31.0 180,31.0")
+    assert turn[0] == "longest turn, seconds: 0.002, at most 0.002"
