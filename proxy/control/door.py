@@ -14,6 +14,7 @@ import os
 import socket as plain
 import struct
 from collections.abc import Iterator
+from time import monotonic
 from typing import NamedTuple
 
 import gevent
@@ -26,11 +27,14 @@ from proxy.control.house import House
 from proxy.control.looks import look, traced
 from proxy.errors import ConfigError, Mistake
 from proxy.log import lines as log
+from proxy.stats import Limiter
 
-#: Connections at a time; who is one too many is closed.
+#: Connections at a time of those who may change something, and of the others; who is one too many is closed.
 _MOST = 16
 #: A connection that asks nothing for so long is closed; seconds.
 _IDLE = 600.0
+#: One that does not take its answer within so many seconds is closed, too.
+_TAKEN_WITHIN = 60.0
 _CREDENTIALS = struct.Struct("3i")
 _SO_PEERGROUPS = 59
 _MOST_GROUPS = 4096
@@ -41,10 +45,22 @@ class Caller(NamedTuple):
 
     pid: int
     uid: int
-    may_change: bool
+    groups: frozenset[int]
 
 
-def listen(path: str, mode: str, group: str | None) -> socket.socket:
+def gid_of(path: str, group: str | None) -> int | None:
+    """The number of a group.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    try:
+        return None if group is None else grp.getgrnam(group).gr_gid
+    except (KeyError, OSError):
+        raise ConfigError(f"control_socket {path}: there is no group {group}") from None
+
+
+def listen(path: str, mode: str, gid: int | None) -> socket.socket:
     """The listening socket; an old one that nobody listens on any more is replaced.
 
     Raises:
@@ -56,16 +72,19 @@ def listen(path: str, mode: str, group: str | None) -> socket.socket:
         if not path.startswith("@"):
             _remove_dead(path)
         sock.bind(address)
-        if not path.startswith("@"):
-            os.chmod(path, int(mode, 8))  # before anybody can be let in
-            if group is not None:
-                os.chown(path, -1, grp.getgrnam(group).gr_gid)
+        _give_rights(path, mode, gid)  # before anybody can be let in
         sock.listen(_MOST)
-    except (OSError, KeyError) as error:
+    except OSError as error:
         sock.close()
-        why = os.strerror(error.errno or 0) if isinstance(error, OSError) else f"there is no group {group}"
-        raise ConfigError(f"control_socket {path}: {why}") from None
+        raise ConfigError(f"control_socket {path}: {os.strerror(error.errno or 0)}") from None
     return sock
+
+
+def _give_rights(path: str, mode: str, gid: int | None) -> None:
+    if not path.startswith("@"):
+        os.chmod(path, int(mode, 8))
+        if gid is not None:
+            os.chown(path, -1, gid)
 
 
 def _remove_dead(path: str) -> None:
@@ -87,18 +106,28 @@ class ControlDoor:
     """One control socket.
 
     Args:
-        path: for `close`. group: whose members may change something, beside root and us.
+        path: for `close`. gid: of the group whose members may change something, beside root and us.
     """
 
-    def __init__(self, sock: socket.socket, path: str, group: str | None, house: House) -> None:
+    def __init__(self, sock: socket.socket, path: str, gid: int | None, house: House) -> None:
         self.path = path
         sock.setblocking(False)
         self._sock = sock
         self._house = house
-        self._group = grp.getgrnam(group).gr_gid if group is not None else None
-        self._open: set[socket.socket] = set()
+        self._gid = gid
+        self._refusals = Limiter()
+        self._open: dict[socket.socket, Caller] = {}
         self._greenlet = gevent.spawn(self._accept_forever)
         self._greenlet.rawlink(lambda _: sock.close())  # and not while it waits for it
+
+    def apply(self, mode: str, gid: int | None) -> None:
+        """From now on others may open it, or change something; that holds for who is connected, too."""
+        before, self._gid = self._gid, gid
+        file_gid = os.getegid() if gid is None and before is not None else gid
+        try:
+            _give_rights(self.path, mode, file_gid)
+        except OSError as error:
+            log.note(log.Event.CONTROL, log.ERROR, f"control_socket {self.path}: {os.strerror(error.errno or 0)}")
 
     def close(self) -> None:
         """Listen no more; who is connected gets the answer in progress."""
@@ -116,11 +145,7 @@ class ControlDoor:
             except OSError:
                 gevent.sleep(0.1)
                 continue
-            if len(self._open) >= _MOST:
-                sock.close()
-                continue
-            self._open.add(sock)
-            gevent.spawn(self._serve, sock)
+            self._admit(sock)
 
     def _accept(self) -> tuple[socket.socket, object]:
         socket.wait_read(self._sock.fileno())  # accept() says EMFILE before it looks whether anybody is there
@@ -132,19 +157,33 @@ class ControlDoor:
         with self._house.spare():  # it does not wait: others would take what is lent
             return self._sock.accept()  # type: ignore[no-any-return]
 
-    def _serve(self, sock: socket.socket) -> None:
+    def _admit(self, sock: socket.socket) -> None:
+        """Serve it in a greenlet, unless there are enough of its kind: who may only look keeps no administrator out."""
         try:
             caller = self._caller(sock)
+        except OSError:
+            sock.close()
+            return
+        may_change = self._may_change(caller)
+        if sum(1 for each in self._open.values() if self._may_change(each) == may_change) >= _MOST:
+            sock.close()
+            return
+        self._open[sock] = caller
+        gevent.spawn(self._serve, sock, caller)
+
+    def _serve(self, sock: socket.socket, caller: Caller) -> None:
+        try:
             with sock.makefile("rb") as file:
                 while line := self._line(file):
                     for answer in self._answers(line, caller):
-                        sock.sendall(commands.encode(answer))
+                        with Timeout(_TAKEN_WITHIN, TimeoutError):
+                            sock.sendall(commands.encode(answer))
         except OSError:
             pass  # it is gone
         except Exception as error:
             log.internal_error("control socket", error)
         finally:
-            self._open.discard(sock)
+            del self._open[sock]
             sock.close()
 
     def _line(self, file: plain.SocketIO) -> bytes:
@@ -159,16 +198,20 @@ class ControlDoor:
         with contextlib.suppress(OSError):  # before Linux 4.13
             more = sock.getsockopt(plain.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MOST_GROUPS)
             groups.update(struct.unpack(f"{len(more) // 4}I", more))
-        return Caller(pid, uid, uid in (0, os.geteuid()) or (self._group is not None and self._group in groups))
+        return Caller(pid, uid, frozenset(groups))
+
+    def _may_change(self, caller: Caller) -> bool:
+        return caller.uid in (0, os.geteuid()) or self._gid in caller.groups
 
     def _answers(self, line: bytes, caller: Caller) -> Iterator[Answer]:
+        self._refusals.expired(monotonic())
         try:
             if not line.endswith(b"\n"):
                 raise Mistake("bad_request", "the line is too long, or has no end")
             request = commands.decode(line)
-            command, arguments = commands.parse(request.command, caller.may_change)
+            command, arguments = commands.parse(request.command, self._may_change(caller))
         except Mistake as mistake:
-            if mistake.code == "not_allowed":
+            if mistake.code == "not_allowed" and self._refusals.admit(str(caller.uid), monotonic()):
                 log.note(log.Event.CONTROL, log.WARNING, "refused", uid=caller.uid, pid=caller.pid, why=str(mistake))
             yield commands.refused(mistake.code, str(mistake))
             return

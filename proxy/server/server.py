@@ -208,7 +208,8 @@ class Server:
             where = loaded.origins.place(finding.directive, finding.value)
             raise where.mistake(f"{finding.directive}: {finding.message}")
         shown = self._certificates.for_receivers(loaded, breathe)
-        control_socket = self._control_socket(settings)
+        gid = self._control_gid(settings)
+        control_socket = self._control_socket(settings, gid)
         try:
             opened = self._doors.open_missing(settings, breathe)
         except BaseException:
@@ -219,10 +220,20 @@ class Server:
         services = self._wire(settings, identity, self._doors.endpoints(settings, opened), breathe, shown, context)
         limits = Limits(settings.throttle, settings.source, self._book, breathe)
         return _Prepared(
-            services, opened, judge, limits, control_socket, loaded.in_force, digest(loaded.in_force, breathe)
+            services, opened, judge, limits, control_socket, gid, loaded.in_force, digest(loaded.in_force, breathe)
         )
 
-    def _control_socket(self, settings: Settings) -> gevent.socket.socket | None:
+    def _control_gid(self, settings: Settings) -> int | None:
+        """
+        Raises:
+            ConfigError: there is no such group.
+        """
+        if settings.control_socket is None:
+            return None
+        with self._reserve.lent():
+            return control.gid_of(settings.control_socket, settings.control_group)
+
+    def _control_socket(self, settings: Settings, gid: int | None) -> gevent.socket.socket | None:
         """A new one, if another than the present is wanted.
 
         Raises:
@@ -232,15 +243,16 @@ class Server:
         if path is None or (self._control is not None and self._control.path == path):
             return None
         with self._reserve.lent():
-            return control.listen(path, settings.control_socket_mode, settings.control_group)
+            return control.listen(path, settings.control_socket_mode, gid)
 
-    def _take_control(self, settings: Settings, opened: gevent.socket.socket | None) -> None:
+    def _take_control(self, settings: Settings, opened: gevent.socket.socket | None, gid: int | None) -> None:
         if self._control is not None and self._control.path != settings.control_socket:
             self._control.close()
             self._control = None
-        if opened is None or settings.control_socket is None:
-            return
-        self._control = control.ControlDoor(opened, settings.control_socket, settings.control_group, self._steering)
+        if opened is not None and settings.control_socket is not None:
+            self._control = control.ControlDoor(opened, settings.control_socket, gid, self._steering)
+        elif self._control is not None:
+            self._control.apply(settings.control_socket_mode, gid)
 
     def _wire(
         self,
@@ -320,7 +332,7 @@ class Server:
         self._via = self.services.via
         if prepared.judge is not None:
             certificates.use_judge(prepared.judge)
-        self._take_control(settings, prepared.control_socket)
+        self._take_control(settings, prepared.control_socket, prepared.control_gid)
         self._steering.in_force, self._steering.limits = prepared.in_force, prepared.limits
         self._in_force = InForce(prepared.digest, datetime.now(UTC))
         self._doors.take(settings, prepared.opened, breathe)
@@ -448,6 +460,7 @@ class _Prepared(NamedTuple):
     judge: certificates.Judge | None
     limits: Limits
     control_socket: gevent.socket.socket | None
+    control_gid: int | None
     in_force: Sequence[Row]
     digest: str
 

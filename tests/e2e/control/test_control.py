@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import grp
 import json
 import os
 import pty
@@ -129,6 +130,20 @@ def test_it_answers_during_a_drain_and_is_gone_afterwards(tmp_path):
         proxy.wait_exit()
         assert not os.path.exists(file)
         assert ctl(file, "show", "status")[0] == 69
+
+
+def test_a_reload_changes_who_may_open_it(tmp_path):
+    file, name = str(tmp_path / "control"), grp.getgrgid(os.getegid()).gr_name
+    with Proxy(f"control_socket {file}\ncontrol_socket_mode 0666\n") as proxy:
+        inode = os.stat(file).st_ino
+        good = proxy.path.read_text()
+        proxy.path.write_text(good.replace("0666", f"0600\ncontrol_group {name}"))
+        assert ctl(file, "reload")[0] == 0
+        assert (os.stat(file).st_mode & 0o777, os.stat(file).st_ino) == (0o600, inode)
+        proxy.path.write_text(good + "control_group no-such-group\n")
+        code, out, _ = ctl(file, "reload")
+        assert (code, "there is no group no-such-group" in out) == (78, True)
+        assert os.stat(file).st_mode & 0o777 == 0o600, "the old configuration is in force"
 
 
 def test_a_socket_that_is_in_use_is_not_taken(tmp_path):
