@@ -14,6 +14,7 @@ import msgspec
 
 from proxy.control.commands import VERSION, Request
 from proxy.log.spelling import printable
+from proxy.status.rows import Rate
 
 EX_OK, EX_USAGE, EX_UNAVAILABLE, EX_SOFTWARE, EX_NOPERM, EX_CONFIG = 0, 64, 69, 70, 77, 78
 _EXIT = {"bad_request": EX_SOFTWARE, "bad_command": EX_USAGE, "not_allowed": EX_NOPERM, "failed": EX_CONFIG}
@@ -45,6 +46,7 @@ def run(path: str, request: Request, as_json: bool, out: Print, err: Print) -> i
     return _EXIT.get(str(answer.get("code")), EX_SOFTWARE)
 
 
+_RATE = {"amount", "seconds", "burst"}
 #: What `top` shows, one below the other, and how many lines of each.
 _TOP = (("show", "trouble"), ("show", "throttles"), ("show", "connections", "older=1s"))
 _TOP_LINES = 15
@@ -124,6 +126,8 @@ def _cell(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.3f}".rstrip("0").rstrip(".")
+    if isinstance(value, dict) and value.keys() == _RATE:
+        return str(Rate(**value))
     if isinstance(value, dict):
         return ",".join(f"{key}={_cell(each)}" for key, each in value.items()) or "-"
     if isinstance(value, list):

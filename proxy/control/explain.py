@@ -18,6 +18,8 @@ from proxy.stats import duration
 from proxy.status.names import described
 from proxy.status.rows import Status, ThrottleRow
 from proxy.status.spelled import block_limits, held_by, limits_text, places_text, throttle_state
+from proxy.throttling.overrides import Overrides, told
+from proxy.throttling.throttle import Key
 
 #: In `default_source_ip`: the address that the client dialled.
 _SAME = "same"
@@ -30,6 +32,7 @@ class Rules(NamedTuple):
         listeners: of the standard doors, as they are configured.
         present: whether an address is on this machine.
         system_source: the address that the system would choose; raises ProxyError.
+        overrides: what was set by hand, which holds for throttles that nobody has used yet, too.
     """
 
     access: Access
@@ -38,6 +41,7 @@ class Rules(NamedTuple):
     listeners: Iterable[Endpoint]
     present: Callable[[str], bool]
     system_source: Callable[[Endpoint], str]
+    overrides: Overrides
 
 
 def explained(
@@ -117,12 +121,17 @@ def _throttles(
             yield "throttle", f"{_what(hit)}: {_state(row)}"
         if not rows:
             limits = block_limits(described(rules.limits.blocks[hit.block]))
-            yield "throttle", f"{_what(hit)}: {limits}; not in use now"
+            by_hand = "".join(f", by hand: {told(each)}" for each in rules.overrides.of(_key(hit)))
+            yield "throttle", f"{_what(hit)}: {limits}{by_hand}; not in use now"
 
 
 def _what(hit: Hit) -> str:
     by = [each for each in (hit.source, hit.receiver) if each]
     return f"{hit.block}, counted for {' and '.join(by) or 'all together'}"
+
+
+def _key(hit: Hit) -> Key:
+    return Key(hit.source, hit.block, hit.receiver)
 
 
 def _rows_of(view: Status, hit: Hit) -> list[ThrottleRow]:
@@ -152,6 +161,9 @@ def _verdict(rules: Rules, view: Status, source: str, destination: Endpoint, ins
     binding = [
         hit for hit in hits for row in _rows_of(view, hit) if not row.shadow and (_is_full(row) or row.next_slot)
     ]
+    paused = [hit for hit in hits if any(each.pause for each in rules.overrides.of(_key(hit)))]
+    if paused:
+        return f"put off while {', '.join(dict.fromkeys(hit.block for hit in paused))} is paused by hand"
     if not binding:
         return "connects at once"
     return f"waits under {', '.join(dict.fromkeys(hit.block for hit in binding))}"

@@ -338,6 +338,9 @@ def test_a_throttle_is_paused_and_limited_by_hand(path):
     with Proxy(f"control_socket {path}\n{block}{more}") as proxy, Mx() as mx:
         code, out, _ = ctl(path, "--because", "they are down", "pause", "throttle", "one", "for", "10m")
         assert (code, out.strip()) == (0, "one is paused for 10m0s")
+        explained = ctl(path, "explain", "-", "127.0.0.1:2525")[1]
+        assert "by hand: pause one; not in use now" in explained
+        assert "put off while one is paused by hand" in explained
         with pytest.raises(Refused):
             socks5(proxy.socks5, mx.endpoint)
         proxy.wait_line("throttle one: paused by hand; try again in")
@@ -358,6 +361,7 @@ def test_a_throttle_is_paused_and_limited_by_hand(path):
             assert (code, out.strip()) == (0, "one is limited to connections=1 rate=500/hr for 2h0m0s")
             (row,) = rows(path, "show", "throttles", "one")
             assert (row["places"], row["limits"]) == (1, [{"amount": 500, "seconds": 3600, "burst": 1}])
+            assert "500/hr" in ctl(path, "show", "throttles", "one")[1]
             (row,) = rows(path, "show", "overrides")
             assert row["what"] == "limit one: 1 connections, 500 in 3600 s"
             assert ctl(path, "end", "override", row["id"])[0] == 0
