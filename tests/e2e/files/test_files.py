@@ -279,3 +279,12 @@ def test_init_usage() -> None:
     done = run("sh", INIT, "dance")
     assert done.returncode == 2
     assert "start|stop|restart|reload|force-reload|status" in done.stderr
+
+
+def test_the_unit_makes_the_directory_of_the_sample_s_control_socket():
+    """All else of the file system is read-only there."""
+    unit = (ROOT / "etc" / "greenarrow_proxy.service").read_text()
+    sample = (ROOT / "etc" / "greenarrow_proxy.conf").read_text()
+    (path,) = re.findall(r"^#control_socket (\S+)$", sample, re.MULTILINE)
+    (name,) = re.findall(r"^RuntimeDirectory=(\S+)$", unit, re.MULTILINE)
+    assert path == f"/run/{name}/control"
