@@ -103,9 +103,8 @@ class Steering:
         services = self._services()
         standard = [door.configured for door in self._doors() if door.protocol in _STANDARD]
         here, choose = own_addresses().__contains__, upstream.system_source
-        rules = Rules(
-            services.access, services.modes, self.limits, standard, here, choose, services.admission.manager.overrides
-        )
+        by_hand = services.admission.manager.overrides
+        rules = Rules(services.access, services.modes, self.limits, standard, here, choose, by_hand)
         return explained(rules, self.view(), source, destination, instance)
 
     # ---------------------------------------------------------------- steering

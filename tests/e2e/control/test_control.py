@@ -346,7 +346,7 @@ def test_a_throttle_is_paused_and_limited_by_hand(path):
         proxy.wait_line("throttle one: paused by hand; try again in")
         (row,) = rows(path, "show", "overrides")
         assert (row["id"], row["what"], row["because"]) == ("1", "pause one", "they are down")
-        (row,) = rows(path, "show", "throttles", "one")
+        (row,) = wait_for(lambda: rows(path, "show", "throttles", "one"), what="a new look")
         assert row["state"] == "paused"
         assert "pause one, for 9m" in row["reconciled"]
         assert "(they are down)" in row["reconciled"]
