@@ -99,7 +99,7 @@ class Admission:
             seconds: the longest to wait; the proxy's own throttles may say less.
             key: of the cached connection that would do; see `pass_on`.
             rated: whether the connection counts against the rates of the proxy's own throttles; not if its messages do,
-                each by `message` or `ask_message`.
+                each by `message` or `ask_slot`.
             names: what the client says of its receiver.
 
         Raises:
