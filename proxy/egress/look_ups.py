@@ -87,7 +87,10 @@ class LookUps:
 
     def _look_up(self, domain: str) -> None:
         server = self._server
-        answer = self._apart.call(domain, _conduct, domain, server, self._patience)
+        try:
+            answer = self._apart.call(domain, _conduct, domain, server, self._patience)
+        except Exception as error:  # no thread can be had; else the domain would never be asked for again
+            answer = Answer(None, 0.0, str(error))
         if server != self._server:  # another one is asked already
             return
         entry = self._book.entries.get(domain)

@@ -75,7 +75,10 @@ class TlsaLookUps:
 
     def _look_up(self, who: Who, asked: AsyncResult[Found]) -> None:
         server = self._server
-        found = self._apart.call(who, _conduct, who, server, self._patience)
+        try:
+            found = self._apart.call(who, _conduct, who, server, self._patience)
+        except Exception as error:  # no thread can be had; who asks the next time would wait for nobody
+            found = Found(failure=f"TLSA of {who.host}: {error}")
         if self._asked.get(who) is asked:  # else another server is in force
             del self._asked[who]
             keep = FAILED if found.failure else min(LONGEST, max(SHORTEST, found.ttl))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from time import monotonic
+from typing import TypeVar
 
 from proxy.config.in_force import Row
 from proxy.control import watching
@@ -14,9 +15,9 @@ from proxy.egress.admission import clock_ns
 from proxy.log import outputs
 from proxy.model import Ending, Endpoint
 from proxy.net.addresses import own_addresses
-from proxy.net.turns import rest
+from proxy.net.turns import Breather, rest
 from proxy.policy.limits import Limits
-from proxy.services import Door, Services
+from proxy.services import Door, HostedConnection, Services
 from proxy.stats import Standing
 from proxy.status.http import StatusDoor
 from proxy.status.rows import ConnectionRow, EventRow, LoginRow, OverrideRow, Status
@@ -25,6 +26,7 @@ from proxy.throttling.throttle import SECOND
 
 #: Looks at many things of one caller, where others take turns.
 _KEY = "control"
+_Thing = TypeVar("_Thing")
 _STANDARD = frozenset(("socks5", "proxy_protocol", "redirect"))
 
 
@@ -72,9 +74,8 @@ class Steering:
 
     def connections(self) -> list[ConnectionRow]:
         now = monotonic()
-        found = [each.standing() for each in list(self._services().instances.connections)]
-        standing = sorted((each for each in found if each is not None), key=lambda each: each.started)
-        return [_row(each, now) for each in standing]
+        standing = sorted((each for _, each in self._standing()), key=lambda each: each.started)
+        return [_row(each, now) for each in _in_turns(standing)]
 
     def logins(self) -> list[LoginRow]:
         services = self._services()
@@ -116,12 +117,18 @@ class Steering:
         return self._services().keeper.forsake(source)
 
     def close(self, number: int) -> bool:
-        for connection in list(self._services().instances.connections):
-            standing = connection.standing()
-            if standing is not None and standing.number == number:
+        for connection, standing in self._standing():
+            if standing.number == number:
                 connection.cut(Ending.CLOSED_BY_OPERATOR)
                 return True
         return False
+
+    def _standing(self) -> Iterator[tuple[HostedConnection, Standing]]:
+        """All in turns, but those that have ended meanwhile."""
+        connections = self._services().instances.connections
+        for connection in _in_turns(list(connections)):
+            if connection in connections and (standing := connection.standing()) is not None:
+                yield connection, standing
 
     def log_verbose(self, wanted: Mapping[str, str], seconds: float, because: str) -> None:
         self._watching.begin(wanted, seconds, because)
@@ -158,6 +165,13 @@ class Steering:
 
     def stop(self) -> None:
         self._stop()
+
+
+def _in_turns(things: Sequence[_Thing]) -> Iterator[_Thing]:
+    breathe = Breather(_KEY)
+    for thing in things:
+        breathe()
+        yield thing
 
 
 def _filters(wanted: Mapping[str, str]) -> str:

@@ -199,3 +199,18 @@ def test_nobody_waits_for_longer_than_there_is_time(house, server):
     house.look_ups._heard.set()
     waiting.get(timeout=20)
     assert house.book.unheard == {"a.example"}
+
+
+def test_a_look_up_that_no_thread_can_be_had_for_is_a_failure_and_not_for_ever(house, server, monkeypatch):
+    def none(*_):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(house.look_ups._apart, "call", none)
+        house.use(server.endpoint)
+        assert house.settle().doubt == "can't start new thread"
+    house.pass_(house.entry().due - house.now)
+    with gevent.Timeout(20):
+        while house.entry().doubt:
+            gevent.sleep(0.005)
+    assert house.entry().known == ALL

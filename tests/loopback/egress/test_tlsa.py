@@ -89,3 +89,16 @@ def test_an_alias(server):
     server.records["alias.example.net."] = {"CNAME": ["mx.example.net."]}
     server.secure.add("alias.example.net.")
     assert House(server).get(host="alias.example.net").base == HOST
+
+
+def test_a_look_up_that_no_thread_can_be_had_for_is_a_failure_and_not_for_ever(server, monkeypatch):
+    house = House(server)
+
+    def none(*_):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(house.it._apart, "call", none)
+        assert "can't start new thread" in house.get().failure
+    house.now = FAILED
+    assert house.get().records == (RECORD,)
