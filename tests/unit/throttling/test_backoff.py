@@ -13,7 +13,7 @@ from proxy.throttling.desk import MessageTicket
 from proxy.throttling.flows import Places, Throttle, Ticket
 from proxy.throttling.manager import SWEEP, Manager
 from proxy.throttling.registry import Remark
-from proxy.throttling.throttle import MILLISECOND, SECOND, TICK
+from proxy.throttling.throttle import MILLISECOND, SECOND, TICK, Key
 
 START = 100_000 * SECOND
 MINUTE = 60 * SECOND
@@ -150,6 +150,17 @@ def test_over_lets_so_many_replies_pass() -> None:
     assert not after(0, 0), "each of them counts once"
 
 
+def test_replies_that_have_slowed_down_once_do_not_make_it_longer() -> None:
+    house = House(block(BackoffSettings(on=("421",), over=Rate(2, 60), percent=50, return_after=600.0), **FULL))
+    places = house.opened()
+    for _ in range(3):
+        house.reply(places)
+    house.pass_by(30 * SECOND)
+    house.reply(places)
+    house.pass_by(655 * SECOND)
+    assert house.throttle().cap > 10, "it rises: the fourth one was the first of others"
+
+
 def test_it_ends_by_time_and_the_limits_rise_by_tenths() -> None:
     house = House(block(QUARTER, **FULL))
     house.reply(house.opened())
@@ -194,6 +205,37 @@ def test_of_several_the_least_holds_and_each_has_its_own_end() -> None:
     assert (house.limits(), house.throttle().cap) == ([(6, 60), (500, 3600)], 5)
     house.pass_by(1300 * SECOND)
     assert house.limits() == [(15, 60), (500, 3600)]
+
+
+def test_of_several_the_least_holds_whichever_came_first() -> None:
+    half = BackoffSettings(on=("TSS04",), percent=50, return_after=3600.0)
+    for replies in ((SAID, "451 4.7.0 TSS04"), ("451 4.7.0 TSS04", SAID)):
+        house = House(block(QUARTER, half, **FULL))
+        places = house.opened()
+        for reply in replies:
+            house.reply(places, reply)
+        assert (house.throttle().cap, house.limits()) == (5, [(15, 60), (500, 3600)])
+
+
+def test_of_several_pauses_the_last_end_counts() -> None:
+    short = BackoffSettings(on=("TSS04",), pause=True, return_after=60.0)
+    house = House(block(PAUSE, short, **FULL))
+    places = house.opened()
+    house.reply(places, BLOCKED)
+    house.reply(places, "451 4.7.0 TSS04")
+    assert house.throttle().closed_until == house.now + 21600 * SECOND
+
+
+def test_one_that_begins_anew_after_its_end_by_hand_has_its_own_end() -> None:
+    key, backoffs = Key("192.0.2.1", "yahoo"), backoff.Backoffs()
+    backoffs.strike(key, [QUARTER], SAID, "a", START)
+    assert backoffs.end(["yahoo"], "was ended by hand", START) == 1
+    backoffs.strike(key, [QUARTER], SAID, "a", START)
+    now = START
+    while len(backoffs):
+        now = max(now, backoffs.wheel.next_wakeup() or now)
+        backoffs.expire(now, SWEEP)
+    assert [remark.detail for remark in backoffs.remarks][-1] == "yahoo for 192.0.2.1 has its own limits again"
 
 
 def test_a_rate_of_its_own_where_the_block_has_none() -> None:

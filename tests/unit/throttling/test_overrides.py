@@ -41,6 +41,7 @@ def applied(*overrides, terms=FULL, key=KEY):
         ({"limits": (Limit(1000, 3600),)}, Effective((HOURLY,), 0), Effective((HOURLY,), 0)),
         ({"limits": (Limit(3, 60),)}, Effective((HOURLY,), 0), Effective((Limit(3, 60), HOURLY), 0)),
         ({"limits": (Limit(5, 60),)}, Effective((Limit(60, 60, 20),), 0), Effective((Limit(5, 60, 1),), 0)),
+        ({"limits": (Limit(5, 60, 9),)}, Effective((Limit(60, 60, 20),), 0), Effective((Limit(5, 60, 4),), 0)),
     ],
 )
 def test_never_more_than_there_would_be_without(said, terms, found) -> None:
@@ -55,6 +56,11 @@ def test_the_least_of_all_that_hold() -> None:
 
 def test_a_pause_closes_until_its_end() -> None:
     assert applied(override(pause=True, until=7 * SECOND)) == (Effective((HOURLY,), 5), 7 * SECOND)
+
+
+def test_of_two_pauses_the_last_end_counts() -> None:
+    mine, all_ = override(pause=True, source=SOURCE, until=9 * SECOND), override(pause=True, until=7 * SECOND)
+    assert applied(mine, all_)[1] == applied(all_, mine)[1] == 9 * SECOND
 
 
 def test_another_one_of_the_same_kind_takes_the_place_of_the_first() -> None:
