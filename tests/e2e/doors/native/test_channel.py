@@ -98,7 +98,7 @@ def test_frames_that_an_smtp_session_does_not_take(proxy: Proxy, data: bytes) ->
 def test_fields_that_a_later_version_adds(proxy: Proxy, mx: Mx) -> None:
     with channel(proxy.native) as peer:
         more = ["none", None, False, False, [], 10_000, False, False, None, False, False]
-        more += [None, None, None, [], [], "", "", "later", [1, [2]]]
+        more += [None, None, None, [], [], "", "", False, "later", [1, [2]]]
         peer.say(mta.OPEN, "127.0.0.5", [[*mx.endpoint, "later"]], None, *more)
         peer.expect(mta.OPENED)
         peer.say(mta.EOF, "later")
