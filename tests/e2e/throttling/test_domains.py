@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import urllib.request
 
 import dns.rcode
@@ -100,7 +99,7 @@ def test_the_status_says_what_a_block_means_and_what_cannot_be_looked_up(mx, nam
         assert [row["kind"] for row in status["trouble"] if row["kind"] == "dns"] == ["dns"]
         page = urllib.request.urlopen("http://{}:{}/".format(*proxy.door("status"))).read().decode()
         assert "MX of down.example: SERVFAIL" in page
-        assert re.search(f"<td[^>]*>{re.escape(mx.endpoint[0])}", page)
+        assert f">{mx.endpoint[0]}<" in page
 
 
 def test_an_answer_that_changes_while_a_connection_is_open(mx, names):
