@@ -196,8 +196,10 @@ def is_meant(value: str, wanted: str) -> bool:
     """Whether an operator who asks for `wanted` means this value: an address without a port means all its ports."""
     if value == wanted:
         return True
-    host, colon, port = value.rpartition(":")
-    return bool(colon) and port.isdigit() and host.strip("[]") == wanted.strip("[]")
+    host, _, port = value.rpartition(":")
+    if not port.isdigit() or (":" in host and not host.startswith("[")):
+        return False  # no port: a name, or an IPv6 address by itself
+    return host.strip("[]") == wanted.strip("[]")
 
 
 class Ending(enum.StrEnum):

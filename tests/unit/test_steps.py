@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from proxy.log import steps
-from proxy.model import Endpoint
+from proxy.model import Endpoint, is_meant
 from proxy.stats import Standing
 
 STANDING = Standing(
@@ -66,3 +66,18 @@ def test_who_stops_looking_while_it_is_told(watch) -> None:
     steps.end(two)
     assert last == ["a"]
     assert not steps.on
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted", "meant"),
+    [
+        ("192.0.2.1:25", "192.0.2.1", True),
+        ("[2001:db8::7]:25", "2001:db8::7", True),
+        ("2001:db8::7", "2001:db8:", False),
+        ("team:one", "team", False),
+        ("", "", True),
+        ("mta1", "mta", False),
+    ],
+)
+def test_an_address_without_a_port_means_all_its_ports_and_nothing_else_does(value, wanted, meant) -> None:
+    assert is_meant(value, wanted) is meant
