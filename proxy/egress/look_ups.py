@@ -64,9 +64,9 @@ class LookUps:
 
     def stop(self) -> None:
         """Ask no more; a thread that waits for an answer ends by itself."""
-        self._pool.kill(block=False)
         if self._running is not None:
-            self._running.kill(block=False)
+            self._running.kill(block=False)  # first, or it would fill the pool again
+        self._pool.kill(block=False)
 
     def wake(self) -> None:
         """Look at the clock again."""

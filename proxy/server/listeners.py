@@ -113,6 +113,11 @@ class Doors:
             if listener.door.protocol != STATUS:
                 listener.finish()
 
+    def close(self) -> None:
+        """Stop listening at once, on all of them; also a second time."""
+        for listener in self._listeners.values():
+            listener.close()
+
     # ---------------------------------------------------------------- looking at them
 
     def listening(self) -> list[Door]:

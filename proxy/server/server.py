@@ -436,11 +436,16 @@ class Server:
         self._settled.wait()  # a reload that is just putting new doors in force: they would be left open
         cut = drain(self.services, self._doors, self._notifier)
         rest()
+        self.close()
+        log.note(log.Event.STOP, log.INFO, "stopped", reset_connections=cut)
+        return EXIT_OK
+
+    def close(self) -> None:
+        """Stop what settings in force have started: doors, look-ups, the control socket."""
+        self._doors.close()
         self._look_ups.stop()
         if self._control is not None:
             self._control.close()
-        log.note(log.Event.STOP, log.INFO, "stopped", reset_connections=cut)
-        return EXIT_OK
 
     # ---------------------------------------------------------------- its state
 

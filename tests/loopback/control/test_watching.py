@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 import gevent
@@ -11,6 +12,7 @@ import pytest
 
 from proxy.control import watching
 from proxy.control.watching import Watching, trace
+from proxy.log import lines as log
 from proxy.log import steps
 from proxy.model import Endpoint
 from proxy.stats import Standing
@@ -19,8 +21,10 @@ LONG = 3600.0
 
 
 @pytest.fixture(autouse=True)
-def nobody_looks() -> Iterator[None]:
-    assert not steps.on
+def nobody_looks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A test begins so whatever became of the one before it, and ends so."""
+    monkeypatch.setattr(steps, "on", False)
+    monkeypatch.setattr(steps, "_watches", [])
     yield
     assert not steps.on
     assert not steps._watches
@@ -28,10 +32,23 @@ def nobody_looks() -> Iterator[None]:
 
 @pytest.fixture
 def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What `watching` has logged, and nobody else."""
     lines: list[str] = []
-    monkeypatch.setattr(watching.log, "step", lambda standing, text: lines.append(text))
-    monkeypatch.setattr(watching.log, "note", lambda event, level, text, **fields: lines.append(f"{text} {fields}"))
+    own = SimpleNamespace(
+        Event=log.Event,
+        INFO=log.INFO,
+        step=lambda standing, text: lines.append(text),
+        note=lambda event, level, text, **fields: lines.append(f"{text} {fields}"),
+    )
+    monkeypatch.setattr(watching, "log", own)
     return lines
+
+
+@pytest.fixture
+def it() -> Iterator[Watching]:
+    it = Watching()
+    yield it
+    it.end()
 
 
 def tell(text: str, instance: str = "mta1") -> None:
@@ -39,8 +56,7 @@ def tell(text: str, instance: str = "mta1") -> None:
     steps.tell(Standing(7, instance, "socks5", client, "192.0.2.1", destination, "connect", monotonic()), text)
 
 
-def test_it_is_logged_until_the_time_is_over(logged: list[str]) -> None:
-    it = Watching()
+def test_it_is_logged_until_the_time_is_over(it: Watching, logged: list[str]) -> None:
     it.begin({"instance": "mta1"}, 0.01, "why")
     tell("one")
     tell("other", instance="mta2")
@@ -52,8 +68,7 @@ def test_it_is_logged_until_the_time_is_over(logged: list[str]) -> None:
     assert it.end() == 0
 
 
-def test_one_that_was_ended_by_hand_does_not_end_again(logged: list[str]) -> None:
-    it = Watching()
+def test_one_that_was_ended_by_hand_does_not_end_again(it: Watching, logged: list[str]) -> None:
     it.begin({}, 0.01, "")
     it.begin({}, LONG, "")
     first, second = [each.id for each in it.verbose]

@@ -38,8 +38,7 @@ def server(monkeypatch):
     server = Server(lambda breathe, lent: loaded(AFTER, breathe), first)
     server._take(server._prepare(first, lambda: None), lambda: None)
     yield server
-    if not server._stop.is_set():
-        server._doors.finish()
+    server.close()
     server._engine.stop()
 
 
