@@ -12,6 +12,7 @@ from collections.abc import Sequence
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _LONG = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 _TURNS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
+_CALLS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1)
 _BYTES = (1e3, 4e3, 1.6e4, 6.4e4, 2.56e5, 1e6, 4e6, 1.6e7, 6.4e7)
 _COUNTS = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 1000.0)
 
@@ -46,10 +47,10 @@ class Spans:
             waiting for a place under the throttles, slot: for a message's slot, where the proxy sees messages; both
             with those that did not have to wait. session: seconds from the client's request to the end. turn: seconds
             of work between two looks at the sockets, in which nobody else is served. bytes: from client to receiver in
-            a session; messages: of a session whose dialogue is seen.
+            a session; messages: of a session whose dialogue is seen. store: seconds of a call to the throttle store.
     """
 
-    __slots__ = ("bytes", "connect", "messages", "place", "session", "slot", "tls", "turn")
+    __slots__ = ("bytes", "connect", "messages", "place", "session", "slot", "store", "tls", "turn")
 
     def __init__(self) -> None:
         self.connect = Histogram(_SECONDS)
@@ -60,6 +61,7 @@ class Spans:
         self.turn = Histogram(_TURNS)
         self.bytes = Histogram(_BYTES)
         self.messages = Histogram(_COUNTS)
+        self.store = Histogram(_CALLS)
 
 
 #: Of this process.

@@ -101,6 +101,78 @@ class ManagerFigures(NamedTuple):
         return Backlog(sum(b.ram for b in parts), sum(b.bounce for b in parts), sum(b.disk for b in parts))
 
 
+class LeasedFigures(NamedTuple):
+    """One throttle whose limits hold for several proxies together, as this one has it.
+
+    Args:
+        name, source, receiver: its key. limits: amounts, seconds and bursts in force, of all proxies together.
+        share: those that we go on with while the store does not answer; an amount of 0: nothing goes then.
+        places: connections of all proxies together; 0: unlimited. cap: those of them that are ours now. places_share:
+            those that are ours while the store does not answer.
+        leased: slots that the store has granted us. unused: those of them that lapsed here or were given up.
+        users: proxies that use it, by the store's last word; 0: not known.
+        local: no other proxy uses it, so it costs the store nothing.
+        alone: the store does not answer for it, and we go on with our share.
+    """
+
+    name: str
+    source: str = ""
+    receiver: str = ""
+    limits: tuple[tuple[int, int, int], ...] = ()
+    share: tuple[tuple[int, int, int], ...] = ()
+    places: int = 0
+    cap: int = 0
+    places_share: int = 0
+    leased: int = 0
+    unused: int = 0
+    users: int = 0
+    local: bool = False
+    alone: bool = False
+
+
+class StoreFigures(NamedTuple):
+    """The store of throttles that several proxies share (`throttle_store`), as this one sees it.
+
+    Args:
+        address: as configured, without a password. form: `single`, `sentinel` or `cluster`.
+        engine, version: what answers there, as it says itself, and master: at which address (of a cluster: all of them,
+            with commas); "": nothing has answered yet.
+        members: `throttle_store_members`. seen: proxies that call it, by its last word; 0: not known.
+        connected: it answers; else we are degraded: each throttle goes on with our share of its limits.
+        since: seconds in this state. why: the last failure, in words; "": there was none.
+        calls: how often it was asked. keys: for so many throttles. slots: granted by it.
+        lost: calls without a reply in time: what they may have been granted counts as used. refused: answered with an
+            error. discarded: replies whose clock could not be trusted.
+        epochs: how often its memory was found to be another one, so that each limit began anew. degraded: how often it
+            was lost.
+        p50, p99: seconds of a call, of the last few hundred; None: there was none.
+        leased_count: throttles in `leased`, which is gone through once.
+    """
+
+    address: str
+    form: str = "single"
+    engine: str = ""
+    version: str = ""
+    master: str = ""
+    members: int = 1
+    seen: int = 0
+    connected: bool = False
+    since: float = 0.0
+    why: str = ""
+    calls: int = 0
+    keys: int = 0
+    slots: int = 0
+    lost: int = 0
+    refused: int = 0
+    discarded: int = 0
+    epochs: int = 0
+    degraded: int = 0
+    p50: float | None = None
+    p99: float | None = None
+    leased_count: int = 0
+    leased: Iterable[LeasedFigures] = ()
+
+
 def duration(seconds: float) -> str:
     """A time span as the status lines spell it: `1h5m19s`, `0s`, and below one second `0.250ms`.
 

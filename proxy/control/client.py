@@ -46,6 +46,8 @@ def run(path: str, request: Request, as_json: bool, out: Print, err: Print) -> i
     return _EXIT.get(str(answer.get("code")), EX_SOFTWARE)
 
 
+#: Tables of one row, with a line for each of its columns.
+_ONE_THING = ("status", "store")
 _RATE = {"amount", "seconds", "burst"}
 #: What `top` shows, one below the other, and how many lines of each.
 _TOP = (("show", "trouble"), ("show", "throttles"), ("show", "connections", "older=1s"))
@@ -101,7 +103,7 @@ def _decoded(line: bytes) -> dict[str, Any]:
 def _lines(answer: dict[str, Any]) -> Iterator[str]:
     yield from (printable(str(line), 1000) for line in answer.get("lines", ()))
     rows = answer.get("rows", [])
-    if answer.get("table") == "status":
+    if rows and answer.get("table") in _ONE_THING:
         width = max(map(len, rows[0]))
         yield from (f"{name:{width}}  {_cell(value)}" for name, value in rows[0].items())
     elif rows:
@@ -125,7 +127,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return f"{value:.3f}".rstrip("0").rstrip(".")
+        digits = 3 if abs(value) >= 0.01 else 6
+        return f"{value:.{digits}f}".rstrip("0").rstrip(".")
     if isinstance(value, dict) and value.keys() == _RATE:
         return str(Rate(**value))
     if isinstance(value, dict):

@@ -87,6 +87,13 @@ COMMANDS: tuple[Command, ...] = (
     Command(("show", "listeners"), "listening sockets", 8, arguments="[COLUMN=VALUE ...]"),
     Command(("show", "sources"), "source addresses", 8, arguments="[SOURCE] [COLUMN=VALUE ...]"),
     Command(("show", "receivers"), "receivers with trouble", 8, arguments="[RECEIVER] [COLUMN=VALUE ...]"),
+    Command(("show", "store"), "the store of throttles that several proxies share"),
+    Command(
+        ("show", "leased"),
+        "throttles that the store holds: limits, our share without it, what was leased",
+        8,
+        arguments="[NAME [SOURCE]] [COLUMN=VALUE ...]",
+    ),
     Command(("show", "events"), "what was logged lately, single connections left out", 8, arguments=_FILTERS),
     Command(("show", "config"), "what is in force, and where it is written", 1, arguments="[DIRECTIVE|BLOCK]"),
     Command(

@@ -19,7 +19,7 @@ from proxy.control.house import House
 from proxy.errors import Mistake
 from proxy.log import steps
 from proxy.model import Endpoint, canonical_ip
-from proxy.status.rows import ConfigRow, Status
+from proxy.status.rows import ConfigRow, Status, StoreRow
 
 _SMTP = 25
 #: Seconds of a trace, where nothing is said; and at most.
@@ -68,6 +68,8 @@ def look(words: tuple[str, ...], arguments: Sequence[str], house: House) -> Answ
         return _answer(table, chosen(house.logins(), arguments, ("instance",), "ago"))
     if table == "connections":
         return _answer(table, chosen(house.connections(), arguments, ("id",), "age"))
+    if table in ("store", "leased"):
+        return _answer(table, _of_the_store(house.view().store, table, arguments))
     found = _OF_THE_VIEW[table]
     return _answer(table, chosen(attrgetter(found.path)(house.view()), arguments, found.keys, found.age))
 
@@ -93,6 +95,19 @@ def _figures(view: Status) -> dict[str, Any]:
     for name in ("program", "connections", "manager"):
         figures |= {f"{name}.{key}": value for key, value in msgspec.structs.asdict(getattr(view, name)).items()}
     return figures
+
+
+def _of_the_store(store: StoreRow | None, table: str, arguments: Sequence[str]) -> list[Any]:
+    """Itself, or the throttles that it holds; nothing where none is configured.
+
+    Raises:
+        Mistake: an argument cannot be understood.
+    """
+    if table == "leased":
+        return chosen(store.keys if store is not None else [], arguments, ("name", "source"))
+    if store is None:
+        return []
+    return [{key: value for key, value in msgspec.structs.asdict(store).items() if key != "keys"}]
 
 
 def _config(rows: Sequence[Row], arguments: Sequence[str]) -> list[ConfigRow]:

@@ -31,6 +31,7 @@ class Event(enum.StrEnum):
     ACCEPT = "accept"
     SESSION = "session"
     THROTTLE = "throttle"
+    STORE = "store"
     TLS = "tls"
     SYSTEMD = "systemd"
     LOST = "lost"

@@ -46,6 +46,8 @@ __all__ = [
     "slowed",
     "status",
     "step",
+    "store_back",
+    "store_lost",
 ]
 
 _limiter = Limiter()
@@ -226,6 +228,22 @@ def slowed(host: str) -> None:
     _slowed.expired(now)
     if _slowed.admit(owner_of(host), now):
         note(Event.REFUSED, WARNING, "too many wrong secrets: answers to further ones are slowed", client=host)
+
+
+def store_lost(address: str, why: str, members: int) -> None:
+    """The throttle store does not answer: each limit that it holds goes on with one of `members` parts."""
+    text = "the throttle store does not answer: its limits go on with this proxy's share"
+    note(Event.STORE, WARNING, text, store=address, share=f"1/{members}", reason=why)
+
+
+def store_back(address: str, seconds: float, lost: int) -> None:
+    """It answers again.
+
+    Args:
+        seconds: that it did not. lost: calls without a reply in that time.
+    """
+    text = "the throttle store answers again"
+    note(Event.STORE, INFO, text, store=address, seconds=round(seconds, 3), calls_lost=lost)
 
 
 def _tell_suppressed(now: float) -> None:

@@ -35,10 +35,11 @@ from proxy.policy.directory import Book
 from proxy.protocols.recognise import wrong_door
 from proxy.services import Door, Newcomers, Services, numbers
 from proxy.spans import SPANS
-from proxy.stats import Snapshot
+from proxy.stats import Snapshot, StoreFigures
 from proxy.status import host, looks, metrics
 from proxy.status import page as status_page
 from proxy.status.rows import Connections, ListenerRow, Program, Status
+from proxy.status.store import Pace
 from proxy.status.throttles import Meter
 from proxy.status.timeline import Timeline
 from proxy.status.view import Sources, overview, survey
@@ -96,7 +97,8 @@ class House(NamedTuple):
         in_force: which configuration is, and since when.
         reload_failure: None: the configuration in force is that of the last reload.
         spare: gives descriptors that are held back for work that must not fail for want of one.
-        book: what the domains of throttle blocks mean.
+        book: what the domains of throttle blocks mean. store: of the throttles that several proxies share; None: none
+            is configured.
     """
 
     services: Callable[[], Services]
@@ -110,6 +112,7 @@ class House(NamedTuple):
     reload_failure: Callable[[], ReloadFailure | None]
     spare: Callable[[], AbstractContextManager[None]]
     book: Book = Book()
+    store: Callable[[], StoreFigures | None] = lambda: None
 
 
 class Form(NamedTuple):
@@ -137,6 +140,7 @@ class StatusDoor:
         self._started = monotonic()
         self._open = Newcomers(_MOST_CONNECTIONS)
         self._meter = Meter()
+        self._pace = Pace()
         self._timeline = Timeline(self._started, SPANS.turn.bounds)
         self._building = RLock()
         self._view: tuple[float, Status] | None = None
@@ -366,6 +370,8 @@ class StatusDoor:
             services.settings.throttle,
             services.access.name_of_source,
             lambda: (each.standing() for each in list(services.instances.connections)),
+            house.store(),
+            self._pace,
         )
         return sources, now
 

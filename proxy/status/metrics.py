@@ -25,7 +25,7 @@ from proxy.errors import ConfigError, ProxyError, Step, UpstreamError, every
 from proxy.model import Discard, Ending
 from proxy.spans import SPANS, Histogram
 from proxy.stats import MAX_NAMES
-from proxy.status.rows import Overview, SessionRow
+from proxy.status.rows import Overview, SessionRow, StoreRow
 from proxy.status.trouble import KINDS
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -87,6 +87,7 @@ _SPANS = {
     "turn": "Work between two looks at the sockets, in which nobody else is served",
     "bytes": "From client to receiver in a session",
     "messages": "MAIL commands of a session whose dialogue is seen",
+    "store": "Calls to the throttle store that were answered in time",
 }
 
 #: What labels of a closed vocabulary have before anything has happened: a rate over a series that begins with its first
@@ -144,13 +145,15 @@ class _View(Collector):
         yield from _connections(view)
         yield from _throttling(view)
         yield from _pool(view)
+        if view.store is not None:
+            yield from _store(view.store)
 
 
 def _spans() -> Iterator[Metric]:
     for name, text in _SPANS.items():
         span: Histogram = getattr(SPANS, name)
         unit = "" if name in ("bytes", "messages") else "_seconds"
-        metric = {"bytes": "session_bytes", "messages": "session_messages"}.get(name, name)
+        metric = {"bytes": "session_bytes", "messages": "session_messages", "store": "store_call"}.get(name, name)
         counts = list(accumulate(span.counts))
         ends = [*map(floatToGoString, span.bounds), "+Inf"]
         buckets = list(zip(ends, counts, strict=True))
@@ -249,6 +252,32 @@ def _pool(view: Overview) -> Iterator[Metric]:
     yield _gauge("pool_oldest_seconds", "Age of the oldest held-open connection", pool.oldest)
     yield _gauge("pool_mean_age_seconds", "Mean age of held-open connections", pool.mean_age)
     yield _gauge("pool_longest_idle_seconds", "Longest time that one has been idle", pool.longest_idle)
+
+
+def _store(store: StoreRow) -> Iterator[Metric]:
+    yield InfoMetricFamily(
+        _PREFIX + "store",
+        "The throttle store that several proxies share, as it says itself",
+        {"engine": store.engine, "version": store.version, "form": store.form},
+    )
+    yield _gauge(
+        "store_up", "0 while it does not answer and each limit goes on with a share", int(store.state == "connected")
+    )
+    yield _gauge("store_members", "throttle_store_members", store.members)
+    yield _gauge("store_members_seen", "Proxies that the store hears of; 0: not known", store.seen)
+    yield _gauge("store_throttles", "Throttles that it holds for this proxy", store.throttles)
+    yield CounterMetricFamily(_PREFIX + "store_calls", "Calls to it", value=store.calls)
+    failed = CounterMetricFamily(
+        _PREFIX + "store_calls_failed", "Calls that gave nothing, by reason", labels=["reason"]
+    )
+    for reason, count in (("lost", store.lost), ("refused", store.refused), ("clock", store.discarded)):
+        failed.add_metric([reason], count)
+    yield failed
+    yield CounterMetricFamily(_PREFIX + "store_slots", "Slots that it granted", value=store.slots)
+    yield CounterMetricFamily(
+        _PREFIX + "store_epochs", "Times that its memory was another one, and each limit began anew", value=store.epochs
+    )
+    yield CounterMetricFamily(_PREFIX + "store_degraded", "Times that it was lost", value=store.degraded)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

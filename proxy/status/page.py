@@ -17,6 +17,7 @@ from proxy.status.rows import (
     BlockRow,
     CachedRow,
     InstanceRow,
+    LeasedRow,
     MinuteRow,
     PeerRow,
     SessionRow,
@@ -35,6 +36,7 @@ from proxy.status.spelled import (
     held_by,
     holds_for,
     instance_state,
+    leased_share,
     limits_text,
     means,
     next_slot,
@@ -42,6 +44,10 @@ from proxy.status.spelled import (
     places_text,
     presence,
     queues_text,
+    store_calls,
+    store_engine,
+    store_members,
+    store_state,
     throttle_state,
     trouble_text,
 )
@@ -68,7 +74,7 @@ def pieces(view: Status, wanted: str = "") -> Iterator[str]:
     yield _last_hour(view.minutes)
     small = wanted.casefold()
     yield from section(_throttles(view, small), MOST_THROTTLE_ROWS, small)
-    for table in (_backoffs, _names, _receivers, _sources, _sessions, _pool_keys, _listeners, _counters):
+    for table in (_store_keys, _backoffs, _names, _receivers, _sources, _sessions, _pool_keys, _listeners, _counters):
         made = table(view)
         if made is None:
             continue
@@ -77,6 +83,8 @@ def pieces(view: Status, wanted: str = "") -> Iterator[str]:
         yield from section(made, MOST_ROWS, small)
         if table is _pool_keys:
             yield _pool(view)
+        elif table is _store_keys:
+            yield _store(view)
     yield f"</main><script>{SCRIPT}</script></body></html>\n"
 
 
@@ -217,6 +225,39 @@ def _instance_cells(row: InstanceRow) -> tuple[object, ...]:
 
 
 # --- other tables ---
+
+
+def _store_keys(view: Status) -> Table | None:
+    if view.store is None:
+        return None
+    head = ("throttle", "state", "#places here", "limits of all", "without it", "#leased", "#unused", "#proxies")
+    caption = "Limits that hold for several proxies together; those first for which the store does not answer"
+    return Table("Throttle store", caption, head, map(_leased_row, view.store.keys), view.store.keys_left_out)
+
+
+def _leased_row(row: LeasedRow) -> Row:
+    here = "" if row.places_here is None else row.places_here
+    return Row(
+        (
+            *(Mark(f"{row.name}\n{between(row)}", "two"), Mark(row.state, "b") if row.state == "alone" else row.state),
+            *(here, limits_text(row.limits, row.places), leased_share(row), row.leased, row.unused, row.users or "?"),
+        )
+    )
+
+
+def _store(view: Status) -> str:
+    store = view.store
+    if store is None:
+        return ""
+    return figures(
+        ("throttle store", store.address),
+        ("state", store_state(store)),
+        ("engine", store_engine(store)),
+        ("members", store_members(store)),
+        ("calls", store_calls(store)),
+        ("its memory was another one", f"{store.epochs} times"),
+        ("lost", f"{store.degraded} times"),
+    )
 
 
 def _backoffs(view: Status) -> Table | None:

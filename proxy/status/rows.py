@@ -183,6 +183,72 @@ class BlockRow(Struct):
     asking: int = 0
 
 
+class LeasedRow(Struct):
+    """One throttle whose limits hold for several proxies together.
+
+    Args:
+        name, source, receiver, source_name: as of its throttle. limits, places: of all proxies together; places None:
+            unlimited. share, share_places: what this proxy goes on with while the store does not answer; an amount of
+            0: nothing goes then. places_here: those that are this proxy's now.
+        leased: slots that the store has granted to this proxy. unused: those of them that lapsed here.
+        users: proxies that use it; 0: not known.
+        state: `leased`; `local`: no other proxy uses it; `alone`: the store does not answer, and the share holds.
+    """
+
+    name: str
+    source: str = ""
+    receiver: str = ""
+    source_name: str = ""
+    limits: list[Rate] = []
+    places: int | None = None
+    share: list[Rate] = []
+    share_places: int | None = None
+    places_here: int | None = None
+    leased: int = 0
+    unused: int = 0
+    users: int = 0
+    state: str = "leased"
+
+
+class StoreRow(Struct):
+    """The store of the throttles that several proxies share, as this one sees it; see `stats.StoreFigures`.
+
+    Args:
+        state: `connected`, or `degraded`: it does not answer, and this proxy goes on with its share of each limit.
+        since: seconds in this state. why: the last failure in words, also when it is over.
+        members: as configured. seen: proxies that the store hears of; 0: not known.
+        calls_a_second: since the last look or the one before; None: not known yet. p50, p99: seconds of a call.
+        lost, refused, discarded: calls without a reply in time, answered with an error, with a clock that cannot be
+            trusted. epochs: times that its memory was found to be another one. degraded: times that it was lost.
+        keys_left_out: of `keys`.
+    """
+
+    address: str
+    state: str
+    since: float
+    engine: str = ""
+    version: str = ""
+    form: str = "single"
+    master: str = ""
+    why: str = ""
+    members: int = 1
+    seen: int = 0
+    throttles: int = 0
+    calls: int = 0
+    calls_a_second: float | None = None
+    throttles_asked: int = 0
+    slots: int = 0
+    lost: int = 0
+    refused: int = 0
+    discarded: int = 0
+    epochs: int = 0
+    degraded: int = 0
+    p50: float | None = None
+    p99: float | None = None
+    keys: list[LeasedRow] = []
+    keys_left_out: int = 0
+
+
 class Queues(Struct):
     """Frames that wait to enter a stage, to leave it, and parked records; see docs/operations.md."""
 
@@ -389,6 +455,7 @@ class Overview(Struct):
     source_names: dict[str, str] = {}
     active_instances: dict[str, int] = {}
     active_sources: dict[str, int] = {}
+    store: StoreRow | None = None
 
 
 class Status(Overview, kw_only=True):

@@ -12,10 +12,12 @@ from proxy.status.rows import (
     BackoffRow,
     BlockRow,
     InstanceRow,
+    LeasedRow,
     PeerRow,
     Queues,
     Rate,
     SourceRow,
+    StoreRow,
     ThrottleRow,
     TroubleRow,
 )
@@ -48,9 +50,46 @@ def next_slot(row: ThrottleRow) -> str:
     return "now" if row.next_slot <= 0 else duration(row.next_slot)
 
 
-def between(row: ThrottleRow | BackoffRow) -> str:
+def store_engine(row: StoreRow) -> str:
+    """`valkey 8.1.8 at 10.0.0.1:6379, by sentinel`."""
+    form = "" if row.form == "single" else f", by {row.form}" if row.form == "sentinel" else f", a {row.form}"
+    return f"{row.engine} {row.version} at {row.master}{form}" if row.engine else "not known yet"
+
+
+def store_state(row: StoreRow) -> str:
+    """`connected for 1h5m19s`, `DEGRADED for 12s: connection refused`."""
+    if row.state == "connected":
+        return f"connected for {whole_seconds(row.since)}"
+    return f"DEGRADED for {whole_seconds(row.since)}" + (f": {row.why}" if row.why else "")
+
+
+def store_members(row: StoreRow) -> str:
+    """`2 of 3 proxies`."""
+    return f"{row.seen or '?'} of {row.members} proxies"
+
+
+def store_calls(row: StoreRow) -> str:
+    """`19.8 a second, 12034 in all, 2 lost, 1 refused; half take 0.213ms, 99 % at most 1.102ms`."""
+    said = [] if row.calls_a_second is None else [f"{row.calls_a_second:.1f} a second"]
+    said += [f"{row.calls} in all"]
+    said += [f"{count} {what}" for what, count in (("lost", row.lost), ("refused", row.refused)) if count]
+    said += [f"{row.discarded} with a clock that cannot be trusted"] * (row.discarded > 0)
+    text = ", ".join(said)
+    if row.p50 is not None and row.p99 is not None:
+        text += f"; half take {duration(row.p50)}, 99 % at most {duration(row.p99)}"
+    return text
+
+
+def leased_share(row: LeasedRow) -> str:
+    """What holds while the store does not answer: `500/hr, 10 connections`."""
+    said = ["nothing" if not rate.amount else str(rate) for rate in row.share]
+    said += [_connections(row.share_places)] if row.share_places is not None else []
+    return ", ".join(said) or "unlimited"
+
+
+def between(row: ThrottleRow | BackoffRow | LeasedRow) -> str:
     """What a throttle counts by itself: a source, `to` a receiver, or all together."""
-    source = called(row.source, row.source_name) if isinstance(row, ThrottleRow) else row.source
+    source = called(row.source, row.source_name) if isinstance(row, ThrottleRow | LeasedRow) else row.source
     return " ".join(filter(None, (source, f"to {row.receiver}" if row.receiver else ""))) or "all"
 
 

@@ -17,7 +17,7 @@ from proxy.log.spelling import printable
 from proxy.model import Endpoint, canonical_ip
 from proxy.settings import Settings
 from proxy.stats import duration, whole_seconds
-from proxy.status.rows import InstanceRow, PeerRow, SessionRow, SourceRow, Status, ThrottleRow
+from proxy.status.rows import InstanceRow, LeasedRow, PeerRow, SessionRow, SourceRow, Status, StoreRow, ThrottleRow
 from proxy.status.spelled import (
     ago,
     backoff_state,
@@ -29,6 +29,7 @@ from proxy.status.spelled import (
     held_by,
     holds_for,
     instance_state,
+    leased_share,
     limits_text,
     means,
     next_slot,
@@ -36,6 +37,10 @@ from proxy.status.spelled import (
     places_text,
     presence,
     queues_text,
+    store_calls,
+    store_engine,
+    store_members,
+    store_state,
     throttle_state,
     trouble_text,
 )
@@ -145,6 +150,10 @@ _THROTTLE_HEAD = (
     *("THROTTLE", "SOURCE / INSTANCE", "LIMITS", "HOW", "STATE", "#PLACES", "#WAIT", "#SHARE", "#DEMAND"),
     *("HELD BY", "#NEXT", "#USE"),
 )
+_LEASED_HEAD = (
+    *("IN THE STORE", "SOURCE", "LIMITS OF ALL", "STATE", "WITHOUT IT", "#PLACES HERE", "#LEASED", "#UNUSED"),
+    "#PROXIES",
+)
 _LONGEST_TROUBLE = 400
 _LONGEST_NAMES = 3000
 _PEER_HEAD = ("FAILING FOR", "#5 MIN", "#AGO", "FAILED", "#4XX", "#5XX", "#CONNECTIONS", "LAST")
@@ -173,6 +182,9 @@ def lines(status: Status) -> Iterator[str]:
     yield from _table(_THROTTLE_HEAD, _throttles(status.throttles))
     if status.throttles_left_out:
         yield f"and {status.throttles_left_out} more throttles"
+    if status.store is not None:
+        yield ""
+        yield from _store(status.store)
     if status.backoffs:
         yield ""
         yield from _backoffs(status)
@@ -193,6 +205,14 @@ def lines(status: Status) -> Iterator[str]:
         yield f"and {status.sessions_left_out} more sessions"
     if manager.without_permit:
         yield f"{manager.without_permit} messages were sent without a permit"
+
+
+def _store(row: StoreRow) -> Iterator[str]:
+    said = (store_state(row), store_engine(row), store_members(row), store_calls(row))
+    yield "STORE " + printable(f"{row.address}: {'; '.join(said)}", _LONGEST_TROUBLE)
+    yield from _table(_LEASED_HEAD, map(_leased, row.keys))
+    if row.keys_left_out:
+        yield f"and {row.keys_left_out} more throttles in the store"
 
 
 def _backoffs(status: Status) -> Iterator[str]:
@@ -234,6 +254,14 @@ def _instance(row: InstanceRow) -> tuple[object, ...]:
     share = "" if row.share is None else row.share
     state = instance_state(row)
     return ("", "  " + row.name, said, row.mode, state, row.used, row.waiting, share, row.demand, "", "", "")
+
+
+def _leased(row: LeasedRow) -> tuple[object, ...]:
+    here = "" if row.places_here is None else row.places_here
+    return (
+        *(row.name, between(row), limits_text(row.limits, row.places), row.state, leased_share(row)),
+        *(here, row.leased, row.unused, row.users or "?"),
+    )
 
 
 def _peer(row: PeerRow) -> tuple[object, ...]:

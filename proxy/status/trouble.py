@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from proxy.policy.trouble import LATELY, Troubles
-from proxy.status.rows import Overview, PeerRow, SourceRow, TroubleRow
+from proxy.status.rows import Overview, PeerRow, SourceRow, StoreRow, TroubleRow
 from proxy.throttling.backoff import Slowdown
 from proxy.throttling.throttle import Key
 
 _KINDS = (
     *("draining", "old_configuration", "internal_errors", "nearly_full", "source_missing", "sources_failing"),
-    *("receivers_failing", "backoff", "dns"),
+    *("receivers_failing", "backoff", "dns", "store_degraded", "store_members"),
 )
 
 #: Failures of the last five minutes, with nothing that went well since, that put a receiver or a source in trouble.
@@ -56,6 +56,7 @@ def found(
     """
     return [
         *_program(view),
+        *_store(view.store),
         *_sources(view),
         *_receivers(view),
         *_backoffs(view, backing_off),
@@ -75,6 +76,19 @@ def _program(view: Overview) -> Iterator[TroubleRow]:
     connections = view.connections
     if connections.limit and connections.open >= _NEARLY_FULL * connections.limit:
         yield TroubleRow("nearly_full", f"{connections.open} of {connections.limit} client connections are in use")
+
+
+def _store(store: StoreRow | None) -> Iterator[TroubleRow]:
+    if store is None:
+        return
+    if store.state != "connected":
+        ours = "the whole" if store.members == 1 else f"1/{store.members}"
+        why = store.why or "it has not answered yet"
+        text = f"the throttle store {store.address} does not answer, and this proxy goes on with {ours} of each limit"
+        yield TroubleRow("store_degraded", f"{text}: {why}", since=store.since)
+    if store.seen > store.members:
+        text = f"{store.seen} proxies use the throttle store, and throttle_store_members is {store.members}"
+        yield TroubleRow("store_members", f"{text}: without it they would go beyond the limits")
 
 
 def _sources(view: Overview) -> Iterator[TroubleRow]:

@@ -15,7 +15,7 @@ from proxy.egress.pool import Entry, Pool, PoolKey
 from proxy.policy.directory import Book
 from proxy.policy.trouble import Record, Troubles
 from proxy.settings import ThrottleSettings
-from proxy.stats import OTHER, Backlog, Counters, Flow, Snapshot, Standing, Table
+from proxy.stats import OTHER, Backlog, Counters, Flow, Snapshot, Standing, StoreFigures, Table
 from proxy.status.backoffs import backoff_rows
 from proxy.status.names import block_rows, failing
 from proxy.status.rows import (
@@ -32,6 +32,7 @@ from proxy.status.rows import (
     SourceRow,
     Status,
 )
+from proxy.status.store import Pace, store_row
 from proxy.status.throttles import LONGEST_REASON, STEP, Meter, asked_of, rank, throttle_row
 from proxy.status.trouble import found
 from proxy.throttling.flows import Throttle
@@ -62,6 +63,8 @@ class Sources(NamedTuple):
     blocks: Sequence[ThrottleSettings] = ()
     name_of_source: Callable[[str], str] = lambda address: ""
     standing: Callable[[], Iterable[Standing | None]] = lambda: ()
+    store: StoreFigures | None = None
+    pace: Pace | None = None
 
 
 def overview(sources: Sources, now: float) -> Generator[None, None, Overview]:
@@ -78,6 +81,9 @@ def overview(sources: Sources, now: float) -> Generator[None, None, Overview]:
     if receivers:
         yield
     by_instance, by_source = yield from _active(sources.standing())
+    store = None
+    if sources.store is not None:
+        store = yield from store_row(sources.store, sources.pace, now, sources.name_of_source)
     view = Overview(
         active_instances=by_instance,
         active_sources=by_source,
@@ -106,6 +112,7 @@ def overview(sources: Sources, now: float) -> Generator[None, None, Overview]:
         sources=sources_[:MOST_PEERS],
         sources_left_out=max(0, len(sources_) - MOST_PEERS),
         source_names={row.name: row.source_name for row in sources_ if row.source_name},
+        store=store,
     )
     view.trouble = found(view, sources.troubles, now, failing(sources.book), manager.blocks.backoffs.latest)
     return view

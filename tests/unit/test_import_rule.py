@@ -55,8 +55,8 @@ PURE_FILES = {
         "egress.resumption",
     ),
     *("server.advice", "server.findings"),
-    *("status.backoffs", "status.names", "status.rows", "status.spelled", "status.throttles"),
-    *("status.trouble", "status.view"),
+    *("status.backoffs", "status.names", "status.rows", "status.spelled", "status.store"),
+    *("status.throttles", "status.trouble", "status.view"),
 }
 #: What the library shares with the program of `throttling`; it must stay small, since MTAs carry it with them.
 CLIENT_THROTTLING = {"proxy.throttling.lease", "proxy.throttling.wheel"}

@@ -575,3 +575,18 @@ def test_the_vocabulary_has_no_dead_words() -> None:
 def test_the_documented_closing_line_is_the_one_that_is_written() -> None:
     page = (ROOT / "docs" / "operations.md").read_text()
     assert "\n" + CLOSING + "\n" in page
+
+
+def test_a_store_that_is_lost_and_one_that_is_back_are_a_line_each() -> None:
+    output = Output()
+    log.store_lost("redis://10.0.0.9:6379/0", "no answer in 100 ms", 3)
+    log.store_back("redis://10.0.0.9:6379/0", 12.25, 4)
+    (lost,) = output.err()
+    assert lost.endswith(
+        "store: the throttle store does not answer: its limits go on with this proxy's share "
+        'store=redis://10.0.0.9:6379/0 share=1/3 reason="no answer in 100 ms"'
+    )
+    (back,) = output.out()
+    assert back.endswith(
+        "store: the throttle store answers again store=redis://10.0.0.9:6379/0 seconds=12.25 calls_lost=4"
+    )
