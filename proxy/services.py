@@ -21,6 +21,7 @@ from proxy.egress.admission import Admission
 from proxy.egress.broken_tls import BrokenTls
 from proxy.egress.demands import Demands
 from proxy.egress.keeper import Keeper
+from proxy.egress.office import Office
 from proxy.egress.resumption import Sessions
 from proxy.egress.via import Via
 from proxy.errors import ProxyError, UpstreamError
@@ -238,6 +239,7 @@ class Services:
 
     Args:
         via: the way out through another proxy; None: we connect ourselves.
+        office: places and slots. admission: the same with the sessions of native clients; only their doors use it.
         newcomers: who has not said yet who it is.
         slowed: who gave a wrong secret once too often, and waits for the answer.
         identity: what the native listener shows as TLS server; None: it speaks in clear.
@@ -264,6 +266,7 @@ class Services:
     demands: Demands
     tls_sessions: Sessions
     acquaintances: Acquaintances
+    office: Office
     admission: Admission
     via: Via | None
     identity: ServerIdentity | None

@@ -149,7 +149,7 @@ class Visit:
         self.reply += data.decode("utf-8", "backslashreplace")
         said = refusal(self.reply)
         if said:
-            self.services.admission.replied(self.place, f"{said[:3]} {said[4:]}", settle_later=True)
+            self.services.office.replied(self.place, f"{said[:3]} {said[4:]}", settle_later=True)
 
     def ended(self, ending: Ending, up: int, down: int) -> None:
         """The relay is over; called from the hub, must not wait."""
@@ -162,7 +162,7 @@ class Visit:
         services.gauges.outgoing -= 1
         self.forget_end()
         if self.place is not None:
-            services.admission.leave(self.place)
+            services.office.leave(self.place)
         self.door.open_connections -= 1
         del services.instances.connections[self]
         self.now("over", f"over: {ending}, {up} bytes up, {down} bytes down {reply}".rstrip())
@@ -195,7 +195,7 @@ class Visit:
             self.services.gauges.outgoing -= 1
             self.forget_end()
         elif self.place is not None:
-            self.services.admission.leave(self.place)
+            self.services.office.leave(self.place)
         self.door.open_connections -= 1
         del self.services.instances.connections[self]
 

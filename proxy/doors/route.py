@@ -72,7 +72,7 @@ def connect(visit: Visit, source: str, destination: Endpoint) -> int:
     services = visit.services
     settings = services.settings
     asked_at = monotonic()
-    if services.admission.manager.blocks:
+    if services.office.limited:
         visit.now("place", "wants a place under the throttles")
         _take_place(visit, visit.instance, source, destination)
     visit.now("connect", "connects")
@@ -95,4 +95,4 @@ def _take_place(visit: Visit, instance: str, source: str, destination: Endpoint)
     weight = services.access.weight_of(instance)
     seconds = place_within(visit.answer_within())
     with visit.while_client_stays(0.0):
-        visit.place = services.admission.enter(owner, weight, source, destination.host, (), seconds)
+        visit.place = services.office.enter(owner, weight, source, destination.host, (), seconds)

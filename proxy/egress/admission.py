@@ -12,11 +12,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable
+from functools import partial
 from time import monotonic
 from typing import Any
 
 from gevent import get_hub, getcurrent
 
+from proxy.egress.office import Answer, Office, Slot
 from proxy.errors import Throttled
 from proxy.log import lines as log
 from proxy.model import UNNAMED, Names
@@ -33,9 +35,6 @@ from proxy.throttling.wheel import Wheel
 _NANOSECONDS = 1_000_000_000
 #: Requests whose time is up that are told so before the loop looks at its sockets again.
 _TIMED_OUT_A_TURN = 20
-
-#: Told once, in the hub: None: the slot is there, to be used at once; or why there is none. Must not wait.
-Answer = Callable[[Throttled | None], None]
 
 
 def clock_ns() -> int:
@@ -55,8 +54,8 @@ class Client:
         raise NotImplementedError
 
 
-class Admission:
-    """The one manager and whoever deals with it.
+class Admission(Office):
+    """The one manager and whoever deals with it; for the calls of `Office` see there.
 
     Args:
         make_way: told a full throttle under which a request waits: a cached connection is to give up its place there;
@@ -68,7 +67,7 @@ class Admission:
         self.clients: dict[Session, Client] = {}
         self._make_way = make_way
         self._hub: Any = get_hub()
-        self._waiting: dict[Ticket, Any] = {}  # the greenlets
+        self._waiting: dict[Ticket, Callable[[], object]] = {}  # what goes on with it
         self._refused: dict[Ticket, Throttled] = {}  # of those, whose time is up
         self._answers: dict[MessageTicket, Answer] = {}
         self._deadlines: Wheel[Ticket | MessageTicket] = Wheel(10 * MILLISECOND)
@@ -79,6 +78,11 @@ class Admission:
         self._settling = False
 
     # ---------------------------------------------------------------- places
+
+    @property
+    def limited(self) -> bool:
+        """See `Office`."""
+        return bool(self.manager.blocks)
 
     def enter(
         self,
@@ -92,19 +96,7 @@ class Admission:
         rated: bool = True,
         names: Names = UNNAMED,
     ) -> Places | None:
-        """Wait in fair order for a place under every throttle that applies; None: none does.
-
-        Args:
-            owner: instance name, else the client's address.
-            seconds: the longest to wait; the proxy's own throttles may say less.
-            key: of the cached connection that would do; see `pass_on`.
-            rated: whether the connection counts against the rates of the proxy's own throttles; not if its messages do,
-                each by `message` or `ask_slot`.
-            names: what the client says of its receiver.
-
-        Raises:
-            Throttled: not in time; says which throttle, and when to come back.
-        """
+        """See `Office`."""
         manager = self.manager
         if not flows and not manager.blocks:
             return None
@@ -131,11 +123,7 @@ class Admission:
         rated: bool = True,
         names: Names = UNNAMED,
     ) -> tuple[bool, Places | None]:
-        """A cached connection changes its user: its places for those of the new one, in one call, without waiting.
-
-        Returns:
-            whether it may, and the new places; if not, the old ones are as they were.
-        """
+        """See `Office`. Does not wait."""
         manager = self.manager
         if old is None:
             if not flows and not manager.blocks:
@@ -153,25 +141,21 @@ class Admission:
         return new is not None, new
 
     def leave(self, places: Places | None) -> None:
-        """The socket is closed."""
+        """See `Office`."""
         if places is not None:
             self._wake(self.manager.release(places, clock_ns()))
             self.settle()
 
     def wanted(self, places: Places | None) -> bool:
-        """Whether somebody waits for one of these places."""
+        """See `Office`."""
         return places is not None and self.manager.wanted(places)
 
     def awaited(self, key: Hashable) -> bool:
-        """Whether one who waits for places, anywhere, asks for this key."""
+        """See `Office`."""
         return key in self._awaited
 
     def pass_on(self, places: Places, key: Hashable) -> bool:
-        """Give the places of a cached connection to who is next, if that one asks for its key; whether it did.
-
-        It takes over the connection when it runs next. Otherwise the caller has to close the socket: the places are
-        taken until it gives them back, so that whoever is next connects when that is done.
-        """
+        """See `Office`. Does not wait."""
         heir = self.manager.heir(places, clock_ns())
         if heir is None or self._keys.get(heir) != key:
             return False
@@ -186,28 +170,77 @@ class Admission:
         Raises:
             Throttled: time is up.
         """
-        self._waiting[ticket] = getcurrent()
-        self._keys[ticket] = key
-        self._awaited[key] += 1
-        self._let_wait(ticket, seconds)
+        self._begin_waiting(ticket, seconds, key, getcurrent().switch)
         try:
             while ticket.places is None:
-                refusal = self._refused.pop(ticket, None)
-                if refusal is not None:
-                    raise refusal
+                if ticket in self._refused:
+                    raise self._refused[ticket]
                 self._hub.switch()
         except BaseException:
             self._wake(self.manager.cancel(ticket, clock_ns()))
             raise
         finally:
-            self._deadlines.disarm(ticket)
-            self._refused.pop(ticket, None)
-            del self._waiting[ticket]
-            del self._keys[ticket]
-            self._awaited[key] -= 1
-            if not self._awaited[key]:
-                del self._awaited[key]
+            self._end_waiting(ticket)
             self.settle()
+
+    def ask_place(
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        seconds: float,
+        answer: Answer,
+        key: Hashable,
+        rated: bool,
+        names: Names,
+    ) -> Places | Ticket | None:
+        """`enter` without a greenlet.
+
+        Args:
+            answer: not called if the places are there at once, nor after `cancel_place`.
+
+        Returns:
+            None: no throttle applies. The places; or a ticket, which has them when `answer` is called.
+        """
+        manager = self.manager
+        if not manager.blocks:
+            return None
+        ticket = manager.admit(owner, weight, source, destination, (), clock_ns(), rated, names)
+        self.settle()
+        if isinstance(ticket, Ticket):
+            self._begin_waiting(
+                ticket, self._longest(ticket, seconds), key, partial(self._answer_place, ticket, answer)
+            )
+        return ticket
+
+    def cancel_place(self, ticket: Ticket) -> None:
+        """Nobody waits for it any more, whether it got in or not."""
+        if ticket in self._waiting:
+            self._end_waiting(ticket)
+        self._wake(self.manager.cancel(ticket, clock_ns()))
+        self.settle()
+
+    def _answer_place(self, ticket: Ticket, answer: Answer) -> None:
+        refusal = self._refused.get(ticket)
+        if ticket.places is not None or refusal is not None:
+            self._end_waiting(ticket)
+            answer(refusal if ticket.places is None else None)
+
+    def _begin_waiting(self, ticket: Ticket, seconds: float, key: Hashable, go_on: Callable[[], object]) -> None:
+        self._waiting[ticket] = go_on
+        self._keys[ticket] = key
+        self._awaited[key] += 1
+        self._let_wait(ticket, seconds)
+
+    def _end_waiting(self, ticket: Ticket) -> None:
+        self._deadlines.disarm(ticket)
+        self._refused.pop(ticket, None)
+        del self._waiting[ticket]
+        key = self._keys.pop(ticket)
+        self._awaited[key] -= 1
+        if not self._awaited[key]:
+            del self._awaited[key]
 
     def _wake(self, tickets: list[Ticket]) -> None:
         for ticket in tickets:
@@ -215,9 +248,9 @@ class Admission:
                 self._hub.loop.run_callback(self._resume, ticket)
 
     def _resume(self, ticket: Ticket) -> None:
-        greenlet = self._waiting.get(ticket)  # by now it may have been called off, and wait for something else
-        if greenlet is not None:
-            greenlet.switch()
+        go_on = self._waiting.get(ticket)  # by now it may have been called off, and wait for something else
+        if go_on is not None:
+            go_on()
 
     # ---------------------------------------------------------------- messages
 
@@ -232,17 +265,7 @@ class Admission:
         waits: Callable[[], object] = lambda: None,
         names: Names = UNNAMED,
     ) -> MessageTicket | None:
-        """Wait for `ask_slot` in the running greenlet.
-
-        Args:
-            waits: called when the slot is not there at once; must not wait.
-
-        Returns:
-            None: nothing limits the message. Else a ticket for `put_off`, if the message does not go at once.
-
-        Raises:
-            Throttled: not in time.
-        """
+        """See `Office`."""
         greenlet, answers = getcurrent(), []
 
         def answer(refusal: Throttled | None) -> None:
@@ -267,12 +290,9 @@ class Admission:
             raise answers[0]
         return ticket
 
-    def put_off(self, ticket: MessageTicket | None) -> bool:
-        """The message of a ticket that was granted goes in this moment, which may be later than its slot.
-
-        Returns:
-            False: so much later that it needs another slot.
-        """
+    def put_off(self, ticket: Slot | None) -> bool:
+        """See `Office`. Does not wait."""
+        assert ticket is None or isinstance(ticket, MessageTicket)
         return ticket is None or self.manager.put_off(ticket, clock_ns())
 
     def ask_slot(
@@ -284,24 +304,9 @@ class Admission:
         flows: tuple[Flow, ...],
         seconds: float,
         answer: Answer,
-        names: Names,
+        names: Names = UNNAMED,
     ) -> MessageTicket | None:
-        """Ask for the slot of one message that the proxy is to pass on, in fair order with all instances' demand.
-
-        Args:
-            owner: instance name, else the client's address; one that has a session shares its turns with it.
-            weight: as the operator has set it.
-            source, destination, names: canonical addresses, and what the client says: the proxy's own throttles that
-                match them apply; none without a source.
-            flows: a session's paths, whose throttles apply, too.
-            seconds: the longest to wait; the proxy's own throttles may say less.
-            answer: see `Answer`. Not called if the slot is there at once, nor after `cancel_message`.
-
-        Returns:
-            None: nothing limits it. Else a ticket for `cancel_message` and `put_off`; if it is `granted`, the slot is
-            there: pass the message on now. The refusal names the throttle (`throttle`) and says when to come back
-            (`retry_after`, seconds).
-        """
+        """See `Office`."""
         manager = self.manager
         if not flows and not manager.blocks:
             return None
@@ -312,9 +317,9 @@ class Admission:
         self.settle()
         return ticket
 
-    def cancel_message(self, ticket: MessageTicket) -> None:
-        """Nobody waits for it any more. A slot that has come and was not told of goes to the next; after the answer
-        this changes nothing."""
+    def cancel_message(self, ticket: Slot) -> None:
+        """See `Office`."""
+        assert isinstance(ticket, MessageTicket)
         if self._answers.pop(ticket, None) is not None:
             self._deadlines.disarm(ticket)
             self.manager.cancel_message(ticket, clock_ns())
@@ -330,25 +335,24 @@ class Admission:
 
     @property
     def listens(self) -> bool:
-        """Whether refusals are of interest."""
+        """See `Office`."""
         return self.manager.blocks.listens
 
     def replied(self, places: Places | None, reply: str, settle_later: bool = False) -> None:
-        """A receiver refused something on the connection that has these places; must not wait.
-
-        Whoever asks from now on finds the limits that follow, and so does who waits: to be called before the places are
-        given back.
-
-        Args:
-            reply: its code and a blank, then its lines, joined by LF.
-            settle_later: the caller must not have the engine called, as `settle` may.
-        """
+        """See `Office`."""
         if places is not None and self.listens:
             self.manager.replied(places, reply, clock_ns())
             if settle_later:
                 self._hub.loop.run_callback(self.settle)
             else:
                 self.settle()
+
+    def carried(self, places: Places | None, accepted: int, deferred: int, rejected: int) -> None:
+        """See `Office`."""
+        if places is not None:
+            places.carried(accepted, deferred, rejected)
+
+    # ---------------------------------------------------------------- by hand
 
     def end_backoff(self, name: str) -> int | None:
         """End the back-offs of a block by hand; of how many throttles. None: there is no such block."""

@@ -11,15 +11,16 @@ connection holds: it gives way at once, or goes, with its place, to the very cli
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import partial
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 
 from gevent import Timeout, get_hub
 from gevent.event import Event
 
 from proxy.egress.leaving import Leaving
+from proxy.egress.office import Office
 from proxy.egress.pool import Discarded, Entry, Pool, PoolKey, PoolSettings
 from proxy.egress.receiver import Receiver
 from proxy.model import Discard
@@ -68,28 +69,10 @@ _POLITE = frozenset(
 _PRESSED = frozenset({Discard.YIELDED, Discard.OVERLOADED})
 
 
-class PlaceOffice(Protocol):
-    """Where throttle places are given back; `Admission` is one."""
-
-    def leave(self, places: Places | None) -> None:
-        """The socket is closed."""
-
-    def wanted(self, places: Places | None) -> bool:
-        """Whether somebody waits for one of these places."""
-
-    def awaited(self, key: Hashable) -> bool:
-        """Whether one who waits for places, anywhere, asks for this key."""
-
-    def pass_on(self, places: Places, key: Hashable) -> bool:
-        """Give places to who is next, if that one asks for this key; whether it did. If not they are still taken."""
-
-
 class Keeper:
     """All connections to receivers that no client uses at the moment: being cleaned, idle, or being parted from."""
 
-    def __init__(
-        self, engine: Engine, crew: Crew, counters: Counters, settings: PoolSettings, office: PlaceOffice
-    ) -> None:
+    def __init__(self, engine: Engine, crew: Crew, counters: Counters, settings: PoolSettings, office: Office) -> None:
         self._engine = engine
         self._crew = crew
         self._counters = counters
@@ -122,7 +105,7 @@ class Keeper:
 
         Args:
             claim: asked for a live connection whether the caller may have it (its places change hands there); if not,
-                it stays as it was. Must not wait.
+                it stays as it was.
             seconds: the longest to wait for an answer, if that is less than usual.
         """
         while True:
@@ -136,7 +119,7 @@ class Keeper:
                 self._part([self._pool.reject(entry, reason)])
                 if reason is Discard.TIMED_OUT:  # so will the others that lead there: nobody shall wait for each
                     self._part(self._pool.remove_older(entry, reason))
-            elif claim(receiver):
+            elif self._claimed(entry, receiver, claim):
                 self._engine.watch(receiver.stream.socket.fileno(), None)
                 return receiver
             else:
@@ -248,6 +231,18 @@ class Keeper:
         due = self._pool.next_expiry()
         if due is not None and (self._armed is None or due < self._armed):
             self._changed.set()
+
+    def _claimed(self, entry: Entry, receiver: Receiver, claim: Callable[[Receiver], bool]) -> bool:
+        """Whether the caller has it; it may have to wait for that, in a process that has to ask another one."""
+        self._cleaning += 1
+        try:
+            return claim(receiver)
+        except BaseException:  # whoever asked is gone
+            self._pool.put_back(entry)
+            self._give_way(entry)
+            raise
+        finally:
+            self._cleaning -= 1
 
     def _probe(self, entry: Entry, seconds: float) -> Discard | None:
         """Why a connection that was taken out of the pool cannot be handed out after all, or None."""

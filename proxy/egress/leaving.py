@@ -14,10 +14,11 @@ from _socket import SHUT_WR
 from collections import Counter, OrderedDict
 from functools import partial
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 
 from gevent import get_hub
 
+from proxy.egress.office import Office
 from proxy.net.relay import Engine, RawSocket
 from proxy.net.tls import Stream
 from proxy.throttling.flows import Places, Throttle
@@ -29,13 +30,6 @@ _MOST_READS = 16
 _TICK = 0.05
 
 
-class PlaceTaker(Protocol):
-    """Where throttle places are given back; `Admission` is one."""
-
-    def leave(self, places: Places | None) -> None:
-        """The socket is closed on both sides."""
-
-
 class Leaving:
     """All of them, those that left first at the front.
 
@@ -43,7 +37,7 @@ class Leaving:
         seconds: the longest that a place is held; 0: it is free when we have closed.
     """
 
-    def __init__(self, engine: Engine, office: PlaceTaker, seconds: float) -> None:
+    def __init__(self, engine: Engine, office: Office, seconds: float) -> None:
         self.seconds = seconds
         self._engine = engine
         self._office = office

@@ -286,6 +286,7 @@ class Server:
             ),
             tls_sessions=self._tls_sessions,
             acquaintances=self._acquaintances,
+            office=self._admission,
             admission=self._admission,
             via=via.of_settings(self._engine, settings, socket.gethostname(), self._via),
             identity=identity if settings.listen and settings.listen_tls else None,

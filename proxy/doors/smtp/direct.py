@@ -13,6 +13,7 @@ from typing import NamedTuple
 from proxy.doors.smtp.egress import Line, Preview, TlsAtOnce
 from proxy.egress import upstream
 from proxy.egress.bring_up import BringUp, connect_receiver, open_receiver
+from proxy.egress.office import Slot
 from proxy.egress.pool import PoolKey
 from proxy.egress.receiver import InClear, Limits, Receiver, StaleSession, Wish, may_do_without, may_try_again
 from proxy.errors import Overloaded, Throttled, UpstreamError
@@ -23,7 +24,6 @@ from proxy.net.tls import Stream
 from proxy.policy.access import place_within
 from proxy.policy.modes import Terms
 from proxy.services import Services
-from proxy.throttling.desk import MessageTicket
 from proxy.throttling.flows import Places
 
 #: An MTA waits five minutes for the reply to EHLO or MAIL (RFC 5321 section 4.5.3.2); the answer must be there before.
@@ -58,7 +58,7 @@ class Direct:
         self._terms = terms
         self._who = (owner, weight, terms.source, terms.destination.host, ())
         self._bound = sock
-        self._slot: MessageTicket | None = None  # the last one
+        self._slot: Slot | None = None  # the last one
         self._wished = Wish(None, terms.tls)  # see `_settle`
         self._connect_by = monotonic() + connect_within
         self._answer_by: float | None = None  # of the MAIL that has its slot and no connection yet
@@ -82,7 +82,7 @@ class Direct:
             seconds = min(self._services.settings.connect_timeout, upstream.LONGEST_CONNECT, left)
             receiver = self._had(lambda: self._connected(seconds, sock))
         except BaseException:
-            self._services.admission.leave(places)
+            self._services.office.leave(places)
             raise
         receiver.place = places
         bring_up = BringUp(self._services.engine, receiver, self._wish(None), self._services.tls_sessions)
@@ -158,7 +158,7 @@ class Direct:
             try:
                 kept = self._kept_with(name, places)
             except BaseException:
-                self._services.admission.leave(places)
+                self._services.office.leave(places)
                 raise
             if kept is not None:
                 return kept
@@ -167,20 +167,19 @@ class Direct:
     def slot(self, waits: Callable[[], None]) -> None:
         """See `Egress`."""
         self._answer_by = monotonic() + _ANSWER_WITHIN
-        self._slot = self._services.admission.message(*self._who, _ANSWER_WITHIN, waits)
+        self._slot = self._services.office.message(*self._who, _ANSWER_WITHIN, waits)
 
     def redeem(self) -> bool:
         """See `Egress`."""
-        return self._services.admission.put_off(self._slot)
+        return self._services.office.put_off(self._slot)
 
     def refused(self, line: Line, reply: str) -> None:
         """See `Egress`."""
-        self._services.admission.replied(_held(line).receiver.place, reply)
+        self._services.office.replied(_held(line).receiver.place, reply)
 
     def carried(self, line: Line, accepted: int, deferred: int, rejected: int) -> None:
         """See `Egress`."""
-        if (place := _held(line).receiver.place) is not None:
-            place.carried(accepted, deferred, rejected)
+        self._services.office.carried(_held(line).receiver.place, accepted, deferred, rejected)
 
     def reloaded(self, services: Services) -> None:
         """See `Egress`."""
@@ -191,7 +190,7 @@ class Direct:
     def lend(self, line: Line, taken: Callable[[], None]) -> None:
         """See `Egress`."""
         receiver = _held(line).receiver
-        if self._services.admission.wanted(receiver.place):
+        if self._services.office.wanted(receiver.place):
             taken()
         elif receiver.place is not None:
             self._services.keeper.lend(receiver, taken)
@@ -203,11 +202,11 @@ class Direct:
     def give(self, line: Line) -> None:
         """See `Egress`."""
         key, receiver = _held(line).key, self._leaving(line)
-        admission = self._services.admission
+        office = self._services.office
         if not self._shares or key is None:
             self._services.keeper.part(receiver, Discard.DISABLED)
         # Who waits for its place may want this very connection; whose turn it is turns out when it is clean.
-        elif admission.wanted(receiver.place) and not admission.awaited(key):
+        elif office.wanted(receiver.place) and not office.awaited(key):
             self._services.keeper.decline(Discard.YIELDED)
             self._services.keeper.part(receiver, Discard.YIELDED)
         else:
@@ -269,7 +268,7 @@ class Direct:
     def _enter(self, seconds: float, name: str | None) -> Places | None:
         """A place under the proxy's throttles, whose rates count messages here."""
         key = self._key(name, self._tls) if name is not None else None
-        return self._services.admission.enter(*self._who, max(seconds, 0.001), key, rated=False)
+        return self._services.office.enter(*self._who, max(seconds, 0.001), key, rated=False)
 
     def _enter_now(self) -> Places | None:
         """The same, if it need not be waited for.
@@ -277,7 +276,7 @@ class Direct:
         Raises:
             Throttled: it would have to.
         """
-        may, places = self._services.admission.swap(None, *self._who, rated=False)
+        may, places = self._services.office.swap(None, *self._who, rated=False)
         if not may:
             raise Throttled("no place is free", "", 0.0)
         return places
@@ -297,14 +296,14 @@ class Direct:
 
         def move_in(kept: Receiver) -> bool:
             old, kept.place = kept.place, places
-            self._services.admission.leave(old)
+            self._services.office.leave(old)
             return True
 
         return self._kept(name, move_in)
 
     def _swap(self, kept: Receiver) -> bool:
         """Its places for ours, if these are free."""
-        may, places = self._services.admission.swap(kept.place, *self._who, rated=False)
+        may, places = self._services.office.swap(kept.place, *self._who, rated=False)
         if may:
             kept.place = places
         return may
@@ -342,8 +341,8 @@ class Direct:
             receiver = self._had(make)
         except BaseException as error:
             if isinstance(error, UpstreamError) and error.smtp_reply is not None:
-                services.admission.replied(asked_with, error.smtp_reply)
-            services.admission.leave(places)
+                services.office.replied(asked_with, error.smtp_reply)
+            services.office.leave(places)
             raise
         receiver.place = places
         receiver.in_clear = receiver.in_clear or in_clear

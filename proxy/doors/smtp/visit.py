@@ -326,7 +326,7 @@ class Visit:
 
     def _judge(self) -> Tracker:
         """The judge of one, which also tells what is wanted to be told."""
-        refused = self._refused if self._services.admission.listens else None
+        refused = self._refused if self._services.office.listens else None
         return FateTracker(self._tell_fate, refused) if self._log_messages else Tracker(refused)
 
     def _refused(self, reply: str) -> None:

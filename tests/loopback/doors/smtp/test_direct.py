@@ -59,7 +59,7 @@ def test_slot_place_and_connection_of_a_mail_are_in_time_together(monkeypatch):
     services = one._services
     services.settings.reuse_connections = False
     services.access = SimpleNamespace(check_route=lambda *_: None)
-    services.admission = SimpleNamespace(message=message)
+    services.office = SimpleNamespace(message=message)
     monkeypatch.setattr(Direct, "_settle", lambda self, seconds: None)
     monkeypatch.setattr(Direct, "_enter", enter)
     monkeypatch.setattr(Direct, "_fresh", fresh)

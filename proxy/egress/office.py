@@ -1,0 +1,181 @@
+"""Where places under throttles and slots of messages are had: what a connection needs of all others, as an interface.
+
+Two have it: `admission`, which has the throttle manager at hand, and `remote`, in a process whose manager is another
+one's. Whoever serves a connection does not know which it deals with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Protocol
+
+from proxy.errors import Throttled
+from proxy.model import UNNAMED, Names
+from proxy.throttling.flows import Flow, Places
+
+#: Told once, in the hub: None: it is there, to be used at once; or why there is none. Must not wait.
+Answer = Callable[[Throttled | None], None]
+
+
+class Slot(Protocol):
+    """A request for the slot of one message."""
+
+    @property
+    def granted(self) -> bool:
+        """The slot is there, and is to be used in the same breath."""
+
+
+class Office(Protocol):
+    """All calls but `enter`, `swap`, `pass_on`, `message` and `put_off` return at once."""
+
+    # ---------------------------------------------------------------- places
+
+    @property
+    def limited(self) -> bool:
+        """Whether the proxy has throttles of its own: without, `enter` need not be called."""
+
+    def enter(
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+        seconds: float,
+        key: Hashable = None,
+        rated: bool = True,
+        names: Names = UNNAMED,
+    ) -> Places | None:
+        """Wait in fair order for a place under every throttle that applies; None: none does.
+
+        Args:
+            owner: instance name, else the client's address.
+            source, destination: addresses in canonical form.
+            flows: a session's paths, whose throttles apply, too.
+            seconds: the longest to wait; the proxy's own throttles may say less.
+            key: of the cached connection that would do; see `pass_on`.
+            rated: whether the connection counts against the rates of the proxy's own throttles; not if its messages do,
+                each by `message` or `ask_slot`.
+            names: what the client says of its receiver.
+
+        Raises:
+            Throttled: not in time; says which throttle, and when to come back.
+        """
+
+    def swap(
+        self,
+        old: Places | None,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+        rated: bool = True,
+        names: Names = UNNAMED,
+    ) -> tuple[bool, Places | None]:
+        """A cached connection changes its user: its places for those of the new one, in one call. Whoever is thrown out
+        of it has to give back the old ones.
+
+        Returns:
+            whether it may, and the new places; if not, the old ones are as they were.
+        """
+
+    def leave(self, places: Places | None) -> None:
+        """The socket is closed."""
+
+    def wanted(self, places: Places | None) -> bool:
+        """Whether somebody waits for one of these places."""
+
+    def awaited(self, key: Hashable) -> bool:
+        """Whether one who waits for places, anywhere, asks for this key."""
+
+    def pass_on(self, places: Places, key: Hashable) -> bool:
+        """Give the places of a cached connection to who is next, if that one asks for its key; whether it did.
+
+        It takes over the connection when it runs next. Otherwise the caller has to close the socket: the places are
+        taken until it gives them back, so that whoever is next connects when that is done.
+        """
+
+    # ---------------------------------------------------------------- messages
+
+    def message(
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+        seconds: float,
+        waits: Callable[[], object] = lambda: None,
+        names: Names = UNNAMED,
+    ) -> Slot | None:
+        """Wait for `ask_slot` in the running greenlet.
+
+        Args:
+            waits: called when the slot is not there at once; must not wait.
+
+        Returns:
+            None: nothing limits the message. Else a ticket for `put_off`, if the message does not go at once.
+
+        Raises:
+            Throttled: not in time.
+        """
+
+    def ask_slot(
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+        seconds: float,
+        answer: Answer,
+        names: Names = UNNAMED,
+    ) -> Slot | None:
+        """Ask for the slot of one message that the proxy is to pass on, in fair order with all instances' demand.
+
+        Args:
+            owner: instance name, else the client's address; one that has a session shares its turns with it.
+            weight: as the operator has set it.
+            source, destination, names: canonical addresses, and what the client says: the proxy's own throttles that
+                match them apply; none without a source.
+            flows: a session's paths, whose throttles apply, too.
+            seconds: the longest to wait; the proxy's own throttles may say less.
+            answer: see `Answer`. Not called if the slot is there at once, nor after `cancel_message`.
+
+        Returns:
+            None: nothing limits it. Else a ticket for `cancel_message` and `put_off`; if it is `granted`, the slot is
+            there: pass the message on now. The refusal names the throttle (`throttle`) and says when to come back
+            (`retry_after`, seconds).
+        """
+
+    def cancel_message(self, ticket: Slot) -> None:
+        """Nobody waits for it any more. A slot that has come and was not told of goes to the next; after the answer
+        this changes nothing."""
+
+    def put_off(self, ticket: Slot | None) -> bool:
+        """The message of a ticket that was granted goes in this moment, which may be later than its slot.
+
+        Returns:
+            False: so much later that it needs another slot.
+        """
+
+    # ---------------------------------------------------------------- what became of it
+
+    @property
+    def listens(self) -> bool:
+        """Whether refusals are of interest."""
+
+    def replied(self, places: Places | None, reply: str, settle_later: bool = False) -> None:
+        """A receiver refused something on the connection that has these places.
+
+        Whoever asks from now on finds the limits that follow, and so does who waits: to be called before the places are
+        given back.
+
+        Args:
+            reply: its code and a blank, then its lines, joined by LF.
+            settle_later: the caller must not have the engine called, as this may.
+        """
+
+    def carried(self, places: Places | None, accepted: int, deferred: int, rejected: int) -> None:
+        """What became of the messages of one use of the connection that has these places."""
