@@ -588,5 +588,5 @@ def test_a_store_that_is_lost_and_one_that_is_back_are_a_line_each() -> None:
     )
     (back,) = output.out()
     assert back.endswith(
-        "store: the throttle store answers again store=redis://10.0.0.9:6379/0 seconds=12.25 calls_lost=4"
+        "store: the throttle store answers again store=redis://10.0.0.9:6379/0 seconds=12.250 calls_lost=4"
     )
