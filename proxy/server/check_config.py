@@ -24,7 +24,7 @@ from proxy.model import Breathe, Endpoint, hold_breath
 from proxy.net import contexts, identities
 from proxy.net.addresses import own_addresses
 from proxy.policy.counting import overview as overview
-from proxy.server import calendar
+from proxy.server import calendar, holders
 from proxy.server.advice import advice
 from proxy.server.findings import ENVIRONMENT, Finding
 from proxy.server.shown import pairs
@@ -72,21 +72,37 @@ def doubts(loaded: Loaded, now: datetime | None = None, breathe: Breathe = hold_
 
 
 def _listeners(settings: Settings) -> Iterator[Finding]:
+    running = holders.main_pid(os.environ)
+    held = None if running is None else holders.listening(running)
     for door, endpoint in listeners(settings):
         number = _bind_errno(endpoint, socket.SOCK_STREAM)
-        if number == errno.EACCES:  # the unit, or another user, may have the right that we have not
+        if number == errno.EACCES:  # another user, or another unit, may have the right that we have not
             message = f"{endpoint}: ports below 1024 need root or CAP_NET_BIND_SERVICE, which this check does not have"
             yield Finding(False, door, endpoint, message)
-        elif number == errno.EADDRINUSE:  # perhaps by the very proxy whose new configuration is looked at
-            yield Finding(False, door, endpoint, f"{endpoint} is in use now")
+        elif number == errno.EADDRINUSE:
+            yield from _in_use(door, endpoint, held)
         elif number and number not in _NOT_OURS:  # these are told below
             yield Finding(True, door, endpoint, f"{endpoint}: {os.strerror(number)}")
+
+
+def _in_use(door: str, endpoint: Endpoint, held: frozenset[Endpoint] | None) -> Iterator[Finding]:
+    """
+    Args:
+        held: by the very proxy whose new configuration is looked at; None: that cannot be seen.
+    """
+    if held is None:
+        yield Finding(False, door, endpoint, f"{endpoint} is in use now")
+    elif endpoint not in held:
+        message = f"{endpoint} is in use, and not by the proxy that shall listen there"
+        yield Finding(True, door, endpoint, f"{message}; 'ss -ltnp sport = :{endpoint.port}' shows by whom")
 
 
 def _bind_errno(endpoint: Endpoint, kind: socket.SocketKind) -> int:
     family = socket.AF_INET6 if endpoint.is_ipv6 else socket.AF_INET
     try:
         with socket.socket(family, kind) as probe:
+            if kind == socket.SOCK_STREAM:  # as the listener: what is left of old connections does not count
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if endpoint.is_ipv6:
                 probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             probe.bind(endpoint)

@@ -63,12 +63,18 @@ def test_the_unit_says_what_is_documented() -> None:
         "Description=GreenArrow Proxy",
         "Type=notify",
         "ExecStart=/opt/greenarrow/greenarrow_proxy --config-filename=/opt/greenarrow/greenarrow_proxy.conf",
+        "ExecReload=/opt/greenarrow/greenarrow_proxy --check-config "
+        "--config-filename=/opt/greenarrow/greenarrow_proxy.conf",
         "ExecReload=/bin/kill -HUP $MAINPID",
+        "StartLimitIntervalSec=0",
+        "SystemCallFilter=@chown",
         "AmbientCapabilities=CAP_NET_BIND_SERVICE",
         "LogRateLimitIntervalSec=0",
         "LimitNOFILE=262144",
     ):
         assert lines.count(line) == 1, line
+    reloads = [line for line in lines if line.startswith("ExecReload=")]
+    assert ["--check-config" in line for line in reloads] == [True, False]  # in this order
     assert "ProcSubset=pid" not in lines  # it hides /proc/stat, without which there are no process_* metrics
     (after,) = (line for line in lines if line.startswith("After="))
     assert {"network.target", "iptables.service", "firewalld.service"} <= set(after.removeprefix("After=").split())
@@ -101,7 +107,7 @@ def test_the_unit_allows_the_system_calls_that_are_made(tmp_path: Path) -> None:
         proxy.hup()
     calls = set(re.findall(r"^\d+ +([a-z0-9_]+)\(", trace.read_text(), re.MULTILINE))
     assert {"accept4", "connect", "epoll_pwait"} & calls
-    allowed = allowed_by_filter("@system-service") - allowed_by_filter("@privileged")
+    allowed = allowed_by_filter("@system-service") - allowed_by_filter("@privileged") | allowed_by_filter("@chown")
     assert len(allowed) > 200
     assert calls - allowed == set()
 
@@ -248,10 +254,33 @@ def test_init_refuses_a_bad_configuration(service: Service) -> None:
     assert done.stdout.endswith("the old configuration stays in force\n")
     assert service.do("status").returncode == 0
     running = service.pid
-    done = service.do("restart")
-    assert (done.returncode, done.stdout) == (6, "greenarrow_proxy: not restarted\n")
-    assert (service.do("status").returncode, service.pid) == (0, running)
+    for action in ("restart", "try-restart"):
+        done = service.do(action)
+        assert (done.returncode, done.stdout) == (6, "greenarrow_proxy: not restarted\n")
+        assert (service.do("status").returncode, service.pid) == (0, running)
     assert " reload" not in service.log.read_text().removeprefix(before)
+
+
+def test_init_reloads_and_restarts_on_its_own_ports_and_not_on_those_of_others(service: Service) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        port = reserved.getsockname()[1]
+    service.configure(f"127.0.0.1:{port}")
+    assert service.do("start").returncode == 0
+    assert service.do("reload").returncode == 0
+    first = service.pid
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        service.configure(f"127.0.0.1:{busy.getsockname()[1]}")
+        for action in ("reload", "restart"):
+            done = service.do(action)
+            assert done.returncode == 6
+            assert "is in use, and not by the proxy that shall listen there" in done.stderr
+            assert (service.do("status").returncode, service.pid) == (0, first)
+    service.configure(f"127.0.0.1:{port}")
+    assert service.do("try-restart").returncode == 0
+    assert service.pid != first
+    service.do("stop")
+    assert service.do("try-restart").stdout == "greenarrow_proxy: not running\n"
+    assert service.do("status").returncode == 3
 
 
 def test_init_tells_when_the_program_ends_at_once(service: Service) -> None:
@@ -278,7 +307,7 @@ def test_init_is_not_fooled_by_the_number_of_another_process(service: Service) -
 def test_init_usage() -> None:
     done = run("sh", INIT, "dance")
     assert done.returncode == 2
-    assert "start|stop|restart|reload|force-reload|status" in done.stderr
+    assert "start|stop|restart|try-restart|reload|force-reload|status" in done.stderr
 
 
 def test_the_unit_makes_the_directory_of_the_sample_s_control_socket():

@@ -5,6 +5,8 @@ import glob
 import os
 import resource
 import socket
+import subprocess
+import sys
 
 import pytest
 import trustme
@@ -115,6 +117,36 @@ def test_a_busy_port_is_left_alone(tmp_path):
         errors, warnings = look(tmp_path, f"listen_proxy_protocol 127.0.0.2:0, 127.0.0.1:{port}\n")
     assert errors == []
     assert warnings == [f"F:4: warning: listen_proxy_protocol: 127.0.0.1:{port} is in use now"]
+
+
+def test_a_reload_knows_its_own_ports_from_those_of_others(tmp_path, monkeypatch):
+    """systemd names the proxy that is to reload: a port that another program has will not be had."""
+    with socket.create_server(("127.0.0.1", 0)) as ours:
+        port = ours.getsockname()[1]
+        text = f"listen_proxy_protocol 127.0.0.1:{port}\n"
+        monkeypatch.setenv("MAINPID", str(os.getpid()))
+        assert look(tmp_path, text) == ([], [])
+        other = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+        try:
+            monkeypatch.setenv("MAINPID", str(other.pid))
+            (error,), warnings = look(tmp_path, text)
+        finally:
+            other.kill()
+            other.communicate()
+    assert warnings == []
+    assert error.startswith(f"F:4: listen_proxy_protocol: 127.0.0.1:{port} is in use, and not by the proxy")
+
+
+def test_what_is_left_of_old_connections_is_in_nobodys_way(tmp_path):
+    """TIME_WAIT: the listener takes such a port, and so does the check."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = server.getsockname()
+        client = socket.create_connection(endpoint)
+        accepted, _ = server.accept()
+        accepted.close()
+        client.recv(1)
+        client.close()
+    assert look(tmp_path, f"listen_proxy_protocol 127.0.0.1:{endpoint[1]}\n") == ([], [])
 
 
 def test_a_listener_on_an_address_that_is_not_here_yet(tmp_path):
