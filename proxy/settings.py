@@ -114,6 +114,36 @@ class ThrottleSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StoreSettings:
+    """`throttle_store`: the Valkey or Redis that keeps what counts over several proxies.
+
+    Args:
+        kind: what `servers` are: the one, some Sentinels, some nodes of a cluster.
+        servers: host name or IP address, and port; empty: `path` is a socket on this machine.
+        service: as the Sentinels call it.
+    """
+
+    kind: Literal["single", "sentinel", "cluster"]
+    tls: bool
+    servers: tuple[tuple[str, int], ...]
+    path: str | None = None
+    user: str | None = None
+    password: str | None = field(default=None, repr=False)
+    database: int = 0
+    service: str = ""
+
+    @property
+    def address(self) -> str:
+        """As it was written, but without user and password."""
+        if self.path is not None:
+            return f"unix://{self.path}" + (f"?db={self.database}" if self.database else "")
+        form = "" if self.kind == "single" else f"+{self.kind}"
+        hosts = ",".join(f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for host, port in self.servers)
+        behind = "/".join(filter(None, (self.service, str(self.database or ""))))
+        return f"redis{'s' * self.tls}{form}://{hosts}" + (f"/{behind}" if behind else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TlsSettings:
     """One `tls NAME { … }` block: what TLS with these receivers has to be; for whom, as in a throttle block."""
 
@@ -188,7 +218,7 @@ class Settings:
     dns_server: Endpoint | None  # None: as the system's resolver is configured
     dns_trust_ad: bool
     timezone: str
-    throttle_store: str = field(repr=False)  # a redis:// address may hold a password
+    throttle_store: StoreSettings | None  # None: this process' memory
     workers: int | Literal["auto"]
     log_verbose: bool
     log_format: Literal["text", "json"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from proxy.config.backoff import BACKOFF
+from proxy.config.store import STORE
 from proxy.config.values import (
     ADDRESSES,
     BOOLEAN,
@@ -27,7 +28,6 @@ from proxy.config.values import (
     RATE,
     SECRET,
     SOURCE,
-    STORE,
     TIMEZONE,
     WEIGHT,
     WORKERS,
@@ -172,7 +172,9 @@ OPTIONS: tuple[Option, ...] = (
     _one("throttle_enforce", BOOLEAN, "no", "YES|NO", "an instance that sent without a permit waits"),
     _one("throttle_close_timeout", duration(), "1s", "DURATION", "how long a place waits for a receiver to close, too"),
     _one("timezone", TIMEZONE, "UTC", "ZONE", "whose calendar days warm-ups follow"),
-    _one("throttle_store", STORE, "memory", "STORE", "where the throttles live; only memory in this version", True),
+    _one(
+        "throttle_store", STORE, "memory", "STORE", "where limits of several proxies live: memory, or redis://…", True
+    ),
     _one("dns_server", DNS_SERVER, None, "IP[:PORT]", "who is asked for the domains of blocks (the system's)"),
     _one("dns_trust_ad", BOOLEAN, "no", "YES|NO", "dns_server checks DNSSEC: believe the AD bit of its answers"),
     _one("workers", WORKERS, "1", "NUMBER", "processes; only 1 in this version"),

@@ -252,5 +252,3 @@ def _agent(settings: Settings, given: Collection[str]) -> Iterator[Finding]:
 def _not_in_this_version(settings: Settings) -> Iterator[Finding]:
     if settings.workers != 1:
         yield "workers", None, "not available in this version: only 1"
-    if settings.throttle_store != "memory":
-        yield "throttle_store", None, "not available in this version: only memory"

@@ -284,13 +284,6 @@ def parse_workers(text: str) -> int | str:
     return _number(text)
 
 
-def parse_store(text: str) -> str:
-    """`memory` or a `redis://` address."""
-    if text != "memory" and not re.fullmatch(r"rediss?://[^\s]+", text):
-        raise ValueError
-    return text
-
-
 def parse_weight(text: str) -> float:
     """A share's weight, 1/16 to 16: beyond that a session would starve (design of the scheduler)."""
     if not re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,6})?", text) or not 1 / 16 <= float(text) <= 16:
@@ -366,5 +359,4 @@ LEAVING = Kind(
 CIPHERS = Kind("ciphers", parse_ciphers, "a list of ciphers such as ECDHE-RSA-AES256-GCM-SHA384:HIGH", verbatim=True)
 SECRET = Kind("secret", parse_secret, f"a secret of at least {SHORTEST_SECRET} characters", verbatim=True)
 WORKERS = Kind("number", parse_workers, "a number of processes or the word auto")
-STORE = Kind("store", parse_store, "memory or a redis:// address", verbatim=True)
 WEIGHT = Kind("weight", parse_weight, "a number from 0.0625 to 16")

@@ -171,7 +171,7 @@ def settings(**changes: object) -> Settings:
         "dns_server": None,
         "dns_trust_ad": False,
         "timezone": "UTC",
-        "throttle_store": "memory",
+        "throttle_store": None,
         "workers": 1,
         "log_verbose": False,
         "log_format": "text",

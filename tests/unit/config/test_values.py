@@ -67,8 +67,6 @@ VALID = [
     (values.PATH, "/etc/a b,c", "/etc/a b,c"),
     (values.WORKERS, "auto", "auto"),
     (values.WORKERS, "4", 4),
-    (values.STORE, "memory", "memory"),
-    (values.STORE, "redis://127.0.0.1:6379/0", "redis://127.0.0.1:6379/0"),
     (values.WEIGHT, "0.0625", 0.0625),
     (values.WEIGHT, "16", 16.0),
 ]
@@ -141,7 +139,6 @@ INVALID = [
     (values.SECRET, ["", "x" * 31, "x" * 40 + "\n", "x" * 40 + "\ud800", "x" * 40 + "\0"]),
     (values.PATH, ["", "a\0b", "a\nb", "\udc80"]),
     (values.WORKERS, ["", "0", "1025", "Auto", "-1"]),
-    (values.STORE, ["", "disk", "redis://", "http://x"]),
     (values.WEIGHT, ["", "0", "0.06", "16.1", "nan", "inf", "-1", "1e1"]),
 ]
 

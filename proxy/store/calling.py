@@ -1,0 +1,161 @@
+"""What becomes of some calls of one script: sent, answered, perhaps sent once more, given up.
+
+Once more goes only what has certainly not run: the server did not know the script, or another server has the key. A
+round is `send`, then waiting for its batches, then `take`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from proxy.store.calls import Call, Fate, Reply, Script
+from proxy.store.link import Batch
+from proxy.store.node import Node
+from proxy.store.servers import Trouble, ran_nothing, refusal
+from proxy.store.slots import Redirect, redirect_of
+from proxy.store.wire import ErrorReply, command, script_call
+
+#: Times that a call may be sent: an unknown script, a key that has moved, and that is moving.
+ROUNDS = 4
+#: Nanoseconds that a server may owe an answer before it gets no more calls.
+PATIENCE_NS = 100_000_000
+#: Replies after which the server is of no use, and must be found anew.
+_WRONG_SERVER = frozenset(("READONLY", "LOADING", "MASTERDOWN", "NOAUTH"))
+
+Route = Node | Trouble
+
+
+class _Sent(NamedTuple):
+    """What went to one server in one round.
+
+    Args:
+        at: place of a call → place of its answer among those of the batch.
+    """
+
+    node: Node
+    where: str
+    identity: str
+    batch: Batch
+    at: dict[int, int]
+
+
+class Calling:
+    """Args:
+        route: who has a key. redirected: who is to be asked instead.
+
+    Attributes:
+        left: the calls that may go out (again), by their place, and to whom.
+    """
+
+    def __init__(
+        self,
+        script: Script,
+        calls: Sequence[Call],
+        clock: Callable[[], int],
+        route: Callable[[bytes], Route],
+        redirected: Callable[[Redirect], Route],
+    ) -> None:
+        self._script, self._calls, self._clock, self._redirected = script, calls, clock, redirected
+        self._began = clock()
+        self._replies: dict[int, Reply] = {}
+        self._last: dict[int, Trouble] = {}
+        self._sent: list[_Sent] = []
+        self._asking: set[int] = set()
+        self._load: set[Node] = set()
+        self.left: dict[int, Route] = {place: route(call.keys[0]) for place, call in enumerate(calls)}
+
+    def send(self) -> list[Batch]:
+        """Send what is left, that of one server together."""
+        groups: dict[Node, list[int]] = {}
+        for place, route in self.left.items():
+            trouble = route if isinstance(route, Trouble) else self._unfit(route)
+            if trouble is not None:
+                self._give_up(place, trouble)
+            elif isinstance(route, Node):
+                groups.setdefault(route, []).append(place)
+        self.left = {}
+        for node, places in groups.items():
+            self._send_to(node, places)
+        self._asking, self._load = set(), set()
+        return [each.batch for each in self._sent]
+
+    def take(self) -> None:
+        """What came of it; what may go out once more is in `left`."""
+        for sent in self._sent:
+            if sent.batch.missing and sent.node.link is not None:
+                sent.node.link.catch_up()
+            for place, at in sent.at.items():
+                if at < len(sent.batch.replies):
+                    self._answered(place, sent.batch.replies[at], sent)
+                else:
+                    reason = f"no answer within {PATIENCE_NS // 1_000_000} ms"
+                    trouble = sent.batch.broken or Trouble("call", sent.where, reason)
+                    self._reply(place, Fate.LOST, trouble)
+        self._sent = []
+
+    def replies(self) -> list[Reply]:
+        """What became of each; what is left is given up."""
+        for place in self.left:
+            self._give_up(place, self._last[place])
+        return [self._replies[place] for place in range(len(self._calls))]
+
+    def _send_to(self, node: Node, places: Sequence[int]) -> None:
+        script, link = self._script, node.link
+        commands = [command(b"SCRIPT", b"LOAD", script.source)] if node in self._load else []
+        at: dict[int, int] = {}
+        for place in places:
+            if place in self._asking:
+                commands.append(command(b"ASKING"))
+            at[place] = len(commands)
+            call = self._calls[place]
+            commands.append(script_call(script.digest, call.keys, call.arguments))
+        assert link is not None
+        assert node.server is not None
+        try:
+            batch = link.send(commands)
+        except Trouble as trouble:
+            for place in places:
+                self._give_up(place, trouble)
+        else:
+            self._sent.append(_Sent(node, link.where, node.server.identity, batch, at))
+
+    def _unfit(self, node: Node) -> Trouble | None:
+        """Why nothing is sent to this server now."""
+        if node.link is None or node.link.trouble is not None:
+            return node.trouble or Trouble("connect", "-", "not connected yet")
+        oldest = node.link.oldest_ns
+        if oldest is not None and self._clock() - oldest > PATIENCE_NS:
+            return Trouble("call", node.link.where, "it owes an answer for longer than 100 ms")
+        return None
+
+    def _answered(self, place: int, answer: Any, sent: _Sent) -> None:
+        if not isinstance(answer, ErrorReply):
+            batch = sent.batch
+            self._replies[place] = Reply(Fate.ANSWERED, answer, None, batch.sent_ns, batch.received_ns, sent.identity)
+            return
+        trouble = refusal("call", sent.where, answer)
+        if not ran_nothing(answer):
+            self._reply(place, Fate.LOST, trouble)
+            return
+        self._last[place] = trouble
+        redirect = redirect_of(answer, sent.where.rpartition(":")[0].strip("[]"))
+        if redirect is not None:
+            self.left[place] = self._redirected(redirect)
+            if not redirect.for_good:
+                self._asking.add(place)
+        elif answer.code == "NOSCRIPT":
+            self._load.add(sent.node)
+            self.left[place] = sent.node
+        else:
+            self._reply(place, Fate.REFUSED, trouble)
+            if answer.code in _WRONG_SERVER:
+                sent.node.give_up(trouble)
+
+    def _give_up(self, place: int, trouble: Trouble) -> None:
+        """It cannot go out (again): not at all, or the server has refused it."""
+        refused = place in self._last
+        self._reply(place, Fate.REFUSED if refused else Fate.UNSENT, self._last[place] if refused else trouble)
+
+    def _reply(self, place: int, fate: Fate, trouble: Trouble) -> None:
+        self._replies[place] = Reply(fate, None, trouble, self._began, self._clock())

@@ -1,0 +1,219 @@
+"""From a configured server to a `Link` that is logged in: name, connect, TLS, AUTH, database, what it says of itself.
+
+Every step has words for what may be wrong with it. Names are looked up in real threads, so that a DNS that hangs stops
+nobody. RESP2 is spoken (no HELLO): nothing of ours needs more, every engine and every proxy before one knows it, and
+servers say nothing unasked in it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import ssl
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from gevent import Timeout
+
+from proxy.errors import Overloaded, PeerError
+from proxy.net.apart import Apart, for_receivers
+from proxy.net.conversation import shake_hands, watch_over
+from proxy.net.relay import IPPROTO_TCP, TCP_NODELAY, Engine, RawSocket, keep_alive
+from proxy.net.tls import PlainStream, Stream, TlsStream
+from proxy.store.link import Link
+from proxy.store.servers import Server, Trouble, info_fields, refusal, server_of
+from proxy.store.wire import ErrorReply, command
+
+#: Seconds for all of it with one server.
+WITHIN = 3.0
+#: What we are called in CLIENT LIST.
+NAME = b"greenarrow_proxy"
+#: Seconds after which the kernel gives up a server that acknowledges nothing.
+_KEEP_ALIVE = 10.0
+_STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+#: For names: a resolver that hangs keeps these, and nothing else.
+_threads = Apart(2)
+
+Address = tuple[int, Any]  # family, what connect() takes
+
+
+class Credentials(NamedTuple):
+    """How to log in; nobody: not at all."""
+
+    user: str | None = None
+    password: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Credentials({self.user!r})"
+
+    @property
+    def command(self) -> list[bytes]:
+        if self.password is None:
+            return []
+        words = [self.password.encode()] if self.user is None else [self.user.encode(), self.password.encode()]
+        return [command(b"AUTH", *words)]
+
+
+class Dialler(NamedTuple):
+    """How servers are reached.
+
+    Args:
+        context: of TLS; None: in clear.
+        clock: nanoseconds of CLOCK_BOOTTIME.
+    """
+
+    engine: Engine
+    context: ssl.SSLContext | None
+    credentials: Credentials
+    database: int
+    clock: Callable[[], int]
+
+    def reach(self, server: tuple[str, int] | str) -> Link:
+        """Connected, with TLS if wanted, not logged in. A text is the path of a socket.
+
+        Raises:
+            Trouble: step `resolve`, `connect` or `tls`.
+        """
+        where = name_of(server)
+        trouble: Trouble | None = None
+        for address in _addresses(server, where):
+            try:
+                return Link(self.engine, self._stream(address, server, where), where, self.clock)
+            except Trouble as failed:
+                trouble = trouble or failed
+        raise trouble or Trouble("resolve", where, "the name has no address")
+
+    def log_in(self, link: Link) -> Server:
+        """AUTH, database, and what it is.
+
+        Raises:
+            Trouble: step `auth`, `select` or `info`.
+        """
+        login = self.credentials.command
+        select = [command(b"SELECT", self.database)] if self.database else []
+        told = [command(b"CLIENT", b"SETNAME", NAME), command(b"PING")]
+        info = [command(b"INFO", b"server"), command(b"INFO", b"replication")]
+        replies = link.ask([*login, *select, *told, *info], WITHIN, "login")
+        if login and isinstance(reply := replies.pop(0), ErrorReply):
+            raise refusal("auth", link.where, reply)
+        if select and isinstance(reply := replies.pop(0), ErrorReply):
+            raise refusal("auth" if reply.code == "NOAUTH" else "select", link.where, reply)
+        _, ping, *sections = replies
+        if isinstance(ping, ErrorReply) and ping.code in ("NOAUTH", "LOADING"):
+            raise refusal("auth" if ping.code == "NOAUTH" else "info", link.where, ping)
+        return read_info(link.where, sections)
+
+    def connect(self, server: tuple[str, int] | str) -> tuple[Link, Server]:
+        """Reached and logged in, all of it `WITHIN`.
+
+        Raises:
+            Trouble: why not.
+        """
+        where, link = name_of(server), None
+        timer = Timeout.start_new(WITHIN)
+        try:
+            link = self.reach(server)
+            found = self.log_in(link), link
+        except BaseException as error:
+            trouble = error if isinstance(error, Trouble) else Trouble("connect", where, f"no answer in {WITHIN:g} s")
+            if link is not None:
+                link.close(trouble)
+            if error is timer:
+                raise trouble from None
+            raise
+        finally:
+            timer.close()
+        return found[1], found[0]
+
+    def _stream(self, address: Address, server: tuple[str, int] | str, where: str) -> Stream:
+        family, target = address
+        sock = _socket(family, where)
+        try:
+            _connect(self.engine, sock, target, where)
+            if family != socket.AF_UNIX:
+                sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+                keep_alive(sock, _KEEP_ALIVE)
+            if self.context is None:
+                return PlainStream(sock)
+            stream = TlsStream(sock, self.context, server_side=False, name=server[0])
+            stream.turn.key = where
+            _shake(self.engine, stream, where)
+            return stream
+        except BaseException:
+            self.engine.close(sock)
+            raise
+
+
+def name_of(server: tuple[str, int] | str) -> str:
+    """As messages say it."""
+    if isinstance(server, str):
+        return server
+    host, port = server
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def read_info(where: str, sections: Sequence[Any]) -> Server:
+    """INFO's sections `server` and `replication`.
+
+    Raises:
+        Trouble: they are none.
+    """
+    fields: dict[str, str] = {}
+    for section in sections:
+        if not isinstance(section, bytes):
+            raise refusal("info", where, section)
+        fields |= info_fields(section)
+    server = server_of(fields)
+    if not server.run_id or not server.role:
+        raise Trouble("info", where, "INFO says neither run_id nor role: is this Valkey or Redis?")
+    return server
+
+
+def _addresses(server: tuple[str, int] | str, where: str) -> list[Address]:
+    if isinstance(server, str):
+        return [(socket.AF_UNIX, server)]
+    host, port = server
+    try:
+        flags = socket.AI_NUMERICHOST
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
+    except socket.gaierror:
+        try:
+            found = _threads.call(host, socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
+        except OSError as error:
+            raise Trouble("resolve", where, error.strerror or "the name has no address") from None
+    return [(family, address) for family, _, _, _, address in found]
+
+
+def _socket(family: int, where: str) -> RawSocket:
+    try:
+        return RawSocket(family, _STREAM, 0)
+    except OSError as error:
+        raise Trouble("connect", where, os.strerror(error.errno or 0), error.errno or 0) from None
+
+
+def _connect(engine: Engine, sock: RawSocket, target: Any, where: str) -> None:
+    number = sock.connect_ex(target)
+    try:
+        watch_over(engine, sock)
+    except Overloaded as error:
+        raise Trouble("connect", where, str(error)) from None
+    while number in (errno.EINPROGRESS, errno.EALREADY):
+        engine.wait(sock.fileno())
+        number = sock.connect_ex(target)
+    if number not in (0, errno.EISCONN):
+        raise Trouble("connect", where, os.strerror(number), number)
+
+
+def _shake(engine: Engine, stream: TlsStream, where: str) -> None:
+    try:
+        shake_hands(engine, stream, for_receivers())
+    except ssl.SSLCertVerificationError as error:
+        raise Trouble("tls", where, f"its certificate is not accepted: {error.verify_message}") from None
+    except ssl.SSLError as error:
+        raise Trouble("tls", where, f"TLS: {error.reason or error.strerror or 'it failed'}") from None
+    except OSError as error:
+        number = error.errno or 0
+        raise Trouble("tls", where, os.strerror(number) if number else "closed in the handshake", number) from None
+    except PeerError as error:
+        raise Trouble("tls", where, str(error)) from None

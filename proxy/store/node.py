@@ -1,0 +1,122 @@
+"""One server that is kept connected: found, watched, found anew after every trouble, with a growing pause between.
+
+Which server that is may change (Sentinel), and is `find`'s to say. While it stays, INFO is asked every two seconds:
+so a server that has lost its mastership, or hangs, is noticed without a call.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+import gevent
+from gevent.event import Event
+
+from proxy.store.dial import read_info
+from proxy.store.link import Link
+from proxy.store.servers import Server, Trouble
+from proxy.store.wire import command
+
+#: Seconds between two looks at a server, and for the answer.
+WATCH = 2.0
+ANSWER = 1.0
+#: Seconds of the first pause between two attempts, and of the longest; each is shortened at random, to a half at most,
+#: so that proxies do not come back all at once.
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
+#: A connection that has stood for so long was good: the next pause is the first again.
+_GOOD = 5.0
+
+Find = Callable[[], tuple[Link, Server]]
+_ASK = [command(b"INFO", b"server"), command(b"INFO", b"replication")]
+
+
+class Node:
+    """Args:
+        find: a connection to the server that it shall be, logged in. Raises Trouble.
+        still: whether that server is still the right one; called now and then. Raises Trouble if it is not.
+        changed: called when the connection comes and goes.
+
+    Attributes:
+        link, server: the connection and who is there; None while there is none.
+        trouble: why there is none, or the last one. attempts: in a row that failed.
+        connects: how often it was connected.
+    """
+
+    def __init__(
+        self,
+        find: Find,
+        changed: Callable[[Node], object],
+        still: Callable[[Server], object] = lambda server: None,
+    ) -> None:
+        self.link: Link | None = None
+        self.server: Server | None = None
+        self.trouble: Trouble | None = None
+        self.attempts = 0
+        self.connects = 0
+        self._find, self._still, self._changed = find, still, changed
+        self._wake = Event()
+        self._running: gevent.Greenlet[Any] | None = None
+
+    def start(self) -> None:
+        self._running = gevent.spawn(self._run)
+
+    def stop(self) -> None:
+        """Let the connection go, for good."""
+        if self._running is not None:
+            self._running.kill(block=False)
+        if self.link is not None:
+            self.link.close(Trouble("connect", self.link.where, "not wanted any more"))
+            self.link = self.server = None
+
+    def give_up(self, trouble: Trouble) -> None:
+        """This connection is of no use: find the server anew."""
+        if self.link is not None:
+            self.link.close(trouble)
+
+    def _run(self) -> None:
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                link, server = self._find()
+            except Trouble as trouble:
+                self.attempts += 1
+                self._lose(trouble)
+            else:
+                since = monotonic()
+                self._use(link, server)
+                self._lose(self._watch(link))
+                if monotonic() - since >= _GOOD:
+                    pause = FIRST_PAUSE
+            self._wake.wait(pause * random.uniform(0.5, 1.0))
+            self._wake.clear()
+            pause = min(pause * 2, LONGEST_PAUSE)
+
+    def _use(self, link: Link, server: Server) -> None:
+        self.link, self.server = link, server
+        self.attempts = 0
+        self.connects += 1
+        self._changed(self)
+
+    def _lose(self, trouble: Trouble) -> None:
+        self.link = self.server = None
+        self.trouble = trouble
+        self._changed(self)
+
+    def _watch(self, link: Link) -> Trouble:
+        """Look at it now and then until it ends; why it has."""
+        while not link.ended.wait(WATCH):
+            try:
+                server = read_info(link.where, link.ask(_ASK, ANSWER, "info"))
+                if not server.is_master:
+                    raise Trouble("role", link.where, f"it is a replica now, of {server.master or 'nobody'}")
+                self._still(server)
+            except Trouble as trouble:
+                link.close(trouble)
+                break
+            if server != self.server:
+                self.server = server
+                self._changed(self)
+        assert link.trouble is not None
+        return link.trouble
