@@ -21,7 +21,7 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from tests.mx import Behaviour, Session, usual
-from tests.unit.throttling.oracle import SECOND, Rule, check_windows
+from tests.unit.throttling.oracle import SECOND, Rule, check_uses, check_windows
 
 _SO_TIMESTAMPNS = 35  # Linux, as SO_TIMESTAMPNS_OLD; not in Python's module
 _STAMP = struct.Struct("qq")
@@ -59,12 +59,14 @@ class Witness:
         return Counter(mail.sender for mail in self.mails(since, until))
 
     def check(self, rule: Rule, *senders: str, since: int = 0) -> None:
-        """No window, long or short, saw more mail of these senders (all, if none is named) than the rule lets through.
+        """No window, long or short, saw more mail of these senders (all, if none is named) than the rule lets through:
+        counted in some windows, and by slots in all of them.
 
         Raises:
             oracle.Violation.
         """
         times = [mail.at for mail in self.mails(since) if not senders or mail.sender in senders]
+        check_uses(times, rule.later(MARGIN))
         for window in (SECOND // 10, SECOND // 2, SECOND, 2 * SECOND, rule.seconds * SECOND):
             check_windows(times, window, rule.most(window + MARGIN))
 

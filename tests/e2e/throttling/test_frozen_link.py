@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from greenarrow_proxy_client import Limits
-from tests.e2e.throttling.link import Link
 from tests.e2e.throttling.senders import Sender, more, sending
+from tests.link import Link
 from tests.mx import Mx
 from tests.program import Proxy
 from tests.unit.throttling.oracle import Rule

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable
+from copy import copy
 from fractions import Fraction
 from math import ceil, inf
 
@@ -35,6 +36,12 @@ class Rule:
         else:
             self.interval = Fraction(window, amount)
 
+    def later(self, margin: int) -> Rule:
+        """The same for whoever sees each use so much later at most."""
+        rule = copy(self)
+        rule.latest += margin
+        return rule
+
     def most(self, window: int) -> int:
         """Uses that any half-open window of this many nanoseconds may hold."""
         return ceil(Fraction(window + self.latest) / self.interval) + self.burst - 1
@@ -51,6 +58,21 @@ def check_slots(slots: list[int], rule: Rule) -> None:
         if slot < tat - (rule.burst - 1) * rule.interval:
             raise Violation(f"slot {slot} is not allowed before {float(tat)} (burst {rule.burst})")
         tat = max(tat, slot) + rule.interval
+
+
+def check_uses(uses: list[int], rule: Rule) -> None:
+    """Every window at once, of whatever length: k of these times (sorted) span at least (k - burst) intervals, less
+    `rule.latest`, since each is the use of a slot of its own, which is not later and at most so much earlier."""
+    earliest, begin = Fraction(-(10**30)), 0
+    for number, at in enumerate(uses):
+        place = at - number * rule.interval
+        if place < earliest + (1 - rule.burst) * rule.interval - rule.latest:
+            count, spread = number - begin + 1, (at - uses[begin]) / SECOND
+            raise Violation(
+                f"{count} uses within {spread} s from {uses[begin]} are more than {rule.amount} in {rule.seconds} s"
+            )
+        if place > earliest:
+            earliest, begin = place, number
 
 
 class Terms:

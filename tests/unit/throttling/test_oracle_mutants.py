@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from proxy.throttling.audit import Audit
 from proxy.throttling.dispenser import Dispenser
 from proxy.throttling.flows import Flow, Path, Run, Throttle
 from proxy.throttling.lease import Lease, Permit
 from proxy.throttling.throttle import Limit, Window
-from tests.unit.throttling.oracle import Oracle, Rule, Violation, check_slots, check_windows
+from tests.unit.throttling.oracle import Oracle, Rule, Violation, check_slots, check_uses, check_windows
 from tests.unit.throttling.simulation import moody_soak, soak
 
 Patch = pytest.MonkeyPatch
@@ -255,3 +257,32 @@ def test_a_slot_comes_back_once() -> None:
     oracle.grant("p", 5, 0, 25)
     with pytest.raises(Violation):
         oracle.finish()
+
+
+def test_uses_that_slots_allow_pass_however_late_they_are() -> None:
+    rule = Rule(600, 60, burst=3, slack=SECOND // 4, latest=SECOND // 2)
+    slots = [0, 0, 0, *(int((number + 1) * rule.interval) + 1 for number in range(200))]
+    for late in (0, SECOND // 2):
+        check_uses(sorted(slot + (number % 2) * late for number, slot in enumerate(slots)), rule)
+
+
+@pytest.mark.parametrize("where", [1, 60, 180])
+def test_one_use_too_many_is_seen_wherever_it_is_and_whatever_the_window(where: int) -> None:
+    rule = Rule(600, 60, latest=SECOND // 20)
+    uses = [number * SECOND // 10 for number in range(200)]
+    check_uses(uses, rule)
+    with pytest.raises(Violation):
+        check_uses(sorted([*uses, uses[where]]), rule)
+
+
+@given(st.lists(st.integers(0, 3 * SECOND), max_size=12), st.integers(1, 3), st.integers(0, SECOND))
+def test_it_says_the_same_as_each_pair(times: list[int], burst: int, late: int) -> None:
+    rule, uses = Rule(5, 1, burst=burst, latest=late), sorted(times)
+    pairs = ((i, j) for j in range(len(uses)) for i in range(j + 1))
+    fine = all(uses[j] - uses[i] >= (j - i + 1 - burst) * rule.interval - late for i, j in pairs)
+    try:
+        check_uses(uses, rule)
+    except Violation:
+        assert not fine
+    else:
+        assert fine
