@@ -8,9 +8,8 @@ the program (engine, counters, gauges, crew) are the same object in each; those 
 from __future__ import annotations
 
 import contextlib
-import itertools
 from _socket import SHUT_RDWR
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass
 from ssl import SSLContext
 from time import monotonic
@@ -79,9 +78,6 @@ class Gauges:
 
 #: Newcomers that an address may have without being in anybody's way.
 _FEW = 16
-
-#: Numbers connections and SMTP sessions in the log.
-numbers: Iterator[int] = itertools.count(1)
 
 
 class Newcomers:

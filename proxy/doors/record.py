@@ -23,8 +23,9 @@ from proxy.net.conversation import farewell, receive, send_all
 from proxy.net.relay import UNSURE, RawSocket
 from proxy.net.tls import PlainStream, Stream, TlsStream
 from proxy.net.turns import TurnOver
+from proxy.numbering import numbers
 from proxy.protocols.smtp.dialogue import refusal
-from proxy.services import Door, HostedChannel, HostedDialogue, Services, note_failure, numbers
+from proxy.services import Door, HostedChannel, HostedDialogue, Services, note_failure
 from proxy.stats import Standing
 from proxy.throttling.flows import Places
 

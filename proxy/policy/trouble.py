@@ -8,7 +8,7 @@ attention is decided by `status.trouble`.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from heapq import nlargest
 from typing import Generic, TypeVar
 
@@ -24,6 +24,17 @@ _SLOTS = LATELY // _STEP
 MOST = 500
 
 Name = TypeVar("Name", bound=Hashable)
+
+
+def slot_of(now: float) -> int:
+    """Number of the half minute; the same for all who share a clock."""
+    return int(now // _STEP)
+
+
+def lately(slots: Mapping[int, int], now: float) -> int:
+    """How many of what is counted by slots were in the last five minutes."""
+    newest = slot_of(now)
+    return sum(count for slot, count in slots.items() if newest - _SLOTS < slot <= newest)
 
 
 class Recent:
@@ -43,8 +54,15 @@ class Recent:
         self._turn(now)
         return sum(self._counts)
 
+    def slots(self, now: float) -> dict[int, int]:
+        """The same by number of the half minute."""
+        self._turn(now)
+        oldest = max(0, self._last - _SLOTS + 1)
+        numbers = range(oldest, self._last + 1)
+        return {number: count for number in numbers if (count := self._counts[number % _SLOTS])}
+
     def _turn(self, now: float) -> None:
-        slot = int(now // _STEP)
+        slot = slot_of(now)
         for passed in range(max(self._last, slot - _SLOTS) + 1, slot + 1):
             self._counts[passed % _SLOTS] = 0
         self._last = max(slot, self._last)
@@ -60,10 +78,14 @@ class Record:
         recent: all of these together.
         failing_since: when the first of them came after something went well; None: something has gone well since.
         in_a_row: how many came since then.
+        good_at: when something went well last; 0: not since the record began.
         last, last_at: the reason or reply of the last one, and when.
     """
 
-    __slots__ = ("deferred", "failed", "failing_since", "in_a_row", "last", "last_at", "opened", "recent", "rejected")
+    __slots__ = (
+        *("deferred", "failed", "failing_since", "good_at", "in_a_row", "last", "last_at", "opened", "recent"),
+        "rejected",
+    )
 
     def __init__(self) -> None:
         self.opened = 0
@@ -73,6 +95,7 @@ class Record:
         self.recent = Recent()
         self.failing_since: float | None = None
         self.in_a_row = 0
+        self.good_at = 0.0
         self.last = ""
         self.last_at = 0.0
 
@@ -194,7 +217,7 @@ class Troubles:
                 _count_reply(record, reply)
             record.note(reply, max(1, deferred + rejected), now)
         if good:
-            record.failing_since, record.in_a_row = None, 0
+            record.failing_since, record.in_a_row, record.good_at = None, 0, now
 
     def refuse(self, error: ProxyError, now: float) -> None:
         """A request was refused."""

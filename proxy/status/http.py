@@ -31,9 +31,10 @@ from proxy.model import Endpoint, canonical_ip
 from proxy.net.addresses import own_addresses
 from proxy.net.relay import RawSocket, engine_name
 from proxy.net.turns import rest
+from proxy.numbering import numbers
 from proxy.policy.directory import Book
 from proxy.protocols.recognise import wrong_door
-from proxy.services import Door, Newcomers, Services, numbers
+from proxy.services import Door, Newcomers, Services
 from proxy.spans import SPANS
 from proxy.stats import Snapshot, StoreFigures
 from proxy.status import host, looks, metrics

@@ -56,8 +56,8 @@ PURE_FILES = {
         "egress.resumption",
     ),
     *("server.advice", "server.findings"),
-    *("status.backoffs", "status.names", "status.rows", "status.spelled", "status.store"),
-    *("status.throttles", "status.trouble", "status.view"),
+    *("status.backoffs", "status.colleagues", "status.names", "status.parts", "status.roll", "status.rows"),
+    *("status.spelled", "status.store", "status.throttles", "status.trouble", "status.view"),
     *("store.calls", "store.servers", "store.slots", "store.wire"),
 }
 #: What the library shares with the program of `throttling`; it must stay small, since MTAs carry it with them.

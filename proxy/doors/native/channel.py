@@ -27,11 +27,12 @@ from proxy.errors import Draining, IdleTooLong, NameInUse, PeerError, ProxyError
 from proxy.log import lines as log
 from proxy.log import steps
 from proxy.model import Ending, Endpoint
+from proxy.numbering import numbers
 from proxy.policy.idleness import Idleness
 from proxy.policy.turns import Refusals
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
-from proxy.services import Door, Services, note_failure, numbers
+from proxy.services import Door, Services, note_failure
 from proxy.stats import Standing
 
 #: Seconds; the shortest time of a timer.

@@ -23,11 +23,12 @@ from proxy.net.conversation import farewell, receive, send_all, watch_over
 from proxy.net.identities import ServerIdentity
 from proxy.net.relay import RawSocket
 from proxy.net.tls import NoPlaintext, PlainStream, Stream
+from proxy.numbering import numbers
 from proxy.policy.access import Access
 from proxy.protocols.native import frames
 from proxy.protocols.native.auth import NO_CERTIFICATE, Peer, ServerHandshake
 from proxy.protocols.recognise import SILENT, wrong_door
-from proxy.services import Door, Services, note_failure, numbers
+from proxy.services import Door, Services, note_failure
 
 
 @dataclass(slots=True, eq=False)
