@@ -5,6 +5,7 @@ the proxy; docs/protocol.md describes what goes over the wire.
 """
 
 from greenarrow_proxy_client.errors import ProxyFailure, ProxyRefused, ProxyRejected, ProxyUnavailable
+from greenarrow_proxy_client.proxies import ProxyState
 from greenarrow_proxy_client.session import Session
 from greenarrow_proxy_client.smtp import MailLimitReached, ProxiedSMTP
 from greenarrow_proxy_client.stream import Stream
@@ -19,6 +20,7 @@ __all__ = [
     "ProxyFailure",
     "ProxyRefused",
     "ProxyRejected",
+    "ProxyState",
     "ProxyUnavailable",
     "Session",
     "Stream",

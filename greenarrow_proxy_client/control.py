@@ -1,7 +1,7 @@
-"""The session's own connection: kept up by a thread, answered and asked pings, handed to whoever listens.
+"""The session's own connection to one proxy: kept up by a thread, answered and asked pings, handed to who watches.
 
-It knows nothing of SMTP. What it gives to the channels is the one-flight authentication; what the throttle dialogue
-needs are `listen` and `send`.
+It knows nothing of SMTP. What it gives to the channels is the one-flight authentication; what is said about throttles
+goes through `proxies`, which knows which of several proxies is meant.
 """
 
 from __future__ import annotations
@@ -50,6 +50,22 @@ class Listener(Protocol):
         """The session is down; it is being made again."""
 
 
+class Watcher(Listener, Protocol):
+    """A listener who also wants to know how the connection fares."""
+
+    def trying(self) -> None:
+        """An attempt to connect begins."""
+
+    def failed(self, error: Exception | None, again: float | None) -> None:
+        """The attempt or the session is over; the next attempt is in `again` seconds, None: never."""
+
+    def going_away(self) -> None:
+        """The proxy says that it shuts down. The session stands until it closes."""
+
+    def beat(self) -> None:
+        """The session stands, and a ping was sent."""
+
+
 @dataclass(slots=True)
 class _Live:
     """What holds while one connection of the session lives."""
@@ -57,6 +73,8 @@ class _Live:
     link: Link
     welcome: m.Welcome
     hashes: frozenset[bytes] = frozenset()
+    leaving: bool = False
+    bye_said: bool = False
     counters: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     pong_at: float = field(default_factory=time.monotonic)
 
@@ -64,43 +82,30 @@ class _Live:
 class Control:
     """Args:
     account: how to reach the proxy.
+    watcher: hears all that happens, in the session's thread, and must not wait.
 
     Attributes:
-        up: set while a session is up.
         rejected: the proxy's last word if it does not want us, None as soon as it does.
         round_trip: of the last ping in seconds, 0.0 before.
     """
 
-    def __init__(self, account: Account) -> None:
-        self.up = threading.Event()
+    def __init__(self, account: Account, watcher: Watcher) -> None:
         self.rejected: ProxyRejected | None = None
         self.round_trip = 0.0
         self._account = account
+        self._watcher = watcher
         self._live: _Live | None = None
-        self._listeners: list[Listener] = []
         self._stopping = threading.Event()
-        self._over = False
-        self._news = threading.Condition()  # up, or over
         self._thread = threading.Thread(target=self._run, name=f"proxy session {account.instance}", daemon=True)
+
+    def start(self) -> None:
+        """Begin to connect."""
         self._thread.start()
-
-    def listen(self, listener: Listener) -> None:
-        """From the next session on; a session that is up already is told at once, in the caller's thread."""
-        self._listeners.append(listener)
-        live = self._live
-        if live is not None:
-            listener.connected(live.welcome)
-
-    def wait_until_up(self, timeout: float | None) -> bool:
-        """Whether a session is up within `timeout` seconds; none will be any more when the thread has ended."""
-        with self._news:
-            self._news.wait_for(lambda: self.up.is_set() or self._over, timeout)
-            return self.up.is_set()
 
     def send(self, message: m.Message) -> bool:
         """Send a session message; False: no session is up."""
         live = self._live
-        if live is None:
+        if live is None or live.leaving:
             return False
         try:
             live.link.send(frames.encode(message))
@@ -112,49 +117,68 @@ class Control:
     def one_flight(self, certificate: bytes) -> bytes | None:
         """CHANNEL_AUTH for a channel that showed this certificate; None: authenticate in full."""
         live = self._live
-        if live is None or certificate not in live.hashes or not live.welcome.key:
+        if live is None or live.leaving or certificate not in live.hashes or not live.welcome.key:
             return None
         welcome = live.welcome
         counter = next(live.counters)
         return auth.channel_auth(welcome.key, certificate, live.link.version, welcome.key_id, counter)
 
-    def stop(self) -> None:
-        """Say BYE, and wait a moment for the proxy to close: a close with unread bytes is a reset, and a reset may
-        overtake BYE. The thread ends, at the latest when its attempt to connect does. A second time does nothing."""
+    def renew(self) -> None:
+        """Say BYE, so that nothing which this session registered is left over, and connect again; does not wait."""
+        live = self._live
+        if live is not None:
+            live.leaving = True
+            if not live.link.unsent:  # else the session's thread does it
+                self._say_bye(live)
+
+    def leave(self) -> None:
+        """Say BYE, and do not connect again."""
         self._stopping.set()
         live = self._live
         if live is not None:
-            self.send(s.Bye(live.welcome.incarnation))
+            live.leaving = True
+            self._say_bye(live)
+
+    def stop(self) -> None:
+        """As `leave`, and wait a moment for the proxy to close: a close with unread bytes is a reset, and a reset may
+        overtake BYE. The thread ends, at the latest when its attempt to connect does. A second time does nothing."""
+        self.leave()
+        live = self._live
+        if live is not None:
             self._thread.join(_LEAVE_TIMEOUT)
             live.link.close()
         self._thread.join(_LEAVE_TIMEOUT)
 
     def _run(self) -> None:
+        error: Exception | None = None
         try:
-            self._keep_up()
+            error = self._keep_up()
         finally:
-            with self._news:
-                self._over = True
-                self._news.notify_all()
+            self._watcher.failed(error, None)
 
-    def _keep_up(self) -> None:
+    def _keep_up(self) -> Exception | None:
+        """Until `stop`, or until the proxy does not want us for good: why."""
         delay = 0.0
         while not self._stopping.wait(delay):
             began, least = time.monotonic(), 0.0
+            failure: Exception | None = None
+            self._watcher.trying()
             try:
                 self._serve()
             except ProxyRejected as error:
-                self.rejected = error
+                self.rejected = failure = error
                 if error.code == "name_in_use":
-                    return
+                    return error
                 least = error.retry_after if error.retry else _DELAY_AFTER_REJECTION
-            except (OSError, PeerError):
-                pass
+            except (OSError, PeerError) as error:
+                failure = error
             if time.monotonic() - began >= _STEADY:
                 delay = 0.0
             else:
                 delay = min(max(delay * 2, _SHORTEST_DELAY), _LONGEST_DELAY) * random.uniform(0.8, 1.2)
             delay = max(delay, least)
+            self._watcher.failed(failure, delay)
+        return None
 
     def _serve(self) -> None:
         """One connection, from the first byte to the last.
@@ -166,28 +190,23 @@ class Control:
         try:
             live = _Live(link, link.authenticate(m.Kind.SESSION))
             self._live, self.rejected = live, None
-            with self._news:
-                self.up.set()
-                self._news.notify_all()
-            for listener in list(self._listeners):
-                listener.connected(live.welcome)
+            self._watcher.connected(live.welcome)
             if not self._stopping.is_set():
                 self._converse(live)
         finally:
             link.close()
-            self.up.clear()
             if self._live is not None:
                 self._live = None
-                for listener in list(self._listeners):
-                    listener.disconnected()
+                self._watcher.disconnected()
 
     def _converse(self, live: _Live) -> None:
         ping_due = 0.0
-        while not self._stopping.is_set():
+        while not live.leaving:
             now = time.monotonic()
             if now >= ping_due:
                 live.link.send(frames.encode(s.Ping(live.welcome.incarnation, clock_us())))
                 ping_due = now + PING_EVERY
+                self._watcher.beat()
             if now - live.pong_at >= DEAD_AFTER:
                 raise ConnectionResetError("no answer to a ping for 5 s")
             try:
@@ -200,8 +219,17 @@ class Control:
             message = frames.decode(frame, frames.SESSION_FROM_PROXY)
             if getattr(message, "incarnation", live.welcome.incarnation) == live.welcome.incarnation:
                 self._take(live, message, at_us)
+        self._say_bye(live)
         while live.link.next_frame(_LEAVE_TIMEOUT) is not None:
             pass  # what crosses BYE
+
+    def _say_bye(self, live: _Live) -> None:
+        if not live.bye_said:
+            live.bye_said = True
+            try:
+                live.link.send(frames.encode(s.Bye(live.welcome.incarnation)))
+            except OSError:
+                live.link.close()
 
     def _take(self, live: _Live, message: m.Message, at_us: int) -> None:
         if isinstance(message, s.Ping):
@@ -213,6 +241,7 @@ class Control:
             live.hashes = frozenset(message.hashes)
         elif isinstance(message, m.Error):
             raise ProxyRejected(message)
-        elif not isinstance(message, m.Goaway):  # it will close, and then we connect again: nothing to do yet
-            for listener in list(self._listeners):
-                listener.received(message, at_us)
+        elif isinstance(message, m.Goaway):
+            self._watcher.going_away()
+        else:
+            self._watcher.received(message, at_us)

@@ -10,7 +10,7 @@ import itertools
 import threading
 from collections.abc import Sequence
 
-from greenarrow_proxy_client.control import Control
+from greenarrow_proxy_client.proxies import Proxies
 from greenarrow_proxy_client.throttle import REPORT_EVERY, Limits, Tally, Throttle, clock_ns
 from proxy.errors import PeerError
 from proxy.protocols.native import frames as native
@@ -28,12 +28,12 @@ _NO_CAP = 2**32 - 1
 
 class Dialogue:
     """Args:
-    control: the session's connection; this is a `control.Listener` of it, and `throttle.Speaker` of the throttles.
+    proxies: the session's connection; this is a `control.Listener` of it, and `throttle.Speaker` of the throttles.
     """
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, proxies: Proxies) -> None:
         self.lock = threading.RLock()
-        self._control = control
+        self._proxies = proxies
         self._something = threading.Condition(self.lock)
         self._throttles: dict[int, Throttle] = {}
         self.stopping = False
@@ -45,7 +45,7 @@ class Dialogue:
         self._incarnation: int | None = None
         self._thread = threading.Thread(target=self._run, name="proxy throttles", daemon=True)
         self._thread.start()
-        control.listen(self)
+        proxies.listen(self)
 
     def throttle(
         self,
@@ -101,6 +101,7 @@ class Dialogue:
             self._unanswered = 0
             for throttle in self._throttles.values():
                 throttle._bound = throttle._asked = False
+                throttle._rejected = ""  # another proxy, or another configuration, may accept it
                 throttle.cap = None
                 throttle._lease.reconnected()
                 throttle._demand.reconnected()
@@ -178,7 +179,7 @@ class Dialogue:
     def _say(self, frames: list[m.Message]) -> None:
         for frame in frames:
             try:
-                self._control.send(frame)
+                self._proxies.send(frame)
             except ValueError:  # paths with long names: more than a frame holds
                 assert isinstance(frame, s.Reg)
                 middle = len(frame.paths) // 2

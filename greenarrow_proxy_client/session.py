@@ -1,4 +1,4 @@
-"""`Session`: an MTA's standing with one proxy, and the way to open SMTP sessions through it."""
+"""`Session`: an MTA's standing with a proxy, or with several of which one is used, and the way to SMTP sessions."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from typing import cast
 
 import msgspec
 
-from greenarrow_proxy_client.channel import Channel, ChannelLost, State
-from greenarrow_proxy_client.control import Control
+from greenarrow_proxy_client.channel import Channel
 from greenarrow_proxy_client.dialogue import Dialogue
-from greenarrow_proxy_client.errors import ProxyFailure, ProxyRefused, ProxyRejected, ProxyUnavailable
-from greenarrow_proxy_client.link import Account, Link, tls_context, unavailable
+from greenarrow_proxy_client.errors import ProxyRefused, ProxyRejected, ProxyUnavailable
+from greenarrow_proxy_client.link import Account, tls_context
+from greenarrow_proxy_client.proxies import Proxies, Proxy, ProxyState
 from greenarrow_proxy_client.smtp import ProxiedSMTP
 from greenarrow_proxy_client.stream import Stream
 from greenarrow_proxy_client.throttle import Limits, Throttle
@@ -22,82 +23,89 @@ from proxy.model import TlsMode
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
 
-#: A channel that was idle this long is closed.
-_MAX_IDLE = 300.0
+Address = tuple[str, int]
+#: Refusals that are about the proxy itself: another one may serve.
+_NOT_NOW = {"draining", "overloaded"}
 
 
 class Session:
     """Connects to the proxy in the background, and again whenever the connection is lost. Usable by many threads.
 
     Args:
-        address: host (name or IP address) and port of the proxy's native listener.
-        secret: the shared secret.
+        address: host (name or IP address) and port of the proxy's native listener; or several of them, the preferred
+            one first. Then the first that answers is used, the next one when it is lost or says "not now", and it again
+            when it has answered for a while (docs/library.md, "Several proxies").
+        secret: the shared secret, the same for all proxies.
         instance: this MTA's name; no two that run at the same time may have the same.
         tls: as the proxy has it (`listen_tls`); there is no falling back from one to the other.
         timeout: seconds to connect and authenticate within.
-        max_idle_channels: kept open for the next SMTP session.
+        max_idle_channels: kept open for the next SMTP session, to each proxy.
+        return_after: seconds that a better proxy must have answered before it is used again: once to twice as long,
+            by luck, and each time twice as long as before when it is lost again soon, up to five minutes.
 
     Raises:
-        ValueError: a name that the protocol does not allow.
+        ValueError: a name that the protocol does not allow, or no address.
     """
 
     def __init__(
         self,
-        address: tuple[str, int],
+        address: Address | Sequence[Address],
         secret: str | bytes,
         instance: str,
         *,
         tls: bool = True,
         timeout: float = 10.0,
         max_idle_channels: int = 100,
+        return_after: float = 5.0,
     ) -> None:
         if not 1 <= len(instance) <= 64 or any(c < " " or c == "\x7f" for c in instance):
             raise ValueError("an instance name has 1 to 64 characters and no control characters")
-        self._account = Account(
-            address,
-            secret.encode() if isinstance(secret, str) else secret,
-            instance,
-            os.urandom(16),
-            timeout,
-            tls_context() if tls else None,
-        )
-        self._max_idle_channels = max_idle_channels
-        self._idle: list[Channel] = []  # the last one used last, and taken first
+        addresses = _addresses(address)
+        secret = secret.encode() if isinstance(secret, str) else secret
+        run_id, context = os.urandom(16), tls_context() if tls else None
+        accounts = [Account(each, secret, instance, run_id, timeout, context) for each in addresses]
         self._lock = threading.Lock()
         self._closed = False
-        self._control = Control(self._account)
         self._dialogue: Dialogue | None = None
+        self._proxies = Proxies(accounts, max_idle_channels, return_after)
 
     # --- the session itself ---
 
     def wait_until_up(self, timeout: float | None = None) -> bool:
         """Whether the session is up within `timeout` seconds; no, at once, when it is closed or rejected for good.
 
-        Nothing but throttles needs it: `smtp` and `connect` do without, only each new channel costs more then.
+        Nothing but throttles needs it: `smtp` and `connect` do without, only each new channel costs more then. (Of
+        several proxies one must be up, and they wait for it by themselves.)
         """
-        return self._control.wait_until_up(timeout)
+        return self._proxies.wait_until_up(timeout)
 
     @property
     def rejected(self) -> ProxyRejected | None:
-        """Why the proxy does not want this session at present, or None. "name_in_use" is for good."""
-        return self._control.rejected
+        """Why the proxy does not want this session at present, or None; of several, while none of them is up.
+        "name_in_use" is for good."""
+        return self._proxies.rejected
 
     @property
     def round_trip(self) -> float:
-        """Seconds that the last ping took; 0.0 before the first."""
-        return self._control.round_trip
+        """Seconds that the last ping to the proxy that is used took; 0.0 before the first."""
+        return next((proxy.round_trip for proxy in self.proxies if proxy.in_use), 0.0)
+
+    @property
+    def proxies(self) -> list[ProxyState]:
+        """How it stands with each proxy, in the order of preference: for an operator, who should know of a second one
+        that would not answer before it is needed."""
+        return self._proxies.states()
 
     def close(self) -> None:
         """Take leave of the proxy. SMTP sessions in progress are not touched. A second time does nothing."""
         with self._lock:
             self._closed = True
-            idle, self._idle = self._idle, []
             dialogue, self._dialogue = self._dialogue, None
         if dialogue is not None:
             dialogue.stop()
-        self._control.stop()
-        for channel in idle:
-            channel.retire()
+        self._proxies.stop()
+        for proxy in self._proxies.all:
+            proxy.channels.close()
 
     def __enter__(self) -> Session:
         return self
@@ -144,7 +152,7 @@ class Session:
             if self._closed:
                 raise ProxyUnavailable("the session is closed")
             if self._dialogue is None:
-                self._dialogue = Dialogue(self._control)
+                self._dialogue = Dialogue(self._proxies)
             return self._dialogue
 
     # --- SMTP sessions ---
@@ -251,98 +259,55 @@ class Session:
 
     def _stream(self, request: m.Open, timeout: float | None, throttles: Sequence[Throttle]) -> Stream:
         _validate(request)
-        for throttle in throttles:
-            throttle.wait_until_registered(request.deadline_ms / 1000)
-        if self._closed:
-            raise ProxyUnavailable("the session is closed")
-        channel, opened = self._open(request)
+        proxy, channel, opened = self._open(request, throttles)
         for throttle in throttles:
             throttle.count(1)
 
         def over(channel: Channel) -> None:
             for throttle in throttles:
                 throttle.count(-1)
-            self._give_back(channel)
+            proxy.channels.give_back(channel)
 
-        return Stream(channel, opened, timeout, over, lambda channel: self._open_fresh(channel, request))
+        return Stream(channel, opened, timeout, over, lambda channel: proxy.channels.open_fresh(channel, request))
 
-    def _open(self, request: m.Open) -> tuple[Channel, m.Opened]:
-        """On an idle channel if one is alive, else on a new one."""
-        while (channel := self._take_idle()) is not None:
+    def _open(self, request: m.Open, throttles: Sequence[Throttle] = ()) -> tuple[Proxy, Channel, m.Opened]:
+        """At the proxy that is used; at the next one, in the time that is left, when it is lost meanwhile or says "not
+        now". Nothing has gone to a receiver then."""
+        ends_at = time.monotonic() + request.deadline_ms / 1000
+        for another in range(2 * len(self._proxies.all)):
+            if another:
+                left = max(1, int((ends_at - time.monotonic()) * 1000))
+                request = msgspec.structs.replace(request, deadline_ms=left)
+            proxy = self._proxies.in_use(ends_at)
+            for throttle in throttles:
+                throttle.wait_until_registered(request.deadline_ms / 1000)
+            if self._closed:
+                raise ProxyUnavailable("the session is closed")
             try:
-                return channel, self._open_on(channel, request)
-            except (ChannelLost, ProxyRejected):
-                continue
-        channel = self._dial()
-        try:
-            return channel, self._open_on(channel, request)
-        except ProxyRejected as error:
-            if error.code != "stale_key":
-                raise
-        except ChannelLost as error:
-            raise unavailable(self._account, error) from None
-        channel = self._dial(in_full=True)
-        try:
-            return channel, self._open_on(channel, request)
-        except ChannelLost as error:
-            raise unavailable(self._account, error) from None
+                return proxy, *proxy.channels.open(request)
+            except ProxyRefused as error:  # it did not know our throttles, or no longer
+                failure: ProxyRefused | ProxyRejected | ProxyUnavailable = error
+                again = error.code in _NOT_NOW and self._proxies.turn_away(proxy)
+                again |= error.code == "unknown_path" and self._proxies.current is not proxy
+            except (ProxyRejected, ProxyUnavailable) as error:
+                failure = error
+                again = self._proxies.turn_away(proxy)
+            if not again:
+                break
+        raise failure
 
-    def _open_on(self, channel: Channel, request: m.Open) -> m.Opened:
-        """As `Channel.open`; a channel that only could not serve this request goes back."""
-        channel.limit_sending(self._account.timeout)
-        try:
-            return channel.open(request)
-        except ProxyRefused:
-            self._give_back(channel)
-            raise
-        except ProxyFailure:
-            raise
-        except TimeoutError as error:
-            raise unavailable(self._account, error) from None
 
-    def _open_fresh(self, channel: Channel, request: m.Open) -> m.Opened:
-        """For `Stream`: never a shared connection a second time. The channel stays the stream's."""
-        fresh = msgspec.structs.replace(request, fresh=True)
-        channel.limit_sending(self._account.timeout)
-        try:
-            return channel.open(fresh)
-        except (ChannelLost, TimeoutError) as error:
-            raise unavailable(self._account, error) from None
+def _addresses(address: Address | Sequence[Address]) -> list[Address]:
+    """One, or several: a pair of a host and a port is one.
 
-    def _dial(self, in_full: bool = False) -> Channel:
-        """A new channel. One that is not authenticated yet will be with its first OPEN.
-
-        Raises:
-            ProxyUnavailable, ProxyRejected.
-        """
-        rejected = self._control.rejected
-        if rejected is not None and rejected.code == "name_in_use":
-            raise rejected
-        link = Link(self._account)
-        flight = None if in_full else self._control.one_flight(link.certificate)
-        if flight is None:
-            link.authenticate(m.Kind.CHANNEL)
-        return Channel(link, flight or b"")
-
-    def _take_idle(self) -> Channel | None:
-        with self._lock:
-            return self._idle.pop() if self._idle else None
-
-    def _give_back(self, channel: Channel) -> None:
-        """A channel whose SMTP session is over: kept for the next one if it is of use."""
-        now = time.monotonic()
-        with self._lock:
-            surplus = []
-            while self._idle and now - self._idle[0].used_at > _MAX_IDLE:
-                surplus.append(self._idle.pop(0))
-            keep = not self._closed and channel.state in (State.IDLE, State.ENDING) and not channel.going_away
-            if keep and len(self._idle) < self._max_idle_channels:
-                channel.used_at = now
-                self._idle.append(channel)
-            else:
-                surplus.append(channel)
-        for each in surplus:
-            each.retire()
+    Raises:
+        ValueError: none.
+    """
+    if len(address) == 2 and isinstance(address[0], str):
+        return [cast("Address", tuple(address))]
+    if not address:
+        raise ValueError("a session needs the address of a proxy")
+    return [(host, port) for host, port in cast("Sequence[Address]", address)]
 
 
 def _leaving(source_ip: str | None, source: str | None, throttles: Sequence[Throttle]) -> tuple[str | None, str | None]:

@@ -50,7 +50,8 @@ class Sender(Lanes):
         queue.lock()
         queue.clean()
         secret = Path(config["secret_file"]).read_text().strip()
-        session = Session(endpoint(config["proxy"]), secret, config["instance"])
+        proxies = [config["proxy"]] if isinstance(config["proxy"], str) else config["proxy"]
+        session = Session([endpoint(each) for each in proxies], secret, config["instance"])
         super().__init__(queue, session, config["retry"])
         self._throttles = {r.name: session.throttle(r.source_ip, r.limits()) for r in self.routes}
 

@@ -117,7 +117,7 @@ def test_refusals_name_step_number_and_destination(session):
     with pytest.raises(ProxyRefused) as caught:
         session.connect([("10.255.255.1", 25)])
     assert caught.value.code == "destination_not_allowed"
-    assert len(session._idle) == 1, "one channel served them all"
+    assert len(session._proxies.all[0].channels._idle) == 1, "one channel served them all"
 
 
 def test_a_receiver_that_will_not(session):

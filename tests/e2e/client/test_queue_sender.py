@@ -42,13 +42,15 @@ def content(number: int) -> bytes:
 class Mta:
     """The example's process, its queue and its log; a context manager that ends it."""
 
-    def __init__(self, directory: Path, proxy: tuple[str, int], routes: list[dict[str, Any]]) -> None:
+    def __init__(
+        self, directory: Path, proxy: tuple[str, int], routes: list[dict[str, Any]], *others: tuple[str, int]
+    ) -> None:
         self.queue = MailQueue(directory / "queue")
         self.log: list[dict[str, Any]] = []
         self.file = directory / "queue_sender.toml"
         (directory / "secret").write_text(SECRET + "\n")
         head = {
-            "proxy": f"{proxy[0]}:{proxy[1]}",
+            "proxy": [f"{host}:{port}" for host, port in (proxy, *others)] if others else f"{proxy[0]}:{proxy[1]}",
             "secret_file": str(directory / "secret"),
             "instance": "server-q",
             "queue": str(directory / "queue"),
@@ -278,6 +280,23 @@ def test_without_a_proxy_it_waits(tmp_path: Path) -> None:
         (message,) = mx.messages
         assert message.mail.startswith(b"mail FROM:<>")
         assert message.content == content(1)
+
+
+def test_with_two_proxies_it_waits_for_none_of_them(tmp_path: Path) -> None:
+    """The preferred one is killed in the middle: the rest goes through the other, and nothing is put off."""
+    with Proxy() as second, Proxy(exit_code=-signal.SIGKILL) as first, Mx() as mx:
+        route = simple(mx) | {"rates": [[20, 1]]}
+        with Mta(tmp_path, first.native, [route], second.native) as mta:
+            for number in range(20):
+                mta.queue.put("a@s.example", ["b@r.example"], content(number))
+            mta.start("--drain")
+            wait_for(lambda: len(mta.events("delivered")) >= 5, 60)
+            wait_for(lambda: any("session(server-q)" in line for line in second.status()))
+            first.signal(signal.SIGKILL)
+            assert mta.end() == 0
+            assert {message.content for message in mx.messages} == {content(number) for number in range(20)}
+            assert mta.events("proxy_away") == []
+        second.wait_line(r"^connection .*instance=server-q")
 
 
 def test_a_wrong_secret_is_for_somebody_to_mend(tmp_path: Path, proxy: Proxy) -> None:

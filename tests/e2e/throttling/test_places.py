@@ -344,11 +344,12 @@ def test_a_reconnect_in_between_is_not_held_against_the_instance(mx):
         path = rated(a, 100)
         path.backlog(ram=1000)
         assert path.acquire(10)
-        link = a._control._live.link
+        link = a._proxies.all[0].control._live.link
         permits = [path.acquire(10) for _ in range(2)]
         path.backlog()
         link.close()
-        wait_for(lambda: a._control._live not in (None,) and a._control._live.link is not link)
+        control = a._proxies.all[0].control
+        wait_for(lambda: control._live is not None and control._live.link is not link)
         assert path.wait_until_registered(10)
         smtp = opens(a, mx, path)
         mail(smtp, len(permits))
@@ -386,7 +387,7 @@ def test_an_open_without_a_source_takes_the_path_of_the_default_one():
         throttle = session.throttle(SOURCE, Limits("one", max_connections=1))
         throttle.wait_until_registered(10)
         request = m.Open(None, [m.Address(*mx.endpoint)], "a.example", throttles=[throttle.id])
-        channel, opened = session._open(request)
+        _, channel, opened = session._open(request)
         assert opened.local.host == SOURCE
         channel.end(False, 0)
         channel.retire()

@@ -54,10 +54,18 @@ def session(proxy):
         yield it
 
 
+def control_of(session: Session) -> control_module.Control:
+    return session._proxies.all[0].control
+
+
+def idle(session: Session) -> list[Channel]:
+    return session._proxies.all[0].channels._idle
+
+
 def ready(session: Session, proxy: FakeProxy) -> None:
     """The session is up and has heard of the certificate."""
     assert session.wait_until_up(10)
-    wait_for(lambda: session._control.one_flight(proxy.certificate) or proxy.context is None)
+    wait_for(lambda: control_of(session).one_flight(proxy.certificate) or proxy.context is None)
 
 
 def send_one(session: Session, **options: object) -> smtplib.SMTP:
@@ -315,7 +323,7 @@ def test_surplus_channels_are_closed_after_their_end_has_arrived(proxy):
         for stream in streams:
             stream.release()
         wait_for(lambda: len(proxy.ends) == 3)
-        assert len(session._idle) == 1
+        assert len(idle(session)) == 1
 
 
 def test_a_channel_is_not_closed_before_its_end_has_arrived(proxy, monkeypatch):
@@ -333,9 +341,9 @@ def test_a_channel_is_not_closed_before_its_end_has_arrived(proxy, monkeypatch):
 def test_old_idle_channels_are_closed(proxy, session):
     one, two = session.connect([DESTINATION]), session.connect([DESTINATION])
     one.close()
-    session._idle[0].used_at -= 301
+    idle(session)[0].used_at -= 301
     two.close()
-    assert len(session._idle) == 1
+    assert len(idle(session)) == 1
 
 
 def test_no_proxy():
@@ -359,7 +367,7 @@ def test_a_proxy_that_does_not_answer(proxy, session, monkeypatch):
     proxy.answers.append(lambda request: b"")
     with pytest.raises(ProxyUnavailable, match="timed out"):
         session.connect([DESTINATION], deadline=0.05)
-    assert session._idle == []
+    assert idle(session) == []
 
 
 @pytest.mark.parametrize(
@@ -552,8 +560,8 @@ def test_a_certificate_that_the_session_did_not_announce_is_not_trusted(tls_prox
         assert tls_proxy.entered[-1] == (CHANNEL, False)
         for conn in tls_proxy.sessions:
             conn.send(native.encode(s.Cert(INCARNATION, [tls_proxy.certificate])))
-        wait_for(lambda: session._control.one_flight(tls_proxy.certificate))
-        session._idle.pop().close()
+        wait_for(lambda: control_of(session).one_flight(tls_proxy.certificate))
+        idle(session).pop().close()
         session.connect([DESTINATION]).close()
         assert tls_proxy.entered[-1] == (CHANNEL, True)
 
@@ -572,7 +580,7 @@ def test_a_cert_of_another_incarnation_is_dropped():
         )
         with session_of(proxy) as session:
             wait_for(lambda: any(isinstance(message, s.Pong) for message in proxy.session_messages))
-            assert session._control.one_flight(proxy.certificate) is None
+            assert control_of(session).one_flight(proxy.certificate) is None
 
 
 def test_without_tls_every_channel_authenticates_in_full():
@@ -594,7 +602,7 @@ def test_a_stale_key_costs_a_second_connection(tls_proxy):
 def test_counters_are_never_used_twice(tls_proxy):
     with session_of(tls_proxy) as session:
         ready(session, tls_proxy)
-        frames = [session._control.one_flight(tls_proxy.certificate) for _ in range(50)]
+        frames = [control_of(session).one_flight(tls_proxy.certificate) for _ in range(50)]
         assert len(set(frames)) == 50
 
 
@@ -621,7 +629,7 @@ def test_a_proxy_that_welcomes_without_proof(monkeypatch):
     with FakeProxy() as proxy, session_of(proxy) as session:
         with pytest.raises(ProxyUnavailable, match="does not know the secret"):
             session.connect([DESTINATION])
-        assert not session._control.up.is_set()
+        assert not session.wait_until_up(0)
         assert proxy.opens == []
 
 
@@ -699,8 +707,8 @@ def test_name_in_use_is_for_good(proxy):
         rejected = wait_for(lambda: session.rejected)
         assert (rejected.code, rejected.retry) == ("name_in_use", False)
         assert "192.0.2.99" in str(rejected)
-        session._control._thread.join(10)
-        assert not session._control._thread.is_alive()
+        control_of(session)._thread.join(10)
+        assert not control_of(session)._thread.is_alive()
         proxy.refuse = None
         with pytest.raises(ProxyRejected, match=r"192\.0\.2\.99"):
             session.connect([DESTINATION])
@@ -726,7 +734,7 @@ def test_close_says_bye_and_leaves_smtp_sessions_alone(proxy):
     stream.sendall(b"NOOP\r\n")
     assert stream.recv(100) == b"250 ok\r\n"
     stream.close()
-    assert session._idle == []
+    assert idle(session) == []
     with pytest.raises(ProxyUnavailable, match="session is closed"):
         session.connect([DESTINATION])
 
@@ -747,7 +755,7 @@ def test_close_while_the_proxy_is_away():
         address = nobody.getsockname()
     session = Session(address, SECRET, "server-a")
     session.close()
-    assert not session._control._thread.is_alive()
+    assert not control_of(session)._thread.is_alive()
 
 
 class Ear:
@@ -771,10 +779,10 @@ def test_listeners_hear_the_dialogue_and_can_speak(proxy):
     with session_of(proxy) as session:
         ready(session, proxy)
         ear = Ear()
-        session._control.listen(ear)
+        session._proxies.listen(ear)
         assert ear.heard[0] == "up"
         demand = s.Demand(INCARNATION, [s.Want(7, 1, 0)])
-        assert session._control.send(demand)
+        assert session._proxies.send(demand)
         wait_for(lambda: demand in proxy.session_messages)
         proxy.drop_all()
         heard = wait_for(lambda: next((each for each in ear.heard if isinstance(each, tuple)), None))
@@ -782,7 +790,7 @@ def test_listeners_hear_the_dialogue_and_can_speak(proxy):
         assert before <= heard[1] <= control_module.clock_us()
         wait_for(lambda: [each for each in ear.heard if isinstance(each, str)] == ["up", "down", "up"])
     assert ear.heard[-1] == "down"
-    assert not session._control.send(demand)
+    assert not session._proxies.send(demand)
 
 
 def test_many_threads_speak_in_the_session(proxy, session):
@@ -791,7 +799,7 @@ def test_many_threads_speak_in_the_session(proxy, session):
     results: list[bool] = []
 
     def speak(demand: s.Demand) -> None:
-        results.extend(session._control.send(demand) for _ in range(30))
+        results.extend(session._proxies.send(demand) for _ in range(30))
 
     threads = [threading.Thread(target=speak, args=(demand,)) for demand in demands]
     for thread in threads:

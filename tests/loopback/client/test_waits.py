@@ -14,6 +14,7 @@ from greenarrow_proxy_client import (
     ThrottleTimeout,
     control,
     dialogue,
+    proxies,
     throttle,
 )
 from proxy.protocols.native import messages as m
@@ -182,30 +183,17 @@ def test_registered_rejected_or_closed_all_hear_of_it(world, leaves):
 def test_waiting_for_a_session_that_will_not_come_ends(monkeypatch):
     """Closed, or rejected for good: whoever waits without a limit hears so, and so does who asks later."""
     stage = Stage()
-    monkeypatch.setattr(
-        control,
-        "threading",
-        type("Threading", (), {"Event": control.threading.Event, **vars(stage.threading)}),
-    )
-
-    def keep_up(self: control.Control) -> None:
-        with self._news:
-            self._news.wait_for(lambda: self.rejected)
-
-    monkeypatch.setattr(control.Control, "_keep_up", keep_up)
-    one = control.Control(type("Account", (), {"instance": "mta"})())  # type: ignore[arg-type]
+    monkeypatch.setattr(proxies, "threading", stage.threading)
+    monkeypatch.setattr(control.Control, "start", lambda self: None)
+    account = type("Account", (), {"instance": "mta"})()
+    one = proxies.Proxies([account], 0, 5.0)  # type: ignore[list-item]
     waiting = [stage.start(lambda: one.wait_until_up(None)) for _ in range(2)]
     impatient = stage.start(lambda: one.wait_until_up(0.01))
     stage.run_until(stage.now + 20 * MS)
     assert impatient.result is False
     assert [each.result for each in waiting] == [None, None]
 
-    def reject() -> None:
-        with one._news:
-            one.rejected = object()  # type: ignore[assignment]
-            one._news.notify_all()
-
-    stage.start(reject)
+    stage.start(lambda: one.all[0].failed(ConnectionResetError("for good"), None))
     stage.settle()
     assert [each.result for each in waiting] == [False, False]
     assert stage.start(lambda: one.wait_until_up(None)).result is False
