@@ -58,11 +58,15 @@ class Admission(Office):
     """The one manager and whoever deals with it; for the calls of `Office` see there.
 
     Args:
-        make_way: told a full throttle under which a request waits: a cached connection is to give up its place there;
-            says whether one did.
+        make_way: told a full throttle under which requests wait, and how many places are missing: a cached connection
+            is to give up its place there; says whether one did.
+
+    Attributes:
+        settled: called when all that follows from a call is done, if there is anybody to be told.
     """
 
-    def __init__(self, manager: Manager, make_way: Callable[[Throttle], bool]) -> None:
+    def __init__(self, manager: Manager, make_way: Callable[[Throttle, int], bool]) -> None:
+        self.settled: Callable[[], object] | None = None
         self.manager = manager
         self.clients: dict[Session, Client] = {}
         self._make_way = make_way
@@ -419,7 +423,7 @@ class Admission(Office):
                 for throttle in blocked:
                     # In a pause a place that is given up is nobody's.
                     while throttle.line is not None and throttle.full() and not throttle.closed_until:
-                        if not self._make_way(throttle):
+                        if not self._make_way(throttle, throttle.used + throttle.line.size - throttle.cap):
                             break
                 for session in ready:
                     client = self.clients.get(session)
@@ -431,6 +435,8 @@ class Admission(Office):
                         client.ended(session.end)
                 if not (admitted or granted or ready or ended or blocked):
                     break
+            if self.settled is not None:
+                self.settled()
             for remark in manager.take_notices():
                 self._tell(remark)
         finally:

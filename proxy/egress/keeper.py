@@ -98,7 +98,13 @@ class Keeper:
 
     # ---------------------------------------------------------------- for channels
 
-    def take(self, key: PoolKey, claim: Callable[[Receiver], bool], seconds: float = _PROBE_SECONDS) -> Receiver | None:
+    def take(
+        self,
+        key: PoolKey,
+        claim: Callable[[Receiver], bool],
+        seconds: float = _PROBE_SECONDS,
+        with_places: bool = False,
+    ) -> Receiver | None:
         """A live connection of this key, the caller's now; None: there is none to be had.
 
         Waits for the answer of one that has been idle for long. A caller that is thrown out of it holds nothing.
@@ -107,9 +113,10 @@ class Keeper:
             claim: asked for a live connection whether the caller may have it (its places change hands there); if not,
                 it stays as it was.
             seconds: the longest to wait for an answer, if that is less than usual.
+            with_places: the caller has places, and perhaps with them the promise of a connection.
         """
         while True:
-            entry, discarded = self._pool.take(key, monotonic())
+            entry, discarded = self._pool.take(key, monotonic(), with_places)
             self._part(discarded)
             if entry is None:
                 return None
@@ -164,12 +171,10 @@ class Keeper:
 
     # ---------------------------------------------------------------- housekeeping
 
-    def make_way(self, throttle: Throttle) -> bool:
-        """Somebody waits under this throttle: a connection that holds a place there is closed now; False: none does, or
-        as many are being closed already as wait."""
-        leaving = self._leaving.under(throttle)
-        waiting = throttle.line.size if throttle.line is not None else 0
-        if leaving and throttle.used - leaving + waiting <= throttle.cap:
+    def make_way(self, throttle: Throttle, count: int) -> bool:
+        """So many places are missing under this throttle: a connection that holds a place there is closed now; False:
+        none does, or as many are being closed already."""
+        if self._leaving.under(throttle) >= count:
             return False
         for receiver in self._parting:
             if receiver.place is not None and throttle in receiver.place.throttles:
@@ -184,6 +189,18 @@ class Keeper:
                 self._lent.pop(receiver)()
                 break
         return False  # its place is free when it is clean
+
+    def give_way(self, throttle: Throttle, count: int) -> int:
+        """The same as often as need be; how many places will be free. Who waits may be one of ours, who asks for a
+        connection that has become idle meanwhile: then it goes with its place."""
+        made = 0
+        for entry in self._pool.under(throttle):
+            if made < count and self._office.awaited(entry.key):
+                self._crew.run(self._pass_on, _receiver(entry), entry.key)
+                made += 1
+        while made < count and self.make_way(throttle, count):
+            made += 1
+        return max(made, self._leaving.under(throttle))
 
     def run(self) -> None:
         """Give up what has come to its age; for a greenlet of its own."""
@@ -300,12 +317,13 @@ class Keeper:
         at no time are more connections open than places allow, here or there.
         """
         places = receiver.place
-        if places is None or not self._office.awaited(key):
+        if places is None or receiver not in self._pool or not self._office.awaited(key):
             self._unclaimed(receiver)
             return
         self._pool.promise(receiver)
         if self._office.pass_on(places, key):
-            receiver.place = None
+            if receiver.place is places:  # else the one who is next has been here already
+                receiver.place = None
             # Whoever got the place was woken before this is called, and has taken the connection by then.
             self._loop.run_callback(self._unclaimed, receiver)
         else:

@@ -158,12 +158,18 @@ class Pool:
 
     # -- the ways out --------------------------------------------------------------------------------------------------
 
-    def take(self, key: PoolKey, now: float) -> Taken:
+    def take(self, key: PoolKey, now: float, with_places: bool = True) -> Taken:
         """Hands out a connection of this key: one that was promised, else the one that was used last. The caller checks
-        that it is alive, see `reject`."""
+        that it is alive, see `reject`.
+
+        Args:
+            with_places: who has none of its own was not promised anything.
+        """
         discarded: list[Discarded] = []
         while queue := self._by_key.get(key):
-            entry = next((each for each in self._promised if each.key == key), None) or next(reversed(queue))
+            entry = self._choose(key, queue, with_places)
+            if entry is None:
+                break
             if reason := self.unfit(entry, now):
                 discarded.append(self._discard(entry, reason))
                 continue
@@ -172,6 +178,12 @@ class Pool:
             return Taken(entry, discarded)
         self.misses += 1
         return Taken(None, discarded)
+
+    def _choose(self, key: PoolKey, queue: _Queue, with_places: bool) -> Entry | None:
+        if not self._promised:
+            return next(reversed(queue))
+        promised = next((each for each in self._promised if each.key == key), None) if with_places else None
+        return promised or next((each for each in reversed(queue) if each not in self._promised), None)
 
     def reject(self, entry: Entry, reason: Discard) -> Discarded:
         """The connection just taken was found dead: the hit was none. Then `take` again."""
@@ -215,6 +227,10 @@ class Pool:
         """Somebody waits under this throttle: the connection idle longest that holds a place there gives it up."""
         queue = self._by_limit.get(limit)
         return self._discard(next(iter(queue)), Discard.YIELDED) if queue else None
+
+    def under(self, limit: Hashable) -> list[Entry]:
+        """Those that hold a place under this throttle, the one idle longest first."""
+        return list(self._by_limit.get(limit, ()))
 
     def shed(self, count: int) -> list[Discarded]:
         """Gives up those idle longest, when descriptors run out."""

@@ -32,6 +32,7 @@ class Event(enum.StrEnum):
     SESSION = "session"
     THROTTLE = "throttle"
     STORE = "store"
+    WORKER = "worker"
     TLS = "tls"
     SYSTEMD = "systemd"
     LOST = "lost"

@@ -4,5 +4,5 @@ Sans-IO: a parser is fed bytes, however they are cut, and returns events or byte
 what a peer may not say, and nothing else. Sockets, deadlines and rules about who may what do not belong here.
 
 Read `socks5` and `proxy_protocol` first: both yield one `model.Handshake`. `native/` is our own protocol, `smtp/` what
-passes through.
+passes through, `seam` what the program's own processes say to each other.
 """

@@ -122,7 +122,7 @@ class Server:
         self._book = Book()
         self._limits = Limits(settings.throttle, settings.source, self._book)
         manager = Manager(self._incarnation, clock_ns(), settings.throttle_enforce, self._limits)
-        self._admission = Admission(manager, lambda throttle: self._keeper.make_way(throttle))
+        self._admission = Admission(manager, lambda throttle, count: self._keeper.make_way(throttle, count))
         self._look_ups = LookUps(self._book, manager.blocks.forget_verdicts)
         self._keeper = Keeper(self._engine, self._crew, self._counters, settings, self._admission)
         self._broken_tls = BrokenTls()

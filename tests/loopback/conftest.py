@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from gevent import get_hub
 
-from tests.loopback.houses import House
+from tests.loopback.houses import Elsewhere, House
 from tests.mx import Mx
 
 
@@ -18,13 +18,14 @@ def _the_loop_knows_the_time() -> None:
     get_hub().loop.update_now()
 
 
-@pytest.fixture
-def make() -> Iterator[Callable[..., House]]:
-    """Makes houses, with the arguments of `House`, and looks at each of them in the end."""
+@pytest.fixture(params=[House, Elsewhere], ids=["", "elsewhere"])
+def make(request: pytest.FixtureRequest) -> Iterator[Callable[..., House]]:
+    """Makes houses, with the arguments of `House`, and looks at each of them in the end. With the throttle manager at
+    hand, and at the other end of a link."""
     houses: list[House] = []
 
     def make(*arguments: object) -> House:
-        houses.append(House(*arguments))
+        houses.append(request.param(*arguments))
         return houses[-1]
 
     yield make

@@ -10,11 +10,14 @@ from types import SimpleNamespace
 import gevent
 
 from proxy.egress.admission import Admission, clock_ns
+from proxy.egress.branch import Branches
 from proxy.egress.bring_up import open_receiver
 from proxy.egress.keeper import Keeper
 from proxy.egress.pool import PoolKey
 from proxy.egress.receiver import Limits, Wish
+from proxy.egress.remote import Remote
 from proxy.model import Endpoint, TlsMode
+from proxy.net import seam
 from proxy.net.crew import Crew
 from proxy.net.relay import make_engine
 from proxy.policy.limits import Limits as BlockLimits
@@ -64,12 +67,20 @@ class House:
     def __init__(self, settings=None, *blocks):
         self.engine = make_engine()
         self.counters = Counters()
-        self.manager = Manager(1, clock_ns(), False, BlockLimits(blocks))
-        self.admission = Admission(self.manager, lambda throttle: self.keeper.make_way(throttle))
+        self.blocks = BlockLimits(blocks)
+        self.manager = Manager(1, clock_ns(), False, self.blocks)
+        self.admission = self.office()
         self.keeper = Keeper(self.engine, Crew(), self.counters, settings or limits(), self.admission)
         self.out = {}  # receivers that a user has
         self.throttles = set()  # that a connection had a place under
         self._sweeper = gevent.spawn(self.keeper.run)
+
+    def office(self):
+        return Admission(self.manager, lambda *missing: self.keeper.make_way(*missing))
+
+    def waits(self):
+        """How many wait for places."""
+        return len(self.admission._waiting)
 
     def who(self, key, owner):
         return owner, 1.0, key.source, key.destination.host, ()
@@ -91,7 +102,7 @@ class House:
         receiver = self.keeper.take(key, swap)
         if receiver is None:
             places = self.admission.enter(*self.who(key, owner), seconds, key)
-            receiver = self.keeper.take(key, move_in) if places is not None else None
+            receiver = self.keeper.take(key, move_in, with_places=True) if places is not None else None
         if receiver is None:
             wish = Wish(key.ehlo_name, key.tls, key.tls_server_name)
             limits = Limits(5.0, 5.0, monotonic() + 5.0)
@@ -142,3 +153,38 @@ class House:
         assert not any(throttle.used or throttle.line for throttle in self.throttles), "places are left behind"
         self._sweeper.kill()
         self.engine.stop()
+
+
+class Elsewhere(House):
+    """The same with the manager at the other end of a link, as in a worker."""
+
+    def office(self):
+        at_the_manager = Admission(self.manager, lambda throttle, count: bool(self.branches.make_way(throttle, count)))
+        self.branches = Branches(at_the_manager)
+        ends = seam.pair()
+        branch = self.branches.open(lambda record: self.master.say(record))
+        office = Remote(
+            lambda record: self.worker.say(record),
+            lambda: self.blocks,
+            lambda throttle, count: self.keeper.give_way(throttle, count),
+        )
+        self.master = seam.Seam(ends[0], True, lambda records, _: list(map(branch.hear, records)), branch.close)
+        self.worker = seam.Seam(ends[1], False, lambda records, _: list(map(office.hear, records)), office.lost)
+        self.branch = branch
+        return office
+
+    def waits(self):
+        return len(self.branches.admission._waiting)
+
+    def close(self):
+        for receiver in list(self.out):
+            self.give(receiver)
+        self.keeper.drain()
+        until(lambda: self.keeper.cached == 0, what="nothing is held")
+        until(lambda: not len(self.branch), what="the places are back")
+        assert not self.admission._held
+        assert not self.admission._wanted
+        assert not self.admission._asked
+        super().close()
+        self.worker.close()
+        self.master.close()

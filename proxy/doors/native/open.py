@@ -183,7 +183,7 @@ class Opener:
         places = services.admission.enter(*who, self._share(left), key if may_share else None, self._rated, self._names)
         if may_share and places is not None:  # perhaps it had to be waited for, and came with a connection
             try:
-                kept = self._kept(key, lambda kept: self._move_in(kept, places), self._share(left) / 2)
+                kept = self._kept(key, lambda kept: self._move_in(kept, places), self._share(left) / 2, True)
             except BaseException:
                 services.admission.leave(places)
                 raise
@@ -202,10 +202,12 @@ class Opener:
             receiver, self._key(source, destination, wish._replace(tls=TlsMode.NONE)), False, receiver.in_clear
         )
 
-    def _kept(self, key: PoolKey, claim: Callable[[Receiver], bool], seconds: float) -> Taken | None:
+    def _kept(
+        self, key: PoolKey, claim: Callable[[Receiver], bool], seconds: float, with_places: bool = False
+    ) -> Taken | None:
         """A cached connection, if there is one and `claim` gets it its places."""
         services = self._services
-        receiver = services.keeper.take(key, claim, seconds)
+        receiver = services.keeper.take(key, claim, seconds, with_places)
         if receiver is None:
             return None
         services.gauges.outgoing += 1

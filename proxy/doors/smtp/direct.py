@@ -281,8 +281,8 @@ class Direct:
             raise Throttled("no place is free", "", 0.0)
         return places
 
-    def _kept(self, name: str, claim: Callable[[Receiver], bool]) -> Line | None:
-        receiver = self._services.keeper.take(self._key(name, self._tls), claim)
+    def _kept(self, name: str, claim: Callable[[Receiver], bool], with_places: bool = False) -> Line | None:
+        receiver = self._services.keeper.take(self._key(name, self._tls), claim, with_places=with_places)
         if receiver is None:
             return None
         self._services.gauges.outgoing += 1
@@ -299,7 +299,7 @@ class Direct:
             self._services.office.leave(old)
             return True
 
-        return self._kept(name, move_in)
+        return self._kept(name, move_in, True)
 
     def _swap(self, kept: Receiver) -> bool:
         """Its places for ours, if these are free."""

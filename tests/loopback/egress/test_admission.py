@@ -47,7 +47,7 @@ class Office(Admission):
         self.ways = []
         super().__init__(Manager(1, clock_ns() - 10_000 * SECOND, blocks=Limits(blocks)), self._yield)
 
-    def _yield(self, throttle):
+    def _yield(self, throttle, missing):
         if not self.ways:
             return False
         self.leave(self.ways.pop())

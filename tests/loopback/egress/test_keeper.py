@@ -391,7 +391,7 @@ def test_who_began_to_wait_for_its_place_while_it_was_asked(make, later):
         asked = gevent.spawn(house.keeper.take, key_of(mx), lambda kept: False)
         until(lambda: mx.sessions[0].commands.count(b"RSET") == 2)
         waiting = gevent.spawn(house.open, key_of(other), "b")
-        until(lambda: house.admission._waiting)
+        until(house.waits)
         gate.set()
         assert asked.get(timeout=10) is None
         assert waiting.get(timeout=10).destination == other.endpoint

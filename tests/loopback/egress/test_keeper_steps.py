@@ -22,8 +22,8 @@ class Thing(SimpleNamespace):
     __eq__ = object.__eq__
 
 
-def throttle(used=2, cap=2, waiting=None):
-    return Thing(used=used, cap=cap, line=None if waiting is None else SimpleNamespace(size=waiting))
+def throttle():
+    return Thing()
 
 
 def holding(*throttles):
@@ -50,26 +50,16 @@ def timers(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("leaving", "used", "waiting", "closes"),
-    [
-        (0, 2, 1, True),
-        (0, 1, 1, True),  # what is free is kept for somebody else
-        (1, 2, 1, False),  # one leaves, and one waits
-        (1, 2, 2, True),
-        (2, 2, 2, False),
-        (1, 3, 0, False),  # the limit fell: who stands in no line needs room for itself, and one leaves
-        (1, 4, None, True),
-        (1, 3, None, False),
-    ],
+    ("leaving", "missing", "closes"), [(0, 1, True), (1, 1, False), (1, 2, True), (2, 2, False), (2, 1, False)]
 )
-def test_as_many_are_closed_as_wait_and_no_more(house, monkeypatch, leaving, used, waiting, closes):
-    wanted = throttle(used, 2, waiting)
+def test_as_many_are_closed_as_are_missing_and_no_more(house, monkeypatch, leaving, missing, closes):
+    wanted = throttle()
     parting = holding(wanted)
     closed = []
     monkeypatch.setattr(house.keeper._leaving, "under", lambda _: leaving)
     monkeypatch.setattr(house.keeper, "_parted", closed.append)
     monkeypatch.setattr(house.keeper, "_parting", {parting: None})
-    assert house.keeper.make_way(wanted) is closes
+    assert house.keeper.make_way(wanted, missing) is closes
     assert closed == [parting] * closes
 
 
@@ -77,13 +67,13 @@ def test_who_holds_no_place_there_makes_no_way(house, monkeypatch):
     closed = []
     monkeypatch.setattr(house.keeper, "_parted", closed.append)
     monkeypatch.setattr(house.keeper, "_parting", {holding(): None, holding(throttle()): None})
-    assert not house.keeper.make_way(throttle(waiting=1))
+    assert not house.keeper.make_way(throttle(), 1)
     assert closed == []
 
 
 def test_an_idle_client_is_told_once_that_its_place_is_wanted(house):
     """Of those who have one there, the one idle longest; who goes on meanwhile is told nothing."""
-    wanted, told = throttle(waiting=1), []
+    wanted, told = throttle(), []
     for name, connection in (
         ("none", holding()),
         ("elsewhere", holding(throttle())),
@@ -95,7 +85,7 @@ def test_an_idle_client_is_told_once_that_its_place_is_wanted(house):
     house.keeper.keep(busy)
     house.keeper.keep(busy)
     for expected in (["first"], ["first", "second"], ["first", "second"]):
-        assert not house.keeper.make_way(wanted), "its place is free when it is clean"
+        assert not house.keeper.make_way(wanted, 1), "its place is free when it is clean"
         assert told == expected
 
 

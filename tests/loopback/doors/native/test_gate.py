@@ -272,7 +272,7 @@ def test_where_no_reply_would_be_right_the_receiver_is_lost(carried, gone, answe
 def test_the_gate_asks_the_manager_and_gives_everything_back():
     """A late MAIL waits for a slot of its own; one in vain is late again; a session that ends calls its waiting off."""
     manager = Manager(1, clock_ns() - 10_000 * SECOND)
-    admission = Admission(manager, lambda throttle: False)
+    admission = Admission(manager, lambda throttle, count: False)
     now = clock_ns()
     session = manager.hello("a", b"run", "host", 1.0, now)
     manager.ping(session, 1, now)
@@ -307,7 +307,7 @@ class Blocked:
     def __init__(self, rate: Limit, wait: float = 30.0, path: Limit | None = None) -> None:
         block = Block(max_concurrent_connections=0, max_delivery_rate=(rate,), wait=wait)
         self.manager = manager = Manager(1, clock_ns() - 10_000 * SECOND, blocks=Limits((block,)))
-        self.admission = Admission(manager, lambda throttle: False)
+        self.admission = Admission(manager, lambda throttle, count: False)
         self.session = manager.hello("a", b"run", "host", 1.0, clock_ns())
         manager.ping(self.session, 1, clock_ns())
         ids = () if path is None else (0,)

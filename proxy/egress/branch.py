@@ -1,0 +1,290 @@
+"""The throttle manager's office for other processes: a branch for each worker, which does what the worker asks for.
+
+What a worker holds is known here by number, so that it can be given back when the worker is gone. Connections that are
+held open are in the workers: who of them has to give up a place for somebody who waits is asked in turn. What the
+records mean is said in `protocols.seam`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+from gevent import get_hub
+
+from proxy.egress.admission import Admission
+from proxy.egress.remote import name_of, who_of
+from proxy.errors import Throttled
+from proxy.protocols import seam
+from proxy.protocols.seam import Record, ThrottleName
+from proxy.throttling.desk import MessageTicket
+from proxy.throttling.flows import Places, Throttle, Ticket
+
+#: Slots that were told are remembered, so many for each worker, for those of their messages that go late.
+_MOST_TOLD = 10_000
+
+
+class Branches:
+    """All of them.
+
+    Args:
+        admission: is asked; its `settled` is ours.
+    """
+
+    def __init__(self, admission: Admission) -> None:
+        self.admission = admission
+        self.numbers: Iterator[int] = itertools.count(1)
+        self._loop: Any = get_hub().loop
+        self._open: dict[Branch, None] = {}
+        self._told: dict[Throttle, set[Branch]] = {}  # under which somebody waits, and who was told so
+        self._to_ask: dict[Throttle, list[Branch]] = {}  # who may make way there, and was not asked yet
+        admission.settled = self._settled
+
+    def open(self, say: Callable[[Record], object]) -> Branch:
+        """A branch for a worker who listens to `say`."""
+        branch = Branch(self, say)
+        self._open[branch] = None
+        return branch
+
+    def make_way(self, throttle: Throttle, count: int) -> None:
+        """So many places are missing: ask those who hold any. They give way by and by."""
+        holders = [branch for branch in self._open if branch.holds(throttle)]
+        for branch in holders:
+            self._tell_wanted(throttle, branch)
+        if throttle in self._to_ask:  # one is being asked, and the answer may not be about these
+            self._to_ask[throttle] = holders
+        elif holders:
+            self._to_ask[throttle] = holders
+            self._ask_next(throttle, count)
+
+    def made_way(self, throttle: Throttle, count: int) -> None:
+        """One of them has given up so many."""
+        waiting = throttle.line.size if throttle.line is not None else 0
+        missing = throttle.used + waiting - throttle.cap if waiting and throttle.full() else 0
+        if missing > count and throttle in self._to_ask:
+            self._ask_next(throttle, missing - count)
+        else:
+            self._to_ask.pop(throttle, None)
+
+    def note_told(self, throttle: Throttle, branch: Branch) -> None:
+        """It is said with other words."""
+        self._told.setdefault(throttle, set()).add(branch)
+
+    def closed(self, branch: Branch) -> None:
+        """The worker is gone."""
+        del self._open[branch]
+        for throttle, told in list(self._told.items()):
+            told.discard(branch)
+            if not told:
+                del self._told[throttle]
+        for throttle, holders in list(self._to_ask.items()):
+            if branch in holders:
+                holders.remove(branch)
+            if not holders:
+                del self._to_ask[throttle]
+
+    def later(self, what: Callable[[], object]) -> None:
+        """Behind what was woken in this turn."""
+        self._loop.run_callback(what)
+
+    def _tell_wanted(self, throttle: Throttle, branch: Branch) -> None:
+        told = self._told.setdefault(throttle, set())
+        if branch not in told:
+            told.add(branch)
+            branch.say(seam.Wanted(name_of(throttle), True))
+
+    def _ask_next(self, throttle: Throttle, count: int) -> None:
+        holders = self._to_ask[throttle]
+        if holders:
+            holders.pop(0).ask_way(throttle, count)
+        else:
+            del self._to_ask[throttle]
+
+    def _settled(self) -> None:
+        """Where nobody waits any more, nobody need give way."""
+        if self._told:
+            for throttle in [each for each in self._told if each.line is None]:
+                for branch in self._told.pop(throttle):
+                    branch.say(seam.Wanted(name_of(throttle), False))
+
+
+class Branch:
+    """What one worker has asked for, and has."""
+
+    def __init__(self, branches: Branches, say: Callable[[Record], object]) -> None:
+        self.say = say
+        self._branches = branches
+        self._admission = branches.admission
+        self._places: dict[int, Places] = {}
+        self._numbers: dict[int, int] = {}  # id of the request → number, while they are held
+        self._ids: dict[int, int] = {}
+        self._under: Counter[Throttle] = Counter()
+        self._tickets: dict[int, Ticket] = {}
+        self._slots: dict[int, MessageTicket] = {}
+        self._told: OrderedDict[int, MessageTicket] = OrderedDict()
+        self._asked_way: dict[ThrottleName, Throttle] = {}
+
+    def __len__(self) -> int:
+        """Connections that have places."""
+        return len(self._places)
+
+    def holds(self, throttle: Throttle) -> bool:
+        return throttle in self._under
+
+    def ask_way(self, throttle: Throttle, count: int) -> None:
+        self._asked_way[name_of(throttle)] = throttle
+        self.say(seam.MakeWay(name_of(throttle), count))
+
+    def hear(self, record: seam.FromWorker) -> bool:
+        """Act upon a record; whether it was for us. Does not wait."""
+        match record:
+            case seam.Enter():
+                self._enter(record)
+            case seam.Cancel():
+                self._cancel(record.id)
+            case seam.Swap():
+                self._swap(record)
+            case seam.Leave():
+                self._leave(record.number)
+            case seam.PassOn():
+                self._pass_on(record)
+            case seam.Ask():
+                self._ask(record)
+            case seam.CancelMessage():
+                if (slot := self._slots.pop(record.id, None) or self._told.pop(record.id, None)) is not None:
+                    self._admission.cancel_message(slot)
+            case seam.PutOff():
+                slot = self._told.get(record.id)
+                self.say(seam.Yes(record.id, slot is not None and self._admission.put_off(slot)))
+            case seam.Replied():
+                self._admission.replied(self._places.get(record.number), record.reply)
+            case seam.Carried():
+                places = self._places.get(record.number)
+                self._admission.carried(places, record.accepted, record.deferred, record.rejected)
+            case seam.MadeWay():
+                if (throttle := self._asked_way.pop(record.throttle, None)) is not None:
+                    self._branches.made_way(throttle, record.count)
+            case _:
+                return False
+        return True
+
+    def close(self) -> None:
+        """The worker is gone, and the kernel has closed its sockets."""
+        self._branches.closed(self)
+        for ticket in self._tickets.values():
+            self._admission.cancel_place(ticket)
+        self._tickets.clear()
+        for slot in self._slots.values():
+            self._admission.cancel_message(slot)
+        self._slots.clear()
+        for number in list(self._places):
+            self._leave(number)
+
+    # ---------------------------------------------------------------- places
+
+    def _enter(self, record: seam.Enter) -> None:
+        owner, weight, source, destination, names = who_of(record.who)
+        id = record.id
+        answer = self._admission.ask_place(
+            owner,
+            weight,
+            source,
+            destination,
+            record.seconds,
+            partial(self._placed, id),
+            (self, record.key) if record.key else None,
+            record.rated,
+            names,
+        )
+        if isinstance(answer, Ticket):
+            self._tickets[id] = answer
+        elif answer is None:
+            self.say(seam.Placed(id, 0))
+        else:
+            self.say(seam.Placed(id, *self._lend(id, answer)))
+
+    def _placed(self, id: int, refusal: Throttled | None) -> None:
+        ticket = self._tickets.pop(id)
+        if refusal is not None:
+            self.say(_refused(id, refusal))
+        elif ticket.places is not None:
+            self.say(seam.Placed(id, *self._lend(id, ticket.places)))
+
+    def _lend(self, id: int, places: Places) -> tuple[int, list[ThrottleName], list[int]]:
+        number = next(self._branches.numbers)
+        self._places[number] = places
+        self._numbers[id] = number
+        self._ids[number] = id
+        self._under.update(places.throttles)
+        wanted = [index for index, throttle in enumerate(places.throttles) if throttle.line is not None]
+        for index in wanted:
+            self._branches.note_told(places.throttles[index], self)
+        return number, [name_of(throttle) for throttle in places.throttles], wanted
+
+    def _forget(self, number: int) -> Places | None:
+        places = self._places.pop(number, None)
+        if places is None:
+            return None
+        del self._numbers[self._ids.pop(number)]
+        self._under.subtract(places.throttles)
+        for throttle in places.throttles:
+            if self._under[throttle] <= 0:
+                del self._under[throttle]
+        return places
+
+    def _cancel(self, id: int) -> None:
+        if (ticket := self._tickets.pop(id, None)) is not None:
+            self._admission.cancel_place(ticket)
+        elif (number := self._numbers.get(id)) is not None:
+            self._leave(number)
+
+    def _leave(self, number: int) -> None:
+        self._admission.leave(self._forget(number))
+
+    def _swap(self, record: seam.Swap) -> None:
+        owner, weight, source, destination, names = who_of(record.who)
+        old = self._places.get(record.number)
+        may, new = self._admission.swap(old, owner, weight, source, destination, (), record.rated, names)
+        if not may:
+            self.say(seam.Swapped(record.id, False))
+            return
+        self._forget(record.number)
+        self.say(seam.Swapped(record.id, True, *(self._lend(record.id, new) if new is not None else (0, [], []))))
+
+    def _pass_on(self, record: seam.PassOn) -> None:
+        places = self._places.get(record.number)
+        passed = places is not None and self._admission.pass_on(places, (self, record.key))
+        if passed:
+            self._forget(record.number)
+        self._branches.later(partial(self.say, seam.Yes(record.id, passed)))
+
+    # ---------------------------------------------------------------- messages
+
+    def _ask(self, record: seam.Ask) -> None:
+        owner, weight, source, destination, names = who_of(record.who)
+        id = record.id
+        answer = partial(self._granted, id)
+        slot = self._admission.ask_slot(owner, weight, source, destination, (), record.seconds, answer, names)
+        if slot is None:
+            self.say(seam.Granted(id, 0))
+            return
+        self._slots[id] = slot
+        if slot.granted:
+            self._granted(id, None)
+
+    def _granted(self, id: int, refusal: Throttled | None) -> None:
+        slot = self._slots.pop(id)
+        if refusal is not None:
+            self.say(_refused(id, refusal))
+            return
+        self._told[id] = slot
+        if len(self._told) > _MOST_TOLD:
+            self._told.popitem(last=False)
+        self.say(seam.Granted(id, slot.last))
+
+
+def _refused(id: int, refusal: Throttled) -> seam.Refused:
+    return seam.Refused(id, str(refusal), refusal.throttle, refusal.retry_after)

@@ -1,0 +1,431 @@
+"""Places and slots in a process whose throttle manager is another one's: `Office`, at the other end of a link.
+
+Whether a throttle block applies is looked up here, so a connection without one costs no message. All else is asked of
+the master, one record each way. Connections that are held open stay in this process and so does who waits for them:
+a mode smtp request comes to the process of its receiver. So whether a key is awaited is known here.
+
+When the master is gone, what has places keeps them until its socket is closed, and who asks is told "not now".
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from hashlib import blake2b
+from time import monotonic
+from typing import Any, Generic, TypeVar
+
+from gevent import get_hub, getcurrent
+
+from proxy.egress.office import Answer, Office
+from proxy.errors import Throttled
+from proxy.model import UNNAMED, Names
+from proxy.policy.limits import Limits
+from proxy.protocols import seam
+from proxy.protocols.seam import Record, ThrottleName, Who
+from proxy.spans import SPANS
+from proxy.throttling.flows import Flow, Places, Throttle
+from proxy.throttling.throttle import Key
+
+#: Seconds after which to come back to a proxy whose master is gone: it is being started again, if it is at all.
+_AFTER_THE_MASTER = 5.0
+_T = TypeVar("_T")
+
+
+class Lent(Places):
+    """Places of another process; `number` is their name there. Their throttles are names here, and nothing more."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int, owner: str, weight: float, throttles: tuple[Throttle, ...]) -> None:
+        super().__init__(owner, weight, throttles, ())
+        self.number = number
+
+
+class _Slot:
+    """The slot of one message. `last`: its last moment, when it has come; 0: nothing limits it."""
+
+    __slots__ = ("answer", "id", "last")
+
+    def __init__(self, id: int, answer: Answer | None) -> None:
+        self.id = id
+        self.answer = answer
+        self.last: int | None = None
+
+    @property
+    def granted(self) -> bool:
+        return self.last is not None
+
+
+class _Asked(Generic[_T]):
+    """A question of a greenlet that waits for its answer."""
+
+    __slots__ = ("answer", "greenlet")
+
+    def __init__(self) -> None:
+        self.greenlet: Any = getcurrent()
+        self.answer: _T | None = None
+
+
+class Remote(Office):
+    """The office of a worker.
+
+    Args:
+        say: to the master; does not wait.
+        limits: the throttle blocks in force.
+        make_way: see `Keeper.make_way`; how many have given way of so many that are wanted.
+    """
+
+    def __init__(
+        self,
+        say: Callable[[Record], object],
+        limits: Callable[[], Limits],
+        make_way: Callable[[Throttle, int], int],
+    ) -> None:
+        self._say = say
+        self._limits = limits
+        self._make_way = make_way
+        self._hub: Any = get_hub()
+        self._numbers: Iterator[int] = itertools.count(1)
+        self._asked: dict[int, _Asked[Any]] = {}
+        self._slots: dict[int, _Slot] = {}
+        self._abandoned: dict[int, Lent] = {}  # a swap that nobody waits for any more: whose places they are
+        self._awaited: Counter[Hashable] = Counter()
+        self._throttles: dict[ThrottleName, Throttle] = {}  # under which places are held
+        self._held: Counter[Throttle] = Counter()
+        self._wanted: set[Throttle] = set()
+        self._is_alone = False
+
+    # ---------------------------------------------------------------- places
+
+    @property
+    def limited(self) -> bool:
+        """See `Office`."""
+        return bool(self._limits())
+
+    def enter(
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+        seconds: float,
+        key: Hashable = None,
+        rated: bool = True,
+        names: Names = UNNAMED,
+    ) -> Places | None:
+        """See `Office`."""
+        if not self._applies(owner, source, destination, names):
+            return None
+        began, id = monotonic(), next(self._numbers)
+        self._awaited[key] += 1
+        try:
+            who = (owner, weight, source, destination, *names)
+            answer = self._ask(id, seam.Enter(id, who, seconds, _digest(key), rated))
+        except BaseException:
+            self._say(seam.Cancel(id))
+            raise
+        finally:
+            SPANS.place.observe(monotonic() - began)
+            self._awaited[key] -= 1
+            if not self._awaited[key]:
+                del self._awaited[key]
+        if isinstance(answer, seam.Refused):
+            raise Throttled(answer.message, answer.throttle, answer.retry_after)
+        return self._lent(answer, owner, weight)
+
+    def swap(
+        self,
+        old: Places | None,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+        rated: bool = True,
+        names: Names = UNNAMED,
+    ) -> tuple[bool, Places | None]:
+        """See `Office`."""
+        if old is None and not self._applies(owner, source, destination, names):
+            return True, None
+        assert old is None or isinstance(old, Lent)
+        id = next(self._numbers)
+        who = (owner, weight, source, destination, *names)
+        try:
+            answer = self._ask(id, seam.Swap(id, old.number if old is not None else 0, who, rated))
+        except BaseException:
+            if old is None:
+                self._say(seam.Cancel(id))
+            else:
+                self._abandoned[id] = old
+            raise
+        if not isinstance(answer, seam.Swapped) or not answer.may:
+            return False, old
+        new = self._lent(answer, owner, weight)
+        if old is not None:
+            self._drop(old)
+        return True, new
+
+    def leave(self, places: Places | None) -> None:
+        """See `Office`."""
+        if isinstance(places, Lent) and places.open:
+            self._say(seam.Leave(places.number))
+            self._drop(places)
+
+    def wanted(self, places: Places | None) -> bool:
+        """See `Office`."""
+        return places is not None and not self._wanted.isdisjoint(places.throttles)
+
+    def awaited(self, key: Hashable) -> bool:
+        """See `Office`."""
+        return key in self._awaited
+
+    def pass_on(self, places: Places, key: Hashable) -> bool:
+        """See `Office`."""
+        assert isinstance(places, Lent)
+        id = next(self._numbers)
+        answer = self._ask(id, seam.PassOn(id, places.number, _digest(key)))
+        if not isinstance(answer, seam.Yes) or not answer.may:
+            return False
+        if places.open:
+            self._drop(places)
+        return True
+
+    # ---------------------------------------------------------------- messages
+
+    def message(
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+        seconds: float,
+        waits: Callable[[], object] = lambda: None,
+        names: Names = UNNAMED,
+    ) -> _Slot | None:
+        """See `Office`."""
+        greenlet, answers = getcurrent(), []
+
+        def answer(refusal: Throttled | None) -> None:
+            answers.append(refusal)
+            greenlet.switch()
+
+        slot = self.ask_slot(owner, weight, source, destination, flows, seconds, answer, names)
+        if slot is None:
+            return None
+        began = monotonic()
+        try:
+            waits()
+            while not answers:
+                self._hub.switch()
+        except BaseException:
+            self.cancel_message(slot)
+            raise
+        finally:
+            SPANS.slot.observe(monotonic() - began)
+        if answers[0] is not None:
+            raise answers[0]
+        return slot if slot.last else None
+
+    def ask_slot(
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+        seconds: float,
+        answer: Answer,
+        names: Names = UNNAMED,
+    ) -> _Slot | None:
+        """See `Office`."""
+        if not self._applies(owner, source, destination, names):
+            return None
+        slot = _Slot(next(self._numbers), answer)
+        self._slots[slot.id] = slot
+        if self._is_alone:
+            self._hub.loop.run_callback(self._told, slot, _gone())
+        else:
+            self._say(seam.Ask(slot.id, (owner, weight, source, destination, *names), seconds))
+        return slot
+
+    def cancel_message(self, ticket: object) -> None:
+        """See `Office`."""
+        assert isinstance(ticket, _Slot)
+        if self._slots.pop(ticket.id, None) is not None:
+            self._say(seam.CancelMessage(ticket.id))
+
+    def put_off(self, ticket: object) -> bool:
+        """See `Office`."""
+        if not isinstance(ticket, _Slot) or not ticket.last or _now() <= ticket.last:
+            return True
+        id = ticket.id
+        answer = self._ask(id, seam.PutOff(id))
+        return isinstance(answer, seam.Yes) and answer.may
+
+    # ---------------------------------------------------------------- what became of it
+
+    @property
+    def listens(self) -> bool:
+        """See `Office`."""
+        return bool(self._limits().listeners)
+
+    def replied(self, places: Places | None, reply: str, settle_later: bool = False) -> None:
+        """See `Office`."""
+        if isinstance(places, Lent) and self.listens:
+            self._say(seam.Replied(places.number, reply))
+
+    def carried(self, places: Places | None, accepted: int, deferred: int, rejected: int) -> None:
+        """See `Office`."""
+        if isinstance(places, Lent) and (accepted or deferred or rejected):
+            self._say(seam.Carried(places.number, accepted, deferred, rejected))
+
+    # ---------------------------------------------------------------- what the master says
+
+    def hear(self, record: seam.FromMaster) -> bool:
+        """Act upon a record; whether it was for us. Does not wait."""
+        if isinstance(record, seam.Placed | seam.Swapped | seam.Yes):
+            self._answered(record.id, record)
+        elif isinstance(record, seam.Refused):
+            if (slot := self._slots.get(record.id)) is not None:
+                self._told(slot, Throttled(record.message, record.throttle, record.retry_after))
+            else:
+                self._answered(record.id, record)
+        elif isinstance(record, seam.Granted):
+            if (slot := self._slots.get(record.id)) is not None:
+                slot.last = record.last
+                self._told(slot, None)
+        elif isinstance(record, seam.Wanted):
+            self._is_wanted(record.throttle, record.wanted)
+        elif isinstance(record, seam.MakeWay):
+            throttle = self._throttles.get(record.throttle)
+            self._is_wanted(record.throttle, True)
+            self._say(seam.MadeWay(record.throttle, self._make_way(throttle, record.count) if throttle else 0))
+        else:
+            return False
+        return True
+
+    def lost(self) -> None:
+        """The master is gone: nobody is let in any more, and nobody's place is wanted."""
+        self._is_alone = True
+        self._wanted.clear()
+        gone = _gone()
+        for id in list(self._asked):
+            self._answered(id, seam.Refused(id, str(gone), gone.throttle, gone.retry_after))
+        for slot in list(self._slots.values()):
+            self._told(slot, gone)
+
+    # ---------------------------------------------------------------- steps
+
+    def _applies(self, owner: str, source: str, destination: str, names: Names) -> bool:
+        limits = self._limits()
+        return bool(limits) and bool(limits.match(owner, source, destination, names))
+
+    def _ask(self, id: int, record: Record) -> Any:
+        """Say it and wait for the answer."""
+        if self._is_alone:
+            gone = _gone()
+            return seam.Refused(id, str(gone), gone.throttle, gone.retry_after)
+        asked: _Asked[Any] = _Asked()
+        self._asked[id] = asked
+        self._say(record)
+        try:
+            while asked.answer is None:
+                self._hub.switch()
+        finally:
+            self._asked.pop(id, None)
+        return asked.answer
+
+    def _answered(self, id: int, record: Any) -> None:
+        asked = self._asked.get(id)
+        if asked is not None:
+            asked.answer = record
+            self._hub.loop.run_callback(self._resume, id)
+            return
+        old = self._abandoned.pop(id, None)
+        if old is not None and isinstance(record, seam.Swapped) and record.may:
+            self._take_over(old, record)
+
+    def _resume(self, id: int) -> None:
+        asked = self._asked.get(id)  # it may have been thrown out meanwhile
+        if asked is not None:
+            asked.greenlet.switch()
+
+    def _take_over(self, old: Lent, record: seam.Swapped) -> None:
+        """Who asked is gone, and the answer was yes: the connection has other places now."""
+        new = self._lent(record, old.owner, old.weight)
+        if not old.open:  # and its socket was closed meanwhile
+            self.leave(new)
+            return
+        self._drop(old)
+        if new is not None:
+            old.number, old.throttles, old.open = new.number, new.throttles, True
+
+    def _lent(self, record: seam.Placed | seam.Swapped, owner: str, weight: float) -> Lent | None:
+        if not record.number:
+            return None
+        throttles = tuple([self._throttle(name) for name in record.throttles])
+        self._held.update(throttles)
+        self._wanted.update([throttles[index] for index in record.wanted])
+        return Lent(record.number, owner, weight, throttles)
+
+    def _drop(self, places: Lent) -> None:
+        """They are not held here any more."""
+        places.open = False
+        for throttle in places.throttles:
+            self._held[throttle] -= 1
+            if not self._held[throttle]:
+                del self._held[throttle]
+                del self._throttles[name_of(throttle)]
+                self._wanted.discard(throttle)
+
+    def _throttle(self, name: ThrottleName) -> Throttle:
+        throttle = self._throttles.get(name)
+        if throttle is None:
+            throttle = self._throttles[name] = Throttle(Key(*name))
+        return throttle
+
+    def _is_wanted(self, name: ThrottleName, wanted: bool) -> None:
+        throttle = self._throttles.get(name)
+        if throttle is None:
+            return
+        if wanted:
+            self._wanted.add(throttle)
+        else:
+            self._wanted.discard(throttle)
+
+    def _told(self, slot: _Slot, refusal: Throttled | None) -> None:
+        if self._slots.pop(slot.id, None) is not None and slot.answer is not None:
+            answer, slot.answer = slot.answer, None
+            answer(refusal)
+
+
+def who_of(who: Who) -> tuple[str, float, str, str, Names]:
+    """Owner, weight, source, destination and names."""
+    owner, weight, source, destination, mx, domain = who
+    return owner, weight, source, destination, Names(mx, domain)
+
+
+def _digest(key: Hashable) -> bytes:
+    """A key as the master knows it: it only compares."""
+    return b"" if key is None else blake2b(repr(key).encode(), digest_size=16).digest()
+
+
+def _gone() -> Throttled:
+    return Throttled(
+        "the proxy's master process is gone, and nobody else may let anything new in", "", _AFTER_THE_MASTER
+    )
+
+
+def _now() -> int:
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+def name_of(throttle: Throttle) -> ThrottleName:
+    """As it is told to a worker."""
+    key = throttle.key
+    return key.source, key.name, key.receiver
