@@ -1,4 +1,4 @@
-"""Real servers for `throttle_store`: Redis 7.0 of Debian, Valkey 8.1 and 9.1 of PyPI, each on a loopback address of its own.
+"""Real servers for `throttle_store`: Redis 7.0 of Debian, Valkey 8.1 and 9.1 of PyPI, each on its own loopback address.
 
 One alone, one with TLS (only Debian's is built with it), a master with replicas and Sentinels, a cluster of three. They
 write nothing but a log into a temporary directory, and are ended by the kernel if whoever started them is killed. They
