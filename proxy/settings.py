@@ -120,17 +120,19 @@ class StoreSettings:
     Args:
         kind: what `servers` are: the one, some Sentinels, some nodes of a cluster.
         servers: host name or IP address, and port; empty: `path` is a socket on this machine.
-        service: as the Sentinels call it.
+        service: as the Sentinels call it. sentinel_password: their own; None: they know `user` and `password`, too, or
+            ask for nothing.
     """
 
     kind: Literal["single", "sentinel", "cluster"]
     tls: bool
     servers: tuple[tuple[str, int], ...]
     path: str | None = None
-    user: str | None = None
+    user: str | None = field(default=None, repr=False)
     password: str | None = field(default=None, repr=False)
     database: int = 0
     service: str = ""
+    sentinel_password: str | None = field(default=None, repr=False)
 
     @property
     def address(self) -> str:
@@ -219,6 +221,12 @@ class Settings:
     dns_trust_ad: bool
     timezone: str
     throttle_store: StoreSettings | None  # None: this process' memory
+    throttle_store_members: int | None
+    throttle_store_password_file: str | None  # what is in these two is in `throttle_store`
+    throttle_store_sentinel_password_file: str | None
+    throttle_store_tls_ca_file: str | None  # None: the system's authorities
+    throttle_store_tls_certificate_file: str | None  # None: it is shown none
+    throttle_store_tls_private_key_file: str | None
     workers: int | Literal["auto"]
     log_verbose: bool
     log_format: Literal["text", "json"]

@@ -7,6 +7,7 @@ they become values, and mistakes get their places.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from proxy.config import rules
@@ -30,7 +31,15 @@ from proxy.config.sources import STAR, expand
 from proxy.config.values import parse_endpoint, parse_text
 from proxy.errors import ConfigError
 from proxy.model import Breathe, hold_breath, let_go
-from proxy.settings import InstanceSettings, ListenerSettings, Settings, SourceSettings, ThrottleSettings, TlsSettings
+from proxy.settings import (
+    InstanceSettings,
+    ListenerSettings,
+    Settings,
+    SourceSettings,
+    StoreSettings,
+    ThrottleSettings,
+    TlsSettings,
+)
 
 __all__ = ["LONGEST_NAME", "MOST_MISTAKES", "Loaded", "build_parser", "load"]
 
@@ -147,6 +156,7 @@ class _Loader:
         of_files = self._secrets_of_files(given.get("auth_shared_secret_file", []))
         values["auth_shared_secret"] += self._value(BY_NAME["auth_shared_secret"], of_files, "")
         values["listen_proxy_protocol_allow_from"] = values["listen_proxy_protocol_allow_from"] or values["allow_from"]
+        values["throttle_store"] = self._with_passwords(values["throttle_store"], given)
         values |= self._blocks(file)
         settings = Settings(config_filename=file.name or None, **values)
         written: dict[str, list[Given]] = dict(given) | {INCLUDE: file.texts.unmatched}
@@ -207,6 +217,34 @@ class _Loader:
                 self._mistakes.append(given.mistake(message))
             secrets += found
         return secrets
+
+    def _with_passwords(
+        self, store: StoreSettings | None, given: Mapping[str, Sequence[Given]]
+    ) -> StoreSettings | None:
+        """The throttle store with the passwords that stand in files."""
+        if store is None:
+            return None
+        directive = "throttle_store_password_file"
+        if store.password is not None and given.get(directive):
+            mistake = given[directive][-1].mistake(f"{directive}: throttle_store has a password in it already")
+            self._mistakes.append(mistake)
+        elif (found := self._first_line(given, directive)) is not None:
+            store = replace(store, password=found)
+        found = self._first_line(given, "throttle_store_sentinel_password_file")
+        return store if found is None else replace(store, sentinel_password=found)
+
+    def _first_line(self, given: Mapping[str, Sequence[Given]], directive: str) -> str | None:
+        """Of the file that a directive names; None: it stands nowhere, or there is nothing."""
+        if not given.get(directive):
+            return None
+        where = given[directive][-1]
+        text = read(where.text, self._read_file, f"{directive}: ", self._mistakes, where)
+        if text is None:
+            return None
+        line = text.removeprefix("\ufeff").partition("\n")[0].rstrip("\r")
+        if not line:
+            self._mistakes.append(where.mistake(f"{directive}: there is no password in the first line of the file"))
+        return line or None
 
     def _blocks(self, file: File) -> dict[str, tuple[Any, ...]]:
         built: dict[str, list[Any]] = {kind: [] for kind in BLOCKS}

@@ -172,9 +172,13 @@ OPTIONS: tuple[Option, ...] = (
     _one("throttle_enforce", BOOLEAN, "no", "YES|NO", "an instance that sent without a permit waits"),
     _one("throttle_close_timeout", duration(), "1s", "DURATION", "how long a place waits for a receiver to close, too"),
     _one("timezone", TIMEZONE, "UTC", "ZONE", "whose calendar days warm-ups follow"),
-    _one(
-        "throttle_store", STORE, "memory", "STORE", "where limits of several proxies live: memory, or redis://…", True
-    ),
+    _one("throttle_store", STORE, "memory", "STORE", "what limits of several proxies live in: redis://HOST", True),
+    _one("throttle_store_members", count(1, 1000), None, "NUMBER", "how many proxies use it; required with it"),
+    _one("throttle_store_password_file", PATH, None, "FILE", "file with its password"),
+    _one("throttle_store_sentinel_password_file", PATH, None, "FILE", "file with the Sentinels' own password"),
+    _one("throttle_store_tls_ca_file", PATH, None, "FILE", "authorities of its certificate, PEM (the system's)"),
+    _one("throttle_store_tls_certificate_file", PATH, None, "FILE", "certificate chain that it is shown, PEM"),
+    _one("throttle_store_tls_private_key_file", PATH, None, "FILE", "private key of that certificate, PEM"),
     _one("dns_server", DNS_SERVER, None, "IP[:PORT]", "who is asked for the domains of blocks (the system's)"),
     _one("dns_trust_ad", BOOLEAN, "no", "YES|NO", "dns_server checks DNSSEC: believe the AD bit of its answers"),
     _one("workers", WORKERS, "1", "NUMBER", "processes; only 1 in this version"),

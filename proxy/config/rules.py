@@ -27,6 +27,11 @@ LONGEST_SOCKS_PASSWORD = 255
 #: Secrets that stand in documents, this program's and that of others: everybody knows them.
 PUBLISHED_SECRETS = frozenset((b"0" * 32, b"1" * 32, b"2" * 32, b"PUT-THE-SECRET-OF-THE-PROXY-HERE"))
 
+_OF_THE_STORE = (
+    *("throttle_store_members", "throttle_store_password_file", "throttle_store_sentinel_password_file"),
+    *("throttle_store_tls_ca_file", "throttle_store_tls_certificate_file", "throttle_store_tls_private_key_file"),
+)
+
 Finding = tuple[str, Hashable, str]  # directive, its value if it is about one, what is wrong with it
 
 
@@ -48,6 +53,7 @@ def broken(settings: Settings, given: Collection[str], breathe: Breathe = hold_b
     yield from _throttle_blocks(settings, breathe)
     yield from _tls_blocks(settings, breathe)
     yield from _agent(settings, given)
+    yield from _store(settings, given)
     yield from _not_in_this_version(settings)
 
 
@@ -247,6 +253,32 @@ def _agent(settings: Settings, given: Collection[str]) -> Iterator[Finding]:
         return
     if "via_secret" not in given:
         yield "via", None, "via_secret is required with it"
+
+
+def _store(settings: Settings, given: Collection[str]) -> Iterator[Finding]:
+    """Whoever shares limits must know with how many, and what goes with the store goes nowhere without it."""
+    pair = ("throttle_store_tls_certificate_file", "throttle_store_tls_private_key_file")
+    for one, other in (pair, pair[::-1]):
+        if one in given and other not in given:
+            yield one, None, f"{other} is missing: the two go together"
+    store = settings.throttle_store
+    if store is None:
+        # One that is there, and cannot be read, is a mistake of its own.
+        for name in _OF_THE_STORE if "throttle_store" not in given else ():
+            if name in given:
+                yield name, None, "has no effect without throttle_store"
+        return
+    if "throttle_store_members" not in given:
+        message = "throttle_store_members is required with it: how many proxies use it, this one counted"
+        yield "throttle_store", None, message
+    if store.user is not None and store.password is None and "throttle_store_password_file" not in given:
+        message = "a user without a password; a password alone is written redis://:password@host"
+        yield "throttle_store", None, message
+    for name in ("throttle_store_tls_ca_file", pair[0]):
+        if name in given and not store.tls:
+            yield name, None, "has no effect without rediss:// in throttle_store"
+    if "throttle_store_sentinel_password_file" in given and store.kind != "sentinel":
+        yield "throttle_store_sentinel_password_file", None, "has no effect without +sentinel:// in throttle_store"
 
 
 def _not_in_this_version(settings: Settings) -> Iterator[Finding]:

@@ -68,11 +68,11 @@ def _kind(word: str | None) -> Literal["single", "sentinel", "cluster"]:
 
 
 def _credentials(text: str) -> tuple[str | None, str | None]:
-    """`user:password`, `:password`."""
-    user, colon, password = text.partition(":")
-    if not colon or not password:
-        raise ValueError("before the @ stands user:password, or :password")
-    return (_unescaped(user) or None), _unescaped(password)
+    """`user:password`, `:password`, or `user`, whose password is in a file."""
+    user, _, password = text.partition(":")
+    if not user and not password:
+        raise ValueError("before the @ stands user:password, :password or user")
+    return (_unescaped(user) or None), (_unescaped(password) or None)
 
 
 def _unescaped(text: str) -> str:

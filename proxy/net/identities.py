@@ -114,15 +114,45 @@ def door_context(identity: ServerIdentity, client_ca_file: str | None) -> ssl.SS
     show([context], identity.pem)
     if client_ca_file is None:
         return context
-    directive = "tls_client_ca_file"
-    authorities = _pem(directive, client_ca_file, b"CERTIFICATE-----", "certificate")
+    _trust(context, "tls_client_ca_file", client_ca_file)
+    context.verify_mode = ssl.CERT_OPTIONAL
+    return context
+
+
+def store_context(ca_file: str | None, certificate_file: str | None, key_file: str | None) -> ssl.SSLContext:
+    """For TLS to the throttle store, whose certificate has to be one of its name.
+
+    Args:
+        ca_file: authorities; None: those of the system.
+        certificate_file, key_file: what is shown, since such servers usually want to see one; None: nothing.
+
+    Raises:
+        UnfitIdentity: a file is of no use.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    if ca_file is None:
+        context.load_default_certs()
+    else:
+        _trust(context, "throttle_store_tls_ca_file", ca_file)
+    if certificate_file is not None and key_file is not None:
+        directives = ("throttle_store_tls_certificate_file", "throttle_store_tls_private_key_file")
+        _load(lambda pem: show([context], pem), certificate_file, key_file, *directives)
+    return context
+
+
+def _trust(context: ssl.SSLContext, directive: str, path: str) -> None:
+    """
+    Raises:
+        UnfitIdentity: the file is of no use.
+    """
+    authorities = _pem(directive, path, b"CERTIFICATE-----", "certificate")
     try:
         context.load_verify_locations(cadata=authorities.decode("ascii", "replace"))
     except ssl.SSLError as error:
         why = (error.reason or "not readable as PEM").replace("_", " ").lower()
-        raise UnfitIdentity(directive, f"{client_ca_file}: {why}") from None
-    context.verify_mode = ssl.CERT_OPTIONAL
-    return context
+        raise UnfitIdentity(directive, f"{path}: {why}") from None
 
 
 def _load(

@@ -383,7 +383,7 @@ def test_a_single_mistake_has_its_place_in_the_error():
         ("workers 2", "f:4", "not available in this version"),
         ("workers auto", "f:4", "not available in this version"),
         (f"throttle_store {SECRET}", "f:4", "the value is not memory, or an address such as redis://"),
-        (f"throttle_store redis://{SECRET}@127.0.0.1", "f:4", "before the @ stands user:password, or :password"),
+        (f"throttle_store redis://@{SECRET}", "f:4", "before the @ stands user:password, :password or user"),
         ("listen 127.0.0.1:1080", "f:1", "127.0.0.1:1080 is taken by listen 127.0.0.1:1080"),
         ("listen_status 0.0.0.0:1080", "f:4", "is taken by listen_socks5 127.0.0.1:1080"),
         ("default_source_ip 192.0.2.1, 192.0.2.2", "f:4", "more than one IPv4 address"),
