@@ -219,9 +219,9 @@ class StatusLine(NamedTuple):
     fields: dict[str, object]
 
 
-def listener_line(endpoint: Endpoint, open_connections: int) -> StatusLine:
-    text = f"listener({endpoint}): open_connections={open_connections}"
-    return StatusLine(text, {"listener": str(endpoint), "open_connections": open_connections})
+def listener_line(address: str, open_connections: int) -> StatusLine:
+    text = f"listener({address}): open_connections={open_connections}"
+    return StatusLine(text, {"listener": address, "open_connections": open_connections})
 
 
 def manager_line(manager: ManagerFigures) -> StatusLine:
@@ -269,7 +269,7 @@ class Snapshot:
         cached: outgoing connections that are held open for the next user.
     """
 
-    listeners: tuple[tuple[Endpoint, int], ...]
+    listeners: tuple[tuple[str, int], ...]
     manager: ManagerFigures | None
     active: int
     cached: int
@@ -282,7 +282,7 @@ class Snapshot:
                 None: all of them.
         """
         listeners, others = _first(self.listeners, most, lambda listener: listener[1])
-        lines = [listener_line(endpoint, count) for endpoint, count in listeners]
+        lines = [listener_line(address, count) for address, count in listeners]
         if others:
             total = sum(count for _, count in others)
             text = f"listeners({len(others)} more): open_connections={total}"

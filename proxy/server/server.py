@@ -63,11 +63,14 @@ from proxy.server.routine import Routine
 from proxy.server.shown import Shown
 from proxy.server.signals import Signals
 from proxy.server.steering import Steering
+from proxy.server.vitals import Vitals
 from proxy.services import Gauges, Instances, Newcomers, Services
 from proxy.settings import Settings
 from proxy.spans import SPANS
 from proxy.stats import Counters, Snapshot
+from proxy.status.colleagues import Alone, Colleagues
 from proxy.status.http import House, InForce, ReloadFailure, StatusDoor
+from proxy.status.parts import Part, merge
 from proxy.throttling.manager import Manager
 
 EXIT_OK, EXIT_FORCED, EXIT_CANNOT_LISTEN = 0, 1, 69
@@ -145,6 +148,8 @@ class Server:
             in_turn={signal.SIGHUP: self._reload, signal.SIGUSR1: self._routine.report},
         )
         self._reserve = process.Reserve()
+        self._vitals = Vitals(0, self._reserve.lent)
+        self._colleagues: Colleagues = Alone()
         self._certificates = Certificates(self._reserve.lent)
         inherited = systemd.Inherited(os.environ, os.getpid())
         self._reception = Reception(
@@ -310,11 +315,11 @@ class Server:
         return StatusDoor(
             House(
                 services=lambda: self.services,
-                snapshot=self.snapshot,
-                doors=lambda: self._doors,
-                listening=self._doors.listening,
+                part=self._part,
+                total=self._total,
+                others=self._colleagues.parts,
+                manager=lambda: figures.manager_of(self.services),
                 limit=lambda: self._reception.limit,
-                clients=self._doors.open_connections,
                 draining=self._stop.is_set,
                 in_force=lambda: self._in_force,
                 reload_failure=lambda: self._reload_failure,
@@ -452,7 +457,15 @@ class Server:
 
     def snapshot(self) -> Snapshot:
         """The figures of this moment."""
-        return figures.snapshot(self.services, self._doors)
+        return figures.snapshot(self._total(), figures.manager_of(self.services))
+
+    def _part(self) -> Part:
+        """What this process knows."""
+        return figures.part_of(self.services, self._doors, self._vitals)
+
+    def _total(self) -> Part:
+        """What all processes know, by their last word."""
+        return merge([self._part(), *self._colleagues.parts()])
 
     def _turn_day(self) -> None:
         self._admission.turn_day(calendar.day_in(self._zone))

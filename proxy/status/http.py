@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from time import monotonic
@@ -36,10 +36,11 @@ from proxy.policy.directory import Book
 from proxy.protocols.recognise import wrong_door
 from proxy.services import Door, Newcomers, Services
 from proxy.spans import SPANS
-from proxy.stats import Snapshot, StoreFigures
-from proxy.status import host, looks, metrics
+from proxy.stats import ManagerFigures, StoreFigures
+from proxy.status import gather, host, looks, metrics
 from proxy.status import page as status_page
-from proxy.status.rows import Connections, ListenerRow, Program, Status
+from proxy.status.parts import Part, merge
+from proxy.status.rows import Program, Status
 from proxy.status.store import Pace
 from proxy.status.throttles import Meter
 from proxy.status.timeline import Timeline
@@ -92,9 +93,10 @@ class House(NamedTuple):
     """What the status room may ask the program.
 
     Args:
-        services: those of the moment. snapshot: the figures of the moment. doors: all listeners, also those that are
-            closed and still have connections. listening: those among them that listen.
-        limit: `max_connections` in force. clients: open client connections. draining: whether a stop has begun.
+        services: those of the moment. part: what this process knows at the moment, without details. manager: its
+            figures; None: there is no native listener.
+        total: what all processes know, by their last word. others: what the others know now; may wait.
+        limit: `max_connections` in force. draining: whether a stop has begun.
         in_force: which configuration is, and since when.
         reload_failure: None: the configuration in force is that of the last reload.
         spare: gives descriptors that are held back for work that must not fail for want of one.
@@ -103,17 +105,17 @@ class House(NamedTuple):
     """
 
     services: Callable[[], Services]
-    snapshot: Callable[[], Snapshot]
-    doors: Callable[[], Iterable[Door]]
-    listening: Callable[[], Iterable[Door]]
+    part: Callable[[], Part]
+    total: Callable[[], Part]
+    manager: Callable[[], ManagerFigures | None]
     limit: Callable[[], int]
-    clients: Callable[[], int]
     draining: Callable[[], bool]
     in_force: Callable[[], InForce]
     reload_failure: Callable[[], ReloadFailure | None]
     spare: Callable[[], AbstractContextManager[None]]
     book: Book = Book()
     store: Callable[[], StoreFigures | None] = lambda: None
+    others: Callable[[], Sequence[Part]] = lambda: ()
 
 
 class Form(NamedTuple):
@@ -272,9 +274,9 @@ class StatusDoor:
             return shown[1]
 
     def _metrics(self) -> Answer:
-        view = self._look(overview(*self._sources()))
-        with self._house.spare():  # it reads /proc; nobody else runs meanwhile
-            return Answer("200 OK", metrics.CONTENT_TYPE, metrics.render(view))
+        sources, now = self._sources()
+        view = self._look(overview(sources, now))
+        return Answer("200 OK", metrics.CONTENT_TYPE, metrics.render(view, sources.part))
 
     def _health(self) -> Answer:
         if self._house.draining():
@@ -302,12 +304,9 @@ class StatusDoor:
         return found
 
     def tick(self) -> None:
-        """To be called several times a minute, whether anybody looks or not."""
-        self._timeline.look(monotonic(), *self._totals())
-
-    def _totals(self) -> tuple[int, int, list[int]]:
-        counters = self._house.services().counters
-        return sum(counters.ended.values()), sum(counters.failed.values()), SPANS.turn.counts
+        """To be called several times a minute, whether anybody looks or not. Does not wait."""
+        part = self._house.total()
+        self._timeline.look(monotonic(), part.total("ended"), part.total("failed"), part.spans["turn"].counts)
 
     def changed(self) -> None:
         """Somebody has steered: the next look is a new one."""
@@ -324,9 +323,9 @@ class StatusDoor:
             rest(_KEY)
 
     def _sources(self) -> tuple[Sources, float]:
+        """What there is to look at; may wait."""
         house, now = self._house, monotonic()
-        services, snapshot = house.services(), house.snapshot()
-        listening = set(house.listening())
+        services, in_force = house.services(), house.in_force()
         program = Program(
             version=__version__,
             incarnation=f"{services.incarnation:08x}",
@@ -334,47 +333,36 @@ class StatusDoor:
             relay=engine_name(),
             draining=house.draining(),
             enforce=services.settings.throttle_enforce,
-            configuration=house.in_force().digest,
-            configured=house.in_force().since.isoformat(timespec="seconds"),
+            configuration=in_force.digest,
+            configured=in_force.since.isoformat(timespec="seconds"),
         )
         if (failure := house.reload_failure()) is not None:
             program.old_configuration = now - failure.since
             program.reload_mistake = failure.why
-        listeners = [
-            ListenerRow(str(door.endpoint), door.protocol, door.open_connections, door not in listening)
-            for door in house.doors()
-        ]
-        connections = Connections(
-            open=house.clients(),
-            limit=house.limit(),
-            newcomers=len(services.newcomers),
-            newcomers_dropped=services.newcomers.dropped,
-            channels=len(services.instances.channels),
-            dialogues=len(services.instances.dialogues),
-            active=snapshot.active,
-            cached=snapshot.cached,
-        )
-        manager, pool = services.admission.manager, services.keeper.pool
         sources = Sources(
             program,
-            listeners,
-            connections,
-            services.counters,
-            snapshot,
-            manager,
-            pool,
-            services.troubles,
+            self._part(now),
+            house.limit(),
+            house.manager(),
+            services.admission.manager,
             own_addresses().__contains__,
             services.host_name,
             datetime.now(UTC).isoformat(timespec="seconds"),
             house.book,
             services.settings.throttle,
             services.access.name_of_source,
-            lambda: (each.standing() for each in list(services.instances.connections)),
             house.store(),
             self._pace,
         )
         return sources, now
+
+    def _part(self, now: float) -> Part:
+        """Of all processes."""
+        house, services = self._house, self._house.services()
+        part, connections = house.part(), list(services.instances.connections)
+        standing = (each.standing() for each in connections)
+        part.details = self._look(gather.details(services.keeper.pool, services.troubles, standing, now))
+        return merge([part, *house.others()])
 
 
 def _wanted(query: str) -> str:

@@ -6,11 +6,11 @@ closed vocabularies, listeners, and at most `stats.MAX_NAMES` instances; never a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from itertools import accumulate
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -25,6 +25,7 @@ from proxy.errors import ConfigError, ProxyError, Step, UpstreamError, every
 from proxy.model import Discard, Ending
 from proxy.spans import SPANS, Histogram
 from proxy.stats import MAX_NAMES
+from proxy.status.parts import Part, ProcessPart, SpanPart
 from proxy.status.rows import Overview, SessionRow, StoreRow
 from proxy.status.trouble import KINDS
 
@@ -104,17 +105,17 @@ _FROM_THE_START: dict[str, dict[str, int]] = {
 }
 
 
-def render(view: Overview) -> bytes:
-    """The whole exposition."""
+def render(view: Overview, part: Part) -> bytes:
+    """The whole exposition; `part`: what all processes know."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_View(view))
-    ProcessCollector(registry=registry)
+    registry.register(_View(view, part))
     return generate_latest(registry)
 
 
 class _View(Collector):
-    def __init__(self, view: Overview) -> None:
+    def __init__(self, view: Overview, part: Part) -> None:
         self._view = view
+        self._part = part
 
     def describe(self) -> Iterable[Metric]:
         return ()
@@ -141,21 +142,23 @@ class _View(Collector):
         yield _gauge("draining", "1 while the program is stopping", int(program.draining))
         yield _trouble(view)
         yield from _counters(view)
-        yield from _spans()
+        yield from _spans(self._part.spans)
         yield from _connections(view)
         yield from _throttling(view)
         yield from _pool(view)
         if view.store is not None:
             yield from _store(view.store)
+        yield from _processes(self._part)
 
 
-def _spans() -> Iterator[Metric]:
+def _spans(spans: Mapping[str, SpanPart]) -> Iterator[Metric]:
     for name, text in _SPANS.items():
-        span: Histogram = getattr(SPANS, name)
+        histogram: Histogram = getattr(SPANS, name)
+        span = spans.get(name) or SpanPart([0] * len(histogram.counts), 0.0)
         unit = "" if name in ("bytes", "messages") else "_seconds"
         metric = {"bytes": "session_bytes", "messages": "session_messages", "store": "store_call"}.get(name, name)
         counts = list(accumulate(span.counts))
-        ends = [*map(floatToGoString, span.bounds), "+Inf"]
+        ends = [*map(floatToGoString, histogram.bounds), "+Inf"]
         buckets = list(zip(ends, counts, strict=True))
         yield HistogramMetricFamily(_PREFIX + metric + unit, text, buckets=buckets, sum_value=span.total)
 
@@ -278,6 +281,24 @@ def _store(store: StoreRow) -> Iterator[Metric]:
         _PREFIX + "store_epochs", "Times that its memory was another one, and each limit began anew", value=store.epochs
     )
     yield CounterMetricFamily(_PREFIX + "store_degraded", "Times that it was lost", value=store.degraded)
+
+
+def _processes(part: Part) -> Iterator[Metric]:
+    """All together, under the names that every Prometheus client has for its process."""
+
+    def total(figure: Callable[[ProcessPart], float]) -> float:
+        return sum(map(figure, part.processes))
+
+    virtual, resident = total(lambda each: each.virtual), total(lambda each: each.resident)
+    yield GaugeMetricFamily("process_virtual_memory_bytes", "Virtual memory size in bytes.", value=virtual)
+    yield GaugeMetricFamily("process_resident_memory_bytes", "Resident memory size in bytes.", value=resident)
+    started = min((each.started for each in part.processes), default=0.0)
+    text = "Start time of the process since unix epoch in seconds."
+    yield GaugeMetricFamily("process_start_time_seconds", text, value=started)
+    yield CounterMetricFamily("process_cpu_seconds", "Total user and system CPU time spent in seconds.", value=part.cpu)
+    most, used = total(lambda each: each.most_descriptors), total(lambda each: each.descriptors)
+    yield GaugeMetricFamily("process_max_fds", "Maximum number of open file descriptors.", value=most)
+    yield GaugeMetricFamily("process_open_fds", "Number of open file descriptors.", value=used)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

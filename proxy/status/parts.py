@@ -182,6 +182,11 @@ class Part(Struct):
     highest: int = 0
     details: Details | None = None
 
+    def total(self, name: str) -> int:
+        """All of a table of counters together."""
+        table = self.counters.get(name)
+        return sum(table.values()) if isinstance(table, dict) else 0
+
 
 encode: Callable[[Part], bytes] = msgpack.Encoder().encode
 #: Raises msgspec.MsgspecError.
@@ -351,7 +356,7 @@ class Failing(NamedTuple):
     failures: int
 
 
-def failing(peer: PeerPart) -> Failing | None:
+def failing_in_a_row(peer: PeerPart) -> Failing | None:
     """What of its failures came behind the last thing that went well; None: none.
 
     Where one process has seen something go well in the middle of another's failures, it is known to `trouble.Recent`'s

@@ -6,9 +6,10 @@ now and then is no trouble: a receiver is in it when nothing goes well there any
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from proxy.policy.trouble import LATELY, Troubles
+from proxy.policy.trouble import LATELY, lately
+from proxy.status.parts import RefusedPart
 from proxy.status.rows import Overview, PeerRow, SourceRow, StoreRow, TroubleRow
 from proxy.throttling.backoff import Slowdown
 from proxy.throttling.throttle import Key
@@ -43,7 +44,7 @@ KINDS = (*_KINDS, *_REFUSALS)
 
 def found(
     view: Overview,
-    troubles: Troubles,
+    refused: Mapping[str, RefusedPart],
     now: float,
     dns: Sequence[str] = (),
     backing_off: tuple[Key, Slowdown] | None = None,
@@ -51,7 +52,7 @@ def found(
     """All of it, the worst first.
 
     Args:
-        view: all else of it. now: seconds of the clock of `troubles`.
+        view: all else of it. refused: requests, by the error's code. now: seconds of the clock of `refused`.
         dns: what cannot be looked up. backing_off: the last throttle that began to back off, if any does.
     """
     return [
@@ -61,7 +62,7 @@ def found(
         *_receivers(view),
         *_backoffs(view, backing_off),
         *_dns(dns),
-        *_refusals(troubles, now),
+        *_refusals(refused, now),
     ]
 
 
@@ -136,14 +137,14 @@ def _in_trouble(row: PeerRow) -> bool:
     return row.recent > 0 and row.in_a_row >= FEW
 
 
-def _refusals(troubles: Troubles, now: float) -> Iterator[TroubleRow]:
+def _refusals(refused: Mapping[str, RefusedPart], now: float) -> Iterator[TroubleRow]:
     for code, text in _REFUSALS.items():
-        refusals = troubles.refused.get(code)
+        refusals = refused.get(code)
         if refusals is None or now - refusals.last_at > LATELY:
             continue
-        recent = refusals.recent.total(now)
+        recent = lately(refusals.recent, now)
         if recent >= (1 if code == "accept_errors" else _MANY_REFUSALS):
-            yield TroubleRow(code, f"{text}; the last: {refusals.last}", recent, now - refusals.since)
+            yield TroubleRow(code, f"{text}; the last: {refusals.last}", recent, now - refusals.times[-1][0])
 
 
 def _names(rows: list[SourceRow]) -> str:

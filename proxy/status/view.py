@@ -1,4 +1,5 @@
-"""Builds the operator's view from manager, pool and counters. Looks only: nothing here changes what it looks at.
+"""Builds the operator's view from the manager and what the processes know (`parts`). Looks only: nothing here changes
+what it looks at.
 
 The work is done in steps: `survey` is a generator that yields after each small piece, so that its caller can let others
 run, and it lists a bounded number of everything. What was counted in different pieces need not fit to the last unit.
@@ -6,18 +7,18 @@ run, and it lists a bounded number of everything. What was counted in different 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from heapq import nlargest, nsmallest
-from itertools import islice
 from typing import NamedTuple, TypeVar
 
-from proxy.egress.pool import Entry, Pool, PoolKey
 from proxy.policy.directory import Book
-from proxy.policy.trouble import Record, Troubles
+from proxy.policy.trouble import lately
 from proxy.settings import ThrottleSettings
-from proxy.stats import OTHER, Backlog, Counters, Flow, Snapshot, Standing, StoreFigures, Table
+from proxy.stats import OTHER, Backlog, Flow, ManagerFigures, StoreFigures
 from proxy.status.backoffs import backoff_rows
+from proxy.status.gather import MOST_KEYS
 from proxy.status.names import block_rows, failing
+from proxy.status.parts import CachedPart, Counted, Details, Part, PeerPart, failing_in_a_row
 from proxy.status.rows import (
     CachedRow,
     Connections,
@@ -41,28 +42,28 @@ from proxy.throttling.throttle import Key
 
 MOST_THROTTLES = 500
 MOST_SESSIONS = 500
-MOST_KEYS = 200
 MOST_PEERS = 50
 
 
 class Sources(NamedTuple):
-    """What there is to look at; `snapshot` is of this moment, as the log would show it."""
+    """What there is to look at.
+
+    Args:
+        part: of all processes together, with details. limit: `max_connections` in force. figures: of the manager.
+        members: the processes, if there are several.
+    """
 
     program: Program
-    listeners: list[ListenerRow]
-    connections: Connections
-    counters: Counters
-    snapshot: Snapshot
+    part: Part
+    limit: int
+    figures: ManagerFigures | None
     manager: Manager
-    pool: Pool
-    troubles: Troubles
     present: Callable[[str], bool]
     host: str = ""
     generated_at: str = ""
     book: Book = Book()
     blocks: Sequence[ThrottleSettings] = ()
     name_of_source: Callable[[str], str] = lambda address: ""
-    standing: Callable[[], Iterable[Standing | None]] = lambda: ()
     store: StoreFigures | None = None
     pace: Pace | None = None
 
@@ -73,24 +74,25 @@ def overview(sources: Sources, now: float) -> Generator[None, None, Overview]:
     Args:
         now: seconds of the pool's clock.
     """
-    manager, figures = sources.manager, sources.snapshot.manager
-    pool = yield from _pool(sources.pool, sources.counters, now)
-    sessions = list(_sessions(sources)) if figures is not None else []
+    manager, figures, part = sources.manager, sources.figures, sources.part
+    details = part.details or Details()
+    pool = _pool(part, details, now)
+    sessions = list(_sessions(sources.manager, figures)) if figures is not None else []
     backlog = figures.backlog if figures is not None else Backlog()
-    receivers, sources_ = _receivers(sources.troubles, now), _source_rows(sources, now)
+    receivers = yield from _receivers(details, now)
+    sources_ = yield from _source_rows(sources, details, now)
     if receivers:
         yield
-    by_instance, by_source = yield from _active(sources.standing())
     store = None
     if sources.store is not None:
         store = yield from store_row(sources.store, sources.pace, now, sources.name_of_source)
     view = Overview(
-        active_instances=by_instance,
-        active_sources=by_source,
+        active_instances=details.instances,
+        active_sources=details.active_sources,
         program=sources.program,
-        listeners=sources.listeners,
-        connections=sources.connections,
-        counters=sources.counters.as_dict()
+        listeners=[ListenerRow(*door) for door in part.doors.values()],
+        connections=_connections(part, sources.limit),
+        counters=part.counters
         | {"messages_without_permit": manager.unpermitted, "backoffs": manager.blocks.backoffs.begun},
         manager=ManagerRow(
             throttles=figures.throttles if figures is not None else 0,
@@ -108,27 +110,27 @@ def overview(sources: Sources, now: float) -> Generator[None, None, Overview]:
         host=sources.host,
         generated_at=sources.generated_at,
         receivers=receivers,
-        receivers_left_out=len(sources.troubles.receivers) - len(receivers),
+        receivers_left_out=len(details.receivers) - len(receivers),
         sources=sources_[:MOST_PEERS],
         sources_left_out=max(0, len(sources_) - MOST_PEERS),
         source_names={row.name: row.source_name for row in sources_ if row.source_name},
         store=store,
     )
-    view.trouble = found(view, sources.troubles, now, failing(sources.book), manager.blocks.backoffs.latest)
+    view.trouble = found(view, details.refused, now, failing(sources.book), manager.blocks.backoffs.latest)
     return view
 
 
-def _active(standing: Iterable[Standing | None]) -> Generator[None, None, tuple[Table, Table]]:
-    """Connections that have asked for a receiver, by instance and by source address."""
-    by_instance, by_source = Table(), Table()
-    rest = iter(standing)
-    while step := list(islice(rest, STEP)):
-        for each in step:
-            if each is not None and each.destination is not None:
-                by_instance.count(each.instance or "-")
-                by_source.count(each.source or "-")
-        yield
-    return by_instance, by_source
+def _connections(part: Part, limit: int) -> Connections:
+    return Connections(
+        open=part.open,
+        limit=limit,
+        newcomers=part.newcomers,
+        newcomers_dropped=part.newcomers_dropped,
+        channels=part.channels,
+        dialogues=part.dialogues,
+        active=part.active,
+        cached=part.cached,
+    )
 
 
 def survey(
@@ -198,52 +200,72 @@ def _named(throttles: list[Throttle], sources: Sources, wanted: str) -> Generato
 # --- receivers and sources ---
 
 
-def _receivers(troubles: Troubles, now: float) -> list[PeerRow]:
-    worst = troubles.receivers.worst(MOST_PEERS, now)
-    return [_fill(PeerRow(str(name)), record, now) for name, record in worst]
+def _receivers(details: Details, now: float) -> Generator[None, None, list[PeerRow]]:
+    worst = yield from _worst(details.receivers, now)
+    return [_fill(PeerRow(name), peer, now) for name, peer in worst]
 
 
-def _source_rows(sources: Sources, now: float) -> list[SourceRow]:
+def _worst(peers: Mapping[str, PeerPart], now: float) -> Generator[None, None, list[tuple[str, PeerPart]]]:
+    """Those that fail first, then those of which most has gone wrong lately, then the latest."""
+
+    ranked = []
+    for name, peer in peers.items():
+        recent = lately(peer.recent, now)
+        ranked.append(((bool(peer.failing) and recent > 0, recent, peer.last_at), name))
+        if len(ranked) % STEP == 0:
+            yield
+    return [(name, peers[name]) for _, name in nlargest(MOST_PEERS, ranked, key=lambda each: each[0])]
+
+
+def _source_rows(sources: Sources, details: Details, now: float) -> Generator[None, None, list[SourceRow]]:
     """Those with trouble, those that are gone, and those that mail has left from."""
-    troubles, counters = sources.troubles, sources.counters
-    worst: list[tuple[str, Record | None]] = [*troubles.sources.worst(MOST_PEERS, now)]
+    counters = sources.part.counters
+    accepted, deferred, rejected = (
+        _table(counters, f"sources_{name}") for name in ("accepted", "deferred", "rejected")
+    )
+    worst: list[tuple[str, PeerPart | None]] = [*(yield from _worst(details.sources, now))]
     names = dict(worst)
-    for name in (*troubles.gone, *counters.sources_accepted, *counters.sources_deferred, *counters.sources_rejected):
+    for name in (*details.gone, *accepted, *deferred, *rejected):
         if name != OTHER:
             names.setdefault(name, None)
     rows = []
-    for name, record in names.items():
+    for name, peer in names.items():
         row = SourceRow(name, present=sources.present(name), source_name=sources.name_of_source(name))
-        if record is not None:
-            _fill(row, record, now)
-        if not row.present and name in troubles.gone:
-            row.absent = now - troubles.gone[name]
-        row.messages_accepted = counters.sources_accepted.get(name, 0)
-        row.messages_deferred = counters.sources_deferred.get(name, 0)
-        row.messages_rejected = counters.sources_rejected.get(name, 0)
+        if peer is not None:
+            _fill(row, peer, now)
+        if not row.present and name in details.gone:
+            row.absent = now - details.gone[name]
+        row.messages_accepted = accepted.get(name, 0)
+        row.messages_deferred = deferred.get(name, 0)
+        row.messages_rejected = rejected.get(name, 0)
         rows.append(row)
     return sorted(rows, key=lambda row: (row.present, row.failing is None, row.name))
+
+
+def _table(counters: Counted, name: str) -> dict[str, int]:
+    table = counters.get(name)
+    return table if isinstance(table, dict) else {}
 
 
 _Row = TypeVar("_Row", bound=PeerRow)
 
 
-def _fill(row: _Row, record: Record, now: float) -> _Row:
-    row.failing = None if record.failing_since is None else max(0.0, now - record.failing_since)
-    row.in_a_row, row.recent = record.in_a_row, record.recent.total(now)
-    row.opened, row.failed = record.opened, dict(record.failed)
-    row.deferred, row.rejected = record.deferred, record.rejected
-    row.last, row.last_ago = record.last[:LONGEST_REASON], max(0.0, now - record.last_at)
+def _fill(row: _Row, peer: PeerPart, now: float) -> _Row:
+    run = failing_in_a_row(peer)
+    row.failing, row.in_a_row = (None, 0) if run is None else (max(0.0, now - run.since), run.failures)
+    row.recent = lately(peer.recent, now)
+    row.opened, row.failed = peer.opened, dict(peer.failed)
+    row.deferred, row.rejected = peer.deferred, peer.rejected
+    row.last, row.last_ago = peer.last[:LONGEST_REASON], max(0.0, now - peer.last_at)
     return row
 
 
 # --- sessions and the pool ---
 
 
-def _sessions(sources: Sources) -> Iterator[SessionRow]:
-    assert sources.snapshot.manager is not None
-    for each in sorted(sources.snapshot.manager.sessions, key=lambda figures: figures.name):
-        session = sources.manager.sessions.get(each.name)
+def _sessions(manager: Manager, figures: ManagerFigures) -> Iterator[SessionRow]:
+    for each in sorted(figures.sessions, key=lambda figures: figures.name):
+        session = manager.sessions.get(each.name)
         yield SessionRow(
             name=each.name,
             address=session.address if session is not None else "",
@@ -265,54 +287,31 @@ def _queues(flow: Flow) -> Queues:
     return Queues(flow.entering, flow.leaving, flow.parked)
 
 
-def _pool(pool: Pool, counters: Counters, now: float) -> Generator[None, None, PoolView]:
-    entries = iter(pool.entries())
-    held, age_sum, oldest, longest_idle = 0, 0.0, 0.0, 0.0
-    rows: dict[PoolKey, CachedRow] = {}
-    sources = Table()
-    while step := list(islice(entries, STEP)):
-        for entry in step:
-            age, idle = max(0.0, now - entry.opened_at), max(0.0, now - entry.idle_since)
-            held, age_sum = held + 1, age_sum + age
-            sources.count(entry.key.source)
-            oldest, longest_idle = max(oldest, age), max(longest_idle, idle)
-            row = rows.get(entry.key)
-            if row is None:
-                row = rows[entry.key] = _cached_row(entry)
-            row.connections += 1
-            row.messages += entry.messages
-            row.oldest, row.idle = max(row.oldest, age), max(row.idle, idle)
-        yield
-    keys = nlargest(MOST_KEYS, rows.values(), key=lambda row: (row.connections, row.messages))
-    served = counters.reused + counters.fresh
+def _pool(part: Part, details: Details, now: float) -> PoolView:
+    pool, cache, counters = part.pool, details.cache, part.counters
+    reused, fresh = counters.get("reused", 0), counters.get("fresh", 0)
+    assert isinstance(reused, int)
+    assert isinstance(fresh, int)
+    keys = nlargest(MOST_KEYS, cache.keys.values(), key=lambda key: (key.connections, key.messages))
     return PoolView(
-        held=held,
+        held=pool.held,
         offered=pool.offered,
         hits=pool.hits,
         misses=pool.misses,
-        reuse_ratio=counters.reused / served if served else None,
-        discards={str(reason): count for reason, count in sorted(pool.discards.items()) if count},
-        oldest=oldest,
-        mean_age=age_sum / held if held else 0.0,
-        longest_idle=longest_idle,
-        keys=keys,
-        keys_left_out=len(rows) - len(keys),
-        sources=sources,
+        reuse_ratio=reused / (reused + fresh) if reused + fresh else None,
+        discards={reason: count for reason, count in sorted(pool.discards.items()) if count},
+        oldest=_since(cache.first_opened, now),
+        mean_age=max(0.0, now - cache.opened_at / cache.held) if cache.held else 0.0,
+        longest_idle=_since(cache.idle_since, now),
+        keys=[_cached_row(key, now) for key in keys],
+        keys_left_out=cache.keys_left_out + len(cache.keys) - len(keys),
+        sources=cache.sources,
     )
 
 
-def _cached_row(entry: Entry) -> CachedRow:
-    """Without the tenant's name: it may be a user's."""
-    key = entry.key
-    return CachedRow(
-        source=key.source,
-        destination=str(key.destination),
-        ehlo_name=key.ehlo_name,
-        tls=key.tls.name.lower(),
-        tls_server_name=key.tls_server_name,
-        tenant=bool(key.tenant),
-        connections=0,
-        messages=0,
-        oldest=0.0,
-        idle=0.0,
-    )
+def _since(at: float | None, now: float) -> float:
+    return 0.0 if at is None else max(0.0, now - at)
+
+
+def _cached_row(key: CachedPart, now: float) -> CachedRow:
+    return CachedRow(*key[:8], oldest=_since(key.opened_at, now), idle=_since(key.idle_since, now))

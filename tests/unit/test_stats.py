@@ -60,7 +60,7 @@ def test_documented_example_lines() -> None:
     server_b = SessionFigures("server-b", connected=1, ping=0, ping_age=0, backlog=Backlog(532, 0, 1000))
     server_c = SessionFigures("server-c", connected=1, ping=0, ping_age=0, backlog=Backlog(0, 0, 93))
     snapshot = Snapshot(
-        listeners=((Endpoint("0.0.0.0", 807), 965),),
+        listeners=(("0.0.0.0:807", 965),),
         manager=ManagerFigures("0543b19c", 1758, (server_a, server_b, server_c)),
         active=610,
         cached=3,
@@ -96,7 +96,7 @@ def test_flow_and_backlog_figures_stand_in_their_places() -> None:
 def test_the_same_figures_by_name() -> None:
     session = SessionFigures("a b", 12.3456, 0.00025, 0.4, Backlog(1, 2, 3), Flow(4, 5, 6), Flow(7, 8, 9))
     manager = ManagerFigures("00000001", 2, (session,), Flow(1, 2, 3), Flow(4, 5, 6))
-    listener, total, one, remote = Snapshot(((Endpoint("::", 25), 7),), manager, 10, 3).lines()
+    listener, total, one, remote = Snapshot((("[::]:25", 7),), manager, 10, 3).lines()
     assert listener.fields == {"listener": "[::]:25", "open_connections": 7}
     assert (total.fields["manager"], total.fields["throttles"], total.fields["sessions"]) == ("00000001", 2, 1)
     assert one.fields == {
@@ -121,7 +121,7 @@ def test_the_same_figures_by_name() -> None:
 
 def test_many_listeners_and_sessions_are_summed_up_and_nothing_is_lost() -> None:
     """4,096 listeners wrote 4,097 lines every ten seconds. The busiest keep their lines, in their order."""
-    listeners = tuple((Endpoint("127.0.0.1", 1 + number), number % 7) for number in range(4096))
+    listeners = tuple((str(Endpoint("127.0.0.1", 1 + number)), number % 7) for number in range(4096))
     sessions = tuple(SessionFigures(f"s{number}", 1, 0, 0, Backlog(number, 1, 2)) for number in range(300))
     snapshot = Snapshot(listeners, ManagerFigures("0543b19c", 0, sessions), 1, 2)
     lines = snapshot.lines(MOST_LINES)
@@ -141,14 +141,14 @@ def test_many_listeners_and_sessions_are_summed_up_and_nothing_is_lost() -> None
 
 
 def test_without_a_manager_no_throttle_line() -> None:
-    assert [line.text for line in Snapshot(((Endpoint("::", 1080), 0),), None, 1, 2).lines()] == [
+    assert [line.text for line in Snapshot((("[::]:1080", 0),), None, 1, 2).lines()] == [
         "listener([::]:1080): open_connections=0",
         "direct_remote_smtp: connections=3(active=1 cached=2)",
     ]
 
 
 def test_single_lines() -> None:
-    assert listener_line(Endpoint("2001:db8::1", 25), 7).text == "listener([2001:db8::1]:25): open_connections=7"
+    assert listener_line("[2001:db8::1]:25", 7).text == "listener([2001:db8::1]:25): open_connections=7"
     assert remote_line(0, 0).text == "direct_remote_smtp: connections=0(active=0 cached=0)"
 
 

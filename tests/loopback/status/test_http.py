@@ -21,9 +21,11 @@ from proxy.net.crew import Crew
 from proxy.net.relay import RawSocket
 from proxy.policy.trouble import Troubles
 from proxy.services import Door, Newcomers
-from proxy.stats import Counters, Snapshot
+from proxy.spans import SPANS
+from proxy.stats import Counters
 from proxy.status import host as status_host
 from proxy.status import http
+from proxy.status.gather import Gauged, counted
 from proxy.status.http import House, InForce, StatusDoor
 from proxy.status.throttles import STEP
 from proxy.throttling.limits import Part
@@ -64,11 +66,10 @@ class Room:
         self.room = StatusDoor(
             House(
                 services=lambda: self.services,
-                snapshot=self.snapshot,
-                doors=lambda: [self.door],
-                listening=lambda: [self.door],
+                part=self.part,
+                total=self.part,
+                manager=lambda: None,
                 limit=lambda: 100,
-                clients=lambda: 0,
                 draining=lambda: self.draining,
                 in_force=lambda: InForce("0" * 12, datetime.now(UTC)),
                 reload_failure=lambda: None,
@@ -76,8 +77,8 @@ class Room:
             )
         )
 
-    def snapshot(self):
-        return Snapshot((), None, 0, 0)
+    def part(self):
+        return counted(self.counters, SPANS, self.services.keeper.pool, Gauged())
 
     @contextlib.contextmanager
     def spare(self):
@@ -160,7 +161,7 @@ def test_a_mistake_of_ours_is_one_line_and_500(room, path):
     def broken():
         raise RuntimeError("secret")
 
-    room.room._house = room.room._house._replace(snapshot=broken)
+    room.room._house = room.room._house._replace(part=broken)
     answer = room.ask(GET % path)
     assert answer.startswith(b"HTTP/1.1 500 ")
     assert b"secret" not in answer

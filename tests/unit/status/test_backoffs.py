@@ -8,6 +8,7 @@ from proxy.policy.limits import Limits
 from proxy.settings import BackoffSettings
 from proxy.status import metrics, page, terminal
 from proxy.status.backoffs import MOST_BACKOFFS
+from proxy.status.parts import Part
 from proxy.status.rows import BackoffRow
 from proxy.status.spelled import backoff_state, held_by, throttle_state
 from proxy.throttling.throttle import SECOND
@@ -46,7 +47,7 @@ def test_what_is_on_is_shown_with_its_reply_and_its_end() -> None:
     text = "".join(page.pieces(view))
     assert ">Back-off</h2>" in text
     assert "too &lt;much&gt;" in text
-    figures = metrics.render(view).decode().splitlines()
+    figures = metrics.render(view, Part()).decode().splitlines()
     assert "greenarrow_proxy_throttle_backoffs_total 1.0" in figures
     assert "greenarrow_proxy_throttles_backing_off 1.0" in figures
 

@@ -25,7 +25,7 @@ from proxy.status.parts import (
     SpanPart,
     decode,
     encode,
-    failing,
+    failing_in_a_row,
     merge,
 )
 
@@ -181,7 +181,7 @@ def good(at: float) -> Part:
 def failures(*parts: Part) -> Failing | None:
     details = merge(parts).details
     assert details is not None
-    return failing(details.receivers["mx"])
+    return failing_in_a_row(details.receivers["mx"])
 
 
 def test_failures_of_all_are_in_a_row_until_something_goes_well_anywhere() -> None:

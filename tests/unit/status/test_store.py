@@ -12,6 +12,7 @@ from proxy.control import client
 from proxy.control.looks import look
 from proxy.stats import LeasedFigures, StoreFigures
 from proxy.status import metrics, terminal
+from proxy.status.parts import Part
 from proxy.status.rows import StoreRow
 from proxy.status.spelled import leased_share, store_calls, store_engine, store_members, store_state, trouble_text
 from proxy.status.store import MOST_KEYS, Pace, store_row
@@ -78,7 +79,7 @@ def test_where_none_is_configured_nothing_speaks_of_it() -> None:
     view = without_store()
     assert (view.store, view.trouble) == (None, [])
     assert "STORE" not in "\n".join(terminal.lines(view))
-    assert b"greenarrow_proxy_store_up" not in metrics.render(view)
+    assert b"greenarrow_proxy_store_up" not in metrics.render(view, Part())
     assert "Throttle store" not in shown(view)
 
 
@@ -177,7 +178,7 @@ def test_on_the_page() -> None:
 
 
 def test_in_the_metrics() -> None:
-    text = metrics.render(Watched().look(LOST._replace(refused=2))).decode()
+    text = metrics.render(Watched().look(LOST._replace(refused=2)), Part()).decode()
     for line in (
         "greenarrow_proxy_store_up 0.0",
         'greenarrow_proxy_store_info{engine="valkey",form="single",version="8.1.8"} 1.0',
@@ -189,7 +190,7 @@ def test_in_the_metrics() -> None:
         'greenarrow_proxy_trouble{kind="store_members"} 0.0',
     ):
         assert line in text.splitlines(), line
-    assert "greenarrow_proxy_store_up 1.0" in metrics.render(Watched().look(HEALTHY)).decode()
+    assert "greenarrow_proxy_store_up 1.0" in metrics.render(Watched().look(HEALTHY), Part()).decode()
 
 
 def test_on_the_control_socket() -> None:

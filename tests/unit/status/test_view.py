@@ -17,10 +17,14 @@ from proxy.policy.limits import Limits
 from proxy.policy.trouble import Troubles
 from proxy.settings import Rate as BlockRate
 from proxy.settings import ThrottleSettings
-from proxy.stats import Backlog, Counters, Flow, ManagerFigures, SessionFigures, Snapshot
+from proxy.spans import Spans
+from proxy.stats import Backlog, Counters, Flow, ManagerFigures, SessionFigures
 from proxy.status import metrics, page, terminal
+from proxy.status.gather import MOST_KEYS, Gauged, counted, details
 from proxy.status.names import block_rows
-from proxy.status.rows import Connections, ListenerRow, Overview, Program, Rate, Status, ThrottleRow
+from proxy.status.parts import DoorPart, merge
+from proxy.status.parts import Part as Known
+from proxy.status.rows import Overview, Program, Rate, Status, ThrottleRow
 from proxy.status.spelled import (
     between,
     block_limits,
@@ -33,7 +37,7 @@ from proxy.status.spelled import (
     trouble_text,
 )
 from proxy.status.throttles import MOST_INSTANCES, SAMPLE, STEP, Meter
-from proxy.status.view import MOST_KEYS, MOST_PEERS, MOST_SESSIONS, Sources, overview, survey
+from proxy.status.view import MOST_PEERS, MOST_SESSIONS, Sources, overview, survey
 from proxy.throttling.flows import Places, Ticket
 from proxy.throttling.limits import BackoffRule, Mode, Part
 from proxy.throttling.manager import Manager
@@ -75,6 +79,7 @@ class House:
         self.meter = Meter()
         self.figures = ()
         self.names = {}
+        self.standing = ()
 
     def session(self, name, *parts, id=0):
         session = self.manager.hello(name, b"1", f"{name}.example", 1.0, self.now)
@@ -87,16 +92,20 @@ class House:
         flows = self.manager.flows(session, [id])
         return self.manager.admit(session.name, 1.0, SOURCE, destination, flows, self.now)
 
-    def sources(self):
+    def part(self, now=500.0):
+        part = counted(self.counters, Spans(), self.pool, Gauged(active=3, channels=1))
+        part.doors = {"807": DoorPart("127.0.0.1:807", "native", 2)}
+        part.open = 2
+        part.details, _ = run(details(self.pool, self.troubles, self.standing, now))
+        return part
+
+    def sources(self, others=()):
         return Sources(
             Program("1.2", "0543b19c", 5.0, "python"),
-            [ListenerRow("127.0.0.1:807", "native", 2)],
-            Connections(2, 100, 0, 0, 1, 3, 0),
-            self.counters,
-            Snapshot((), ManagerFigures("0543b19c", 1, tuple(self.figures)), 3, 0),
+            merge([self.part(), *others]),
+            100,
+            ManagerFigures("0543b19c", 1, tuple(self.figures)),
             self.manager,
-            self.pool,
-            self.troubles,
             lambda host: host not in self.troubles.gone,
             "proxy-1",
             "2026-01-02T03:04:05+00:00",
@@ -402,7 +411,8 @@ def test_many_cached_connections_are_looked_at_in_steps_and_listed_in_part():
     house = House()
     for number in range(3 * STEP):
         house.pool.offer(cached(number, f"198.51.{number // 250}.{number % 250}"), 450.0)
-    view, stops = run(overview(house.sources(), 500.0))
+    _, stops = run(details(house.pool, house.troubles, (), 500.0))
+    view, _ = run(overview(house.sources(), 500.0))
     assert (view.pool.held, len(view.pool.keys), view.pool.keys_left_out) == (3 * STEP, MOST_KEYS, 3 * STEP - MOST_KEYS)
     assert stops >= 3
 
@@ -530,7 +540,11 @@ def test_sources_are_told_by_name_too():
     assert {source.name: source.source_name for source in view.sources} == {SOURCE: "vmta1", "192.0.2.2": ""}
     assert "192.0.2.1 (vmta1)" in "".join(page.pieces(view))
     assert "192.0.2.1 (vmta1)" in "\n".join(terminal.lines(view))
-    figures = [line for line in metrics.render(view).decode().splitlines() if "source_messages_accepted_total{" in line]
+    figures = [
+        line
+        for line in metrics.render(view, Known()).decode().splitlines()
+        if "source_messages_accepted_total{" in line
+    ]
     assert figures == [
         'greenarrow_proxy_source_messages_accepted_total{source="192.0.2.1",source_name="vmta1"} 3.0',
         'greenarrow_proxy_source_messages_accepted_total{source="192.0.2.2",source_name=""} 3.0',
