@@ -13,7 +13,6 @@ import csv
 import io
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,9 +21,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from harness import machine
+from harness.goals import Row, jain, percentile, report
 from harness.permit_driver import Fleet, Member, closed_loop
 from harness.report import put_into
 from harness.usage import process_cpu
@@ -41,28 +40,11 @@ MANY = 100_000
 CORES = machine.Cores()  # before this process is bound to one of them
 
 
-class Row(NamedTuple):
-    """A goal and what was found; `met`: None where it has no limit."""
-
-    what: str
-    goal: str
-    found: str
-    met: bool | None
-
-
 @contextmanager
 def running(tls: bool = False) -> Iterator[Proxy]:
     with Proxy(f"listen_tls {'yes' if tls else 'no'}\nsource_ip 127.0.0.0/8\n") as proxy:
         os.sched_setaffinity(proxy.pid, {CORES.proxy})
         yield proxy
-
-
-def percentile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(len(values) * share))]
-
-
-def jain(values: list[int]) -> float:
-    return sum(values) ** 2 / (len(values) * sum(value * value for value in values))
 
 
 def saturated(proxy: Proxy, sessions: int, rate: int, seconds: float, tls: bool = False) -> list[Row]:
@@ -210,15 +192,6 @@ def _redis(depth: int, count: int) -> float:
             server.wait()
 
 
-def table(runs: list[list[Row]]) -> str:
-    lines = ["| goal | target | measured | |", "|---|---|---|---|"]
-    for rows in runs:
-        for row in rows:
-            verdict = "" if row.met is None else "met" if row.met else "**missed**"
-            lines.append(f"| {row.what} | {row.goal} | {row.found} | {verdict} |")
-    return "\n".join(lines) + "\n"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="shorter samples")
@@ -243,12 +216,7 @@ def main() -> int:
                 note(newcomer(proxy, 10 if options.quick else 40))
                 note(against_redis(proxy, 2.0))
     note(many_throttles(3.0))
-    facts = machine.facts()
-    load = statistics.fmean(os.getloadavg())
-    text = (
-        f"{facts['date']}, {facts['processor']}, {facts['cores']} cores, Python {facts['python']}, revision "
-        f"{facts['commit']}, load average {load:.1f} (others were at work on the machine if it is above 2).\n\n"
-    ) + table(runs)
+    text = report(runs)
     print(text)
     if options.docs:
         put_into(DOCUMENT, text, BEGIN, END)
