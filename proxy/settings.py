@@ -46,6 +46,7 @@ class ListenerSettings:
 
     name: str
     mode: Mode | None
+    default_source_ip: tuple[str, ...] = ()  # as the global one, which holds where this is empty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

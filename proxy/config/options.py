@@ -203,7 +203,10 @@ BLOCKS: dict[str, tuple[Option, ...]] = {
         _one("share_with", NAME, None, "GROUP", "instances of one group share connections (with itself)"),
         _one("answer_within", duration(), None, "DURATION", "how soon this instance must be answered (by its door)"),
     ),
-    "listener": (_one("mode", MODE, None, "WORD", "tcp or smtp for clients of this listener (the global one)"),),
+    "listener": (
+        _one("mode", MODE, None, "WORD", "tcp or smtp for clients of this listener (the global one)"),
+        _many("default_source_ip", SOURCE, None, "IP|same", "for its clients that name none (the global one)"),
+    ),
     "source": (
         _many("ip", ADDRESSES, None, "IP", "the addresses of this name"),
         _one("ehlo", EHLO, None, "NAME", "the name that is said in EHLO when leaving from them (the client's)"),

@@ -129,19 +129,27 @@ def _listeners(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
 
 
 def _sources(settings: Settings) -> Iterator[Finding]:
-    chosen = settings.default_source_ip
+    for ip, problem in _default_problems(settings, settings.default_source_ip):
+        yield "default_source_ip", ip, problem
+    for block in settings.listener:
+        for _, problem in _default_problems(settings, block.default_source_ip):
+            yield "listener", block.name, f"default_source_ip: {problem}"
+
+
+def _default_problems(settings: Settings, chosen: tuple[str, ...]) -> Iterator[tuple[str | None, str]]:
+    """(the address, or None for all of them, what is wrong)."""
     if "same" in chosen:
         if len(chosen) > 1:
-            yield "default_source_ip", None, "`same` stands alone"
+            yield None, "`same` stands alone"
         return
     for ipv6, family in ((False, "IPv4"), (True, "IPv6")):
         if sum((":" in ip) == ipv6 for ip in chosen) > 1:
-            yield "default_source_ip", None, f"more than one {family} address"
+            yield None, f"more than one {family} address"
     # Without source_ip all but loopback may be left from, and loopback where an instance block lists it.
     allowed = settings.source_ip or tuple(network for block in settings.instance for network in block.source_ip)
     for ip in map(ip_address, chosen):
         if not any(ip in network for network in allowed) and (settings.source_ip or ip.is_loopback):
-            yield "default_source_ip", str(ip), f"{ip} is not in source_ip: no connection could leave from it"
+            yield str(ip), f"{ip} is not in source_ip: no connection could leave from it"
 
 
 def _instances(settings: Settings, breathe: Breathe) -> Iterator[Finding]:

@@ -87,11 +87,13 @@ def _source(rules: Rules, source: str | None, destination: Endpoint, instance: s
     if source is None:
         rules.access.check_destination(destination)
         source = rules.access.default_source(instance, destination, _SAME_AS_WORD)
+        own = ", ".join(rules.access.listener_sources)
+        elsewhere = f"; its own at {own}" if own else ""
         if source == _SAME_AS_WORD:
-            return _SAME, "the address that the client dialled (default_source_ip same)"
+            return _SAME, f"the address that the client dialled (default_source_ip same){elsewhere}"
         how = "the default" if source else "the system's choice"
         source = source or rules.system_source(destination)
-        return source, f"{how}, {_presence(rules, source)}"
+        return source, f"{how}, {_presence(rules, source)}{elsewhere}"
     try:
         source = canonical_ip(source)
     except ValueError:

@@ -107,7 +107,7 @@ def _go_through(visit: Visit, via: Via, handshake: Handshake, route: Route) -> N
     instance = visit.instance = visit.instance or visit.instance_of_address()
     dialled = upstream.local_endpoint(visit.socket).host
     wanted = route.source or named_source(visit, destination)
-    source = wanted or services.access.default_source(instance, destination, dialled)
+    source = wanted or services.access.default_source(instance, destination, dialled, visit.door.configured)
     visit.source = source or ""
     judged = source if services.access.has_source_lists(instance) else None
     services.access.check_route(instance, judged, destination)

@@ -24,7 +24,8 @@ def check_route(visit: Visit, route: Route) -> tuple[str, Endpoint]:
     instance = visit.instance = visit.instance or visit.instance_of_address()
     try:
         wanted = route.source or named_source(visit, destination)
-        source = upstream.source_for(services.access, instance, visit.socket, wanted, destination)
+        listener = visit.door.configured
+        source = upstream.source_for(services.access, instance, visit.socket, wanted, destination, listener)
     except Overloaded:
         services.keeper.shed(1)
         raise

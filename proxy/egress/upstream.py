@@ -168,11 +168,19 @@ def system_source(destination: Endpoint) -> str:
     return host
 
 
-def source_for(access: Access, instance: str, client: RawSocket, wanted: str | None, destination: Endpoint) -> str:
+def source_for(
+    access: Access,
+    instance: str,
+    client: RawSocket,
+    wanted: str | None,
+    destination: Endpoint,
+    listener: Endpoint | None = None,
+) -> str:
     """The address to leave from: the wanted one, else the configured default, else the system's choice.
 
     Args:
         client: the client's socket; its local address is the one that was dialled (`default_source_ip same`).
+        listener: where it came in, as it was configured; None: a native listener.
 
     Raises:
         DestinationNotAllowed: no source is looked for, for what is denied.
@@ -181,7 +189,7 @@ def source_for(access: Access, instance: str, client: RawSocket, wanted: str | N
     if wanted is not None:
         return wanted
     access.check_destination(destination)
-    default = access.default_source(instance, destination, local_endpoint(client).host)
+    default = access.default_source(instance, destination, local_endpoint(client).host, listener)
     return default or _route(destination.host, int(monotonic()))
 
 

@@ -68,6 +68,10 @@ class Access:
         self._own_ports = _hosts_by_port((*_listeners(settings), *own_listeners), breathe)
         self._digests = _digests(settings.auth_shared_secret)
         self._blocks = {block.name: block for block in settings.instance}
+        #: Listeners with defaults of their own, by their configured address.
+        self.listener_sources = {
+            block.name: block.default_source_ip for block in settings.listener if block.default_source_ip
+        }
         self._own_digests = {}
         for name, block in self._blocks.items():
             breathe()
@@ -202,19 +206,23 @@ class Access:
         block = self._instance(instance)
         return bool(self._settings.source_ip or (block and block.sources))
 
-    def default_source(self, instance: str, destination: Endpoint, dialled: str) -> str | None:
+    def default_source(
+        self, instance: str, destination: Endpoint, dialled: str, listener: Endpoint | None = None
+    ) -> str | None:
         """The address to leave from for a client that names none; the caller has it checked like any other.
 
         Args:
             instance: a block whose `source_ip` has one single address of the destination's family means that one.
             destination: decides the family.
             dialled: the address of ours that the client connected to, for `default_source_ip same`.
+            listener: as it was configured; its block's addresses come before the global ones. None: a native one.
 
         Returns:
             None: the system's choice.
         """
         block = self._instance(instance)
-        candidates = [*(block.single_sources if block else ()), *self._settings.default_source_ip]
+        own = self.listener_sources.get(str(listener), ()) if listener is not None else ()
+        candidates = [*(block.single_sources if block else ()), *own, *self._settings.default_source_ip]
         for candidate in candidates:
             source = canonical_ip(dialled) if candidate == "same" else candidate
             if (":" in source) == destination.is_ipv6:

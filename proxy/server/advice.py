@@ -91,6 +91,7 @@ def _directives(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
     if (
         settings.source_ip
         and not settings.default_source_ip
+        and not any(block.default_source_ip for block in settings.listener)
         and (settings.listen or settings.listen_socks5 or settings.listen_socks5_tls)
     ):
         message = "given without default_source_ip: who names no source is refused unless the system's choice is in it"

@@ -206,6 +206,11 @@ def _sources(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
             breathe()
             if not _is_here(ip):
                 yield Finding(False, directive, value, f"{ip} {_NOT_HERE}")
+    for at in settings.listener:
+        for ip in at.default_source_ip:
+            breathe()
+            if ip != "same" and not _is_here(ip):
+                yield Finding(False, "listener", at.name, f"default_source_ip: {ip} {_NOT_HERE}")
     absent: dict[str, list[str]] = {}
     for block in settings.source:
         for network in block.ip:

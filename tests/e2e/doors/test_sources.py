@@ -1,9 +1,12 @@
 """Which address the mail leaves from when the client does not say, and which it may leave from when it does."""
 
+import subprocess
+import sys
+
 import pytest
 
 from tests.clients import Refused, exactly, socks5
-from tests.program import BASE, Proxy
+from tests.program import BASE, ROOT, Proxy
 from tests.sinks import GREETING, Raw, greet
 
 EVERYTHING = "127.0.0.0/8, ::1/128"
@@ -114,3 +117,34 @@ def test_a_source_is_asked_for_by_name():
         assert "source typo is not known" in proxy.wait_line(r"^WARNING refused .*typo.*")[0]
         line = proxy.wait_line(r"^connection .* source=127.0.7.7 source_name=vmta7 destination=")[0]
         assert line.count(" instance=mta-1 ") == 1
+
+
+def test_a_listeners_own_default_source(tmp_path):
+    """A port chooses the source, as with SOCKS servers that know no other way; and `explain` says so."""
+    socket = tmp_path / "control"
+    text = (
+        f"listen_socks5 127.0.1.2:1081, 127.0.1.2:1082, 127.0.1.4:1083\ndefault_source_ip 127.0.0.41\n"
+        f"control_socket {socket}\n"
+        "listener 127.0.1.2:1081 {\n    default_source_ip 127.0.0.51\n}\n"
+        "listener 127.0.1.4:1083 {\n    default_source_ip same\n}\n"
+    )
+    with Proxy(text) as proxy, Raw(greet) as mx:
+        found = {}
+        for door in (("127.0.1.2", 1081), ("127.0.1.2", 1082), ("127.0.1.4", 1083)):
+            with socks5(door, mx.endpoint) as sock:
+                assert exactly(sock, 8) == GREETING
+                found[door[1]] = mx.peers[-1][0]
+        assert found == {1081: "127.0.0.51", 1082: "127.0.0.41", 1083: "127.0.1.4"}
+        command = [sys.executable, "greenarrow_proxy.py", "ctl", "--config-filename", proxy.path]
+        done = subprocess.run(
+            [*command, "explain", "-", f"{mx.endpoint[0]}:{mx.endpoint[1]}"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert "its own at 127.0.1.2:1081, 127.0.1.4:1083" in done.stdout, done.stdout + done.stderr
+        proxy.hup(text.replace("127.0.0.51", "127.0.0.52"))
+        with socks5(("127.0.1.2", 1081), mx.endpoint) as sock:
+            assert exactly(sock, 8) == GREETING
+        assert mx.peers[-1][0] == "127.0.0.52"

@@ -150,6 +150,7 @@ instance kumo {
 }
 listener [2001:db8:0::1]:1080 {
     mode tcp
+    default_source_ip 192.0.2.7
 }
 source vmta1 {
     ip 192.0.2.1, 2001:db8::7
@@ -164,6 +165,7 @@ source vmta2 {
     assert (settings.mode, settings.smtp_tls) == ("smtp", "opportunistic")
     assert (kumo.mode, kumo.smtp_tls, kumo.share_with) == ("tcp", "required", "pool")
     assert [(block.name, block.mode) for block in settings.listener] == [("[2001:db8::1]:1080", "tcp")]
+    assert settings.listener[0].default_source_ip == ("192.0.2.7",)
     assert [block.ehlo for block in settings.source] == ["mail1.example.com", None]
     assert settings.source[0].ip == networks("192.0.2.1", "2001:db8::7")
 
@@ -176,6 +178,15 @@ source vmta2 {
             "is not in listen_socks5, listen_proxy_protocol, the same with _tls or listen_redirect",
         ),
         ("listener kumo {\n}", "is not the IP:port of a listener"),
+        (
+            "listen_socks5 10.0.0.1:1080\nlistener 10.0.0.1:1080 {\n    default_source_ip same, 192.0.2.2\n}",
+            "listener: default_source_ip: `same` stands alone",
+        ),
+        (
+            "source_ip 192.0.2.1\nlisten_socks5 10.0.0.1:1080\n"
+            "listener 10.0.0.1:1080 {\n    default_source_ip 192.0.2.2\n}",
+            "default_source_ip: 192.0.2.2 is not in source_ip",
+        ),
         ("source a {\n}", "a: `ip` is missing"),
         ("source a {\n    ip 10.0.0.0/8\n}", "is not an IP address, a range or a CIDR such as"),
         ("source a {\n    ip 192.0.2.1\n}\nsource b {\n    ip 192.0.2.1\n}", "192.0.2.1 is in two blocks, a and b"),

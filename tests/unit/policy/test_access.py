@@ -14,7 +14,7 @@ from proxy.errors import BadCredentials, DestinationNotAllowed, FamilyMismatch, 
 from proxy.model import Endpoint, Login
 from proxy.policy import access as access_module
 from proxy.policy.access import Access, place_within
-from proxy.settings import InstanceSettings
+from proxy.settings import InstanceSettings, ListenerSettings
 from tests.unit.feeding import instance, networks, settings
 
 GLOBAL = b"g" * 32
@@ -251,6 +251,26 @@ MX4, MX6 = Endpoint("198.51.100.7", 25), Endpoint("2001:db8:1::25", 25)
 )
 def test_default_source(default: tuple[str, ...], destination: Endpoint, dialled: str, source: str | None) -> None:
     assert access(default_source_ip=default).default_source("", destination, dialled) == source
+
+
+def test_a_listeners_own_default_goes_before_the_global_one_and_behind_an_instances() -> None:
+    here, there = Endpoint("10.0.0.1", 1081), Endpoint("10.0.0.1", 1082)
+    rules = access(
+        default_source_ip=("192.0.2.1", "2001:db8::1"),
+        listener=(
+            ListenerSettings(name=str(here), mode=None, default_source_ip=("192.0.2.2",)),
+            ListenerSettings(name="10.0.0.1:1083", mode="smtp"),
+        ),
+        instance=(instance("one", source_ip=networks("192.0.2.9")),),
+    )
+    assert [rules.default_source("", MX4, "", listener) for listener in (here, there, None)] == [
+        *("192.0.2.2", "192.0.2.1", "192.0.2.1")
+    ]
+    assert rules.default_source("", MX6, "", here) == "2001:db8::1", "the family decides"
+    assert rules.default_source("one", MX4, "", here) == "192.0.2.9"
+    assert list(rules.listener_sources) == [str(here)]
+    same = access(listener=(ListenerSettings(name=str(here), mode=None, default_source_ip=("same",)),))
+    assert same.default_source("", MX4, "192.0.2.5", here) == "192.0.2.5"
 
 
 def test_single_source_of_an_instance_is_its_default() -> None:
