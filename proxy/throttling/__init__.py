@@ -6,5 +6,5 @@ clock, `doors.native.control` speaks for it.
 
 Read `throttle` (when the next slots are), `limits` (what several instances demand), `flows`, `dispenser` (who gets a
 slot; below it `queues`, `returns`, `giving`) and `places` (who gets a connection), then `manager`, which holds them
-together: `core`, `attendance`, `statements` and `requests` are parts of it. `lease` is the MTA's side.
+together: `core`, `attendance`, `statements`, `requests` and `handover` are parts of it. `lease` is the MTA's side.
 """

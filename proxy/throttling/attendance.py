@@ -32,37 +32,44 @@ class Attendance(Core):
     def hello(self, name: str, run: bytes, address: str, weight: float, now: int) -> Session:
         """A session of an authenticated instance begins; the one that the name had before ends."""
         session = Session(name, run, address, weight, now)
-        old = self.sessions.get(name)
-        if old is not None:
-            self._end(old, End.REPLACED if old.run == run else End.FENCED, now)
-        self.sessions[name] = session
-        self._ping(session, now)
+        if self._held is None:
+            self._begin(session, now)
+        else:
+            self._held.append(lambda later: self._begin(session, later))
         return session
 
     def bye(self, session: Session, now: int) -> None:
         """The session ends in good order: its part in the limits goes with it."""
-        self._end(session, End.BYE, now)
+        if self._held is None:
+            self._end(session, End.BYE, now)
+        else:
+            self._held.append(lambda later: self._end(session, End.BYE, later))
 
     def lost(self, session: Session, now: int) -> None:
         """The session's connection broke. Its slots are not given out again, its part stays for a while."""
-        self._end(session, End.LOST, now)
+        if self._held is None:
+            self._end(session, End.LOST, now)
+        else:
+            self._held.append(lambda later: self._end(session, End.LOST, later))
 
     def ping(self, session: Session, t: int, now: int) -> None:
         """The client's ping: answered, and from now on its grants count from it."""
         if session.end is None:
             session.pinged(t, now)
-            self._look_at_doubts(session, now)
-            self._dispenser.touched[session] = None
-            self._unpark(session, now)
+            if self._held is None:
+                self._pinged(session, now)
+            else:
+                self._held.append(lambda later: self._pinged(session, later))
 
     def pong(self, session: Session, t: int, hold_us: int, now: int) -> None:
         """The answer to our ping of `t` microseconds; one of another time or from the future measures nothing."""
         rtt = now - (t + hold_us) * MICROSECOND
         if session.end is None and -MICROSECOND <= rtt <= DEAD_AFTER:
-            if session.measured(max(0, rtt), now):
-                self._stretching[session] = iter(list(session.flows.values()))
-                self._stretch(now)
-            self._unpark(session, now)
+            farther = session.measured(max(0, rtt), now)
+            if self._held is None:
+                self._ponged(session, farther, now)
+            else:
+                self._held.append(lambda later: self._ponged(session, farther, later))
 
     def weigh(self, session: Session, weight: float) -> None:
         """The operator has given the instance another weight; it holds from the next permit on."""
@@ -71,6 +78,9 @@ class Attendance(Core):
     def congest(self, session: Session, congested: bool, now: int) -> None:
         """The session's outgoing queue is full (it gets no grants), or no longer."""
         session.congested = congested
+        if self._held is not None:
+            self._held.append(lambda later: self.congest(session, session.congested, later))
+            return
         if not congested:
             self._dispenser.touched[session] = None  # what has gathered meanwhile
         self._unpark(session, now)
@@ -80,6 +90,26 @@ class Attendance(Core):
         return ended
 
     # --- steps ---
+
+    def _begin(self, session: Session, now: int) -> None:
+        old = self.sessions.get(session.name)
+        if old is not None:
+            self._end(old, End.REPLACED if old.run == session.run else End.FENCED, now)
+        self.sessions[session.name] = session
+        self._ping(session, now)
+
+    def _pinged(self, session: Session, now: int) -> None:
+        if session.end is None:
+            self._look_at_doubts(session, now)
+            self._dispenser.touched[session] = None
+            self._unpark(session, now)
+
+    def _ponged(self, session: Session, farther: bool, now: int) -> None:
+        if session.end is None:
+            if farther:
+                self._stretching[session] = iter(list(session.flows.values()))
+                self._stretch(now)
+            self._unpark(session, now)
 
     def _ping(self, session: Session, now: int) -> None:
         """Ping a live session; end one that has not answered for too long."""

@@ -54,7 +54,7 @@ class Mail(NamedTuple):
     spent: tuple[Spent, ...]
 
 
-class _Holding:
+class Holding:
     """`n` permits of a flow from the `serial`th on; the first is usable within [slot, last], each next `step` later."""
 
     __slots__ = ("flow", "last", "n", "serial", "slot", "step")
@@ -84,11 +84,11 @@ class _Holding:
         self.n += 1
         return True
 
-    def cut(self, low: int, high: int) -> list[_Holding]:
+    def cut(self, low: int, high: int) -> list[Holding]:
         """What is left without the permits [low, high) of it."""
         left = []
         if low > 0:
-            left.append(_Holding(self.flow, self.serial, self.slot, self.last, low, self.step))
+            left.append(Holding(self.flow, self.serial, self.slot, self.last, low, self.step))
         if high < self.n:
             self.skip(high)
             left.append(self)
@@ -109,7 +109,7 @@ class Account:
         self._fresh: list[
             tuple[Run, int]
         ] = []  # with its slack: nothing is made of most, which lapse before a MAIL comes
-        self._holdings: list[_Holding] = []
+        self._holdings: list[Holding] = []
         self.free_until = 0
         self.lapsed = 0
         self.lapsed_until = 0
@@ -124,14 +124,14 @@ class Account:
         """What was granted of late is looked at like the rest from now on."""
         for run, slack in self._fresh:
             if not (self._holdings and run.n == 1 and self._holdings[-1].grow(run, slack)):
-                self._holdings.append(_Holding(run.flow, run.serial, run.first, run.first + slack, run.n, run.step))
+                self._holdings.append(Holding(run.flow, run.serial, run.first, run.first + slack, run.n, run.step))
         self._fresh.clear()
 
     def returned(self, flow: Flow, start: int, end: int) -> list[tuple[int, int]]:
         """The flow's permits [start, end) come back: those of them that no MAIL has spent, as (first, n)."""
         self._take_in()
         found: list[tuple[int, int]] = []
-        left: list[_Holding] = []
+        left: list[Holding] = []
         for holding in self._holdings:
             low, high = max(start, holding.serial) - holding.serial, min(end - holding.serial, holding.n)
             if holding.flow is flow and low < high:
@@ -154,6 +154,26 @@ class Account:
             self._holdings.remove(best)
         return spent
 
+    def spend_this(self, spent: Spent) -> None:
+        if spent.last is None:
+            self.lapsed = max(0, self.lapsed - 1)
+            return
+        for holding in self.holdings():
+            if holding.slot == spent.slot and holding.last == spent.last:
+                holding.skip(1)
+                if not holding.n:
+                    self._holdings.remove(holding)
+                return
+
+    def holdings(self) -> list[Holding]:
+        """What was neither used nor returned."""
+        self._take_in()
+        return self._holdings
+
+    def hold(self, slot: int, last: int, n: int, step: int) -> None:
+        """Permits that another manager has granted; its sessions are over, so they cannot come back."""
+        self._holdings.append(Holding(None, 0, slot, last, n, step))
+
     def spend_lapsed(self, now: int) -> bool:
         if not self.lapsed or now >= self.lapsed_until:
             return False
@@ -165,7 +185,7 @@ class Account:
             self.lapsed += 1
             self.lapsed_until = now + LATE
         else:
-            self._holdings.append(_Holding(None, 0, spent.slot, spent.last))
+            self._holdings.append(Holding(None, 0, spent.slot, spent.last))
 
     def lapse(self, now: int) -> None:
         """Permits that are too old from `now` on are no permits any more."""
@@ -203,6 +223,26 @@ class Account:
         return end if end > now else None
 
 
+class Gathered:
+    """Which accounts another manager has been told of, as they go through piece by piece. What happens to one of these
+    has to be told by itself; what happens to the others will be seen."""
+
+    def __init__(self) -> None:
+        self._pieces = 0
+        self._left: dict[Holder, None] = {}
+
+    def begin(self, number: int, piece: dict[Holder, Account]) -> None:
+        """All of the pieces before have been told."""
+        self._left = dict.fromkeys(piece)
+        self._pieces = number + 1
+
+    def told(self, holder: Holder) -> None:
+        self._left.pop(holder, None)
+
+    def __contains__(self, holder: Holder) -> bool:
+        return hash(holder) & MASK < self._pieces and holder not in self._left
+
+
 class Audit:
     """All accounts.
 
@@ -210,6 +250,8 @@ class Audit:
         start: when the manager began: what its predecessor granted is unknown, and nobody is accused for it.
 
     Attributes:
+        known_from: until then nobody is accused. gathered: accounts that another manager has been told of, while this
+            one is frozen (see `handover`).
         unpermitted, late: MAIL commands so far that had no permit, or came too late for it.
         remarks: for the log. wheel: accounts by the time at which nothing will be left of them.
     """
@@ -219,29 +261,43 @@ class Audit:
         self.late = 0
         self.remarks: list[Remark] = []
         self.wheel: Wheel[Holder] = Wheel(SECOND)
-        self._known_from = start + LONGEST_SLACK + AHEAD
-        self._accounts: Pieces[Holder, Account] = Pieces()
+        self.known_from = start + LONGEST_SLACK + AHEAD
+        self.accounts: Pieces[Holder, Account] = Pieces()
+        self.gathered: Gathered | None = None
         self._told: dict[tuple[str, Notice], int] = {}
 
     def granted(self, run: Run, slack: int) -> None:
         """Permits have left for their instance, each usable for `slack`."""
         flow = run.flow
         holder = flow.receiver.name, flow.path.throttles
-        account = self._accounts.pieces[hash(holder) & MASK].get(holder)
+        account = self.accounts.pieces[hash(holder) & MASK].get(holder)
         if account is None:
             account = self._account(holder, run.first + run.step * (run.n - 1) + slack)
         account.granted(run, slack)
 
     def _account(self, holder: Holder, until: int) -> Account:
-        account = self._accounts.get(holder)
+        account = self.accounts.get(holder)
         if account is None:
-            account = self._accounts[holder] = Account()
+            account = self.accounts[holder] = Account()
             self.wheel.arm(holder, until + 1)
         return account
 
+    def adopt(self, holder: Holder, free_until: int, lapsed: int, lapsed_until: int, now: int) -> Account:
+        """An account that another manager had; what it holds is to be put into it."""
+        account = self._account(holder, now)
+        account.free_until, account.lapsed, account.lapsed_until = free_until, lapsed, lapsed_until
+        return account
+
+    def spent_elsewhere(self, spent: Spent, back: bool, now: int) -> None:
+        """Another manager saw a MAIL that used up this permit, or (`back`) one that was in vain."""
+        if back:
+            self.in_vain(spent, now)
+        elif (account := self.accounts.get(spent.holder)) is not None:
+            account.spend_this(spent)
+
     def returned(self, flow: Flow, first: int, n: int) -> list[tuple[int, int]]:
         """The flow's permits from the `first`th on (modulo 2**32) come back; those that nobody used, as (first, n)."""
-        account = self._accounts.get((flow.receiver.name, flow.path.throttles))
+        account = self.accounts.get((flow.receiver.name, flow.path.throttles))
         if account is None:
             return []
         start = flow.granted - (flow.granted - first) % WORD
@@ -250,13 +306,13 @@ class Audit:
     def mail(self, flow: Flow, now: int) -> tuple[Verdict, Spent | None]:
         """A MAIL was begun on a connection of `flow`, whose session may be over: what it had."""
         holder = flow.receiver.name, flow.path.throttles
-        account = self._accounts.get(holder)
+        account = self.accounts.get(holder)
         if not flow.path.limited or (account is not None and now <= account.free_until):
             return Verdict.PERMITTED, None
         permit = account.spend(now) if account is not None else None
         if permit is not None:
             return Verdict.PERMITTED, Spent(holder, *permit)
-        if now < self._known_from:
+        if now < self.known_from:
             return Verdict.PERMITTED, None
         if account is not None and account.spend_lapsed(now):
             return Verdict.LATE, Spent(holder, 0, None)
@@ -286,9 +342,9 @@ class Audit:
     def expire(self, now: int, most: int) -> None:
         """Forget accounts of which nothing is left."""
         for key in self.wheel.expire(now, most):
-            again = self._accounts[key].over_at(now)
+            again = self.accounts[key].over_at(now)
             if again is None:
-                del self._accounts[key]
+                del self.accounts[key]
             else:
                 self.wheel.arm(key, again)
 
@@ -301,5 +357,5 @@ class Audit:
             self.remarks.append(Remark(notice, name, detail))
 
 
-def _last(holding: _Holding) -> int:
+def _last(holding: Holding) -> int:
     return holding.last

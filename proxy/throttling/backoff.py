@@ -39,9 +39,12 @@ class Rate(Protocol):
 class Rule(Hashable, Protocol):
     """One `backoff` rule of a block, equal to itself after a reload.
 
-    `over`: more replies than that; None: the first does it. `percent` of each limit, or `rate`, or `pause`. Seconds.
+    `on`: the patterns, as they are written. `over`: more replies than that; None: the first does it. `percent` of each
+    limit, or `rate`, or `pause`. Seconds.
     """
 
+    @property
+    def on(self) -> Sequence[str]: ...
     @property
     def over(self) -> Rate | None: ...
     @property
@@ -96,11 +99,23 @@ class Slowdown:
         """Those that are on."""
         return frozenset(self._causes)
 
+    @property
+    def struck(self) -> Sequence[tuple[Rule, list[int]]]:
+        """When replies came that fit a rule which lets some pass."""
+        return [(rule, list(times)) for rule, times in self._struck.items()]
+
+    def adopt(self, cause: Cause) -> None:
+        self._causes[cause.rule] = cause
+
+    def adopt_struck(self, rule: Rule, times: Iterable[int]) -> None:
+        if rule.over is not None:
+            self._struck.setdefault(rule, deque(maxlen=rule.over.amount + 1)).extend(times)
+
     def strike(self, rule: Rule, reply: str, instance: str, now: int) -> bool:
         """A reply that fits; whether it slows down, or slows down for longer."""
         if rule.over is not None and not self._too_many(rule, rule.over, now):
             return False
-        self._causes[rule] = Cause(rule, Backoff(_terms(rule), now), reply, instance)
+        self._causes[rule] = Cause(rule, Backoff(terms_of(rule), now), reply, instance)
         return True
 
     def _too_many(self, rule: Rule, over: Rate, now: int) -> bool:
@@ -161,6 +176,18 @@ class Backoffs:
         self.remarks: list[Remark] = []
         self._slowdowns: dict[Key, Slowdown] = {}
         self._told = Limiter()
+
+    def everything(self) -> list[tuple[Key, Slowdown]]:
+        """Of all keys of which anything is remembered, the longest ago first."""
+        return list(self._slowdowns.items())
+
+    def adopt(self, key: Key, slowdown: Slowdown, now: int) -> None:
+        """What another manager had, after those that were adopted before."""
+        self._slowdowns[key] = slowdown
+        if slowdown.on:
+            self.wheel.arm(key, slowdown.next_change(now))
+        elif slowdown.ended:
+            self.wheel.arm(key, now)
 
     def __len__(self) -> int:
         """Throttles that are slowed down now."""
@@ -250,7 +277,7 @@ def act(rule: Rule) -> str:
     return f"{rule.percent} % of each limit"
 
 
-def _terms(rule: Rule) -> BackoffRule:
+def terms_of(rule: Rule) -> BackoffRule:
     rate = Limit(rule.rate.amount, rule.rate.seconds) if rule.rate is not None else None
     percent = _AFTER_A_PAUSE if rule.pause else 100 if rate is not None else rule.percent
     return BackoffRule(percent, rate, int(rule.return_after * SECOND))

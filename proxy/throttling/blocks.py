@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from proxy.model import Names
-from proxy.throttling.backoff import Backoffs, Rule
+from proxy.throttling.backoff import Backoffs, Rule, Slowdown
 from proxy.throttling.flows import Throttle
 from proxy.throttling.limits import Effective
 from proxy.throttling.overrides import BY_HAND, NO_RATE, Override, Overrides
@@ -251,6 +251,30 @@ class Blocks:
         names = [throttle.key.name for throttle in holding]
         waits = [self._rules.blocks[name].wait for name in names if name in self._rules.blocks]
         return min([wait for wait in waits if wait is not None], default=None)
+
+    @property
+    def start(self) -> int:
+        return self._start
+
+    def adopt(self, start: int, day: int) -> None:
+        """What is known goes back to `start`."""
+        self._start, self.day = start, day
+
+    def adopted(self, key: Key, connections: bool) -> Throttle:
+        """A throttle that another manager had. The limits of now hold when it is asked for, or by and by."""
+        known = self._connections if connections else self._throttles
+        throttle = known[key] = Throttle(key, counts=True)
+        throttle.connections = connections
+        self._stale[throttle] = None
+        return throttle
+
+    def adopt_slowdown(self, key: Key, slowdown: Slowdown, now: int) -> None:
+        """What replies did elsewhere; nothing, if its block has no rule for a back-off here."""
+        if key.name in self._rules.listeners:
+            self.backoffs.adopt(key, slowdown, now)
+
+    def find(self, key: Key, connections: bool) -> Throttle | None:
+        return (self._connections if connections else self._throttles).get(key)
 
     def throttles(self) -> Iterable[Throttle]:
         return [*self._throttles.values(), *self._connections.values()]

@@ -6,13 +6,14 @@ one of them work says so here (`_settle`), and which throttles are in use is kep
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from proxy.throttling.advice import Adviser
 from proxy.throttling.audit import Audit
 from proxy.throttling.blocks import Blocks, NoRules, Rules
 from proxy.throttling.desk import Desk
 from proxy.throttling.dispenser import Dispenser
+from proxy.throttling.estate import Record
 from proxy.throttling.flows import Flow, Throttle
 from proxy.throttling.overrides import Overrides
 from proxy.throttling.places import PlaceBook
@@ -44,6 +45,8 @@ class Core:
         self._adviser = Adviser()
         self._active: set[Throttle] = set()
         self._debts: Wheel[Throttle] = Wheel(SECOND)  # throttles that are active, as far as is known, for debt alone
+        self._held: list[Callable[[int], object]] | None = None  # calls that wait, while it is frozen: see `handover`
+        self._meanwhile: list[Record] = []  # what others have to know of that time
 
     @property
     def throttles(self) -> Mapping[Key, Throttle]:
@@ -77,6 +80,8 @@ class Core:
 
     def _settle(self, now: int) -> None:
         """Pass on what one part's work means for another."""
+        if self._held is not None:
+            return
         if self._desk.clerks:
             self._desk.settle(now)
         while self._dispenser.paid:

@@ -83,8 +83,8 @@ class Desk:
         self._registry = registry
         self.clerks: dict[tuple[str, tuple[Throttle, ...]], Clerk] = {}
 
-    def ask(self, name: str, weight: float, throttles: tuple[Throttle, ...], now: int) -> MessageTicket | None:
-        """A slot under all of `throttles` for the next message of instance `name`; None: nothing limits it."""
+    def ticket(self, name: str, weight: float, throttles: tuple[Throttle, ...]) -> MessageTicket | None:
+        """For the next message of instance `name` under all of these; to `ask` with. None: nothing limits it."""
         if not any(throttle.windows for throttle in throttles):
             return None
         clerk = self.clerks.get((name, throttles))
@@ -97,9 +97,14 @@ class Desk:
         ticket = MessageTicket(clerk)
         clerk.tickets[ticket] = None
         clerk.flow.want += 1
-        self._dispenser.activate(clerk.flow, now)
-        self.settle(now)
         return ticket
+
+    def ask(self, ticket: MessageTicket, now: int) -> None:
+        """A slot for this ticket, unless it has been called off."""
+        clerk = ticket.clerk
+        if ticket in clerk.tickets:
+            self._dispenser.activate(clerk.flow, now)
+            self.settle(now)
 
     def cancel(self, ticket: MessageTicket, now: int) -> None:
         """Nobody waits for it any more; what was granted and not used goes to the next.

@@ -41,6 +41,11 @@ class Throttle(Meter):
         self.terms: Terms | None = None
         self.along: tuple[Throttle, ...] = ()
 
+    @property
+    def kind(self) -> int:
+        """Of instances (0), the proxy's own (1), or the meter of its connection rate (2): with the key, which it is."""
+        return self.counts + self.connections
+
     def in_use(self) -> bool:
         """Whether someone waits, or a place is taken."""
         return bool(self.used or self.slots or self.line)
@@ -218,11 +223,18 @@ class Slots:
 
 
 class Places:
-    """The places of one socket; given back once, however often it is closed."""
+    """The places of one socket; given back once, however often it is closed.
 
-    __slots__ = ("flows", "open", "owner", "throttles", "weight")
+    Attributes:
+        number: by which others know it: processes that hold the socket, see `handover`.
+    """
 
-    def __init__(self, owner: str, weight: float, throttles: tuple[Throttle, ...], flows: tuple[Flow, ...]) -> None:
+    __slots__ = ("flows", "number", "open", "owner", "throttles", "weight")
+
+    def __init__(
+        self, number: int, owner: str, weight: float, throttles: tuple[Throttle, ...], flows: tuple[Flow, ...]
+    ) -> None:
+        self.number = number
         self.owner = owner
         self.weight = weight
         self.throttles = throttles

@@ -27,6 +27,8 @@ class Giver:
         touched: receivers that got something. paid: flows without a fine. idle: throttles that nobody waits under now.
         wheel, fine: throttles by their next turn; the fine one has those that give out nothing ahead.
         unfinished: throttles that are to be served as soon as others had their turn.
+        former: virtual times that there were when another process left what it had (see `handover`): who waits there is
+            back soon.
     """
 
     def __init__(self) -> None:
@@ -36,6 +38,7 @@ class Giver:
         self.paid: list[Flow] = []
         self.idle: set[Throttle] = set()
         self.unfinished: Rota[Throttle] = Rota()
+        self.former: dict[Throttle, tuple[int, dict[str, int]]] = {}
         self._left = SLOTS_IN_A_TURN
         self._order = count()
 

@@ -40,7 +40,7 @@ class Line(Generic[Waiting]):
 
     __slots__ = (
         *("_began", "_clock", "_due", "_heap", "_keys", "_owners", "_passed", "_poor", "_served", "_turn", "_weight"),
-        *("_weights", "claim", "size"),
+        *("_away", "_weights", "claim", "size"),
     )
 
     def __init__(self, now: int) -> None:
@@ -56,6 +56,7 @@ class Line(Generic[Waiting]):
         self._clock = 0.0  # grows with each turn by its part of all weights, so by 1/w while w of them pass
         self._due: dict[str, float] = {}  # when it is the turn of an owner who has no place
         self._poor: list[tuple[float, str]] = []  # a heap of all who may be such, each once
+        self._away: dict[str, float] = {}  # turns until it is that of an owner who has yet to come back
         self.size = 0
         self.claim: Waiting | None = None
 
@@ -74,7 +75,7 @@ class Line(Generic[Waiting]):
             self._turn += 1
             self._served[owner] = self._turn
         if owner not in self._due:
-            due = self._due[owner] = self._clock + 1 / weight
+            due = self._due[owner] = self._clock + self._away.pop(owner, 1 / weight)
             heappush(self._poor, (due, owner))
         self.rank(owner, meter)
 
@@ -173,6 +174,24 @@ class Line(Generic[Waiting]):
         if not self._owners[owner]:
             del self._owners[owner]
             self._weight -= self._weights.pop(owner)
+
+    def leave(self) -> tuple[int, int, list[tuple[str, float | None]]]:
+        """What another line at this throttle needs to go on: since when it stands, how many got in, and the owners in
+        the order in which they were served, with the turns until each must be (None: it has places)."""
+        dues = {owner: max(0.0, due - self._clock) for owner, due in self._due.items()} | self._away
+        owners = sorted(self._served, key=self._served.__getitem__)
+        return self._began, self._passed, [(owner, dues.get(owner)) for owner in owners]
+
+    def follow(self, passed: int) -> None:
+        """Go on where another line was (see `leave`); who stood there is to join."""
+        self._passed = passed
+
+    def expect(self, owner: str, due: float | None) -> None:
+        """One of those, in their order."""
+        self._turn += 1
+        self._served[owner] = self._turn
+        if due is not None:
+            self._away[owner] = due
 
     def outlook(self, now: int) -> int | None:
         """How long it takes until all who stand here got in, at the pace so far; None: nobody did yet."""

@@ -6,9 +6,9 @@ What follows from a call piles up until it is collected: `take_ready` (sessions 
 closed), `take_notices` (for the log). Frames, sockets and proof of identity are `control`'s and `native`'s; the
 arithmetic is in `throttle`, `dispenser`, `places` and `limits`.
 
-The calls are those of one object and stand in four files, each of which knows those before it: `core` (the parts),
-`attendance` (sessions), `statements` (what they say), `requests` (places and messages). Here are time, settings, and
-what receivers reply.
+The calls are those of one object and stand in five files, each of which knows those before it: `core` (the parts),
+`attendance` (sessions), `statements` (what they say), `requests` (places and messages), `handover` (from one process to
+another). Here are time, settings, and what receivers reply.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from typing import Any
 
 from proxy.throttling.blocks import Rules
 from proxy.throttling.core import SWEEP
-from proxy.throttling.flows import Places, Throttle
+from proxy.throttling.handover import Handover
 from proxy.throttling.overrides import Override
 from proxy.throttling.registry import Remark
-from proxy.throttling.requests import Requests
 from proxy.throttling.wheel import Wheel
 
 
-class Manager(Requests):
+class Manager(Handover):
     """All throttles of this proxy.
 
     Args:
@@ -51,15 +50,12 @@ class Manager(Requests):
             self._registry.forgetting,
             self.blocks.backoffs.wheel,
             self.overrides.wheel,
+            self._former,
         )
-
-    def replied(self, places: Places, reply: str, now: int) -> None:
-        """A receiver refused something on the connection that has these places: see `Blocks.replied`."""
-        self._relook(self.blocks.replied(places.throttles, reply, places.owner, now), now)
-        self._settle(now)
 
     def end_backoff(self, name: str, now: int) -> int | None:
         """End the back-offs of a block by hand; of how many throttles. None: there is no such block."""
+        self._need_thawed()
         if not self.blocks.has(name):
             return None
         count = self.blocks.end_backoff(name, now)
@@ -74,6 +70,7 @@ class Manager(Requests):
 
     def set_by_hand(self, override: Override, now: int) -> int:
         """Lower limits, or a pause, for a time; its number."""
+        self._need_thawed()
         number = self.overrides.add(override)
         self._overridden([override])
         self._look_at_hand(now)
@@ -81,6 +78,7 @@ class Manager(Requests):
 
     def end_by_hand(self, fits: Callable[[int, Override], bool], now: int) -> int:
         """End those that fit before their time; how many."""
+        self._need_thawed()
         ended = self.overrides.end(fits)
         self._overridden(ended)
         self._look_at_hand(now)
@@ -88,12 +86,16 @@ class Manager(Requests):
 
     def turn_day(self, day: int, now: int) -> None:
         """It is this day, counted from 1970-01-01: warm-ups follow the calendar."""
+        if self._held is not None:
+            self._held.append(lambda later: self.turn_day(day, later))
+            return
         self.blocks.turn_day(day)
         self._refresh(now)
         self._settle(now)
 
     def reload(self, enforce: bool, blocks: Rules, now: int) -> None:
         """New settings; places, debts and sessions stay."""
+        self._need_thawed()
         if self.enforce and not enforce:
             self._pardon(now)
         self.enforce = enforce
@@ -103,6 +105,8 @@ class Manager(Requests):
 
     def advance(self, now: int) -> None:
         """Do what is due."""
+        if self._held is not None:
+            return
         for session in self._pings.expire(now):
             self._ping(session, now)
         for throttle in self._registry.backoffs.expire(now, SWEEP):
@@ -126,10 +130,13 @@ class Manager(Requests):
         for throttle in self._registry.forgetting.expire(now, SWEEP):
             self._registry.forget(throttle, now)
         self._drop_idle(now, SWEEP)
+        self._outlive(now)
         self._settle(now)
 
     def next_wakeup(self) -> int | None:
         """When `advance` is due, in nanoseconds; in the past: at once; None: not before the next call."""
+        if self._held is not None:
+            return None
         if (
             self._departed
             or self._stretching
@@ -187,9 +194,3 @@ class Manager(Requests):
     def _refresh(self, now: int) -> None:
         """New settings reach some more of the proxy's own throttles."""
         self._relook(self.blocks.refresh(now, SWEEP), now)
-
-    def _relook(self, throttles: Iterable[Throttle], now: int) -> None:
-        """Their limits are others now: so may be who gets something."""
-        for throttle in throttles:
-            self._book.pump(throttle, now)
-            self._dispenser.serve(throttle, now)

@@ -6,7 +6,7 @@ be without. Each ends by itself; nothing is stored, so a restart ends all of the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from proxy.throttling.limits import Effective
@@ -63,6 +63,17 @@ class Overrides:
         self._all[number] = override
         self.wheel.arm(number, override.until)
         return number
+
+    @property
+    def next_number(self) -> int:
+        return self._next
+
+    def adopt(self, all: Iterable[tuple[int, Override]], next_number: int) -> None:
+        """Those of another manager, with the numbers that they have there."""
+        for number, override in all:
+            self._all[number] = override
+            self.wheel.arm(number, override.until)
+        self._next = next_number
 
     def end(self, fits: Callable[[int, Override], bool]) -> list[Override]:
         """End those that fit."""

@@ -19,6 +19,7 @@ from typing import Protocol
 
 from proxy.throttling.flows import Flow, Places, Throttle, Ticket
 from proxy.throttling.line import Line
+from proxy.throttling.many import MASK, Pieces
 from proxy.throttling.throttle import MILLISECOND
 from proxy.throttling.wheel import Wheel
 
@@ -38,6 +39,9 @@ class PlaceBook:
         crowded: throttles whose line or occupancy changed while somebody waits.
         idle: throttles where nobody waits or holds a place any more.
         wheel: throttles that count connections and whose next slot is what tickets wait for.
+        open: all places that are taken, by number.
+        former: lines that there were when another process left what it had (see `handover`): who stands there is back
+            soon.
     """
 
     def __init__(self, shut: Gate) -> None:
@@ -46,6 +50,8 @@ class PlaceBook:
         self.crowded: dict[Throttle, None] = {}
         self.idle: set[Throttle] = set()
         self.wheel: Wheel[Throttle] = Wheel(MILLISECOND)
+        self.open: Pieces[int, Places] = Pieces()
+        self.former: dict[Throttle, Line[Ticket]] = {}
         self._shut = shut
         self._numbers = count()
         self._freed: list[Throttle] = []  # where something else than a place that came back may let somebody go on
@@ -68,12 +74,27 @@ class PlaceBook:
         """
         if self._free(throttles, flows):
             return self._seat(owner, weight, throttles, flows)
-        ticket = Ticket(owner, weight, throttles, flows, rated)
-        ticket.number = next(self._numbers)
+        ticket = self.ticket(owner, weight, throttles, flows, rated)
         self._try(ticket, now)
         if self._freed:
             self._pump([], now)
         return ticket.places or ticket
+
+    def ticket(
+        self, owner: str, weight: float, throttles: tuple[Throttle, ...], flows: tuple[Flow, ...], rated: bool
+    ) -> Ticket:
+        """One that has not asked yet: see `ask`."""
+        ticket = Ticket(owner, weight, throttles, flows, rated)
+        ticket.number = next(self._numbers)
+        return ticket
+
+    def ask(self, ticket: Ticket, now: int) -> None:
+        """Places for this ticket, or it waits; as `admit`, but it is told by `admitted` in any case."""
+        if ticket.waiting:
+            self._try(ticket, now)
+            if ticket.places is not None and ticket not in self.admitted:
+                self.admitted.append(ticket)
+            self._pump([], now)
 
     def swap(
         self,
@@ -138,6 +159,16 @@ class PlaceBook:
             self._unclaim(ticket)
             self._pump([], now)
         ticket.waiting = False
+
+    def former_line(self, throttle: Throttle, began: int, passed: int) -> Line[Ticket]:
+        """A line that another process had, for who stood there to come back to."""
+        line = self.former[throttle] = Line(began)
+        line.follow(passed)
+        return line
+
+    def adopt(self, owner: str, weight: float, throttles: tuple[Throttle, ...], flows: tuple[Flow, ...]) -> Places:
+        """Those of a socket that another process holds, whether there is room or not."""
+        return self._seat(owner, weight, throttles, flows)
 
     def pump(self, throttle: Throttle, now: int) -> None:
         """Let in who can get in under `throttle` now, whose limits may have changed."""
@@ -266,7 +297,7 @@ class PlaceBook:
         """`ticket` stands in line at `throttle`."""
         ticket.blocker = throttle
         if throttle.line is None:
-            throttle.line = Line(now)
+            throttle.line = self._new_line(throttle, now)
         throttle.line.add(ticket, throttle)
         self._moved(ticket, +1)
         self.crowded[throttle] = None
@@ -294,11 +325,14 @@ class PlaceBook:
                 self._stand(claim, throttle, now)
         for throttle in ticket.throttles:
             if throttle.line is None:
-                throttle.line = Line(now)
+                throttle.line = self._new_line(throttle, now)
             throttle.line.claim = ticket
             if throttle.full():
                 self.blocked[throttle] = None
         return None
+
+    def _new_line(self, throttle: Throttle, now: int) -> Line[Ticket]:
+        return self.former.pop(throttle, None) or Line(now)
 
     def _unclaim(self, ticket: Ticket) -> None:
         """Nothing is kept for `ticket` any more."""
@@ -381,11 +415,14 @@ class PlaceBook:
             flow.places += 1
             if not flow.listed:  # (it looks itself)
                 _list(flow)
-        return Places(owner, weight, throttles, flows)
+        number = next(self._numbers)
+        places = self.open.pieces[number & MASK][number] = Places(number, owner, weight, throttles, flows)
+        return places
 
     def _leave(self, places: Places) -> list[Throttle]:
         """Give them back; those of their throttles where somebody waits."""
-        owner = places.owner
+        owner, number = places.owner, places.number
+        del self.open.pieces[number & MASK][number]
         lines = []
         for throttle in places.throttles:
             throttle.free_place(owner)

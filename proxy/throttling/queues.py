@@ -35,6 +35,8 @@ class Queues(Returns):
             slots = throttle.slots
             if slots is None:
                 slots = throttle.slots = Slots(path)
+                if self.former and (former := self.former.pop(throttle, None)) is not None:
+                    slots.clock, slots.times = former
             elif slots.path is not path:
                 slots.path = None
             slots.waiting += 1

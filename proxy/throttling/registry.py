@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import heappush
 from typing import NamedTuple
 
 from proxy.throttling.dispenser import Dispenser
@@ -77,7 +78,8 @@ class Registry:
         self._book = book
         self._paths: Pieces[tuple[Throttle, ...], Path] = Pieces()
         self._parts: dict[Part, Part] = {}
-        self._fines: dict[tuple[str, tuple[Throttle, ...]], int] = {}
+        self.fines: dict[tuple[str, tuple[Throttle, ...]], int] = {}
+        self._former_at: dict[Throttle, dict[Path, None]] = {}  # paths with slots that another process left
 
     # --- joining and leaving ---
 
@@ -137,7 +139,7 @@ class Registry:
             stake.add(flow)
             if not known:
                 self._restake(throttle, stake, part, now)
-        fine = self._fines.pop((receiver.name, throttles), 0)
+        fine = self.fines.pop((receiver.name, throttles), 0)
         flow.fine = flow.want = fine
         return flow
 
@@ -196,8 +198,8 @@ class Registry:
     def owe(self, flow: Flow, messages: int = 1) -> None:
         """The instance of a flow whose session is over has to pay on that path, when it is back."""
         key = flow.receiver.name, flow.path.throttles
-        if messages and (key in self._fines or len(self._fines) < MAX_FINES):
-            self._fines[key] = self._fines.get(key, 0) + messages
+        if messages and (key in self.fines or len(self.fines) < MAX_FINES):
+            self.fines[key] = self.fines.get(key, 0) + messages
 
     def end_lease(self, throttle: Throttle, name: str, now: int) -> None:
         """Drop the instance's part, if no flow of it is left."""
@@ -229,6 +231,50 @@ class Registry:
         for throttle in throttles:
             if throttle.terms is not None and not throttle.terms.stakes:
                 self.forget(throttle, now)
+
+    # --- what another manager had ---
+
+    @property
+    def start(self) -> int:
+        return self._start
+
+    def adopt(self, start: int) -> None:
+        """What is known goes back to `start`."""
+        self._start = start
+
+    def paths(self) -> Iterator[Path]:
+        """All of them; some may come meanwhile."""
+        for piece in self._paths.pieces:
+            yield from list(piece.values())
+
+    def adopt_stake(self, throttle: Throttle, name: str, part: Part, until: int) -> None:
+        """An instance's part, which is in force already, until the instance is back or its time is over."""
+        _terms(throttle).stakes.append(Stake(name, self._parts.setdefault(part, part)))
+        self.leases.arm((throttle, name), until)
+
+    def adopt_fine(self, owner: str, throttles: tuple[Throttle, ...], messages: int) -> None:
+        self.fines[owner, throttles] = self.fines.get((owner, throttles), 0) + messages
+
+    def adopt_slots(self, throttles: tuple[Throttle, ...], slots: Iterable[int]) -> Path:
+        """Slots that may be given out again on this path, which is to be let go when they are too old."""
+        path = self._paths.get(throttles)
+        if path is None or path not in self._former_at.get(throttles[0], ()):
+            path = self.hold(throttles)
+            for throttle in throttles:
+                self._former_at.setdefault(throttle, {})[path] = None
+        path.returned = path.returned or []
+        for slot in slots:
+            heappush(path.returned, slot)
+        return path
+
+    def outlived(self, path: Path, now: int) -> None:
+        """Its slots are too old."""
+        for throttle in path.throttles:
+            paths = self._former_at[throttle]
+            del paths[path]
+            if not paths:
+                del self._former_at[throttle]
+        self.let_go(path, now)
 
     # --- limits in force ---
 
@@ -275,6 +321,10 @@ class Registry:
         """Whether `step` has more to do."""
         return bool(self._to_look_at)
 
+    def unseen(self) -> dict[tuple[str, str], None]:
+        """Names and sources for which `step` has more to do."""
+        return {(override.name, override.source): None for override, _ in self._to_look_at}
+
     def step(self, now: int) -> None:
         """Put what was set by hand in force for some throttles."""
         if self._to_look_at:
@@ -307,6 +357,8 @@ class Registry:
         """The slack has grown: what was not sent yet, or comes back, was spaced for the smaller one."""
         flows = list(_terms(throttle))
         self._dispenser.forget_slots(flows)
+        for path in self._former_at.get(throttle, ()):
+            path.returned = None
         for flow in flows:
             self._dispenser.activate(flow, now)
         self.teller.all_of(throttle)

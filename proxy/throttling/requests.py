@@ -11,6 +11,7 @@ from proxy.errors import Throttled
 from proxy.model import UNNAMED, Names
 from proxy.throttling.audit import Mail, Spent, Verdict
 from proxy.throttling.desk import MessageTicket
+from proxy.throttling.estate import LeftOf, OwedOf, RepliedOf, SpentOf
 from proxy.throttling.flows import Flow, Places, Throttle, Ticket, throttles_of
 from proxy.throttling.refusals import refusal
 from proxy.throttling.session import Session
@@ -53,9 +54,12 @@ class Requests(Statements):
         Returns:
             the places, or a ticket to wait with; it comes back in `take_admitted`, or `cancel` it and see `refusal`.
         """
-        answer = self._book.admit(
-            owner, weight, self._under(owner, source, destination, names, flows, now), flows, now, rated
-        )
+        throttles = self._under(owner, source, destination, names, flows, now)
+        if self._held is not None and throttles:
+            ticket = self._book.ticket(owner, weight, throttles, flows, rated)
+            self._held.append(lambda later: self._ask_late(ticket, later))
+            return ticket
+        answer = self._book.admit(owner, weight, throttles, flows, now, rated)
         if isinstance(answer, Places):
             for throttle in answer.throttles:
                 self._active.add(throttle)
@@ -75,6 +79,8 @@ class Requests(Statements):
         names: Names = UNNAMED,
     ) -> Places | None:
         """A cached connection goes to another user: its places for those of the new path. None: not possible now."""
+        if self._held is not None:
+            return None
         new = self._book.swap(
             old, owner, weight, self._under(owner, source, destination, names, flows, now), flows, now, rated
         )
@@ -91,21 +97,22 @@ class Requests(Statements):
         Returns:
             tickets that got in by it (and any others not yet collected); their `places` are set.
         """
-        self._book.release(places, now)
-        self._registry.released(places.throttles, now)
-        self._settle(now)
+        if self._held is not None:
+            self._leave_late(places)
+            return []
+        self._leave(places, now)
         return self.take_admitted()
 
     def heir(self, places: Places, now: int) -> Ticket | None:
         """Who would be the first to get in if these were released; None: nobody, or only releasing would tell."""
-        return self._book.heir(places, now)
+        return self._book.heir(places, now) if self._held is None else None
 
     def cancel(self, ticket: Ticket, now: int) -> list[Ticket]:
         """Nobody waits for `ticket` any more, whether it got in or not. Returns as `release`."""
-        self._book.cancel(ticket, now)
-        if ticket.places is not None:
-            self._registry.released(ticket.places.throttles, now)
-        self._settle(now)
+        if self._held is not None:
+            self._cancel_late(ticket)
+            return []
+        self._cancel(ticket, now)
         return self.take_admitted()
 
     def take_admitted(self) -> list[Ticket]:
@@ -169,8 +176,15 @@ class Requests(Statements):
                     throttles += (throttle,)
                 else:
                     throttle.shadow_slot(now)
-        ticket = self._desk.ask(owner, weight, throttles, now)
-        if ticket is not None:
+        ticket = self._desk.ticket(owner, weight, throttles)
+        if ticket is None:
+            self._settle(now)
+            return None
+        if self._held is not None:
+            waiting = ticket
+            self._held.append(lambda later: self._ask_message_late(waiting, later))
+        else:
+            self._desk.ask(ticket, now)
             for throttle in throttles:
                 self._active.add(throttle)
         self._settle(now)
@@ -178,11 +192,17 @@ class Requests(Statements):
 
     def cancel_message(self, ticket: MessageTicket, now: int) -> None:
         """Nobody waits for `ticket` any more; a slot that it got and that was not used goes to the next."""
+        if self._held is not None:
+            # Before those who ask: nothing is to be given to who has gone by then.
+            self._held.insert(0, lambda later: self.cancel_message(ticket, later))
+            return
         self._desk.cancel(ticket, now)
         self._settle(now)
 
     def put_off(self, ticket: MessageTicket, now: int) -> bool:
         """The message of a granted ticket goes only now; False: much too late, it needs another slot."""
+        if self._held is not None:
+            return ticket.slot is None or now <= ticket.last
         return self._desk.put_off(ticket, now)
 
     def take_granted(self) -> list[MessageTicket]:
@@ -202,6 +222,7 @@ class Requests(Statements):
             verdict, used = self._audit.mail(flow, now)
             if used is not None:
                 spent.append(used)
+                self._note_spent(used, back=False)
             if verdict is Verdict.LATE:
                 late.append(flow)
                 self._audit.tell_late(flow, now)
@@ -214,6 +235,16 @@ class Requests(Statements):
         """That MAIL was no message, and will be said again elsewhere with the same permit."""
         for spent in mail.spent:
             self._audit.in_vain(spent, now)
+            self._note_spent(spent, back=True)
+
+    def replied(self, places: Places, reply: str, now: int) -> None:
+        """A receiver refused something on the connection that has these places: see `Blocks.replied`."""
+        if self._held is not None:
+            self._meanwhile.append(RepliedOf(places.number, reply))
+            self._held.append(lambda later: self.replied(places, reply, later))
+            return
+        self._relook(self.blocks.replied(places.throttles, reply, places.owner, now), now)
+        self._settle(now)
 
     def _charge(self, flow: Flow, now: int) -> None:
         """A message without a permit, on a connection that an earlier session of the instance may have opened."""
@@ -221,6 +252,14 @@ class Requests(Statements):
         self._audit.tell_unpermitted(flow, session, now)
         if not self.enforce:
             return
+        if self._held is not None:
+            self._meanwhile.append(OwedOf(flow.receiver.name, _keys(flow.path.throttles)))
+            self._held.append(lambda later: self._make_pay(flow, later))
+        else:
+            self._make_pay(flow, now)
+
+    def _make_pay(self, flow: Flow, now: int) -> None:
+        session = self.sessions.get(flow.receiver.name)
         payer = flow if flow.receiver is session else self._registry.successor(flow, session)
         if payer is None:
             self._registry.owe(flow)
@@ -229,3 +268,58 @@ class Requests(Statements):
         payer.want += 1
         self._book.shut(payer, now)
         self._dispenser.activate(payer, now)
+        self._settle(now)
+
+    def _relook(self, throttles: Iterable[Throttle], now: int) -> None:
+        """Their limits are others now: so may be who gets something."""
+        for throttle in throttles:
+            self._book.pump(throttle, now)
+            self._dispenser.serve(throttle, now)
+
+    # --- what waits while the manager is frozen ---
+
+    def _ask_late(self, ticket: Ticket, now: int) -> None:
+        self._book.ask(ticket, now)
+        if ticket.places is not None:
+            self._active.update(ticket.places.throttles)
+        self._settle(now)
+
+    def _ask_message_late(self, ticket: MessageTicket, now: int) -> None:
+        self._desk.ask(ticket, now)
+        self._settle(now)
+
+    def _leave_late(self, places: Places) -> None:
+        self._meanwhile.append(LeftOf(places.number))
+        assert self._held is not None
+        self._held.append(lambda later: self._leave(places, later))
+
+    def _leave(self, places: Places, now: int) -> None:
+        self._book.release(places, now)
+        self._registry.released(places.throttles, now)
+        self._settle(now)
+
+    def _cancel_late(self, ticket: Ticket) -> None:
+        assert self._held is not None
+        if ticket.places is not None:
+            self._leave_late(ticket.places)
+        elif ticket.blocker is None:  # it has not asked yet
+            ticket.waiting = False
+        else:
+            self._held.append(lambda later: self._cancel(ticket, later))
+
+    def _cancel(self, ticket: Ticket, now: int) -> None:
+        self._book.cancel(ticket, now)
+        if ticket.places is not None:
+            self._registry.released(ticket.places.throttles, now)
+        self._settle(now)
+
+    def _note_spent(self, spent: Spent, back: bool) -> None:
+        """A permit of an account that was told already."""
+        gathered = self._audit.gathered
+        if gathered is not None and spent.holder in gathered:
+            owner, throttles = spent.holder
+            self._meanwhile.append(SpentOf(owner, _keys(throttles), spent.slot, spent.last, back))
+
+
+def _keys(throttles: tuple[Throttle, ...]) -> list[tuple[int, str, str, str]]:
+    return [(each.kind, *each.key) for each in throttles]

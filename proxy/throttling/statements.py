@@ -6,6 +6,7 @@ And what is sent to them in return.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from proxy.model import UNNAMED, Names
 from proxy.throttling.attendance import Attendance
@@ -45,6 +46,9 @@ class Statements(Attendance):
         registry.check_room(named, keys)
         if flow is None or [throttle.key for throttle in flow.path.throttles] != keys:
             registry.check_crowd(keys)
+        if self._held is not None:
+            self._held.append(lambda later: self._register_late(session, id, parts, later, names))
+            return
         throttles = tuple([registry.throttle(key) for key in keys])
         said = [part for _, part in parts]
         paused = any(part.paused for part in said)
@@ -68,8 +72,18 @@ class Statements(Attendance):
         registry.announce(flow)
         self._settle(now)
 
+    def _register_late(
+        self, session: Session, id: int, parts: Sequence[tuple[Key, Part]], now: int, names: Names
+    ) -> None:
+        """There was room for it when it was said; many may have been said since."""
+        with suppress(ValueError):
+            self.register(session, id, parts, now, names)
+
     def unregister(self, session: Session, id: int, now: int) -> None:
         """`id` names nothing any more: no grants, and no part in the limits."""
+        if self._held is not None:
+            self._held.append(lambda later: self.unregister(session, id, later))
+            return
         flow = session.flows.get(id)
         if flow is None or session.end is not None:
             return
@@ -96,6 +110,9 @@ class Statements(Attendance):
 
         `lapsed`: so many of them (modulo 2**32) came too late or grew too old.
         """
+        if self._held is not None:
+            self._held.append(lambda later: self.demand(session, id, want, got, ram, bounce, disk, later, lapsed))
+            return
         flow = session.flows.get(id)
         if flow is None or session.end is not None:
             return
@@ -112,6 +129,9 @@ class Statements(Attendance):
 
     def give_back(self, session: Session, id: int, first: int, n: int, now: int) -> None:
         """Permits of path `id` from the `first`th on (counted from 0, modulo 2**32) will not be used."""
+        if self._held is not None:
+            self._held.append(lambda later: self.give_back(session, id, first, n, later))
+            return
         flow = session.flows.get(id)
         if flow is not None and session.end is None:
             for start, count in self._audit.returned(flow, first, n):
@@ -120,6 +140,9 @@ class Statements(Attendance):
 
     def outcome(self, session: Session, id: int, ok: int, deferred: int, failed: int, backoff: bool, now: int) -> None:
         """How attempts of path `id` ended; `backoff`: the instance's word that its throttles shall slow down."""
+        if self._held is not None:
+            self._held.append(lambda later: self.outcome(session, id, ok, deferred, failed, backoff, later))
+            return
         flow = session.flows.get(id)
         if flow is None or session.end is not None:
             return
@@ -138,6 +161,8 @@ class Statements(Attendance):
     # --- what is sent ---
 
     def take_ready(self) -> list[Session]:
+        if self._held is not None:
+            return []
         ready, self._dispenser.touched = self._dispenser.touched, {}
         return [session for session in ready if isinstance(session, Session) and session.end is None]
 
@@ -146,6 +171,8 @@ class Statements(Attendance):
 
         What is left (see `Session.parked_records`) is to be asked for again when this is sent.
         """
+        if self._held is not None:
+            return Output([], None, [], 0, 0, [], [])
         teller = self._registry.teller
         return session.take(self._sent, now, most, teller.owes if teller else None)
 

@@ -189,6 +189,16 @@ class Window:
         self.filled_at = max(filled_at, other)
         self.tat = self.filled_at + max(debt, owed)
 
+    @classmethod
+    def handed_over(cls, past: Past, now: int) -> Window:
+        """As another process had it; whose intervals for these terms may have been others, then it is a change."""
+        window = cls(past.limit, past.slack, past.tat, now)
+        window.tat, window.filled_at = past.tat, past.filled_at
+        if past.interval != window.interval:
+            window.filled_at, debt = window._carry(past, now)
+            window.tat = window.filled_at + debt
+        return window
+
     def past(self) -> Past:
         return Past(self.limit, self.slack, self.interval, self.tat, self.filled_at)
 

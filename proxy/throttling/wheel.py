@@ -69,6 +69,11 @@ class Wheel(Generic[Item]):
         if index is None or -(-due_ns // self._tick) < index:
             self.arm(item, due_ns)
 
+    def due(self, item: Item) -> int | None:
+        """When it falls due, to the tick; None: it is not armed."""
+        index = self._bucket_of.get(item)
+        return None if index is None else index * self._tick
+
     def disarm(self, item: Item) -> None:
         """Forget `item`; its place in a bucket is cleared when that bucket fires."""
         index = self._bucket_of.pieces[hash(item) & MASK].pop(item, None)

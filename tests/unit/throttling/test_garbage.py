@@ -61,6 +61,7 @@ def lives(bench: Bench, rng: random.Random) -> None:
 
 
 def look() -> None:
+    gc.collect()  # what imports have left
     gc.disable()
     bench = Bench()
     lives(bench, random.Random(1))

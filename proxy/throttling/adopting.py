@@ -1,0 +1,226 @@
+"""Puts into a new manager what another process has left: see `handover`, which calls this.
+
+The new one stands where the other was when it was frozen: each throttle has its debts and what was given out ahead, and
+each socket that the other process still has its places. Instances come back with new sessions; until then their parts
+in the limits stay, and who waited finds its virtual time and its place in the order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from proxy import settings
+from proxy.throttling import estate
+from proxy.throttling.audit import Account
+from proxy.throttling.backoff import Cause, Slowdown, terms_of
+from proxy.throttling.core import Core
+from proxy.throttling.estate import Gcra, Rate, Record, Slowing, Strictness
+from proxy.throttling.flows import Flow, Path, Places, Receiver, Throttle, Ticket
+from proxy.throttling.limits import Backoff, BackoffRule, Mode, Part
+from proxy.throttling.line import Line
+from proxy.throttling.overrides import Override
+from proxy.throttling.throttle import Carried, Key, Limit, Past, Shadow, Window
+
+#: Records that are taken in before others have their turn.
+STEP = 200
+
+#: Throttles and paths of which something is remembered that is of no use once everybody is back.
+Former = Throttle | Path
+
+
+class Adopting:
+    """One estate, on its way into a new manager.
+
+    Args:
+        former: told of each of these. breathe: called now and then; lets others have their turn.
+
+    Attributes:
+        held: the places of sockets that the other process has, by its numbers.
+    """
+
+    def __init__(
+        self, core: Core, left: estate.Estate, former: Callable[[Former], None], now: int, breathe: Callable[[], None]
+    ) -> None:
+        self.held: dict[int, Places] = {}
+        self._core = core
+        self._left = left
+        self._remember = former
+        self._now = now
+        self._breathe = breathe
+        self._throttles: list[Throttle] = []
+        self._parts: list[Part] = []
+        self._paths: list[tuple[Throttle, ...]] = []
+        self._accounts: list[Account] = []
+        self._slowdowns: list[tuple[Key, Slowdown]] = []
+        self._lines: list[Line[Ticket]] = []
+        self._overrides: list[tuple[int, Override]] = []
+        self._unseen: list[tuple[str, str]] = []
+        self._flows: dict[tuple[str, int, int], Flow] = {}
+
+    def run(self) -> None:
+        self._head(self._left.head)
+        for number, record in enumerate(self._left.records, 1):
+            self._take(record)
+            if number % STEP == 0:
+                self._breathe()
+        self._core.overrides.adopt(self._overrides, self._left.head.next_override)
+        for name, source in self._unseen:
+            self._core._registry.overridden(Override(name, source, False, 0, (), 0))
+        for number, (key, slowdown) in enumerate(self._slowdowns, 1):
+            self._core.blocks.adopt_slowdown(key, slowdown, self._now)
+            if number % STEP == 0:
+                self._breathe()
+        for number, throttle in enumerate(self._throttles, 1):
+            self._watch(throttle)
+            if number % STEP == 0:
+                self._breathe()
+
+    def _head(self, head: estate.Head) -> None:
+        core, audit = self._core, self._core._audit
+        core.incarnation = head.incarnation
+        core._registry.adopt(head.start)
+        core.blocks.adopt(head.start, head.day)
+        core.blocks.backoffs.begun = head.begun
+        audit.known_from, audit.unpermitted, audit.late = head.known_from, head.unpermitted, head.late
+
+    def _take(self, record: Record) -> None:
+        match record:
+            case estate.ThrottleOf():
+                self._throttle(record)
+            case estate.StakeOf():
+                throttle, part = self._throttles[record.throttle], self._parts[record.part]
+                self._core._registry.adopt_stake(throttle, record.name, part, record.until)
+            case estate.PartOf():
+                limits = tuple([_limit(rate) for rate in record.limits])
+                backoff = _slowing(record.backoff) if record.backoff is not None else None
+                self._parts.append(Part(limits, record.places, Mode(record.mode), record.paused, backoff))
+            case estate.TurnOf():
+                throttle = self._throttles[record.throttle]
+                _, times = self._core._dispenser.former.setdefault(throttle, (record.clock, {}))
+                times[record.name] = record.time
+                self._remember(throttle)
+            case estate.PathOf():
+                self._paths.append(tuple([self._throttles[number] for number in record.throttles]))
+            case estate.AccountOf():
+                holder = record.owner, self._paths[record.path]
+                self._accounts.append(
+                    self._core._audit.adopt(holder, record.free_until, record.lapsed, record.lapsed_until, self._now)
+                )
+            case estate.HoldingOf():
+                self._accounts[record.account].hold(record.slot, record.last, record.n, record.step)
+            case estate.ReturnedOf():
+                self._remember(self._core._registry.adopt_slots(self._paths[record.path], record.slots))
+            case estate.FineOf():
+                self._core._registry.adopt_fine(record.owner, self._paths[record.path], record.messages)
+            case estate.PlacesOf():
+                self._places(record)
+            case _:
+                self._take_rarer(record)
+
+    def _take_rarer(self, record: Record) -> None:
+        match record:
+            case estate.LineOf():
+                throttle = self._throttles[record.throttle]
+                line = self._core._book.former_line(throttle, record.began, record.passed)
+                self._lines.append(line)
+                self._remember(throttle)
+            case estate.StandingOf():
+                self._lines[record.line].expect(record.owner, record.due)
+            case estate.SlowdownOf():
+                slowdown = Slowdown()
+                slowdown.ended = record.ended
+                self._slowdowns.append((Key(record.source, record.name, record.receiver), slowdown))
+            case estate.CauseOf():
+                rule = _strictness(record.rule)
+                backoff = Backoff(terms_of(rule), 0)
+                backoff.until = record.until
+                self._slowdowns[record.slowdown][1].adopt(Cause(rule, backoff, record.reply, record.instance))
+            case estate.StruckOf():
+                self._slowdowns[record.slowdown][1].adopt_struck(_strictness(record.rule), record.times)
+            case estate.OverrideOf():
+                limits = tuple([_limit(rate) for rate in record.limits])
+                what = record.name, record.source, record.pause, record.places
+                self._overrides.append((record.number, Override(*what, limits, record.until, record.because)))
+            case estate.LookAtOf():
+                self._unseen.append((record.name, record.source))
+            case _:
+                pass  # of a later minor version, or of what happens meanwhile
+
+    def _throttle(self, record: estate.ThrottleOf) -> None:
+        key = Key(record.source, record.name, record.receiver)
+        core = self._core
+        throttle = core.blocks.adopted(key, record.kind == 2) if record.kind else core._registry.throttle(key)
+        self._throttles.append(throttle)
+        throttle.windows = tuple([self._window(each) for each in record.windows])
+        throttle.dormant = tuple([self._window(each) for each in record.dormant])
+        throttle.slack, throttle.opens = record.slack, record.opens
+        throttle.taken, throttle.cap = record.taken, record.cap
+        throttle.closed_until, throttle.closed_by = record.closed_until, record.closed_by
+        if record.shadow is not None:
+            shadow = throttle.shadow = Shadow()
+            shadow.patience, shadow.waited, shadow.refused = record.shadow
+        if record.carried is not None:
+            carried = throttle.carried = Carried()
+            carried.accepted, carried.deferred, carried.rejected = record.carried
+        terms = throttle.terms
+        if terms is None:
+            return
+        terms.mixed = record.mixed
+        terms.total, terms.bad, terms.period_end = record.outcomes
+        if record.backoff is not None:
+            terms.backoff = Backoff(_slowing(record.backoff), 0)
+            terms.backoff.until = record.backoff_until
+            core._registry.backoffs.arm(throttle, terms.backoff.next_change(self._now))
+
+    def _window(self, gcra: Gcra) -> Window:
+        past = Past(_limit(gcra.rate), gcra.slack, gcra.interval, gcra.tat, gcra.filled_at)
+        return Window.handed_over(past, self._now)
+
+    def _places(self, record: estate.PlacesOf) -> None:
+        throttles = self._paths[record.path] if record.path >= 0 else ()
+        flows = tuple([self._flow(each) for each in record.flows])
+        self.held[record.number] = self._core._book.adopt(record.owner, record.weight, throttles, flows)
+
+    def _flow(self, record: estate.FlowOf) -> Flow:
+        """What stands for the flow of a session that is over; equal ones are one."""
+        name = record.owner, record.id, record.path
+        flow = self._flows.get(name)
+        if flow is None:
+            receiver = Receiver(record.owner, record.weight)
+            flow = self._flows[name] = Flow(receiver, record.id, Path(self._paths[record.path]))
+        return flow
+
+    def _watch(self, throttle: Throttle) -> None:
+        """It is looked at when nothing is owed any more."""
+        core, now = self._core, self._now
+        if throttle.busy(now):
+            core._active.add(throttle)
+            if not throttle.in_use():
+                core._debts.arm(throttle, throttle.debt_until())
+        if throttle.terms is not None:
+            core._registry.forget(throttle, now)
+
+
+def _limit(rate: Rate) -> Limit:
+    return Limit(rate.amount, rate.seconds, rate.burst)
+
+
+def _slowing(slowing: Slowing) -> BackoffRule:
+    rate = _limit(slowing.rate) if slowing.rate is not None else None
+    return BackoffRule(slowing.percent, rate, slowing.return_after, slowing.threshold)
+
+
+def _strictness(rule: Strictness) -> settings.BackoffSettings:
+    """Equal to the rule of the configuration, if that has not changed."""
+    return settings.BackoffSettings(
+        on=tuple(rule.on),
+        over=_set_rate(rule.over),
+        percent=rule.percent,
+        rate=_set_rate(rule.rate),
+        pause=rule.pause,
+        return_after=rule.return_after,
+    )
+
+
+def _set_rate(rate: Rate | None) -> settings.Rate | None:
+    return None if rate is None else settings.Rate(rate.amount, rate.seconds)
