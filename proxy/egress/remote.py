@@ -322,8 +322,9 @@ class Remote(Office):
     # ---------------------------------------------------------------- steps
 
     def _applies(self, owner: str, source: str, destination: str, names: Names) -> bool:
+        """Where blocks name receivers, only the master knows for sure: here DNS may have said something else."""
         limits = self._limits()
-        return bool(limits) and bool(limits.match(owner, source, destination, names))
+        return bool(limits) and (limits.by_name or bool(limits.match(owner, source, destination, names)))
 
     def _ask(self, id: int, record: Record) -> Any:
         """Say it and wait for the answer."""

@@ -114,6 +114,7 @@ class Matcher(Generic[B]):
             self.blocks[block.name] = block
             self._add(block, named, breathe)
         self.by_instance = bool(self._instances.exact)
+        self.by_name = any(block.domain or block.mx for block in self.blocks.values())
 
     def __bool__(self) -> bool:
         return bool(self._order)

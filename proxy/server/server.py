@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import ssl
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from datetime import UTC, datetime, tzinfo
+from functools import partial
 from time import monotonic
 from typing import NamedTuple
 
@@ -27,47 +26,28 @@ from proxy import __version__
 from proxy.config.in_force import Row, digest
 from proxy.config.load import Loaded
 from proxy.control import door as control
-from proxy.egress import via
-from proxy.egress.acquaintances import Acquaintances
 from proxy.egress.admission import Admission, clock_ns
-from proxy.egress.broken_tls import BrokenTls
-from proxy.egress.demands import Demands
-from proxy.egress.keeper import Keeper
-from proxy.egress.look_ups import LookUps
-from proxy.egress.resumption import Sessions
-from proxy.egress.tlsa import TlsaLookUps
+from proxy.egress.office import Office
 from proxy.errors import ConfigError
 from proxy.log import lines as log
 from proxy.log import outputs
-from proxy.model import Breathe, Endpoint, hold_breath, let_go
-from proxy.net import certificates, identities
-from proxy.net.addresses import own_addresses
-from proxy.net.crew import Crew
-from proxy.net.relay import make_engine
+from proxy.model import Breathe, hold_breath, let_go
 from proxy.net.turn_meter import TurnMeter
 from proxy.net.turns import Breather, rest
-from proxy.policy.access import Access
-from proxy.policy.budget import FailureBudget
-from proxy.policy.directory import Book
-from proxy.policy.limits import Limits
-from proxy.policy.modes import Modes
-from proxy.policy.tls_rules import TlsRules
-from proxy.policy.trouble import Troubles
-from proxy.server import calendar, check_config, figures, findings, process, systemd
-from proxy.server.certificates import Certificates
+from proxy.server import calendar, check_config, figures, findings, process, systemd, wiring
 from proxy.server.drain import drain
 from proxy.server.listener import ListenError
 from proxy.server.listeners import Doors, Opened
 from proxy.server.reception import Reception
 from proxy.server.routine import Routine
-from proxy.server.shown import Shown
 from proxy.server.signals import Signals
 from proxy.server.steering import Steering
 from proxy.server.vitals import Vitals
-from proxy.services import Gauges, Instances, Newcomers, Services
+from proxy.server.wiring import Wiring
+from proxy.services import Services
 from proxy.settings import Settings
 from proxy.spans import SPANS
-from proxy.stats import Counters, Snapshot
+from proxy.stats import Snapshot
 from proxy.status.colleagues import Alone, Colleagues
 from proxy.status.http import House, InForce, ReloadFailure, StatusDoor
 from proxy.status.parts import Part, merge
@@ -79,11 +59,6 @@ EXIT_OK, EXIT_FORCED, EXIT_CANNOT_LISTEN = 0, 1, 69
 _OTHER_DESCRIPTORS = 160
 #: So many that the garbage collector should not look at them again and again.
 _MANY_THROTTLES = 1_000
-#: Connections that have not said who they are, and those that wait for the answer to a wrong secret.
-_MAX_NEWCOMERS = 1024
-_MAX_SLOWED = 256
-
-
 #: Reads the configuration anew, breathing in the middle; borrows descriptors for the files. Raises ConfigError.
 Load = Callable[[Breathe, Callable[[], AbstractContextManager[None]]], Loaded]
 
@@ -112,27 +87,9 @@ class Server:
         settings = loaded.settings
         self._load = load
         self._descriptors = process.raise_descriptor_limit()
-        self._engine = make_engine()
-        self._counters = Counters()
-        self._troubles = Troubles()
-        self._gauges = Gauges()
-        self._crew = Crew()
-        self._newcomers = Newcomers(_MAX_NEWCOMERS)
-        self._slowed = Newcomers(_MAX_SLOWED)
-        self._budget = FailureBudget()
-        self._instances = Instances()
-        self._incarnation: int = int.from_bytes(os.urandom(4), "big")
-        self._book = Book()
-        self._limits = Limits(settings.throttle, settings.source, self._book)
-        manager = Manager(self._incarnation, clock_ns(), settings.throttle_enforce, self._limits)
-        self._admission = Admission(manager, lambda throttle, count: self._keeper.make_way(throttle, count))
-        self._look_ups = LookUps(self._book, manager.blocks.forget_verdicts)
-        self._keeper = Keeper(self._engine, self._crew, self._counters, settings, self._admission)
-        self._broken_tls = BrokenTls()
-        self._tlsa = TlsaLookUps()
-        self._tls_sessions = Sessions()
-        self._acquaintances = Acquaintances()
-        self._via: via.Via | None = None
+        self._reserve = process.Reserve()
+        self._wiring = Wiring(settings, self._reserve.lent, partial(self._office, settings))
+        self._admission = self._wiring.admission
         self._zone: tzinfo = UTC  # whose calendar days count
         self._stops = 0
         self._stop = Event()
@@ -147,10 +104,8 @@ class Server:
             at_once={signal.SIGTERM: stop, signal.SIGINT: stop},
             in_turn={signal.SIGHUP: self._reload, signal.SIGUSR1: self._routine.report},
         )
-        self._reserve = process.Reserve()
         self._vitals = Vitals(0, self._reserve.lent)
         self._colleagues: Colleagues = Alone()
-        self._certificates = Certificates(self._reserve.lent)
         inherited = systemd.Inherited(os.environ, os.getpid())
         self._reception = Reception(
             services=lambda: self.services,
@@ -172,7 +127,16 @@ class Server:
         self._reload_failure: ReloadFailure | None = None
         self._in_force: InForce
         self._first = loaded
-        self.services: Services
+
+    def _office(self, settings: Settings, parts: Wiring) -> tuple[Office, Admission]:
+        manager = Manager(parts.incarnation, clock_ns(), settings.throttle_enforce, parts.limits)
+        admission = Admission(manager, lambda throttle, count: parts.keeper.make_way(throttle, count))
+        return admission, admission
+
+    @property
+    def services(self) -> Services:
+        """Those in force."""
+        return self._wiring.services
 
     # ---------------------------------------------------------------- life
 
@@ -188,11 +152,11 @@ class Server:
         _tell_doubts(self._first, hold_breath)
         self._doors.close_unclaimed()
         self._signals.watch()
-        own_addresses().watch(self._source_gone, self._source_came)
-        process.log_what_the_hub_catches(self._counters)
+        self._wiring.watch_addresses()
+        process.log_what_the_hub_catches(self._wiring.counters)
         TurnMeter(SPANS.turn)
         self._routine.begin()
-        gevent.spawn(self._keeper.run)
+        gevent.spawn(self._wiring.keeper.run)
         process.load_codecs()
         collector = process.Collector(lambda: len(self._admission.manager.throttles) >= _MANY_THROTTLES)
         collector.begin()
@@ -208,25 +172,19 @@ class Server:
             ConfigError: the certificate is of no use. ListenError: an address cannot be had. Nothing has changed then.
         """
         settings = loaded.settings
-        identity, context = self._certificates.of_doors(loaded)
-        for finding in (*check_config.unfit_tls_blocks(settings), *check_config.unfit_timezone(settings)):
-            where = loaded.origins.place(finding.directive, finding.value)
-            raise where.mistake(f"{finding.directive}: {finding.message}")
-        shown = self._certificates.for_receivers(loaded, breathe)
         gid = self._control_gid(settings)
         control_socket = self._control_socket(settings, gid)
+        opened: Opened = {}
         try:
             opened = self._doors.open_missing(settings, breathe)
+            wired = self._wiring.prepare(loaded, self._doors.endpoints(settings, opened), breathe)
         except BaseException:
+            for sock in opened.values():
+                sock.close()
             if control_socket is not None:
                 control_socket.close()
             raise
-        judge = self._certificates.judge(settings)
-        services = self._wire(settings, identity, self._doors.endpoints(settings, opened), breathe, shown, context)
-        limits = Limits(settings.throttle, settings.source, self._book, breathe)
-        return _Prepared(
-            services, opened, judge, limits, control_socket, gid, loaded.in_force, digest(loaded.in_force, breathe)
-        )
+        return _Prepared(wired, opened, control_socket, gid, loaded.in_force, digest(loaded.in_force, breathe))
 
     def _control_gid(self, settings: Settings) -> int | None:
         """
@@ -259,58 +217,6 @@ class Server:
         elif self._control is not None:
             self._control.apply(settings.control_socket_mode, gid)
 
-    def _wire(
-        self,
-        settings: Settings,
-        identity: identities.ServerIdentity | None,
-        own: Iterable[Endpoint] = (),
-        breathe: Breathe = hold_breath,
-        shown: Shown | None = None,
-        door_context: ssl.SSLContext | None = None,
-    ) -> Services:
-        return Services(
-            settings=settings,
-            access=Access(settings, own_addresses(), own, breathe),
-            modes=Modes(settings, breathe),
-            engine=self._engine,
-            counters=self._counters,
-            troubles=self._troubles,
-            gauges=self._gauges,
-            crew=self._crew,
-            newcomers=self._newcomers,
-            slowed=self._slowed,
-            budget=self._budget,
-            instances=self._instances,
-            keeper=self._keeper,
-            broken_tls=self._broken_tls,
-            demands=Demands(
-                TlsRules(settings.tls, settings.source, self._book, breathe),
-                self._tlsa,
-                self._look_ups.hear_of,
-                (shown or Shown()).of,
-            ),
-            tls_sessions=self._tls_sessions,
-            acquaintances=self._acquaintances,
-            office=self._admission,
-            admission=self._admission,
-            via=via.of_settings(self._engine, settings, socket.gethostname(), self._via),
-            identity=identity if settings.listen and settings.listen_tls else None,
-            mta_context=identity.mta_context if identity is not None and settings.mode_smtp_starttls else None,
-            door_context=door_context,
-            incarnation=self._incarnation,
-            host_name=socket.gethostname(),
-        )
-
-    def _source_gone(self, host: str) -> None:
-        """No answer can come to it any more, so nobody shall wait for one."""
-        dropped = self._keeper.forsake(host)
-        self._troubles.source_gone(host, monotonic())
-        log.note(log.Event.ADDRESS, log.WARNING, "an address is gone from this machine", source=host, dropped=dropped)
-
-    def _source_came(self, host: str) -> None:
-        self._troubles.source_came(host)
-        log.note(log.Event.ADDRESS, log.INFO, "an address is on this machine now", source=host)
-
     def _status_door(self) -> StatusDoor:
         return StatusDoor(
             House(
@@ -324,43 +230,25 @@ class Server:
                 in_force=lambda: self._in_force,
                 reload_failure=lambda: self._reload_failure,
                 spare=self._reserve.lent,
-                book=self._book,
+                book=self._wiring.book,
             )
         )
 
     def _take(self, prepared: _Prepared, breathe: Breathe) -> None:
         """Put new settings in force. Nothing here can fail."""
-        settings = prepared.services.settings
-        self.services = prepared.services
-        outputs.name_sources(self.services.access.name_of_source)
-        if self._via is not None and self._via is not self.services.via:
-            self._via.stop()
-        self._via = self.services.via
-        if prepared.judge is not None:
-            certificates.use_judge(prepared.judge)
+        settings = prepared.wired.services.settings
+        self._wiring.take(prepared.wired, breathe)
         self._take_control(settings, prepared.control_socket, prepared.control_gid)
-        self._steering.in_force, self._steering.limits = prepared.in_force, prepared.limits
+        self._steering.in_force, self._steering.limits = prepared.in_force, prepared.wired.limits
         self._in_force = InForce(prepared.digest, datetime.now(UTC))
         self._doors.take(settings, prepared.opened, breathe)
-        if not settings.listen_redirect:
-            self._gauges.ends = None
-        elif self._gauges.ends is None:
-            self._gauges.ends = set()
-        self._keeper.apply(settings)
-        self._engine.half_close_timeout = settings.half_close_timeout
-        domains = [domain for block in settings.throttle for domain in block.domain]
-        domains += [domain for tls_block in settings.tls for domain in tls_block.domain]
-        self._tlsa.use(settings.dns_server)
-        self._look_ups.use(domains, settings.dns_server, breathe)
-        self._limits = prepared.limits
         self._zone = calendar.zone(settings.timezone)
         self._turn_day()
-        self._admission.manager.reload(settings.throttle_enforce, self._limits, clock_ns())
+        self._admission.manager.reload(settings.throttle_enforce, self._wiring.limits, clock_ns())
         self._admission.settle()
-        for session in list(self._instances.sessions):
+        for session in list(self._wiring.instances.sessions):
             session.reloaded()
-        for dialogue in list(self._instances.dialogues):
-            dialogue.reloaded(self.services)
+        self._wiring.tell_dialogues()
         spare = self._descriptors - _OTHER_DESCRIPTORS
         self._reception.set_limit(settings.max_connections or max(1, spare // 2))
 
@@ -388,7 +276,7 @@ class Server:
         breathe = Breather("reload")
         # Else all of them are freed in one go, by whoever is the last.
         old = [*_values(self.services.settings), *self._steering.in_force]
-        old_limits = self._limits
+        old_limits = self._wiring.limits
         try:
             with process.no_garbage_collection():
                 loaded = self._load(breathe, self._reserve.lent)
@@ -408,7 +296,7 @@ class Server:
 
     def _outcome(self, mistakes: list[str]) -> None:
         """Count, log and remember how a reload ended; systemd is told as well."""
-        figures, now = self._counters, monotonic()
+        figures, now = self._wiring.counters, monotonic()
         if not mistakes:
             figures.reloads += 1
             self._reload_failure = None
@@ -449,7 +337,7 @@ class Server:
     def close(self) -> None:
         """Stop what settings in force have started: doors, look-ups, the control socket."""
         self._doors.close()
-        self._look_ups.stop()
+        self._wiring.look_ups.stop()
         if self._control is not None:
             self._control.close()
 
@@ -474,10 +362,8 @@ class Server:
 class _Prepared(NamedTuple):
     """New settings with what they need, had but not yet used."""
 
-    services: Services
+    wired: wiring.Prepared
     opened: Opened
-    judge: certificates.Judge | None
-    limits: Limits
     control_socket: gevent.socket.socket | None
     control_gid: int | None
     in_force: Sequence[Row]

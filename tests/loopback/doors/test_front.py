@@ -16,7 +16,7 @@ from proxy.doors import front, route
 from proxy.egress import upstream
 from proxy.errors import Overloaded, ProxyError
 from proxy.log import lines as log
-from proxy.model import Ending, Endpoint
+from proxy.model import Ending, Endpoint, hold_breath
 from proxy.net import conversation
 from proxy.policy.access import Access
 from proxy.server.server import Server
@@ -35,7 +35,7 @@ class House:
         text = program.config(more)
         loaded = load.load(["--config-filename=f"], {}, lambda path: text)
         self.server = Server(lambda *_: loaded, loaded)
-        self.services = self.server._wire(loaded.settings, None)
+        self.services = self.server._wiring.prepare(loaded, (), hold_breath).services
         self.doors = {name: Door(name, Endpoint("127.0.1.2", 1)) for name in ("socks5", "proxy_protocol")}
 
     def dial(self, protocol: str, refusal: ProxyError | None = None):

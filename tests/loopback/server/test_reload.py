@@ -39,7 +39,7 @@ def server(monkeypatch):
     server._take(server._prepare(first, lambda: None), lambda: None)
     yield server
     server.close()
-    server._engine.stop()
+    server._wiring.engine.stop()
 
 
 def test_others_run_in_the_middle_and_see_one_whole_configuration(server):
@@ -51,7 +51,7 @@ def test_others_run_in_the_middle_and_see_one_whole_configuration(server):
         seen.append((settings.idle_timeout, len(settings.listen_proxy_protocol), len(server._doors.listening())))
         turns.rest("others")
     reload.get()
-    assert server._counters.reloads == 1
+    assert server._wiring.counters.reloads == 1
     assert [(timeout, doors) for timeout, doors, _ in seen] == sorted((timeout, doors) for timeout, doors, _ in seen)
     assert {(timeout, doors) for timeout, doors, _ in seen} == {(660.0, 1), (720.0, 59)}
     # A piece for each value read and each door opened, and the doors come one after the other.
@@ -178,7 +178,7 @@ def test_authorities_are_read_by_a_thread(server, monkeypatch):
     read = certificates.Authorities
 
     def spy(pem):
-        where.append(gevent.get_hub() is server._crew._hub)
+        where.append(gevent.get_hub() is server._wiring.crew._hub)
         return read(pem)
 
     monkeypatch.setattr(certificates, "Authorities", spy)

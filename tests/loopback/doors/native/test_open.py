@@ -14,7 +14,7 @@ from proxy.doors.native import open as room
 from proxy.doors.native.open import Opener
 from proxy.egress import bring_up
 from proxy.errors import BadServerName, SourceNotAllowed, Step, Throttled, UpstreamError
-from proxy.model import Endpoint, TlsMode
+from proxy.model import Endpoint, TlsMode, hold_breath
 from proxy.protocols.native import messages as m
 from proxy.server.server import Server
 from tests import program
@@ -33,7 +33,7 @@ class House:
         text = program.config(more)
         loaded = load.load(["--config-filename=f"], {}, lambda path: text)
         self.server = Server(lambda *_: loaded, loaded)
-        self.services = self.server._wire(loaded.settings, None)
+        self.services = self.server._wiring.prepare(loaded, (), hold_breath).services
         self.client, ours = tcp_pair()
         self.guest = SimpleNamespace(stream=SimpleNamespace(socket=ours), client=Endpoint("127.0.0.1", 9))
         self.told: list[tuple[str, Endpoint, UpstreamError]] = []
