@@ -37,11 +37,10 @@ _T = TypeVar("_T")
 class Lent(Places):
     """Places of another process; `number` is their name there. Their throttles are names here, and nothing more."""
 
-    __slots__ = ("number",)
+    __slots__ = ()
 
     def __init__(self, number: int, owner: str, weight: float, throttles: tuple[Throttle, ...]) -> None:
-        super().__init__(owner, weight, throttles, ())
-        self.number = number
+        super().__init__(number, owner, weight, throttles, ())
 
 
 class _Slot:

@@ -226,7 +226,7 @@ class Places:
     """The places of one socket; given back once, however often it is closed.
 
     Attributes:
-        number: by which others know it: processes that hold the socket, see `handover`.
+        number: by which other processes know it, from 1 on.
     """
 
     __slots__ = ("flows", "number", "open", "owner", "throttles", "weight")

@@ -53,7 +53,7 @@ class PlaceBook:
         self.open: Pieces[int, Places] = Pieces()
         self.former: dict[Throttle, Line[Ticket]] = {}
         self._shut = shut
-        self._numbers = count()
+        self._numbers = count(1)
         self._freed: list[Throttle] = []  # where something else than a place that came back may let somebody go on
 
     def admit(
