@@ -119,7 +119,19 @@ def door_context(identity: ServerIdentity, client_ca_file: str | None) -> ssl.SS
     return context
 
 
-def store_context(ca_file: str | None, certificate_file: str | None, key_file: str | None) -> ssl.SSLContext:
+@dataclass(frozen=True, slots=True)
+class StoreTls:
+    """What TLS to the throttle store is.
+
+    Args:
+        digest: of what is trusted and shown; two with the same one are the same.
+    """
+
+    context: ssl.SSLContext = field(compare=False, repr=False)
+    digest: str
+
+
+def store_tls(ca_file: str | None, certificate_file: str | None, key_file: str | None) -> StoreTls:
     """For TLS to the throttle store, whose certificate has to be one of its name.
 
     Args:
@@ -132,18 +144,25 @@ def store_context(ca_file: str | None, certificate_file: str | None, key_file: s
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION
+    digest = hashlib.sha256()
     if ca_file is None:
         context.load_default_certs()
     else:
-        _trust(context, "throttle_store_tls_ca_file", ca_file)
+        digest.update(_trust(context, "throttle_store_tls_ca_file", ca_file))
     if certificate_file is not None and key_file is not None:
+
+        def make(pem: bytes) -> bytes:
+            show([context], pem)
+            return pem
+
         directives = ("throttle_store_tls_certificate_file", "throttle_store_tls_private_key_file")
-        _load(lambda pem: show([context], pem), certificate_file, key_file, *directives)
-    return context
+        digest.update(_load(make, certificate_file, key_file, *directives))
+    return StoreTls(context, digest.hexdigest())
 
 
-def _trust(context: ssl.SSLContext, directive: str, path: str) -> None:
-    """
+def _trust(context: ssl.SSLContext, directive: str, path: str) -> bytes:
+    """Have it trust the authorities in a file; what is in the file.
+
     Raises:
         UnfitIdentity: the file is of no use.
     """
@@ -153,6 +172,7 @@ def _trust(context: ssl.SSLContext, directive: str, path: str) -> None:
     except ssl.SSLError as error:
         why = (error.reason or "not readable as PEM").replace("_", " ").lower()
         raise UnfitIdentity(directive, f"{path}: {why}") from None
+    return authorities
 
 
 def _load(

@@ -82,6 +82,19 @@ class Certificates:
             breathe()
         return shown
 
+    def of_store(self, loaded: Loaded) -> identities.StoreTls | None:
+        """What is spoken with the throttle store; None: it is in clear, or there is none.
+
+        Raises:
+            ConfigError: the operator's files are of no use.
+        """
+        try:
+            with self._lent():
+                return store_tls(loaded.settings)
+        except identities.UnfitIdentity as error:
+            where = loaded.origins.place(error.directive)
+            raise where.mistake(f"{error.directive}: {error}") from None
+
     def judge(self, settings: Settings) -> certificates.Judge | None:
         """With the authorities as they are now: read by each reload, and not under the first connection."""
         if not (settings.listen or any_smtp(settings)):
@@ -89,3 +102,18 @@ class Certificates:
         with self._lent():  # and others do not run meanwhile, who would take what is lent
             pem = certificates.read_authorities()
         return certificates.Judge(gevent.get_hub().threadpool.apply(certificates.Authorities, (pem,)))
+
+
+def store_tls(settings: Settings) -> identities.StoreTls | None:
+    """TLS with the throttle store; None: it is in clear, or there is none.
+
+    Raises:
+        UnfitIdentity: the operator's files are of no use.
+    """
+    if settings.throttle_store is None or not settings.throttle_store.tls:
+        return None
+    return identities.store_tls(
+        settings.throttle_store_tls_ca_file,
+        settings.throttle_store_tls_certificate_file,
+        settings.throttle_store_tls_private_key_file,
+    )

@@ -51,6 +51,7 @@ from proxy.stats import Snapshot
 from proxy.status.colleagues import Alone, Colleagues
 from proxy.status.http import House, InForce, ReloadFailure, StatusDoor
 from proxy.status.parts import Part, merge
+from proxy.store import store
 from proxy.throttling.manager import Manager
 
 EXIT_OK, EXIT_FORCED, EXIT_CANNOT_LISTEN = 0, 1, 69
@@ -90,6 +91,7 @@ class Server:
         self._reserve = process.Reserve()
         self._wiring = Wiring(settings, self._reserve.lent, partial(self._office, settings))
         self._admission = self._wiring.admission
+        self._store: store.Store | None = None
         self._zone: tzinfo = UTC  # whose calendar days count
         self._stops = 0
         self._stop = Event()
@@ -172,6 +174,7 @@ class Server:
             ConfigError: the certificate is of no use. ListenError: an address cannot be had. Nothing has changed then.
         """
         settings = loaded.settings
+        store_tls = self._wiring.certificates.of_store(loaded)
         gid = self._control_gid(settings)
         control_socket = self._control_socket(settings, gid)
         opened: Opened = {}
@@ -184,7 +187,9 @@ class Server:
             if control_socket is not None:
                 control_socket.close()
             raise
-        return _Prepared(wired, opened, control_socket, gid, loaded.in_force, digest(loaded.in_force, breathe))
+        wanted = store.of_settings(self._wiring.engine, settings.throttle_store, store_tls, clock_ns, self._store)
+        digested = digest(loaded.in_force, breathe)
+        return _Prepared(wired, opened, control_socket, gid, loaded.in_force, digested, wanted)
 
     def _control_gid(self, settings: Settings) -> int | None:
         """
@@ -238,6 +243,7 @@ class Server:
         """Put new settings in force. Nothing here can fail."""
         settings = prepared.wired.services.settings
         self._wiring.take(prepared.wired, breathe)
+        self._take_store(prepared.store)
         self._take_control(settings, prepared.control_socket, prepared.control_gid)
         self._steering.in_force, self._steering.limits = prepared.in_force, prepared.wired.limits
         self._in_force = InForce(prepared.digest, datetime.now(UTC))
@@ -251,6 +257,15 @@ class Server:
         self._wiring.tell_dialogues()
         spare = self._descriptors - _OTHER_DESCRIPTORS
         self._reception.set_limit(settings.max_connections or max(1, spare // 2))
+
+    def _take_store(self, wanted: store.Store | None) -> None:
+        """It connects, and goes on trying, by itself; nobody waits for it."""
+        if wanted is not self._store:
+            if self._store is not None:
+                self._store.stop()
+            if wanted is not None:
+                wanted.start()
+            self._store = wanted
 
     # ---------------------------------------------------------------- reload
 
@@ -338,6 +353,7 @@ class Server:
         """Stop what settings in force have started: doors, look-ups, the control socket."""
         self._doors.close()
         self._wiring.look_ups.stop()
+        self._take_store(None)
         if self._control is not None:
             self._control.close()
 
@@ -368,6 +384,7 @@ class _Prepared(NamedTuple):
     control_gid: int | None
     in_force: Sequence[Row]
     digest: str
+    store: store.Store | None
 
 
 def _values(settings: Settings) -> list[object]:

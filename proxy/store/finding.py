@@ -122,7 +122,8 @@ class Sentinels:
         questions = [command(b"SENTINEL", word, self._service) for word in (b"get-master-addr-by-name", b"MASTER")]
         address, state = link.ask(questions, PATIENCE, "sentinel")
         if isinstance(address, ErrorReply):
-            link.close(trouble := refusal("sentinel", link.where, address))
+            unknown = address.code == "NOAUTH"
+            link.close(trouble := refusal("auth" if unknown else "sentinel", link.where, address))
             raise trouble
         if address is None:
             raise Trouble("sentinel", link.where, f"it knows no service {self._service.decode()}")
@@ -132,11 +133,9 @@ class Sentinels:
         link = self._dialler.reach(server)
         login = self._dialler.credentials.command
         if login:
-            (reply,) = link.ask(login, PATIENCE, "auth")
-            # A Sentinel without a password of its own says so, and answers all the same.
-            if isinstance(reply, ErrorReply) and reply.code == "WRONGPASS":
-                link.close(trouble := refusal("auth", link.where, reply))
-                raise trouble
+            # A Sentinel that asks for none may not know this user, or say that it needs no password: it answers all the
+            # same. One that does ask says so again to the question.
+            link.ask(login, PATIENCE, "auth")
         return link
 
 

@@ -7,11 +7,11 @@ longer than that, it gets no further calls: whatever hangs, no more is lost than
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 
+from proxy.net.identities import StoreTls
 from proxy.net.relay import Engine
 from proxy.settings import StoreSettings
 from proxy.store.calling import ROUNDS, Calling
@@ -61,13 +61,25 @@ class View:
         return bool(self.servers)
 
 
+def of_settings(
+    engine: Engine,
+    settings: StoreSettings | None,
+    tls: StoreTls | None,
+    clock: Callable[[], int],
+    old: Store | None,
+) -> Store | None:
+    """The store that the settings ask for; the old one, with its connections, if nothing has changed."""
+    if settings is None:
+        return None
+    return old if old is not None and old.is_of(settings, tls) else Store(engine, settings, clock, tls)
+
+
 class Store:
     """One for each configured store; another address is another one.
 
     Args:
         clock: nanoseconds of CLOCK_BOOTTIME.
-        context: of TLS, for `rediss://`.
-        sentinel: how to log in with Sentinels; None: as with the server itself.
+        tls: for `rediss://`.
     """
 
     def __init__(
@@ -75,29 +87,34 @@ class Store:
         engine: Engine,
         settings: StoreSettings,
         clock: Callable[[], int],
-        context: ssl.SSLContext | None = None,
-        sentinel: Credentials | None = None,
+        tls: StoreTls | None = None,
     ) -> None:
         self.settings = settings
+        self._tls = tls
         self.counts = Counts()
         self._clock = clock
         self._degraded_ns: int | None = clock()
         self._trouble: Trouble | None = None
         self._trouble_ns = 0
         own = Credentials(settings.user, settings.password)
-        dialler = Dialler(engine, context if settings.tls else None, own, settings.database, clock)
+        dialler = Dialler(engine, tls.context if tls is not None else None, own, settings.database, clock)
         self._sentinels: Sentinels | None = None
         self._cluster: Cluster | None = None
         self._node: Node | None = None
         if settings.kind == "cluster":
             self._cluster = Cluster(dialler, settings.servers, self._changed)
         elif settings.kind == "sentinel":
-            towards = dialler._replace(credentials=sentinel or own, database=0)
+            word = settings.sentinel_password
+            towards = dialler._replace(credentials=own if word is None else Credentials(None, word))
             self._sentinels = Sentinels(towards, dialler, settings.servers, settings.service)
             self._node = Node(self._sentinels.find, self._changed, self._sentinels.still)
         else:
             server = settings.path or settings.servers[0]
             self._node = Node(lambda: usable(dialler.connect(server)), self._changed)
+
+    def is_of(self, settings: StoreSettings, tls: StoreTls | None) -> bool:
+        """Whether these ask for just this one."""
+        return (self.settings, self._tls) == (settings, tls)
 
     def start(self) -> None:
         """Connect, and stay so; waits for nothing."""
