@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from gevent import get_hub
@@ -25,6 +26,7 @@ from proxy.throttling.flows import Places, Throttle, Ticket
 
 #: Slots that were told are remembered, so many for each worker, for those of their messages that go late.
 _MOST_TOLD = 10_000
+EMPTY: Mapping[int, Places] = MappingProxyType({})
 
 
 class Branches:
@@ -36,16 +38,19 @@ class Branches:
 
     def __init__(self, admission: Admission) -> None:
         self.admission = admission
-        self.numbers: Iterator[int] = itertools.count(1)
         self._loop: Any = get_hub().loop
         self._open: dict[Branch, None] = {}
         self._told: dict[Throttle, set[Branch]] = {}  # under which somebody waits, and who was told so
         self._to_ask: dict[Throttle, list[Branch]] = {}  # who may make way there, and was not asked yet
         admission.settled = self._settled
 
-    def open(self, say: Callable[[Record], object]) -> Branch:
-        """A branch for a worker who listens to `say`."""
-        branch = Branch(self, say)
+    def open(self, say: Callable[[Record], object], held: Mapping[int, Places] = EMPTY) -> Branch:
+        """A branch for a worker who listens to `say`.
+
+        Args:
+            held: what it has already, by its numbers.
+        """
+        branch = Branch(self, say, held)
         self._open[branch] = None
         return branch
 
@@ -114,14 +119,15 @@ class Branches:
 class Branch:
     """What one worker has asked for, and has."""
 
-    def __init__(self, branches: Branches, say: Callable[[Record], object]) -> None:
+    def __init__(self, branches: Branches, say: Callable[[Record], object], held: Mapping[int, Places]) -> None:
         self.say = say
+        self._next = itertools.count(max(held, default=0) + 1)
         self._branches = branches
         self._admission = branches.admission
-        self._places: dict[int, Places] = {}
+        self._places = dict(held)
         self._numbers: dict[int, int] = {}  # id of the request → number, while they are held
         self._ids: dict[int, int] = {}
-        self._under: Counter[Throttle] = Counter()
+        self._under = Counter(throttle for places in held.values() for throttle in places.throttles)
         self._tickets: dict[int, Ticket] = {}
         self._slots: dict[int, MessageTicket] = {}
         self._told: OrderedDict[int, MessageTicket] = OrderedDict()
@@ -214,7 +220,7 @@ class Branch:
             self.say(seam.Placed(id, *self._lend(id, ticket.places)))
 
     def _lend(self, id: int, places: Places) -> tuple[int, list[ThrottleName], list[int]]:
-        number = next(self._branches.numbers)
+        number = next(self._next)
         self._places[number] = places
         self._numbers[id] = number
         self._ids[number] = id
@@ -228,7 +234,7 @@ class Branch:
         places = self._places.pop(number, None)
         if places is None:
             return None
-        del self._numbers[self._ids.pop(number)]
+        self._numbers.pop(self._ids.pop(number, 0), None)
         self._under.subtract(places.throttles)
         for throttle in places.throttles:
             if self._under[throttle] <= 0:

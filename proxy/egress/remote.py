@@ -4,7 +4,8 @@ Whether a throttle block applies is looked up here, so a connection without one 
 the master, one record each way. Connections that are held open stay in this process and so does who waits for them:
 a mode smtp request comes to the process of its receiver. So whether a key is awaited is known here.
 
-When the master is gone, what has places keeps them until its socket is closed, and who asks is told "not now".
+Places of the master are named by their number; their throttles are names here, and nothing more. When the master is
+gone, what has places keeps them until its socket is closed, and who asks is told "not now".
 """
 
 from __future__ import annotations
@@ -32,15 +33,6 @@ from proxy.throttling.throttle import Key
 #: Seconds after which to come back to a proxy whose master is gone: it is being started again, if it is at all.
 _AFTER_THE_MASTER = 5.0
 _T = TypeVar("_T")
-
-
-class Lent(Places):
-    """Places of another process; `number` is their name there. Their throttles are names here, and nothing more."""
-
-    __slots__ = ()
-
-    def __init__(self, number: int, owner: str, weight: float, throttles: tuple[Throttle, ...]) -> None:
-        super().__init__(number, owner, weight, throttles, ())
 
 
 class _Slot:
@@ -90,7 +82,7 @@ class Remote(Office):
         self._numbers: Iterator[int] = itertools.count(1)
         self._asked: dict[int, _Asked[Any]] = {}
         self._slots: dict[int, _Slot] = {}
-        self._abandoned: dict[int, Lent] = {}  # a swap that nobody waits for any more: whose places they are
+        self._abandoned: dict[int, Places] = {}  # a swap that nobody waits for any more: whose places they are
         self._awaited: Counter[Hashable] = Counter()
         self._throttles: dict[ThrottleName, Throttle] = {}  # under which places are held
         self._held: Counter[Throttle] = Counter()
@@ -150,7 +142,6 @@ class Remote(Office):
         """See `Office`."""
         if old is None and not self._applies(owner, source, destination, names):
             return True, None
-        assert old is None or isinstance(old, Lent)
         id = next(self._numbers)
         who = (owner, weight, source, destination, *names)
         try:
@@ -170,7 +161,7 @@ class Remote(Office):
 
     def leave(self, places: Places | None) -> None:
         """See `Office`."""
-        if isinstance(places, Lent) and places.open:
+        if places is not None and places.open:
             self._say(seam.Leave(places.number))
             self._drop(places)
 
@@ -184,7 +175,6 @@ class Remote(Office):
 
     def pass_on(self, places: Places, key: Hashable) -> bool:
         """See `Office`."""
-        assert isinstance(places, Lent)
         id = next(self._numbers)
         answer = self._ask(id, seam.PassOn(id, places.number, _digest(key)))
         if not isinstance(answer, seam.Yes) or not answer.may:
@@ -275,15 +265,20 @@ class Remote(Office):
 
     def replied(self, places: Places | None, reply: str, settle_later: bool = False) -> None:
         """See `Office`."""
-        if isinstance(places, Lent) and self.listens:
+        if places is not None and self.listens:
             self._say(seam.Replied(places.number, reply))
 
     def carried(self, places: Places | None, accepted: int, deferred: int, rejected: int) -> None:
         """See `Office`."""
-        if isinstance(places, Lent) and (accepted or deferred or rejected):
+        if places is not None and (accepted or deferred or rejected):
             self._say(seam.Carried(places.number, accepted, deferred, rejected))
 
     # ---------------------------------------------------------------- what the master says
+
+    def adopt(self, places: Places) -> None:
+        """These are the master's from now on, under the same number."""
+        self._throttles.update({name_of(throttle): throttle for throttle in places.throttles})
+        self._held.update(places.throttles)
 
     def hear(self, record: seam.FromMaster) -> bool:
         """Act upon a record; whether it was for us. Does not wait."""
@@ -355,7 +350,7 @@ class Remote(Office):
         if asked is not None:
             asked.greenlet.switch()
 
-    def _take_over(self, old: Lent, record: seam.Swapped) -> None:
+    def _take_over(self, old: Places, record: seam.Swapped) -> None:
         """Who asked is gone, and the answer was yes: the connection has other places now."""
         new = self._lent(record, old.owner, old.weight)
         if not old.open:  # and its socket was closed meanwhile
@@ -365,15 +360,15 @@ class Remote(Office):
         if new is not None:
             old.number, old.throttles, old.open = new.number, new.throttles, True
 
-    def _lent(self, record: seam.Placed | seam.Swapped, owner: str, weight: float) -> Lent | None:
+    def _lent(self, record: seam.Placed | seam.Swapped, owner: str, weight: float) -> Places | None:
         if not record.number:
             return None
         throttles = tuple([self._throttle(name) for name in record.throttles])
         self._held.update(throttles)
         self._wanted.update([throttles[index] for index in record.wanted])
-        return Lent(record.number, owner, weight, throttles)
+        return Places(record.number, owner, weight, throttles, ())
 
-    def _drop(self, places: Lent) -> None:
+    def _drop(self, places: Places) -> None:
         """They are not held here any more."""
         places.open = False
         for throttle in places.throttles:
