@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from proxy.config.values import RATE, count
-from proxy.control.commands import Answer, done, refused
+from proxy.control.commands import Answer, done, refused, without
 from proxy.control.filters import columns, for_a_time
 from proxy.control.house import House
 from proxy.errors import Mistake
@@ -42,26 +42,29 @@ def _reload(house: House, _: list[str]) -> Answer:
 
 
 def _drop_cached(house: House, arguments: list[str]) -> Answer:
-    return done(f"{house.drop_cached(arguments[0])} connections closed")
+    count, silent = house.drop_cached(arguments[0])
+    return done(f"{count} connections closed", *without(silent))
 
 
 def _close(house: House, arguments: list[str]) -> Answer:
     (number,) = arguments
     if not (number.isascii() and number.isdigit() and len(number) < 20):
         raise Mistake("bad_command", f"{number}: the number of a connection, as show connections tells it")
-    if not house.close(int(number)):
-        return refused("failed", f"there is no connection {number} (any more)")
+    found, silent = house.close(int(number))
+    if not found:
+        return refused("failed", f"there is no connection {number} (any more)", without(silent))
     return done(f"connection {number} is closed")
 
 
 def _verbose(house: House, arguments: Sequence[str], because: str) -> Answer:
     if list(arguments) == ["off"]:
-        return done(f"{house.log_less()} ended")
+        ended, silent = house.log_less()
+        return done(f"{ended} ended", *without(silent))
     words, seconds = for_a_time(arguments, _VERBOSE, _LONGEST_VERBOSE)
     wanted = columns(words, steps.COLUMNS)
-    house.log_verbose(wanted, seconds, because)
+    silent = house.log_verbose(wanted, seconds, because).silent
     which = " ".join(f"{column}={value}" for column, value in wanted.items()) or "all connections"
-    return done(f"the steps of {which} are logged for {whole_seconds(seconds)}")
+    return done(f"the steps of {which} are logged for {whole_seconds(seconds)}", *without(silent))
 
 
 def _set_by_hand(house: House, pause: bool, arguments: Sequence[str], because: str) -> Answer:

@@ -172,6 +172,11 @@ def done(*lines: str) -> Answer:
     return Answer(VERSION, True, lines=list(lines))
 
 
+def without(silent: Sequence[int]) -> list[str]:
+    """Lines about the workers, by number, that have not answered."""
+    return [f"worker {number} does not answer: without it" for number in silent]
+
+
 def parse(words: Sequence[str], may_change: bool) -> tuple[Command, list[str]]:
     """The command that these words are, and its arguments.
 

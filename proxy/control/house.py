@@ -7,12 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from proxy.config.in_force import Row
 from proxy.model import Endpoint
 from proxy.status.rows import ConnectionRow, EventRow, LoginRow, OverrideRow, Status
 from proxy.throttling.overrides import Override
+
+_Found = TypeVar("_Found")
+
+
+class Heard(NamedTuple, Generic[_Found]):
+    """What all processes together have answered; `silent`: the numbers of those that have not, so that theirs is
+    missing."""
+
+    found: _Found
+    silent: Sequence[int] = ()
 
 
 class House(Protocol):
@@ -24,13 +34,13 @@ class House(Protocol):
     def config(self) -> Sequence[Row]:
         """What is in force, as it was written."""
 
-    def events(self) -> list[EventRow]:
+    def events(self) -> Heard[list[EventRow]]:
         """What was logged lately, the newest last, without the lines about single connections."""
 
-    def connections(self) -> list[ConnectionRow]:
+    def connections(self) -> Heard[list[ConnectionRow]]:
         """Clients' connections as they stand, the oldest first."""
 
-    def logins(self) -> list[LoginRow]:
+    def logins(self) -> Heard[list[LoginRow]]:
         """Who has proven a name with which secret, the last one first."""
 
     def overrides(self) -> list[OverrideRow]:
@@ -48,16 +58,16 @@ class House(Protocol):
     def reload(self) -> list[str]:
         """Read the configuration anew; every mistake, none: it is in force. May wait."""
 
-    def drop_cached(self, source: str) -> int:
+    def drop_cached(self, source: str) -> Heard[int]:
         """Close held-open connections that leave from an address; how many."""
 
-    def close(self, number: int) -> bool:
+    def close(self, number: int) -> Heard[bool]:
         """End a client's connection; False: there is none of this number."""
 
-    def log_verbose(self, wanted: Mapping[str, str], seconds: float, because: str) -> None:
+    def log_verbose(self, wanted: Mapping[str, str], seconds: float, because: str) -> Heard[None]:
         """Write the steps of connections into the log, for a time."""
 
-    def log_less(self) -> int:
+    def log_less(self) -> Heard[int]:
         """End all of these; how many there were."""
 
     def is_throttle(self, name: str) -> bool:

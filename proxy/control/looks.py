@@ -13,7 +13,7 @@ import msgspec
 
 from proxy.config.in_force import Row
 from proxy.config.values import parse_endpoint
-from proxy.control.commands import VERSION, Answer, done
+from proxy.control.commands import VERSION, Answer, done, without
 from proxy.control.filters import chosen, columns, for_a_time
 from proxy.control.house import House
 from proxy.errors import Mistake
@@ -61,13 +61,16 @@ def look(words: tuple[str, ...], arguments: Sequence[str], house: House) -> Answ
     if table == "config":
         return _answer(table, _config(house.config(), arguments))
     if table == "events":
-        return _answer(table, chosen(house.events(), arguments, ("event",), "ago"))
+        events, silent = house.events()
+        return _answer(table, chosen(events, arguments, ("event",), "ago"), silent)
     if table == "overrides":
         return _answer(table, chosen(house.overrides(), arguments, ("what",)))
     if table == "logins":
-        return _answer(table, chosen(house.logins(), arguments, ("instance",), "ago"))
+        logins, silent = house.logins()
+        return _answer(table, chosen(logins, arguments, ("instance",), "ago"), silent)
     if table == "connections":
-        return _answer(table, chosen(house.connections(), arguments, ("id",), "age"))
+        connections, silent = house.connections()
+        return _answer(table, chosen(connections, arguments, ("id",), "age"), silent)
     if table in ("store", "leased"):
         return _answer(table, _of_the_store(house.view().store, table, arguments))
     found = _OF_THE_VIEW[table]
@@ -86,8 +89,8 @@ def traced(arguments: Sequence[str], house: House) -> Iterator[Answer]:
     yield done("the time is over")
 
 
-def _answer(table: str, rows: list[Any]) -> Answer:
-    return Answer(VERSION, True, table=table, rows=rows)
+def _answer(table: str, rows: list[Any], silent: Sequence[int] = ()) -> Answer:
+    return Answer(VERSION, True, table=table, rows=rows, lines=without(silent))
 
 
 def _figures(view: Status) -> dict[str, Any]:

@@ -1,13 +1,13 @@
 """Who looks at the steps of connections, and for how long: `log verbose` and `trace`.
 
 Both are a `steps.Watch` with an end. One writes the lines of `log_verbose` into the log, the other hands them to its
-caller, as long as that takes them.
+caller, as long as that takes them; other processes may have some for him, too.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -25,6 +25,10 @@ _MOST_WAITING = 1000
 _HEARTBEAT = 5.0
 
 
+Hear = Callable[[str], object]
+Lines = Iterator[list[str]]
+
+
 class Verbose(NamedTuple):
     """What is written for a time. `id` is that of `show overrides`; `ends_at` on the monotonic clock."""
 
@@ -35,6 +39,11 @@ class Verbose(NamedTuple):
     watch: steps.Watch
     timer: Any
 
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return max(0.0, self.ends_at - monotonic())
+
 
 class Watching:
     """Those that were set by hand."""
@@ -43,14 +52,21 @@ class Watching:
         self.verbose: list[Verbose] = []
         self._numbers = itertools.count(1)
 
-    def begin(self, wanted: Mapping[str, str], seconds: float, because: str) -> None:
-        """Write the steps of these connections into the log, for so long."""
+    def begin(self, wanted: Mapping[str, str], seconds: float, because: str, id: str = "") -> str:
+        """Write the steps of these connections into the log, for so long.
+
+        Args:
+            id: that another process has given it, who tells when it is over. "": it gets a new one.
+
+        Returns:
+            the id.
+        """
         watch = steps.Watch(log.step, wanted)
         steps.begin(watch)
-        timer = gevent.spawn_later(seconds, self._end, watch)
-        self.verbose.append(
-            Verbose(f"log{next(self._numbers)}", dict(wanted), monotonic() + seconds, because, watch, timer)
-        )
+        timer = gevent.spawn_later(seconds, self._over, watch, not id)
+        id = id or f"log{next(self._numbers)}"
+        self.verbose.append(Verbose(id, dict(wanted), monotonic() + seconds, because, watch, timer))
+        return id
 
     def end(self, id: str | None = None) -> int:
         """As if their time were over; all, or one; how many."""
@@ -61,37 +77,70 @@ class Watching:
             steps.end(each.watch)
         return len(ended)
 
-    def _end(self, watch: steps.Watch) -> None:
+    def _over(self, watch: steps.Watch, is_told: bool) -> None:
         steps.end(watch)
         self.verbose = [each for each in self.verbose if each.watch is not watch]
-        log.note(log.Event.CONTROL, log.INFO, "log verbose is over", **watch.wanted)
+        if is_told:
+            log.note(log.Event.CONTROL, log.INFO, "log verbose is over", **watch.wanted)
 
 
-def trace(wanted: Mapping[str, str], seconds: float) -> Iterator[list[str]]:
+def _nobody(hear: Hear) -> Callable[[], None]:
+    return lambda: None
+
+
+def trace(wanted: Mapping[str, str], seconds: float, others: Callable[[Hear], Callable[[], None]] = _nobody) -> Lines:
     """The steps of these connections as they happen, until the time is over or nobody asks for more; [] now and then,
-    when there are none."""
+    when there are none.
+
+    Args:
+        others: have those of other processes handed in, too; comes back with how to end that.
+    """
     waiting: Queue[str] = Queue(_MOST_WAITING)
     left_out = 0
 
-    def tell(standing: Standing, text: str) -> None:
+    def hear(line: str) -> None:
         nonlocal left_out
         if waiting.full():
             left_out += 1
         else:
-            waiting.put_nowait(_line(standing, text))
+            waiting.put_nowait(line)
 
-    watch = steps.Watch(tell, wanted)
+    watch = steps.Watch(lambda standing, text: hear(_line(standing, text)), wanted)
     steps.begin(watch)
+    end_others = others(hear)
     ends_at = monotonic() + seconds
     try:
         while (left := ends_at - monotonic()) > 0:
             lines = _taken(waiting, min(left, _HEARTBEAT))
             if left_out:
-                lines.append(f"{left_out} steps left out: they are not taken fast enough")
+                lines.append(_left_out(left_out))
                 left_out = 0
             yield lines
     finally:
         steps.end(watch)
+        end_others()
+
+
+def tell(wanted: Mapping[str, str], say: Callable[[list[str]], bool]) -> Callable[[], None]:
+    """The same for a `trace` in another process, until the function that comes back is called.
+
+    Args:
+        say: hands over some lines, without waiting; False: there is no room.
+    """
+    left_out = 0
+
+    def hear(standing: Standing, text: str) -> None:
+        nonlocal left_out
+        lines = [_left_out(left_out)] * (left_out > 0) + [_line(standing, text)]
+        left_out = 0 if say(lines) else left_out + 1
+
+    watch = steps.Watch(hear, wanted)
+    steps.begin(watch)
+    return lambda: steps.end(watch)
+
+
+def _left_out(count: int) -> str:
+    return f"{count} steps left out: they are not taken fast enough"
 
 
 def _taken(waiting: Queue[str], seconds: float) -> list[str]:

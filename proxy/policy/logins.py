@@ -7,7 +7,7 @@ may put others in front of it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -19,6 +19,16 @@ class _Key(NamedTuple):
     instance: str
     host: str
     digest: bytes
+
+
+class Entry(NamedTuple):
+    """What is kept of a client with a secret. `logins`: how often; `at`: of the last one."""
+
+    instance: str
+    host: str
+    digest: bytes
+    logins: int
+    at: float
 
 
 class Known(NamedTuple):
@@ -39,17 +49,29 @@ class Known(NamedTuple):
 
 
 class Logins:
-    """The table; whoever has proven a secret is entered."""
+    """The table; whoever has proven a secret is entered.
 
-    def __init__(self, most: int = MOST) -> None:
+    Args:
+        entries: of other tables, to begin with: all of them together.
+    """
+
+    def __init__(self, entries: Iterable[Entry] = (), most: int = MOST) -> None:
         self._seen: OrderedDict[_Key, tuple[int, float]] = OrderedDict()
         self._most = most
+        for entry in sorted(entries, key=lambda entry: entry.at):
+            self._enter(_Key(*entry[:3]), entry.logins, entry.at)
 
     def proven(self, instance: str, host: str, secret: bytes, now: float) -> None:
         """A client from `host` is this instance, by this secret."""
-        key = _Key(instance, host, sha256(secret).digest())
-        count, _ = self._seen.get(key, (0, 0.0))
-        self._seen[key] = count + 1, now
+        self._enter(_Key(instance, host, sha256(secret).digest()), 1, now)
+
+    def entries(self) -> list[Entry]:
+        """All of it, who came last in the last place."""
+        return [Entry(*key, count, at) for key, (count, at) in self._seen.items()]
+
+    def _enter(self, key: _Key, count: int, now: float) -> None:
+        before, _ = self._seen.get(key, (0, 0.0))
+        self._seen[key] = before + count, now
         self._seen.move_to_end(key)
         if len(self._seen) > self._most:
             self._seen.popitem(last=False)

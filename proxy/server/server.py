@@ -36,8 +36,10 @@ from proxy.net.turn_meter import TurnMeter
 from proxy.net.turns import Breather, rest
 from proxy.server import calendar, check_config, figures, findings, process, systemd, wiring
 from proxy.server.drain import drain
+from proxy.server.here import Here
 from proxy.server.listener import ListenError
 from proxy.server.listeners import Doors, Opened
+from proxy.server.questions import Everywhere
 from proxy.server.reception import Reception
 from proxy.server.routine import Routine
 from proxy.server.signals import Signals
@@ -108,6 +110,8 @@ class Server:
         )
         self._vitals = Vitals(0, self._reserve.lent)
         self._colleagues: Colleagues = Alone()
+        here = Here(lambda: self.services, self._part)
+        self._everywhere = Everywhere(here, lambda: self._colleagues)
         inherited = systemd.Inherited(os.environ, os.getpid())
         self._reception = Reception(
             services=lambda: self.services,
@@ -118,6 +122,7 @@ class Server:
         self._status = self._status_door()
         self._steering = Steering(
             lambda: self.services,
+            self._everywhere,
             self._status,
             self._doors.listening,
             self._reload,
@@ -228,7 +233,7 @@ class Server:
                 services=lambda: self.services,
                 part=self._part,
                 total=self._total,
-                others=self._colleagues.parts,
+                others=self._everywhere.parts,
                 manager=lambda: figures.manager_of(self.services),
                 limit=lambda: self._reception.limit,
                 draining=self._stop.is_set,

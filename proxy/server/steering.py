@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from time import monotonic
-from typing import TypeVar
 
 from proxy.config.in_force import Row
-from proxy.control import watching
 from proxy.control.explain import Rules, explained
+from proxy.control.house import Heard
 from proxy.egress import upstream
 from proxy.egress.admission import clock_ns
-from proxy.log import outputs
-from proxy.model import Ending, Endpoint
+from proxy.model import Endpoint
 from proxy.net.addresses import own_addresses
-from proxy.net.turns import Breather, rest
+from proxy.net.turns import rest
 from proxy.policy.limits import Limits
-from proxy.services import Door, HostedConnection, Services
-from proxy.stats import Standing
+from proxy.server.questions import Everywhere
+from proxy.services import Door, Services
 from proxy.status.http import StatusDoor
 from proxy.status.rows import ConnectionRow, EventRow, LoginRow, OverrideRow, Status
 from proxy.throttling.overrides import Override, told
@@ -26,7 +24,6 @@ from proxy.throttling.throttle import SECOND
 
 #: Looks at many things of one caller, where others take turns.
 _KEY = "control"
-_Thing = TypeVar("_Thing")
 _STANDARD = frozenset(("socks5", "proxy_protocol", "redirect"))
 
 
@@ -34,7 +31,7 @@ class Steering:
     """Implements `control.house.House`.
 
     Args:
-        services: those of the moment. status: whose view it is. doors: those that listen.
+        services: those of the moment. everywhere: all processes. status: whose view it is. doors: those that listen.
         reload, stop, spare: see `House`.
 
     Attributes:
@@ -44,6 +41,7 @@ class Steering:
     def __init__(
         self,
         services: Callable[[], Services],
+        everywhere: Everywhere,
         status: StatusDoor,
         doors: Callable[[], Iterable[Door]],
         reload: Callable[[], list[str]],
@@ -55,10 +53,10 @@ class Steering:
         self.reload = reload
         self.spare = spare
         self._services = services
+        self._everywhere = everywhere
         self._status = status
         self._doors = doors
         self._stop = stop
-        self._watching = watching.Watching()
 
     # ---------------------------------------------------------------- looking
 
@@ -68,28 +66,28 @@ class Steering:
     def config(self) -> Sequence[Row]:
         return self.in_force
 
-    def events(self) -> list[EventRow]:
+    def events(self) -> Heard[list[EventRow]]:
         now = monotonic()
-        return [EventRow(line.time, now - line.at, line.level, line.event, line.text) for line in outputs.recent()]
+        found, silent = self._everywhere.events()
+        return Heard([EventRow(each.time, now - each.at, each.level, each.event, each.text) for each in found], silent)
 
-    def connections(self) -> list[ConnectionRow]:
-        now = monotonic()
-        standing = sorted((each for _, each in self._standing()), key=lambda each: each.started)
-        return [_row(each, now) for each in _in_turns(standing)]
+    def connections(self) -> Heard[list[ConnectionRow]]:
+        return self._everywhere.connections()
 
-    def logins(self) -> list[LoginRow]:
-        services = self._services()
-        found = services.instances.logins.known(services.access.secrets_of, monotonic())
-        return [
+    def logins(self) -> Heard[list[LoginRow]]:
+        logins, silent = self._everywhere.logins()
+        found = logins.known(self._services().access.secrets_of, monotonic())
+        rows = [
             LoginRow(each.instance, each.host, str(each.secret or "gone"), each.latest, each.logins, each.ago)
             for each in found
         ]
+        return Heard(rows, silent)
 
     def overrides(self) -> list[OverrideRow]:
         now, now_ns = monotonic(), clock_ns()
         verbose = [
             OverrideRow(each.id, f"log verbose {_filters(each.wanted)}".rstrip(), each.ends_at - now, each.because)
-            for each in self._watching.verbose
+            for each in self._everywhere.verbose
         ]
         throttles = [
             OverrideRow(str(number), told(each), (each.until - now_ns) / SECOND, each.because)
@@ -98,7 +96,7 @@ class Steering:
         return throttles + verbose
 
     def trace(self, wanted: Mapping[str, str], seconds: float) -> Iterator[list[str]]:
-        return watching.trace(wanted, seconds)
+        return self._everywhere.trace(wanted, seconds)
 
     def explain(self, source: str | None, destination: Endpoint, instance: str) -> list[tuple[str, str]]:
         services = self._services()
@@ -113,28 +111,17 @@ class Steering:
     def changed(self) -> None:
         self._status.changed()
 
-    def drop_cached(self, source: str) -> int:
-        return self._services().keeper.forsake(source)
+    def drop_cached(self, source: str) -> Heard[int]:
+        return self._everywhere.drop_cached(source)
 
-    def close(self, number: int) -> bool:
-        for connection, standing in self._standing():
-            if standing.number == number:
-                connection.cut(Ending.CLOSED_BY_OPERATOR)
-                return True
-        return False
+    def close(self, number: int) -> Heard[bool]:
+        return self._everywhere.close(number)
 
-    def _standing(self) -> Iterator[tuple[HostedConnection, Standing]]:
-        """All in turns, but those that have ended meanwhile."""
-        connections = self._services().instances.connections
-        for connection in _in_turns(list(connections)):
-            if connection in connections and (standing := connection.standing()) is not None:
-                yield connection, standing
+    def log_verbose(self, wanted: Mapping[str, str], seconds: float, because: str) -> Heard[None]:
+        return self._everywhere.log_verbose(wanted, seconds, because)
 
-    def log_verbose(self, wanted: Mapping[str, str], seconds: float, because: str) -> None:
-        self._watching.begin(wanted, seconds, because)
-
-    def log_less(self) -> int:
-        return self._watching.end()
+    def log_less(self) -> Heard[int]:
+        return self._everywhere.log_less(None)
 
     def is_throttle(self, name: str) -> bool:
         manager = self._services().admission.manager
@@ -156,7 +143,7 @@ class Steering:
         return self._services().admission.end_by_hand(fits)
 
     def end_override(self, id: str) -> bool:
-        if self._watching.end(id):
+        if self._everywhere.log_less(id).found:
             return True
         return bool(self._services().admission.end_by_hand(lambda number, _: str(number) == id))
 
@@ -167,25 +154,5 @@ class Steering:
         self._stop()
 
 
-def _in_turns(things: Sequence[_Thing]) -> Iterator[_Thing]:
-    breathe = Breather(_KEY)
-    for thing in things:
-        breathe()
-        yield thing
-
-
 def _filters(wanted: Mapping[str, str]) -> str:
     return " ".join(f"{column}={value}" for column, value in wanted.items())
-
-
-def _row(standing: Standing, now: float) -> ConnectionRow:
-    return ConnectionRow(
-        id=standing.number,
-        state=standing.state,
-        age=now - standing.started,
-        instance=standing.instance,
-        protocol=standing.protocol,
-        client=str(standing.client),
-        source=standing.source,
-        destination=str(standing.destination or ""),
-    )

@@ -8,6 +8,7 @@ import pytest
 
 from proxy.control.changes import change
 from proxy.control.commands import Answer
+from proxy.control.house import Heard
 from proxy.errors import Mistake
 from proxy.throttling.overrides import Override
 from proxy.throttling.throttle import Limit
@@ -18,6 +19,7 @@ class House:
 
     def __init__(self) -> None:
         self.told: list[Any] = []
+        self.silent: list[int] = []
 
     def is_throttle(self, name: str) -> bool:
         return name == "one"
@@ -25,8 +27,9 @@ class House:
     def set_by_hand(self, override: Override, seconds: float) -> None:
         self.told.append((override, seconds))
 
-    def log_verbose(self, wanted: dict[str, str], seconds: float, because: str) -> None:
+    def log_verbose(self, wanted: dict[str, str], seconds: float, because: str) -> Heard[None]:
         self.told.append((wanted, seconds, because))
+        return Heard(None, self.silent)
 
     def end_by_hand(self, name: str, source: str) -> int:
         return 0
@@ -37,8 +40,8 @@ class House:
     def end_backoff(self, name: str) -> int | None:
         return None
 
-    def close(self, number: int) -> bool:
-        return False
+    def close(self, number: int) -> Heard[bool]:
+        return Heard(False, self.silent)
 
 
 def say(house: Any, line: str) -> Answer:

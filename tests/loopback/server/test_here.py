@@ -9,8 +9,9 @@ import pytest
 
 from proxy.model import Ending, Endpoint
 from proxy.net import turns
-from proxy.server.steering import Steering
+from proxy.server.here import Here
 from proxy.stats import Standing
+from proxy.status.parts import Part
 
 
 class Connection:
@@ -31,10 +32,9 @@ def crowd(monkeypatch: pytest.MonkeyPatch) -> list[Connection]:
     return [Connection(number) for number in range(1, 101)]
 
 
-def steering(connections: dict[Connection, None]) -> Steering:
-    instances = SimpleNamespace(connections=connections)
-    words: list[Any] = [lambda: SimpleNamespace(instances=instances), *[None] * 5]
-    return Steering(*words)
+def of(connections: dict[Connection, None]) -> Here:
+    services: Any = SimpleNamespace(instances=SimpleNamespace(connections=connections))
+    return Here(lambda: services, Part)
 
 
 def rounds_of(work: Any) -> int:
@@ -44,14 +44,14 @@ def rounds_of(work: Any) -> int:
 
 
 def test_connections_are_listed_in_turns(crowd: list[Connection]) -> None:
-    it = steering(dict.fromkeys(reversed(crowd)))
+    it = of(dict.fromkeys(reversed(crowd)))
     assert [row.id for row in it.connections()] == list(range(1, 101))
     assert rounds_of(it.connections) >= 100
 
 
 def test_one_is_looked_for_in_turns_and_never_cut_when_it_has_ended_meanwhile(crowd: list[Connection]) -> None:
     connections = dict.fromkeys(crowd)
-    it = steering(connections)
+    it = of(connections)
     last = crowd[-1]
     assert rounds_of(lambda: it.close(100)) >= 99
     assert last.endings == [Ending.CLOSED_BY_OPERATOR]
