@@ -39,10 +39,36 @@ class ListenError(ProxyError):
     code = "cannot_listen"
 
 
-def open_socket(endpoint: Endpoint) -> socket.socket:
+def open_sockets(endpoint: Endpoint, count: int) -> list[socket.socket]:
+    """So many of them for one address: the kernel shares out who connects (SO_REUSEPORT).
+
+    Such sockets would be let in beside those of another program of ours, and take half of its clients: so the address
+    is asked for as a single socket asks for it, first.
+
+    Raises:
+        ListenError: see `open_socket`.
+    """
+    if count == 1:
+        return [open_socket(endpoint)]
+    open_socket(endpoint, listens=False).close()
+    sockets = [open_socket(endpoint, shared=True)]
+    try:
+        where = Endpoint(endpoint.host, endpoint_of(sockets[0]).port)
+        sockets += [open_socket(where, shared=True) for _ in range(count - 1)]
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+def open_socket(endpoint: Endpoint, shared: bool = False, listens: bool = True) -> socket.socket:
     """A listening, non-blocking socket; IPv6 ones serve IPv6 only.
 
     The address need not be on this machine yet: at boot, and where it moves between machines, it comes when it comes.
+
+    Args:
+        shared: beside others of the same address. listens: or is only bound.
 
     Raises:
         ListenError: the address is taken or not permitted.
@@ -51,13 +77,16 @@ def open_socket(endpoint: Endpoint) -> socket.socket:
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         if endpoint.is_ipv6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
         else:
             sock.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
         sock.bind(endpoint)
-        sock.listen(_BACKLOG)
+        if listens:
+            sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
         raise ListenError(f"cannot listen on {endpoint}: {_advice(error, endpoint)}") from None

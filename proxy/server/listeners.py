@@ -2,6 +2,9 @@
 
 A listener is known by its configured address. One that stays is not touched by a reload; one whose protocol changes
 keeps its socket. What happens with an accepted connection is `server`'s.
+
+With workers the sockets of the standard doors are opened and *kept* here, one for each worker, and served there: what
+stands in the queue of one is not lost when its worker dies, since the next one goes on with it.
 """
 
 from __future__ import annotations
@@ -9,17 +12,44 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import NamedTuple, Protocol
 
+from proxy.errors import ConfigError
 from proxy.log import lines as log
 from proxy.model import Breathe, Endpoint, hold_breath
-from proxy.server.listener import Admit, Listener, endpoint_of, open_socket
+from proxy.server.listener import Admit, Listener, endpoint_of, open_sockets
 from proxy.server.systemd import Inherited
 from proxy.services import Door
 from proxy.settings import Settings
 
 STATUS = "status"
+#: Protocols of the doors that workers serve.
+_STANDARD = frozenset({"socks5", "proxy_protocol", "redirect"})
 
-Opened = dict[Endpoint, socket.socket]
+#: The sockets of each address that nothing has listened on before: one, or one for each worker.
+Opened = dict[Endpoint, list[socket.socket]]
+#: Configured address → protocol, and whether clients begin with TLS (native ones: as `listen_tls` says).
+Wanted = dict[Endpoint, tuple[str, bool]]
+
+
+class Handed(Protocol):
+    """Sockets that somebody else has opened."""
+
+    def take(self, endpoint: Endpoint) -> socket.socket | None:
+        """The one for this address; None: there is none (left)."""
+
+
+class Kept(NamedTuple):
+    """A door of the workers, and its sockets, one for each of them."""
+
+    door: Door
+    sockets: list[socket.socket]
+
+
+def close_all(opened: Opened) -> None:
+    for sockets in opened.values():
+        for sock in sockets:
+            sock.close()
 
 
 class Doors:
@@ -29,6 +59,8 @@ class Doors:
         admit, accept_failed: see `Listener`.
         spare: lends a descriptor to the status listener, and to one that is being opened.
         inherited: sockets that were open before we started.
+        workers: how many serve the standard doors; 0: they are served here.
+        wanted: which doors there should be.
     """
 
     def __init__(
@@ -36,7 +68,9 @@ class Doors:
         admit: Admit,
         accept_failed: Callable[[Listener, OSError], None],
         spare: Callable[[], AbstractContextManager[None]],
-        inherited: Inherited,
+        inherited: Handed,
+        workers: int = 0,
+        wanted: Callable[[Settings], Wanted] | None = None,
     ) -> None:
         self._admit = admit
         self._accept_failed = accept_failed
@@ -44,6 +78,10 @@ class Doors:
         self._inherited = inherited
         self._listeners: dict[Endpoint, Listener] = {}
         self._closed: list[Door] = []
+        self._workers = workers
+        self._tells = wanted is None  # a worker's are told by the master
+        self._wanted = wanted or all_doors
+        self._kept: dict[Endpoint, Kept] = {}
 
     # ---------------------------------------------------------------- changing them
 
@@ -55,36 +93,55 @@ class Doors:
         """
         opened: Opened = {}
         try:
-            for endpoint in _wanted(settings):
+            for endpoint, (protocol, _) in self._wanted(settings).items():
                 breathe()
-                if endpoint not in self._listeners:
+                workers = self._workers if protocol in _STANDARD else 0
+                if endpoint in (self._listeners if workers else self._kept):
+                    raise ConfigError(
+                        f"{endpoint} cannot become a {protocol} listener: with workers, only a start or an upgrade can "
+                        "exchange one of their doors for one of the others"
+                    )
+                if endpoint not in self._listeners and endpoint not in self._kept:
                     with self._spare():
-                        opened[endpoint] = self._inherited.take(endpoint) or open_socket(endpoint)
+                        opened[endpoint] = self._open(endpoint, workers)
         except BaseException:
-            for sock in opened.values():
-                sock.close()
+            close_all(opened)
             raise
         return opened
 
+    def _open(self, endpoint: Endpoint, workers: int) -> list[socket.socket]:
+        handed = self._inherited.take(endpoint)
+        if handed is None:
+            return open_sockets(endpoint, workers or 1)
+        return [handed, *(handed.dup() for _ in range(workers - 1))]
+
     def endpoints(self, settings: Settings, opened: Opened) -> Iterator[Endpoint]:
         """Where the doors of new settings will really listen."""
-        for endpoint in _wanted(settings):
-            known = self._listeners.get(endpoint)
-            yield known.door.endpoint if known is not None else endpoint_of(opened[endpoint])
+        for endpoint in self._wanted(settings):
+            if endpoint in opened:
+                yield endpoint_of(opened[endpoint][0])
+            else:
+                yield self._door(endpoint).endpoint
 
     def take(self, settings: Settings, opened: Opened, breathe: Breathe = hold_breath) -> None:
         """Put the doors of new settings in force; nothing here can fail. Clients who come in the middle of it wait in
         the kernel's queue, or find the door as it was."""
-        wanted = _wanted(settings)
+        wanted = self._wanted(settings)
         for endpoint in set(self._listeners) - set(wanted):
             breathe()
             listener = self._listeners.pop(endpoint)
             self._closed.append(listener.door)
             listener.finish()
+        for endpoint in set(self._kept) - set(wanted):
+            breathe()
+            close_all({endpoint: self._kept.pop(endpoint).sockets})  # the workers have them, too
         for endpoint, (protocol, secure) in wanted.items():
             breathe()
+            if self._workers and protocol in _STANDARD:
+                self._keep(endpoint, opened.get(endpoint), protocol, secure)
+                continue
             if endpoint in opened:
-                self._listen(endpoint, opened[endpoint], protocol, secure)
+                self._listen(endpoint, opened[endpoint][0], protocol, secure)
             listener = self._listeners[endpoint]
             if (listener.door.protocol, listener.door.secure) != (protocol, secure):
                 self._closed.append(listener.door)
@@ -92,26 +149,31 @@ class Doors:
             listener.spare = self._spare if protocol == STATUS else None
             listener.set_options(settings.idle_timeout)
 
+    def _keep(self, endpoint: Endpoint, sockets: list[socket.socket] | None, protocol: str, secure: bool) -> None:
+        if sockets is None:
+            sockets = self._kept[endpoint].sockets
+        else:
+            _tell(endpoint_of(sockets[0]), protocol, secure)
+        self._kept[endpoint] = Kept(Door(protocol, endpoint_of(sockets[0]), endpoint, secure), sockets)
+
+    def kept(self, worker: int) -> dict[Endpoint, socket.socket]:
+        """The sockets of one worker, from 0, by their configured addresses."""
+        return {endpoint: kept.sockets[worker] for endpoint, kept in self._kept.items()}
+
     def _listen(self, endpoint: Endpoint, sock: socket.socket, protocol: str, secure: bool) -> None:
         door = Door(protocol, endpoint_of(sock), endpoint, secure)
         listener = self._listeners[endpoint] = Listener(sock, door, self._admit, self._accept_failed)
         listener.start()
-        words = {"tls": "yes"} if secure else {}
-        log.note(log.Event.LISTEN, log.INFO, f"listening on {door.endpoint}", protocol=protocol, **words)
-
-    def close_unclaimed(self) -> None:
-        """Close what systemd opened and the configuration does not name: no client shall hang in a backlog."""
-        for endpoint in self._inherited.left():
-            log.note(log.Event.SYSTEMD, log.WARNING, f"the inherited socket {endpoint} is not in the configuration")
-        for fd in self._inherited.unusable:
-            log.note(log.Event.SYSTEMD, log.WARNING, f"the inherited descriptor {fd} is not a listening TCP socket")
-        self._inherited.close()
+        if self._tells:
+            _tell(door.endpoint, protocol, secure)
 
     def finish(self) -> None:
         """Stop listening, but for the status: it says until the end that we are draining."""
         for listener in self._listeners.values():
             if listener.door.protocol != STATUS:
                 listener.finish()
+        for kept in self._kept.values():
+            close_all({kept.door.endpoint: kept.sockets})
 
     def close(self) -> None:
         """Stop listening at once, on all of them; also a second time."""
@@ -122,7 +184,12 @@ class Doors:
 
     def listening(self) -> list[Door]:
         """The doors that are open."""
-        return [listener.door for listener in self._listeners.values()]
+        own, kept = self._listeners.values(), self._kept.values()
+        return [*(listener.door for listener in own), *(each.door for each in kept)]
+
+    def _door(self, endpoint: Endpoint) -> Door:
+        kept = self._kept.get(endpoint)
+        return kept.door if kept is not None else self._listeners[endpoint].door
 
     def __iter__(self) -> Iterator[Door]:
         """The doors that are open, and the closed ones with connections."""
@@ -135,14 +202,34 @@ class Doors:
         return sum(door.open_connections for door in self if door.protocol != STATUS)
 
 
-def _wanted(settings: Settings) -> dict[Endpoint, tuple[str, bool]]:
-    """Configured address → protocol, and whether clients begin with TLS (native ones: as `listen_tls` says)."""
-    wanted = dict.fromkeys(settings.listen, ("native", False))
-    wanted |= dict.fromkeys(settings.listen_socks5, ("socks5", False))
+def all_doors(settings: Settings) -> Wanted:
+    """Which there should be."""
+    wanted: Wanted = dict.fromkeys(settings.listen, ("native", False))
+    wanted |= standard_doors(settings)
+    if settings.listen_status is not None:
+        wanted[settings.listen_status] = (STATUS, False)
+    return wanted
+
+
+def standard_doors(settings: Settings) -> Wanted:
+    """Those of them that workers serve."""
+    wanted: Wanted = dict.fromkeys(settings.listen_socks5, ("socks5", False))
     wanted |= dict.fromkeys(settings.listen_proxy_protocol, ("proxy_protocol", False))
     wanted |= dict.fromkeys(settings.listen_socks5_tls, ("socks5", True))
     wanted |= dict.fromkeys(settings.listen_proxy_protocol_tls, ("proxy_protocol", True))
     wanted |= dict.fromkeys(settings.listen_redirect, ("redirect", False))
-    if settings.listen_status is not None:
-        wanted[settings.listen_status] = (STATUS, False)
     return wanted
+
+
+def close_unclaimed(inherited: Inherited) -> None:
+    """Close what systemd opened and the configuration does not name: no client shall hang in a backlog."""
+    for endpoint in inherited.left():
+        log.note(log.Event.SYSTEMD, log.WARNING, f"the inherited socket {endpoint} is not in the configuration")
+    for fd in inherited.unusable:
+        log.note(log.Event.SYSTEMD, log.WARNING, f"the inherited descriptor {fd} is not a listening TCP socket")
+    inherited.close()
+
+
+def _tell(endpoint: Endpoint, protocol: str, secure: bool) -> None:
+    words = {"tls": "yes"} if secure else {}
+    log.note(log.Event.LISTEN, log.INFO, f"listening on {endpoint}", protocol=protocol, **words)

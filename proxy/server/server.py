@@ -38,7 +38,7 @@ from proxy.server import calendar, check_config, figures, findings, process, sys
 from proxy.server.drain import drain
 from proxy.server.here import Here
 from proxy.server.listener import ListenError
-from proxy.server.listeners import Doors, Opened
+from proxy.server.listeners import Doors, Opened, close_all, close_unclaimed
 from proxy.server.questions import Everywhere
 from proxy.server.reception import Reception
 from proxy.server.routine import Routine
@@ -112,13 +112,13 @@ class Server:
         self._colleagues: Colleagues = Alone()
         here = Here(lambda: self.services, self._part)
         self._everywhere = Everywhere(here, lambda: self._colleagues)
-        inherited = systemd.Inherited(os.environ, os.getpid())
+        self._inherited = systemd.Inherited(os.environ, os.getpid())
         self._reception = Reception(
             services=lambda: self.services,
             open_connections=lambda: self._doors.open_connections(),
             serve_status=lambda *connection: self._status.admit(*connection),
         )
-        self._doors = Doors(self._reception.admit, self._reception.accept_failed, self._reserve.lent, inherited)
+        self._doors = Doors(self._reception.admit, self._reception.accept_failed, self._reserve.lent, self._inherited)
         self._status = self._status_door()
         self._steering = Steering(
             lambda: self.services,
@@ -157,7 +157,7 @@ class Server:
             log.note(log.Event.LISTEN, log.ERROR, str(error))
             return EXIT_CANNOT_LISTEN
         _tell_doubts(self._first, hold_breath)
-        self._doors.close_unclaimed()
+        close_unclaimed(self._inherited)
         self._signals.watch()
         self._wiring.watch_addresses()
         process.log_what_the_hub_catches(self._wiring.counters)
@@ -187,8 +187,7 @@ class Server:
             opened = self._doors.open_missing(settings, breathe)
             wired = self._wiring.prepare(loaded, self._doors.endpoints(settings, opened), breathe)
         except BaseException:
-            for sock in opened.values():
-                sock.close()
+            close_all(opened)
             if control_socket is not None:
                 control_socket.close()
             raise
