@@ -15,7 +15,7 @@ the way, the whole is refused by an `Unreadable` that says why. Nothing here kno
 from __future__ import annotations
 
 from binascii import crc32
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -380,10 +380,14 @@ class Writer:
         self._checksum = crc32(chunk, self._checksum)
         return chunk
 
-    def end(self) -> Iterator[bytes]:
-        """The last chunks."""
+    def rest(self) -> Iterator[bytes]:
+        """What is not taken yet, if anything."""
         if self._records:
             yield self.take()
+
+    def end(self) -> Iterator[bytes]:
+        """The last chunks."""
+        yield from self.rest()
         self.add(End(dict(self._counts), self._checksum))
         yield self.take()
 
@@ -437,18 +441,23 @@ class Reader:
         return Estate(self._head, self._records)
 
 
-def chunk_of(records: list[Record]) -> bytes:
-    """What happened meanwhile, in one piece."""
-    return _encoder.encode(records)
+def chunks_of(records: Iterable[Record]) -> Iterator[bytes]:
+    """What happened meanwhile: chunks that stand for themselves."""
+    writer = Writer()
+    for record in records:
+        writer.add(record)
+        if writer.ready:
+            yield writer.take()
+    yield from writer.rest()
 
 
 def records_of(chunk: bytes) -> list[Record]:
-    """The other way round.
+    """The other way round, of one of them; kinds that a later minor version has are passed over.
 
     Raises:
         Unreadable: it is nothing of the kind.
     """
-    return _decoded(chunk, False, {})
+    return _decoded(chunk, True, {})
 
 
 def _opened(chunk: bytes) -> tuple[Head, list[msgspec.Raw]]:

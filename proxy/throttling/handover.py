@@ -11,7 +11,8 @@ The process that goes::
     for chunk in manager.gather(now, breathe):
         send(chunk)
     # "ready": it stays frozen; else manager.thaw(now), and nothing has happened
-    send(manager.meanwhile())                 # sockets that were closed in between, permits that were used, ...
+    for chunk in manager.meanwhile():
+        send(chunk)                           # sockets that were closed in between, permits that were used, ...
 
 The one that comes, before anybody asks it for anything::
 
@@ -20,7 +21,7 @@ The one that comes, before anybody asks it for anything::
         reader.feed(chunk)                    # estate.Unreadable: refuse, and say why
     manager = Manager(0, now, settings.throttle_enforce, limits)
     held = manager.adopt(reader.finish(), now, breathe)
-    manager.adopt_meanwhile(chunk, held, now)
+    manager.adopt_meanwhile(chunk, held, now) # each of the others
 
 `held` has the places of each socket that the other process goes on to hold, by that one's `Places.number`: later
 `manager.release(held.pop(number), now)`, `swap`, `wanted`, `mail` or `replied` are what they always are. To take over
@@ -50,7 +51,7 @@ from proxy.throttling.estate import (
     RepliedOf,
     SpentOf,
     Unreadable,
-    chunk_of,
+    chunks_of,
     records_of,
 )
 from proxy.throttling.flows import Flow, Path, Places, Receiver, Throttle
@@ -107,10 +108,10 @@ class Handover(Requests):
         self._meanwhile = []
         return Gathering(self, self.sessions.values(), now, breathe).chunks()
 
-    def meanwhile(self) -> bytes:
-        """What has happened since `gather` began, or since this was last asked for, that was not in it."""
+    def meanwhile(self) -> list[bytes]:
+        """What has happened since `gather` began, or since this was last asked for, that was not in it: chunks."""
         records, self._meanwhile = self._meanwhile, []
-        return chunk_of(records)
+        return list(chunks_of(records))
 
     # --- the one that comes ---
 

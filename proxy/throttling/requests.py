@@ -17,6 +17,9 @@ from proxy.throttling.refusals import refusal
 from proxy.throttling.session import Session
 from proxy.throttling.statements import Statements
 
+#: Characters of a reply that another process is told of; fewer are looked at.
+_LONGEST_REPLY = 4_096
+
 
 class Requests(Statements):
     """The calls that a connection and its messages become."""
@@ -240,7 +243,7 @@ class Requests(Statements):
     def replied(self, places: Places, reply: str, now: int) -> None:
         """A receiver refused something on the connection that has these places: see `Blocks.replied`."""
         if self._held is not None:
-            self._meanwhile.append(RepliedOf(places.number, reply))
+            self._meanwhile.append(RepliedOf(places.number, reply[:_LONGEST_REPLY]))
             self._held.append(lambda later: self.replied(places, reply, later))
             return
         self._relook(self.blocks.replied(places.throttles, reply, places.owner, now), now)

@@ -22,5 +22,6 @@ def heir_of(manager: Manager, now: int, rules: Rules | None = None) -> tuple[Man
     manager.freeze(now)
     heir = Manager(0, now, manager.enforce, rules)
     held = heir.adopt(read(manager.gather(now)), now)
-    heir.adopt_meanwhile(manager.meanwhile(), held, now)
+    for chunk in manager.meanwhile():
+        heir.adopt_meanwhile(chunk, held, now)
     return heir, held
