@@ -18,6 +18,7 @@ from proxy.throttling.limits import Mode, Part
 from proxy.throttling.manager import Manager
 from proxy.throttling.session import Output, Session
 from proxy.throttling.throttle import AHEAD, Key, Limit
+from tests.unit.throttling.heirs import read
 from tests.unit.throttling.oracle import SECOND, Oracle, Rule, Terms
 
 MS = 1_000_000
@@ -156,6 +157,27 @@ class World:
             if client.link is not None:
                 client.link.broken = True
         self.at(self.now + down_for, self._restart)
+
+    def exchange_manager(self, back_after: tuple[int, int] = (0, SECOND), frozen_for: int = 0) -> None:
+        """An upgrade: another manager goes on where this one is; the clients are back within so much."""
+        if self.manager is None:
+            return
+        former = self.manager
+        former.freeze(self.now)
+        estate = read(former.gather(self.now))
+        self.run_for(frozen_for)
+        self.manager = Manager(0, self.now)
+        held = self.manager.adopt(estate, self.now)
+        for chunk in former.meanwhile():
+            self.manager.adopt_meanwhile(chunk, held, self.now)
+        self._wake = None
+        for client in self.clients:
+            link = client.link
+            if link is not None and not link.broken:
+                link.broken = True
+                back = max(self.now + self.rng.randint(*back_after), client.stopped_until)
+                self.at(back, lambda c=client, old=link: self.connect(c) if c.link is old else None)  # type: ignore[misc]
+        self._served()
 
     def _restart(self) -> None:
         if self.manager is None:
