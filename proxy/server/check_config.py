@@ -20,15 +20,19 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from proxy.config.includes import INCLUDE
 from proxy.config.load import Loaded
 from proxy.config.rules import listeners
+from proxy.egress.admission import clock_ns
 from proxy.model import Breathe, Endpoint, hold_breath
 from proxy.net import contexts, identities
 from proxy.net.addresses import own_addresses
+from proxy.net.relay import make_engine
 from proxy.policy.counting import overview as overview
 from proxy.server import calendar, holders
 from proxy.server.advice import advice
+from proxy.server.certificates import store_tls
 from proxy.server.findings import ENVIRONMENT, Finding
 from proxy.server.shown import pairs
 from proxy.settings import Settings
+from proxy.store.probe import probe
 
 #: Bits; a handshake with 4096 takes 3 to 6 ms, with 2048 1 ms, with P-256 0.2 ms.
 LONGEST_RSA_KEY = 2048
@@ -39,6 +43,10 @@ _NOT_HERE = "is not an address of this machine"
 _NOT_OURS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _WILDCARDS = ("0.0.0.0", "::")
 
+_SECRETS_OF_THE_STORE = (
+    *("throttle_store_password_file", "throttle_store_sentinel_password_file", "throttle_store_tls_private_key_file"),
+)
+
 _RELATIVE = ", beside the file that includes it"
 
 
@@ -46,7 +54,7 @@ def check(loaded: Loaded, now: datetime | None = None) -> list[Finding]:
     """Everything there is to say; `now` is the wall clock."""
     settings = loaded.settings
     unfit = (*unfit_tls_blocks(settings), *unfit_timezone(settings))
-    return [*_listeners(settings), *_identity(settings), *unfit, *doubts(loaded, now)]
+    return [*_listeners(settings), *_identity(settings), *unfit, *_store(settings), *doubts(loaded, now)]
 
 
 def doubts(loaded: Loaded, now: datetime | None = None, breathe: Breathe = hold_breath) -> list[Finding]:
@@ -137,6 +145,23 @@ def _identity(settings: Settings) -> Iterator[Finding]:
         except identities.UnfitIdentity as error:
             directive = error.directive if pair.value is None else pair.directive
             yield Finding(True, directive, pair.value, pair.sentence(error))
+
+
+def _store(settings: Settings) -> Iterator[Finding]:
+    """A start goes on without it; but what is wrong with it is better known before."""
+    if settings.throttle_store is None:
+        return
+    try:
+        tls = store_tls(settings)
+    except identities.UnfitIdentity as error:
+        yield Finding(True, error.directive, None, str(error))
+        return
+    engine = make_engine()
+    try:
+        for found in probe(engine, settings.throttle_store, tls, clock_ns):
+            yield Finding(found.error, "throttle_store", None, found.message)
+    finally:
+        engine.stop()
 
 
 def unfit_tls_blocks(settings: Settings) -> Iterator[Finding]:
@@ -231,6 +256,18 @@ def _descriptors(settings: Settings) -> Iterator[Finding]:
         yield Finding(False, "max_connections", None, message)
 
 
+def _of_the_store(loaded: Loaded) -> Iterator[tuple[str, Hashable, str]]:
+    """Files with its secrets, and the directives that name them."""
+    settings = loaded.settings
+    for given in loaded.origins.of("throttle_store"):
+        if given.file in loaded.files and settings.throttle_store is not None and "@" in given.text:
+            yield "throttle_store", None, given.file
+    for directive in _SECRETS_OF_THE_STORE:
+        path = getattr(settings, directive)
+        if path is not None:
+            yield directive, None, path
+
+
 def _permissions(loaded: Loaded, breathe: Breathe) -> Iterator[Finding]:
     """Secrets in files that every user of the machine can read."""
     settings, secrets = loaded.settings, loaded.origins.of("auth_shared_secret")
@@ -241,6 +278,7 @@ def _permissions(loaded: Loaded, breathe: Breathe) -> Iterator[Finding]:
     if settings.tls_private_key_file:
         paths.append(("tls_private_key_file", None, settings.tls_private_key_file))
     paths += [(pair.directive, pair.value, pair.key) for pair in pairs(settings, breathe)]
+    paths += _of_the_store(loaded)
     for directive, value, path in paths:
         breathe()
         try:

@@ -6,5 +6,5 @@ here.
 
 Read `calls` and `store`; then `link` (one connection: TLS, login, replies in their order), `finding` (which server:
 by Sentinel, of a cluster) and `probe` (what `--check-config` asks). Pure are `calls`, `wire` (the bytes), `slots` (of a
-cluster) and `servers` (what INFO and error replies say, and what to do about it).
+cluster), `servers` (what INFO and error replies say) and `remedies` (what to do about it).
 """

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from proxy.store.calls import Call, Fate, Reply, Script
-from proxy.store.link import Batch
+from proxy.store.link import Batch, Link
 from proxy.store.node import Node
-from proxy.store.servers import Trouble, ran_nothing, refusal
+from proxy.store.servers import Trouble, ran_nothing
 from proxy.store.slots import Redirect, redirect_of
 from proxy.store.wire import ErrorReply, command, script_call
 
@@ -34,7 +34,7 @@ class _Sent(NamedTuple):
     """
 
     node: Node
-    where: str
+    link: Link
     identity: str
     batch: Batch
     at: dict[int, int]
@@ -83,14 +83,14 @@ class Calling:
     def take(self) -> None:
         """What came of it; what may go out once more is in `left`."""
         for sent in self._sent:
-            if sent.batch.missing and sent.node.link is not None:
-                sent.node.link.catch_up()
+            if sent.batch.missing:
+                sent.link.catch_up()
             for place, at in sent.at.items():
                 if at < len(sent.batch.replies):
                     self._answered(place, sent.batch.replies[at], sent)
                 else:
                     reason = f"no answer within {PATIENCE_NS // 1_000_000} ms"
-                    trouble = sent.batch.broken or Trouble("call", sent.where, reason)
+                    trouble = sent.batch.broken or Trouble("call", sent.link.where, reason)
                     self._reply(place, Fate.LOST, trouble)
         self._sent = []
 
@@ -118,7 +118,7 @@ class Calling:
             for place in places:
                 self._give_up(place, trouble)
         else:
-            self._sent.append(_Sent(node, link.where, node.server.identity, batch, at))
+            self._sent.append(_Sent(node, link, node.server.identity, batch, at))
 
     def _unfit(self, node: Node) -> Trouble | None:
         """Why nothing is sent to this server now."""
@@ -134,12 +134,12 @@ class Calling:
             batch = sent.batch
             self._replies[place] = Reply(Fate.ANSWERED, answer, None, batch.sent_ns, batch.received_ns, sent.identity)
             return
-        trouble = refusal("call", sent.where, answer)
+        trouble = sent.link.refusal("call", answer)
         if not ran_nothing(answer):
             self._reply(place, Fate.LOST, trouble)
             return
         self._last[place] = trouble
-        redirect = redirect_of(answer, sent.where.rpartition(":")[0].strip("[]"))
+        redirect = redirect_of(answer, sent.link.where.rpartition(":")[0].strip("[]"))
         if redirect is not None:
             self.left[place] = self._redirected(redirect)
             if not redirect.for_good:

@@ -17,7 +17,7 @@ from proxy.store.dial import Dialler
 from proxy.store.finding import usable
 from proxy.store.link import Link
 from proxy.store.node import ANSWER, FIRST_PAUSE, LONGEST_PAUSE, Node
-from proxy.store.servers import Server, Trouble, refusal
+from proxy.store.servers import Server, Trouble
 from proxy.store.slots import Map, slot_of
 from proxy.store.wire import ErrorReply, command
 
@@ -109,7 +109,7 @@ class Cluster:
         for node in list(self.nodes.values()):
             if node.link is not None:
                 try:
-                    return _map_of(node.link)
+                    return map_of(node.link)
                 except Trouble as trouble:
                     troubles.append(trouble)
         known = self._map.servers if self._map is not None else []
@@ -117,7 +117,7 @@ class Cluster:
             try:
                 link, _ = self._dialler.connect(server)
                 try:
-                    return _map_of(link)
+                    return map_of(link)
                 finally:
                     link.close(Trouble("cluster", link.where, "not wanted any more"))
             except Trouble as trouble:
@@ -125,10 +125,15 @@ class Cluster:
         raise troubles[0]
 
 
-def _map_of(link: Link) -> Map:
+def map_of(link: Link) -> Map:
+    """The map, by this server's word.
+
+    Raises:
+        Trouble: step `cluster`; it has none.
+    """
     (reply,) = link.ask([command(b"CLUSTER", b"SLOTS")], ANSWER, "cluster")
     if isinstance(reply, ErrorReply):
-        raise refusal("cluster", link.where, reply)
+        raise link.refusal("cluster", reply)
     host = link.where.rpartition(":")[0].strip("[]")
     try:
         return Map.of(reply, host)

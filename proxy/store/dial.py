@@ -16,19 +16,25 @@ from typing import Any, NamedTuple
 
 from gevent import Timeout
 
-from proxy.errors import Overloaded, PeerError
+from proxy.errors import Overloaded
 from proxy.net.apart import Apart, for_receivers
 from proxy.net.conversation import shake_hands, watch_over
+from proxy.net.identities import StoreTls
 from proxy.net.relay import IPPROTO_TCP, TCP_NODELAY, Engine, RawSocket, keep_alive
 from proxy.net.tls import PlainStream, Stream, TlsStream
+from proxy.settings import StoreSettings
 from proxy.store.link import Link
-from proxy.store.servers import Server, Trouble, info_fields, refusal, server_of
+from proxy.store.servers import Server, Trouble, info_fields, server_of
 from proxy.store.wire import ErrorReply, command
 
 #: Seconds for all of it with one server.
 WITHIN = 3.0
+#: Of them for a handshake: who speaks no TLS may wait for more.
+_HANDSHAKE = 2.0
 #: What we are called in CLIENT LIST.
 NAME = b"greenarrow_proxy"
+#: What is asked of a server, at first and now and then.
+INFO = [command(b"INFO", section) for section in (b"server", b"replication", b"memory")]
 #: Seconds after which the kernel gives up a server that acknowledges nothing.
 _KEEP_ALIVE = 10.0
 _STREAM = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
@@ -45,7 +51,12 @@ class Credentials(NamedTuple):
     password: str | None = None
 
     def __repr__(self) -> str:
-        return f"Credentials({self.user!r})"
+        return "Credentials(…)"
+
+    @property
+    def secrets(self) -> list[str]:
+        """What must not be shown."""
+        return [self.password] if self.password else []
 
     @property
     def command(self) -> list[bytes]:
@@ -79,7 +90,8 @@ class Dialler(NamedTuple):
         trouble: Trouble | None = None
         for address in _addresses(server, where):
             try:
-                return Link(self.engine, self._stream(address, server, where), where, self.clock)
+                stream = self._stream(address, server, where)
+                return Link(self.engine, stream, where, self.clock, self.credentials.secrets)
             except Trouble as failed:
                 trouble = trouble or failed
         raise trouble or Trouble("resolve", where, "the name has no address")
@@ -93,16 +105,15 @@ class Dialler(NamedTuple):
         login = self.credentials.command
         select = [command(b"SELECT", self.database)] if self.database else []
         told = [command(b"CLIENT", b"SETNAME", NAME), command(b"PING")]
-        info = [command(b"INFO", b"server"), command(b"INFO", b"replication")]
-        replies = link.ask([*login, *select, *told, *info], WITHIN, "login")
+        replies = link.ask([*login, *select, *told, *INFO], WITHIN, "login")
         if login and isinstance(reply := replies.pop(0), ErrorReply):
-            raise refusal("auth", link.where, reply)
+            raise link.refusal("auth", reply)
         if select and isinstance(reply := replies.pop(0), ErrorReply):
-            raise refusal("auth" if reply.code == "NOAUTH" else "select", link.where, reply)
+            raise link.refusal("auth" if reply.code == "NOAUTH" else "select", reply)
         _, ping, *sections = replies
         if isinstance(ping, ErrorReply) and ping.code in ("NOAUTH", "LOADING"):
-            raise refusal("auth" if ping.code == "NOAUTH" else "info", link.where, ping)
-        return read_info(link.where, sections)
+            raise link.refusal("auth" if ping.code == "NOAUTH" else "info", ping)
+        return read_info(link, sections)
 
     def connect(self, server: tuple[str, int] | str) -> tuple[Link, Server]:
         """Reached and logged in, all of it `WITHIN`.
@@ -145,6 +156,18 @@ class Dialler(NamedTuple):
             raise
 
 
+def dialler_of(engine: Engine, settings: StoreSettings, tls: StoreTls | None, clock: Callable[[], int]) -> Dialler:
+    """How the servers of a store are reached."""
+    context = tls.context if tls is not None else None
+    return Dialler(engine, context, Credentials(settings.user, settings.password), settings.database, clock)
+
+
+def towards_sentinels(dialler: Dialler, settings: StoreSettings) -> Dialler:
+    """How its Sentinels are: they are told their own password, else what the server is told."""
+    own = settings.sentinel_password
+    return dialler if own is None else dialler._replace(credentials=Credentials(None, own))
+
+
 def name_of(server: tuple[str, int] | str) -> str:
     """As messages say it."""
     if isinstance(server, str):
@@ -153,8 +176,8 @@ def name_of(server: tuple[str, int] | str) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def read_info(where: str, sections: Sequence[Any]) -> Server:
-    """INFO's sections `server` and `replication`.
+def read_info(link: Link, sections: Sequence[Any]) -> Server:
+    """The answers to `INFO`.
 
     Raises:
         Trouble: they are none.
@@ -162,11 +185,13 @@ def read_info(where: str, sections: Sequence[Any]) -> Server:
     fields: dict[str, str] = {}
     for section in sections:
         if not isinstance(section, bytes):
-            raise refusal("info", where, section)
+            raise link.refusal("info", section)
         fields |= info_fields(section)
     server = server_of(fields)
+    if server.mode == "sentinel":
+        raise Trouble("role", link.where, "it is a Sentinel: write redis+sentinel://HOST/SERVICE")
     if not server.run_id or not server.role:
-        raise Trouble("info", where, "INFO says neither run_id nor role: is this Valkey or Redis?")
+        raise Trouble("info", link.where, "INFO says neither run_id nor role: is this Valkey or Redis?")
     return server
 
 
@@ -206,8 +231,13 @@ def _connect(engine: Engine, sock: RawSocket, target: Any, where: str) -> None:
 
 
 def _shake(engine: Engine, stream: TlsStream, where: str) -> None:
+    timer = Timeout.start_new(_HANDSHAKE)
     try:
         shake_hands(engine, stream, for_receivers())
+    except Timeout as fired:
+        if fired is not timer:
+            raise
+        raise Trouble("tls", where, f"no handshake within {_HANDSHAKE:g} s") from None
     except ssl.SSLCertVerificationError as error:
         raise Trouble("tls", where, f"its certificate is not accepted: {error.verify_message}") from None
     except ssl.SSLError as error:
@@ -215,5 +245,5 @@ def _shake(engine: Engine, stream: TlsStream, where: str) -> None:
     except OSError as error:
         number = error.errno or 0
         raise Trouble("tls", where, os.strerror(number) if number else "closed in the handshake", number) from None
-    except PeerError as error:
-        raise Trouble("tls", where, str(error)) from None
+    finally:
+        timer.close()

@@ -13,7 +13,7 @@ import gevent
 
 from proxy.store.dial import Dialler, name_of
 from proxy.store.link import Link
-from proxy.store.servers import Server, Trouble, refusal
+from proxy.store.servers import Server, Trouble
 from proxy.store.wire import ErrorReply, command
 
 #: Seconds for one Sentinel.
@@ -123,7 +123,7 @@ class Sentinels:
         address, state = link.ask(questions, PATIENCE, "sentinel")
         if isinstance(address, ErrorReply):
             unknown = address.code == "NOAUTH"
-            link.close(trouble := refusal("auth" if unknown else "sentinel", link.where, address))
+            link.close(trouble := link.refusal("auth" if unknown else "sentinel", address))
             raise trouble
         if address is None:
             raise Trouble("sentinel", link.where, f"it knows no service {self._service.decode()}")

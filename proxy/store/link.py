@@ -22,8 +22,8 @@ from proxy.net.relay import Engine
 from proxy.net.tls import Stream
 from proxy.net.turns import TurnOver
 from proxy.policy.turns import READ
-from proxy.store.servers import Trouble
-from proxy.store.wire import NOTHING, Push, Replies
+from proxy.store.servers import Trouble, refusal
+from proxy.store.wire import NOTHING, ErrorReply, Push, Replies
 
 #: Reads before others get their turn.
 _READS = 16
@@ -73,12 +73,15 @@ class Link:
     Args:
         where: the server, for messages.
         clock: nanoseconds of CLOCK_BOOTTIME.
+        secrets: what it is told and nobody else may see.
 
     Attributes:
         trouble: why it ended, or None. ended: set then.
     """
 
-    def __init__(self, engine: Engine, stream: Stream, where: str, clock: Callable[[], int]) -> None:
+    def __init__(
+        self, engine: Engine, stream: Stream, where: str, clock: Callable[[], int], secrets: Sequence[str] = ()
+    ) -> None:
         self.where = where
         self.trouble: Trouble | None = None
         self.ended = Event()
@@ -86,6 +89,7 @@ class Link:
         self._out = bytearray()
         self._waiting: deque[Batch] = deque()
         self._replies = Replies()
+        self._secrets = tuple(secrets)
         self._reader = gevent.spawn(self._run)
 
     @property
@@ -119,10 +123,17 @@ class Link:
         batch = self.send(commands)
         batch.wait(seconds)
         if batch.broken is not None:
+            for reply in batch.replies:  # its last word: DENIED, too many clients
+                if isinstance(reply, ErrorReply):
+                    raise self.refusal(step, reply)
             raise Trouble(step, self.where, batch.broken.reason, batch.broken.number)
         if batch.missing:
             raise Trouble(step, self.where, f"no answer within {seconds:g} s")
         return batch.replies
+
+    def refusal(self, step: str, reply: Any) -> Trouble:
+        """What a reply means that is an error, or not what was expected."""
+        return refusal(step, self.where, reply, self._secrets)
 
     def close(self, trouble: Trouble) -> None:
         """End it; whoever waits for a reply learns why."""

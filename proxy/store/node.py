@@ -14,10 +14,9 @@ from typing import Any
 import gevent
 from gevent.event import Event
 
-from proxy.store.dial import read_info
+from proxy.store.dial import INFO, read_info
 from proxy.store.link import Link
 from proxy.store.servers import Server, Trouble
-from proxy.store.wire import command
 
 #: Seconds between two looks at a server, and for the answer.
 WATCH = 2.0
@@ -29,7 +28,6 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
 _GOOD = 5.0
 
 Find = Callable[[], tuple[Link, Server]]
-_ASK = [command(b"INFO", b"server"), command(b"INFO", b"replication")]
 
 
 class Node:
@@ -108,7 +106,7 @@ class Node:
         """Look at it now and then until it ends; why it has."""
         while not link.ended.wait(WATCH):
             try:
-                server = read_info(link.where, link.ask(_ASK, ANSWER, "info"))
+                server = read_info(link, link.ask(INFO, ANSWER, "info"))
                 if not server.is_master:
                     raise Trouble("role", link.where, f"it is a replica now, of {server.master or 'nobody'}")
                 self._still(server)

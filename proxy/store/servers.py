@@ -1,13 +1,13 @@
 """What a server says of itself, and what is wrong when it says no. Pure.
 
-A `Trouble` names the step, the server, and the errno or the reply, and never holds a password: none is in a reply, and
-what we sent is not kept.
+A `Trouble` names the step, the server, and the errno or the reply. It never holds a password, though a reply may: an
+unknown command is answered with its arguments.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from proxy.store.wire import ErrorReply
@@ -24,6 +24,7 @@ class Server(NamedTuple):
         kind: `valkey` or `redis`. version: as it says it. role: `master` or `slave` (Valkey says so, too).
         run_id: another one after each start. replication_id: another one after each promotion.
         master: of a replica, `host:port`, else "". mode: `standalone`, `sentinel` or `cluster`.
+        evicting: the policy by which it throws keys away when its memory is full, "": it does not, and says so then.
     """
 
     kind: str
@@ -33,6 +34,7 @@ class Server(NamedTuple):
     replication_id: str
     mode: str = ""
     master: str = ""
+    evicting: str = ""
 
     @property
     def identity(self) -> str:
@@ -73,9 +75,11 @@ def info_fields(text: bytes) -> dict[str, str]:
 
 
 def server_of(fields: Mapping[str, str]) -> Server:
-    """Of the sections `server` and `replication`."""
+    """Of the sections `server`, `replication` and `memory`."""
     valkey = fields.get("valkey_version")
     host, port = fields.get("master_host", ""), fields.get("master_port", "")
+    policy = fields.get("maxmemory_policy", "")
+    evicts = policy not in ("", "noeviction") and fields.get("maxmemory", "0") != "0"
     mode = fields.get("server_mode") or fields.get("redis_mode", "")
     return Server(
         "valkey" if valkey or fields.get("server_name") == "valkey" else "redis",
@@ -85,20 +89,23 @@ def server_of(fields: Mapping[str, str]) -> Server:
         fields.get("master_replid", ""),
         mode,
         f"{host}:{port}" if host else "",
+        policy if evicts else "",
     )
 
 
-def refusal(step: str, where: str, reply: Any) -> Trouble:
-    """What an unexpected reply means, in words for an operator."""
+def refusal(step: str, where: str, reply: Any, secrets: Sequence[str]) -> Trouble:
+    """What an unexpected reply means, in words for an operator, without the secrets that it may show."""
     if not isinstance(reply, ErrorReply):
-        return Trouble(step, where, f"an answer that is none: {type(reply).__name__}")
-    text = printable(reply.text)
+        return Trouble(step, where, "an answer that is none")
+    text = printable(reply.text, secrets)
     return Trouble(step, where, text, reply=text)
 
 
-def printable(text: str) -> str:
-    """Fit for a log line, and not endless."""
-    return "".join(sign if sign.isprintable() else "?" for sign in text[:_LONGEST_REPLY])
+def printable(text: str, secrets: Sequence[str]) -> str:
+    """Fit for a log line: without secrets, and not endless."""
+    for secret in secrets:
+        text = text.replace(secret, "(secret)")
+    return "".join(sign if sign.isprintable() else "?" for sign in text[:_LONGEST_REPLY]).rstrip(". ")
 
 
 #: Errors that come before a script begins. All others may come out of the middle of one.

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 
+from proxy.log import lines as log
 from proxy.net.identities import StoreTls
 from proxy.net.relay import Engine
 from proxy.settings import StoreSettings
 from proxy.store.calling import ROUNDS, Calling
 from proxy.store.calls import Call, Fate, Reply, Script
 from proxy.store.cluster import Cluster
-from proxy.store.dial import Credentials, Dialler, name_of
+from proxy.store.dial import dialler_of, name_of, towards_sentinels
 from proxy.store.finding import Sentinels, usable
 from proxy.store.node import Node
 from proxy.store.servers import Server, Trouble
@@ -96,16 +97,14 @@ class Store:
         self._degraded_ns: int | None = clock()
         self._trouble: Trouble | None = None
         self._trouble_ns = 0
-        own = Credentials(settings.user, settings.password)
-        dialler = Dialler(engine, tls.context if tls is not None else None, own, settings.database, clock)
+        dialler = dialler_of(engine, settings, tls, clock)
         self._sentinels: Sentinels | None = None
         self._cluster: Cluster | None = None
         self._node: Node | None = None
         if settings.kind == "cluster":
             self._cluster = Cluster(dialler, settings.servers, self._changed)
         elif settings.kind == "sentinel":
-            word = settings.sentinel_password
-            towards = dialler._replace(credentials=own if word is None else Credentials(None, word))
+            towards = towards_sentinels(dialler, settings)
             self._sentinels = Sentinels(towards, dialler, settings.servers, settings.service)
             self._node = Node(self._sentinels.find, self._changed, self._sentinels.still)
         else:
@@ -195,7 +194,8 @@ class Store:
     # ---------------------------------------------------------------- how it stands
 
     def _changed(self, node: Node) -> None:
-        """A connection has come or gone."""
+        """A connection has come or gone, or the server says something else of itself."""
+        _warn_of_eviction(node)
         if node.link is None and node.trouble is not None:
             self._bad(node.trouble)
         elif all(each.link is not None for each in self._nodes()):
@@ -227,3 +227,10 @@ class Store:
 
     def _good(self) -> None:
         self._degraded_ns = None
+
+
+def _warn_of_eviction(node: Node) -> None:
+    """It would be as if what was forgotten had never been sent."""
+    if node.link is not None and node.server is not None and node.server.evicting:
+        text = "the throttle store forgets limits when its memory is full: its maxmemory-policy has to be noeviction"
+        log.note(log.Event.STORE, log.WARNING, text, store=node.link.where, policy=node.server.evicting)

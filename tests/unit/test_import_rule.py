@@ -58,7 +58,7 @@ PURE_FILES = {
     *("server.advice", "server.findings"),
     *("status.backoffs", "status.colleagues", "status.names", "status.parts", "status.roll", "status.rows"),
     *("status.spelled", "status.store", "status.throttles", "status.trouble", "status.view"),
-    *("store.calls", "store.servers", "store.slots", "store.wire"),
+    *("store.calls", "store.remedies", "store.servers", "store.slots", "store.wire"),
 }
 #: What the library shares with the program of `throttling`; it must stay small, since MTAs carry it with them.
 CLIENT_THROTTLING = {"proxy.throttling.lease", "proxy.throttling.wheel"}
