@@ -63,7 +63,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["proxy", "proxy.*"]),
     py_modules=["greenarrow_proxy"],
-    package_data={"proxy": ["py.typed"]},
+    package_data={"proxy": ["py.typed", "store/lease.lua"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalRelay, "build_py": FreshBuild},
     install_requires=[
@@ -84,6 +84,7 @@ setup(
             "build",
             "hypothesis",
             "jsonschema",
+            "lupa",  # Lua 5.1, as the stores of throttles have it: their script is tested where time can be stepped
             "mypy==2.4.1",
             "psutil",
             "PySocks",

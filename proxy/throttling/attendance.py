@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from proxy.throttling.blocks import Rules
+from proxy.throttling.cluster import Cluster
 from proxy.throttling.core import DELIVERY, SWEEP, Core
 from proxy.throttling.doubt import Doubt, lapsed_too_many, since
 from proxy.throttling.flows import WORD, Flow
@@ -21,8 +22,15 @@ from proxy.throttling.wheel import Wheel
 class Attendance(Core):
     """The sessions by name. The arguments are `manager.Manager`'s."""
 
-    def __init__(self, incarnation: int, start: int, enforce: bool = False, blocks: Rules | None = None) -> None:
-        super().__init__(incarnation, start, enforce, blocks)
+    def __init__(
+        self,
+        incarnation: int,
+        start: int,
+        enforce: bool = False,
+        blocks: Rules | None = None,
+        cluster: Cluster | None = None,
+    ) -> None:
+        super().__init__(incarnation, start, enforce, blocks, cluster)
         self.sessions: dict[str, Session] = {}
         self._pings: Wheel[Session] = Wheel(TICK)
         self._departed: deque[tuple[Session, int | None]] = deque()  # and until when their parts stay

@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 from proxy.model import Names
 from proxy.throttling.backoff import Backoffs, Rule, Slowdown
+from proxy.throttling.cluster import Cluster
 from proxy.throttling.flows import Throttle
 from proxy.throttling.limits import Effective
 from proxy.throttling.overrides import BY_HAND, NO_RATE, Override, Overrides
@@ -56,6 +57,8 @@ class Block(Protocol):
     def wait(self) -> float | None: ...
     @property
     def enforce(self) -> bool: ...
+    @property
+    def scope(self) -> str: ...
 
 
 class Rules(Protocol):
@@ -116,14 +119,17 @@ class Blocks:
     Args:
         start: when the proxy began, in nanoseconds: what its predecessor did is unknown.
         overrides: what was set by hand, here and elsewhere.
+        cluster: of the proxies that the limits of some blocks hold for together; None: there is no store for them.
 
     Attributes:
         backoffs: which of them are slowed down, and why.
         day: of the calendar, counted from 1970-01-01; 0: nobody has said it yet.
     """
 
-    def __init__(self, rules: Rules, start: int, overrides: Overrides) -> None:
+    def __init__(self, rules: Rules, start: int, overrides: Overrides, cluster: Cluster | None = None) -> None:
         self._start = start
+        self._cluster = cluster
+        self._scopes: dict[str, str] = {}  # of blocks, as they were said first: another one holds from a restart on
         self._overrides = overrides
         self._rules = rules
         self._any = bool(rules)
@@ -295,13 +301,27 @@ class Blocks:
         if throttle is None:
             if len(known) >= MAX_REMEMBERED:
                 for idle in [key for key, each in known.items() if not each.busy(now)]:
-                    self._stale.pop(known.pop(idle), None)
-            throttle = known[key] = Throttle(key, counts=True)
-            throttle.connections = known is self._connections
+                    self._drop(known.pop(idle))
+            throttle = known[key] = self._make(key, known is self._connections, now)
             self._configure(throttle, now)
         elif self._stale and throttle in self._stale:
             self._configure(throttle, now)  # who waits there is looked at by `refresh`
         return throttle
+
+    def _make(self, key: Key, connections: bool, now: int) -> Throttle:
+        block = self._rules.blocks.get(key.name)
+        scope = self._scopes.setdefault(key.name, block.scope) if block is not None else "proxy"
+        if scope == "cluster" and self._cluster is not None and block is not None and block.enforce:
+            throttle: Throttle = self._cluster.make(key, True, "c" if connections else "m", now)
+        else:
+            throttle = Throttle(key, counts=True)
+        throttle.connections = connections
+        return throttle
+
+    def _drop(self, throttle: Throttle) -> None:
+        self._stale.pop(throttle, None)
+        if self._cluster is not None:
+            self._cluster.drop(throttle)
 
     def _reconfigure(self, key: Key, now: int) -> list[Throttle]:
         """Put the terms of now in force for the throttles of a key."""
@@ -333,7 +353,7 @@ class Blocks:
             if until > throttle.closed_until:
                 throttle.closed_until, throttle.closed_by = until, BY_HAND
         throttle.limit_to(terms.limits or (NO_RATE,) * (throttle.closed_until > 0), self._start, now)
-        throttle.cap = terms.places
+        throttle.limit_places(terms.places)
         if block is None or block.enforce:
             throttle.shadow = None
         else:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from proxy.throttling.advice import Adviser
 from proxy.throttling.audit import Audit
 from proxy.throttling.blocks import Blocks, NoRules, Rules
+from proxy.throttling.cluster import Cluster
 from proxy.throttling.desk import Desk
 from proxy.throttling.dispenser import Dispenser
 from proxy.throttling.estate import Record
@@ -32,15 +33,23 @@ DELIVERY = 500
 class Core:
     """All parts. The arguments are `manager.Manager`'s."""
 
-    def __init__(self, incarnation: int, start: int, enforce: bool = False, blocks: Rules | None = None) -> None:
+    def __init__(
+        self,
+        incarnation: int,
+        start: int,
+        enforce: bool = False,
+        blocks: Rules | None = None,
+        cluster: Cluster | None = None,
+    ) -> None:
+        self.cluster = cluster
         self.incarnation = incarnation
         self.enforce = enforce
         self.overrides = Overrides()
-        self.blocks = Blocks(blocks or NoRules(), start, self.overrides)
+        self.blocks = Blocks(blocks or NoRules(), start, self.overrides, cluster)
         self._audit = Audit(start)
         self._dispenser = Dispenser()
         self._book = PlaceBook(self._shut)
-        self._registry = Registry(start, self._dispenser, self._book, self.overrides)
+        self._registry = Registry(start, self._dispenser, self._book, self.overrides, cluster)
         self._desk = Desk(self._dispenser, self._registry)
         self._adviser = Adviser()
         self._active: set[Throttle] = set()

@@ -42,6 +42,7 @@ from collections.abc import Callable, Iterator
 from proxy.throttling.adopting import Adopting, Former
 from proxy.throttling.audit import Gathered, Spent
 from proxy.throttling.blocks import Rules
+from proxy.throttling.cluster import Cluster
 from proxy.throttling.core import SWEEP
 from proxy.throttling.estate import (
     Estate,
@@ -69,8 +70,15 @@ class Frozen(Exception):
 class Handover(Requests):
     """The calls with which a manager leaves, stays after all, or begins. The arguments are `manager.Manager`'s."""
 
-    def __init__(self, incarnation: int, start: int, enforce: bool = False, blocks: Rules | None = None) -> None:
-        super().__init__(incarnation, start, enforce, blocks)
+    def __init__(
+        self,
+        incarnation: int,
+        start: int,
+        enforce: bool = False,
+        blocks: Rules | None = None,
+        cluster: Cluster | None = None,
+    ) -> None:
+        super().__init__(incarnation, start, enforce, blocks, cluster)
         self._former: Wheel[Former] = Wheel(SECOND)  # what is remembered of them until everybody is back
         self._frozen_at = 0
 

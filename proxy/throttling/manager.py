@@ -13,11 +13,13 @@ another). Here are time, settings, and what receivers reply.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from proxy.throttling.blocks import Rules
+from proxy.throttling.cluster import Answer, Ask, Cluster
 from proxy.throttling.core import SWEEP
+from proxy.throttling.flows import Throttle
 from proxy.throttling.handover import Handover
 from proxy.throttling.overrides import Override
 from proxy.throttling.registry import Remark
@@ -33,10 +35,18 @@ class Manager(Handover):
             limit begins as if its last slot had been given out at that moment.
         enforce: `throttle_enforce`: messages sent without a permit are paid for before the next connection.
         blocks: the proxy's own throttles.
+        cluster: of the proxies that some limits hold for together; None: there is no store for them.
     """
 
-    def __init__(self, incarnation: int, start: int, enforce: bool = False, blocks: Rules | None = None) -> None:
-        super().__init__(incarnation, start, enforce, blocks)
+    def __init__(
+        self,
+        incarnation: int,
+        start: int,
+        enforce: bool = False,
+        blocks: Rules | None = None,
+        cluster: Cluster | None = None,
+    ) -> None:
+        super().__init__(incarnation, start, enforce, blocks, cluster)
         self._wheels: tuple[Wheel[Any], ...] = (
             self._dispenser.wheel,
             self._dispenser.fine,
@@ -102,6 +112,22 @@ class Manager(Handover):
         self.blocks.reload(blocks, now)
         self._refresh(now)
         self._settle(now)
+
+    def ask_store(self, now: int, identity: Callable[[bytes], str]) -> list[Ask]:
+        """What to ask the throttle store, to be sent at once; see `Cluster.begin`. Not without a cluster."""
+        assert self.cluster is not None
+        if self._held is not None:  # whoever comes after us asks
+            return []
+        asks, changed = self.cluster.begin(now, identity)
+        self._changed_elsewhere(changed, now)
+        return asks
+
+    def store_answered(self, asks: Sequence[Ask], answers: Sequence[Answer], sent: int, now: int) -> None:
+        """What became of it; `sent`: the time that was given to `ask_store`."""
+        assert self.cluster is not None
+        changed = self.cluster.finish(asks, answers, sent)
+        if self._held is None:
+            self._changed_elsewhere(changed, now)
 
     def advance(self, now: int) -> None:
         """Do what is due."""
@@ -176,6 +202,11 @@ class Manager(Handover):
         for override in overrides:
             self.blocks.overridden(override)
             self._registry.overridden(override)
+
+    def _changed_elsewhere(self, throttles: Iterable[Throttle], now: int) -> None:
+        """The store has granted something, or does not answer any more."""
+        self._relook(throttles, now)
+        self._settle(now)
 
     def _look_at_hand(self, now: int) -> None:
         self._registry.step(now)

@@ -12,8 +12,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from heapq import heappush
 from typing import NamedTuple
 
+from proxy.throttling.cluster import Cluster
 from proxy.throttling.dispenser import Dispenser
 from proxy.throttling.flows import Flow, Path, Receiver, Stake, Terms, Throttle
+from proxy.throttling.leasing import make_path
 from proxy.throttling.limits import BackoffRule, Part
 from proxy.throttling.many import Pieces
 from proxy.throttling.overrides import BY_HAND, NO_RATE, Override, Overrides
@@ -62,9 +64,13 @@ class Registry:
     Args:
         start: when this manager began, in nanoseconds.
         overrides: what was set by hand, here and elsewhere.
+        cluster: of the proxies that some limits hold for together; None: there is no store for them.
     """
 
-    def __init__(self, start: int, dispenser: Dispenser, book: PlaceBook, overrides: Overrides) -> None:
+    def __init__(
+        self, start: int, dispenser: Dispenser, book: PlaceBook, overrides: Overrides, cluster: Cluster | None = None
+    ) -> None:
+        self._cluster = cluster
         self.throttles: Pieces[Key, Throttle] = Pieces()
         self.remarks: list[Remark] = []
         self.leases: Wheel[tuple[Throttle, str]] = Wheel(SECOND)
@@ -147,7 +153,7 @@ class Registry:
         """The path of these throttles; `let_go` of it when it is not needed any more."""
         path = self._paths.get(throttles)
         if path is None:
-            path = self._paths[throttles] = Path(throttles)
+            path = self._paths[throttles] = make_path(throttles)
         path.refs += 1
         return path
 
@@ -225,6 +231,8 @@ class Registry:
             del self.throttles[throttle.key]
             self._dispenser.wheel.disarm(throttle)
             self.backoffs.disarm(throttle)
+            if self._cluster is not None:
+                self._cluster.drop(throttle)
 
     def released(self, throttles: Iterable[Throttle], now: int) -> None:
         """Places or paths were given up: throttles that were remembered only for them may go."""
@@ -301,8 +309,8 @@ class Registry:
         changed = throttle.limit_to(effective.limits, self._start, now) or closed != throttle.closed_until
         if throttle.slack > slack:
             self._forget_slots(throttle, now)
-        if throttle.cap != effective.places or closed > throttle.closed_until:
-            throttle.cap = effective.places
+        if throttle.all_places != effective.places or closed > throttle.closed_until:
+            throttle.limit_places(effective.places)
             changed = True
             self._book.pump(throttle, now)
             self._book.crowded[throttle] = None

@@ -277,7 +277,7 @@ class Session(Receiver):
             warnings.append("permits lapse: fewer are given until they are used")
         return LimitRecord(
             flow.id,
-            tuple(Effective(tuple(window.limit for window in each.windows), each.cap) for each in throttles),
+            tuple(Effective(tuple(window.limit for window in each.windows), each.all_places) for each in throttles),
             slack // MICROSECOND,
             -(-max(0, backoff) // 1_000_000),
             flow.paused,

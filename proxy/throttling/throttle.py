@@ -420,6 +420,15 @@ class Meter:
 
     # --- places ---
 
+    @property
+    def all_places(self) -> int:
+        """As configured; 0: unlimited."""
+        return self.cap
+
+    def limit_places(self, places: int) -> None:
+        """So many from now on; 0: unlimited."""
+        self.cap = places
+
     def full(self) -> bool:
         # (As `_out_of_places`: asked several times for each connection, and a call is most of what it costs.)
         return self.shadow is None and (0 < self.cap <= self.used or self.closed_until > 0)

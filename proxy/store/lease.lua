@@ -1,0 +1,331 @@
+-- Limits that hold for several proxies: who of them is here, slots of a limit, connection places. docs/throttling.md has
+-- the proof, proxy/throttling/cluster.py is the caller.
+--
+-- KEYS are all keys that are touched; those of one call have one hash tag. ARGV[1] says what is wanted:
+--
+--   meet   KEYS: the members. ARGV: id, run, how, by, home, word, replace, members, alone
+--          -> time, verdict, word, then of each member id, silent for, alone ago, told
+--   slots  KEYS: one for each window. ARGV: id, by, word, most, ahead, then interval and burst of each
+--          -> time, verdict, wait, others, then first, step, number of each run
+--   places KEYS: one. ARGV: id, by, word, run, generation, used, wanted, claim, limit, share, least, strangers, then ids
+--          -> time, verdict, generation, cap, others
+--
+-- All times are whole microseconds. Nanoseconds since 1970 need 61 bits, and a Lua number is exact to 53: microseconds
+-- are, until the year 2255. Where a product or a quotient is not whole, it is rounded to the safe side.
+--
+-- `by`: later than this (in the time of here) the call means nothing, since the caller has counted it as lost; 0: any
+-- time. Verdicts: 0 done, 1 too late, 2 only asked, 3 another run of this id is here.
+-- A slot is never given back: what was granted in a lost reply, or is not used, is gone.
+
+local DONE, LATE, ASKED, TAKEN = 0, 1, 2, 3
+-- Who wants slots and does not come for them is waited for so long. A limit whose debt is paid is kept so long.
+local PATIENCE = 300000
+local KEEP = 600000
+-- Members that are not heard of any more are forgotten; how long the members' key and places are kept, in ms.
+local FORGET = 3600000000
+local KEEP_MEMBERS = 86400000
+-- Who is silent for longer was away: see `SILENT` in proxy/throttling/membership.py.
+local AWAY = 400000
+-- Before a limit of places that nothing is known of gives any out, all who hold some have said so.
+local CLAIMS = 1000000
+
+local function clock()
+  local t = redis.call('TIME')
+  return tonumber(t[1]) * 1000000 + tonumber(t[2])
+end
+
+local function whole(number)
+  return string.format('%.0f', number)
+end
+
+local function read(key)
+  local flat, fields = redis.call('HGETALL', key), {}
+  for i = 1, #flat, 2 do
+    fields[flat[i]] = flat[i + 1]
+  end
+  return fields
+end
+
+-- The words of a field, all but the first ones as numbers.
+local function split(text, texts)
+  local parts = {}
+  for part in string.gmatch(text, '%S+') do
+    parts[#parts + 1] = #parts < texts and part or tonumber(part)
+  end
+  return parts
+end
+
+local function members(fields)
+  local found = {}
+  for name, value in pairs(fields) do
+    local id = string.match(name, '^m:(.*)$')
+    if id then
+      found[id] = value
+    end
+  end
+  return found
+end
+
+-- ------------------------------------------------------------------ who is here
+
+-- Each member: run, when it was last here, until when it may have gone on with its share alone, and of how many members it
+-- was told. What each was told last is what it may take alone: all of it together is never more than the whole, so one
+-- more than configured gets a share only when all others know that it is there.
+local function meet(time)
+  local key, id, run, how, by = KEYS[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
+  local home, word, replace, configured = ARGV[6], ARGV[7], ARGV[8], tonumber(ARGV[9])
+  local state = read(key)
+  if state.home ~= home or state.word == replace then
+    redis.call('DEL', key)
+    redis.call('HSET', key, 'home', home, 'word', word)
+    state = {word = word}
+  end
+  local now = math.max(time, tonumber(state.last or time))
+  local known, count, owed = {}, 0, 0
+  for other, value in pairs(members(state)) do
+    local each = split(value, 1)
+    if now - each[2] > FORGET and other ~= id then
+      redis.call('HDEL', key, 'm:' .. other)
+    else
+      known[other], count = each, count + 1
+      if other ~= id and each[4] > 0 then
+        owed = owed + 1 / each[4]
+      end
+    end
+  end
+  local mine, verdict = known[id], DONE
+  if how == 'bye' then
+    verdict = ASKED
+    if mine and mine[1] == run then
+      redis.call('HDEL', key, 'm:' .. id)
+      known[id] = nil
+    end
+  elseif how == 'ask' then
+    verdict = ASKED
+  elseif by > 0 and time > by then
+    verdict = LATE
+  elseif mine and mine[1] ~= run and now - mine[2] <= AWAY then
+    verdict = TAKEN
+  else
+    if not mine then
+      count = count + 1
+    end
+    local told = math.max(configured, count)
+    if owed + 1 / told > 1.000001 then
+      told = 0
+    end
+    known[id] = {run, now, now - tonumber(ARGV[10]), told}
+    redis.call('HSET', key, 'last', whole(now), 'm:' .. id,
+      run .. ' ' .. whole(now) .. ' ' .. whole(known[id][3]) .. ' ' .. told)
+  end
+  redis.call('PEXPIRE', key, KEEP_MEMBERS)
+  local reply = {time, verdict, state.word}
+  for other, each in pairs(known) do
+    reply[#reply + 1] = other
+    reply[#reply + 1] = now - each[2]
+    reply[#reply + 1] = now - each[3]
+    reply[#reply + 1] = each[4]
+  end
+  return reply
+end
+
+-- ------------------------------------------------------------------ slots
+
+-- `tat` of another interval, in this one: what is owed stays owed, in slots. One microsecond more than rounding up, for
+-- the error of the quotient.
+local function rescaled(tat, now, old, new)
+  if tat <= now or old == new then
+    return tat
+  end
+  return now + math.ceil((tat - now) * (new / old)) + 1
+end
+
+-- Who else waits here, and the least that one of them has had.
+local function rivals(fields, id, now)
+  local count, least = 0, nil
+  for other, value in pairs(members(fields)) do
+    local each = split(value, 0)
+    if other ~= id and each[2] > now then
+      count = count + 1
+      if not least or each[1] < least then
+        least = each[1]
+      end
+    end
+  end
+  return count, least
+end
+
+local function slots(time)
+  local id, by, word, most = ARGV[2], tonumber(ARGV[3]), ARGV[4], tonumber(ARGV[5])
+  local ahead = tonumber(ARGV[6])
+  if most == 0 then
+    return {time, ASKED, 0, 0}
+  elseif by > 0 and time > by then
+    return {time, LATE, 0, 0}
+  end
+  local now, windows, fields = time, {}, {}
+  for i, key in ipairs(KEYS) do
+    fields[i] = read(key)
+    local last = fields[i].word == word and tonumber(fields[i].last) or 0
+    now = math.max(now, last)
+  end
+  for i, key in ipairs(KEYS) do
+    local interval, burst = tonumber(ARGV[5 + 2 * i]), tonumber(ARGV[6 + 2 * i])
+    local state = fields[i]
+    local tat
+    if state.word == word then
+      tat = rescaled(tonumber(state.tat), now, tonumber(state.interval), interval)
+    else
+      -- Nothing is known of what was given out before: as much as there can be.
+      tat = now + ahead + burst * interval
+      redis.call('DEL', key)
+      fields[i] = {}
+    end
+    windows[i] = {tat = tat, interval = interval, tau = (burst - 1) * interval}
+  end
+  -- Turns: who has had least comes first, and nobody is waited for beyond half of the time ahead.
+  local mine = fields[1]['m:' .. id]
+  local record = mine and split(mine, 0) or {0, 0}
+  local count, least = rivals(fields[1], id, now)
+  local had = record[1]
+  if least and record[2] <= now then
+    had = math.max(had, least)
+  end
+  local quota = math.max(1, math.floor(ahead / windows[1].interval / (count + 1)))
+  local reply, given, wait = {time, DONE, 0, count}, 0, 0
+  local first, step, n = 0, 0, 0
+  while given < most do
+    local slot = now
+    for _, window in ipairs(windows) do
+      slot = math.max(slot, window.tat - window.tau)
+    end
+    if slot > now + ahead then
+      wait = slot - ahead - now
+      break
+    elseif least and had - least >= quota and slot > now + ahead / 2 then
+      wait = math.ceil(slot - ahead / 2 - now)
+      break
+    end
+    for _, window in ipairs(windows) do
+      window.tat = math.max(window.tat, slot) + window.interval
+    end
+    given, had = given + 1, had + 1
+    local offset = slot - now
+    if n == 1 then
+      step, n = offset - first, 2
+    elseif n > 1 and offset == first + step * n then
+      n = n + 1
+    else
+      if n > 0 then
+        reply[#reply + 1] = first
+        reply[#reply + 1] = step
+        reply[#reply + 1] = n
+      end
+      first, step, n = offset, 0, 1
+    end
+  end
+  if n > 0 then
+    reply[#reply + 1] = first
+    reply[#reply + 1] = step
+    reply[#reply + 1] = n
+  end
+  reply[3] = wait
+  for i, key in ipairs(KEYS) do
+    local window = windows[i]
+    redis.call('HSET', key, 'tat', whole(window.tat), 'last', whole(now), 'word', word, 'interval',
+      whole(window.interval))
+    redis.call('PEXPIRE', key, whole(math.max(0, window.tat - now) / 1000 + KEEP))
+  end
+  if given < most then
+    redis.call('HSET', KEYS[1], 'm:' .. id, whole(had) .. ' ' .. whole(now + wait + PATIENCE))
+  elseif mine then
+    redis.call('HDEL', KEYS[1], 'm:' .. id)
+  end
+  return reply
+end
+
+-- ------------------------------------------------------------------ places
+
+-- What each may have by max-min fairness: nobody more than it wants.
+local function fair(wants, total)
+  local left, parts = total, {}
+  table.sort(wants, function(a, b) return a.want < b.want end)
+  for i, each in ipairs(wants) do
+    local part = math.min(each.want, math.floor(left / (#wants - i + 1)))
+    parts[each.id] = part
+    left = left - part
+  end
+  return parts
+end
+
+-- Each member: run, generation, cap, the most that it may believe in, places used and wanted. A cap that falls holds as
+-- soon as it is said, but counts here only when the member has said that it knows (its generation).
+local function places(time)
+  local key, id, by, word, run = KEYS[1], ARGV[2], tonumber(ARGV[3]), ARGV[4], ARGV[5]
+  local generation, used, wanted = tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
+  local claim, limit, share = tonumber(ARGV[9]), tonumber(ARGV[10]), tonumber(ARGV[11])
+  local least, strangers = tonumber(ARGV[12]), tonumber(ARGV[13])
+  if by > 0 and time > by then
+    return {time, LATE, 0, 0, 0}
+  end
+  local state = read(key)
+  if state.word ~= word then
+    redis.call('DEL', key)
+    state = {word = word, born = whole(time)}
+    redis.call('HSET', key, 'word', word, 'born', whole(time))
+  end
+  local known = members(state)
+  local young = time - tonumber(state.born) < CLAIMS
+  local mine = known[id] and split(known[id], 1)
+  if mine and mine[1] ~= run then
+    mine = nil  -- the sockets of a process end with it
+  end
+  local held, others, short, wants = 0, 0, false, {{id = id, want = used + wanted}}
+  for i = 14, #ARGV do
+    local other = ARGV[i]
+    if other ~= id then
+      others = others + 1
+      if known[other] then
+        local each = split(known[other], 1)
+        held = held + math.max(least, each[4], each[5])
+        wants[#wants + 1] = {id = other, want = math.max(least, each[5] + each[6])}
+        short = short or each[5] + each[6] > each[3]
+      else
+        -- Nothing is known of it: it uses none, or has not said so yet.
+        held = held + (young and share or least)
+        wants[#wants + 1] = {id = other, want = least}
+      end
+    end
+  end
+  held = held + strangers * (young and share or least)
+  local cap, ceiling
+  if mine then
+    cap, ceiling = mine[3], mine[4]
+    if generation == mine[2] then
+      ceiling = cap
+    end
+  else
+    -- What it says it has was given to it when more was known.
+    cap = math.max(least, math.min(claim, limit))
+    ceiling, mine = cap, {run, generation, cap, cap, 0, 0}
+  end
+  local target = math.max(least, fair(wants, limit - strangers * least)[id])
+  local now = cap
+  if target < cap and short then
+    now = target
+  elseif not young then
+    now = math.max(cap, math.min(math.max(target, used + wanted + math.ceil(limit / 8)), limit - held))
+  end
+  local number = mine[2]
+  if now ~= cap or not known[id] then
+    number = number + 1
+  end
+  ceiling = math.max(ceiling, now)
+  redis.call('HSET', key, 'm:' .. id, run .. ' ' .. whole(number) .. ' ' .. whole(now) .. ' ' .. whole(ceiling) .. ' '
+    .. whole(used) .. ' ' .. whole(wanted))
+  redis.call('PEXPIRE', key, KEEP_MEMBERS)
+  return {time, DONE, number, now, others}
+end
+
+local calls = {meet = meet, slots = slots, places = places}
+return calls[ARGV[1]](clock())

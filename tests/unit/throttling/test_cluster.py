@@ -1,0 +1,63 @@
+"""Several proxies and one store when all is well: the limit holds and is used, shares are fair, calls are few."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from proxy.settings import Rate
+from tests.unit.throttling.oracle import SECOND
+from tests.unit.throttling.proxies import MS, World, block, jain
+
+MINUTE, HOUR = 60, 3600
+
+
+@pytest.mark.parametrize("proxies", [1, 2, 3])
+def test_a_strict_limit_is_kept_and_used(proxies: int) -> None:
+    world = World(proxies, [block(Rate(3000, HOUR))], proxies)
+    world.run(HOUR + 60)
+    since = world.now - HOUR * SECOND
+    world.judge(3000, HOUR)
+    assert len(world.sent(since)) >= 0.99 * 3000
+
+
+@pytest.mark.parametrize("rate", [Rate(600, MINUTE), Rate(100, 10), Rate(300, 1)])
+@pytest.mark.parametrize("proxies", [2, 3])
+def test_equal_demand_gets_equal_parts_in_ten_seconds(proxies: int, rate: Rate) -> None:
+    world = World(proxies, [block(rate)], proxies)
+    for number, proxy in enumerate(world.proxies):
+        proxy.hungry = 500
+        proxy.line.delay = (MS // 10, (1 + 12 * number) * MS)  # some are nearer than others
+    world.run(10)
+    for _ in range(5):
+        since = world.now
+        world.run(10)
+        assert jain(list(world.counts(since).values())) >= 0.99
+    assert len(world.sent(world.now - 10 * SECOND)) >= 0.97 * 10 * rate.amount / rate.seconds
+
+
+def test_what_one_does_not_want_is_the_others() -> None:
+    world = World(5, [block(Rate(600, MINUTE))])
+    world.proxies[0].hungry = 0
+    world.run(130)
+    counts = world.counts(world.now - MINUTE * SECOND)
+    assert counts["proxy0"] == 0
+    assert 590 <= counts["proxy1"] <= 600
+
+
+def test_calls_are_few() -> None:
+    world = World(6, [block(Rate(6000, MINUTE)), block(Rate(60, 1), name="other")])
+    world.run(30)
+    for proxy in world.proxies:
+        at = proxy.calls
+        assert all(later - earlier >= 50 * MS for earlier, later in pairwise(at))
+        assert 5 * 30 <= len(at) <= 20 * 30
+
+
+def test_one_sender_that_asks_for_one_at_a_time_does_not_wait_for_a_call_each_time() -> None:
+    world = World(7, [block(Rate(100, 1))])
+    for proxy in world.proxies:
+        proxy.hungry = 1
+    world.run(20)
+    assert len(world.sent(world.now - 10 * SECOND)) >= 900
