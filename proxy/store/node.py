@@ -14,6 +14,7 @@ from typing import Any
 import gevent
 from gevent.event import Event
 
+from proxy.log import lines as log
 from proxy.store.dial import INFO, read_info
 from proxy.store.link import Link
 from proxy.store.servers import Server, Trouble
@@ -81,6 +82,9 @@ class Node:
             except Trouble as trouble:
                 self.attempts += 1
                 self._lose(trouble)
+            except Exception as error:  # a mistake of ours must not be the last attempt
+                log.internal_error("finding the throttle store", error)
+                self._lose(Trouble("internal", "-", type(error).__name__))
             else:
                 since = monotonic()
                 self._use(link, server)

@@ -49,7 +49,7 @@ class Server(NamedTuple):
     def too_old(self) -> str:
         """What is too old about it, or ""."""
         least = OLDEST_VALKEY if self.kind == "valkey" else OLDEST_REDIS
-        found = tuple(int(part) for part in re.findall(r"[0-9]+", self.version)[:2])
+        found = tuple(int(part) for part in re.findall(r"[0-9]{1,9}", self.version)[:2])
         if found >= least:
             return ""
         return f"{self.kind} {self.version or 'of an unknown version'} is too old: Valkey 7.2 or Redis 6.2 is needed"

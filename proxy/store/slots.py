@@ -7,12 +7,14 @@ See https://valkey.io/topics/cluster-spec/: CRC-16/XMODEM of the key, or of what
 from __future__ import annotations
 
 import binascii
+import re
 from typing import Any, NamedTuple
 
 from proxy.errors import PeerError
 from proxy.store.wire import ErrorReply
 
 SLOTS = 16384
+_REDIRECT = re.compile(r"[A-Z]+ ([0-9]{1,5}) (\S*):([0-9]{1,5})( .*)?")
 
 
 class Redirect(NamedTuple):
@@ -35,13 +37,10 @@ def redirect_of(reply: Any, asked: str) -> Redirect | None:
     """`MOVED 3999 127.0.0.1:6381`; without a host it is the one that was asked. None: it is none, or makes no sense."""
     if not isinstance(reply, ErrorReply) or reply.code not in ("MOVED", "ASK"):
         return None
-    words = reply.text.split(" ")
-    if len(words) < 3 or not words[1].isdigit() or int(words[1]) >= SLOTS:
+    match = _REDIRECT.fullmatch(reply.text)
+    if match is None or int(match[1]) >= SLOTS or not 1 <= int(match[3]) <= 65535:
         return None
-    host, _, port = words[2].rpartition(":")
-    if not port.isdigit() or not 1 <= int(port) <= 65535:
-        return None
-    return Redirect(int(words[1]), (host.strip("[]") or asked, int(port)), reply.code == "MOVED")
+    return Redirect(int(match[1]), (match[2].strip("[]") or asked, int(match[3])), reply.code == "MOVED")
 
 
 class Map:
