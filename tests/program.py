@@ -46,7 +46,7 @@ stats_interval 1h
 """
 
 _DOORS = (
-    *("listen", "listen_socks5", "listen_proxy_protocol", "listen_status"),
+    *("listen", "listen_socks5", "listen_proxy_protocol", "listen_redirect", "listen_status"),
     *("listen_socks5_tls", "listen_proxy_protocol_tls"),
 )
 _TIME = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z ")

@@ -80,10 +80,11 @@ def _postfix():
 
 
 @contextmanager
-def running(relayhost="", more="", endpoint=None):
+def running(relayhost="", more="", endpoint=None, master=""):
     """Yields a function that hands in one message for a recipient, and the log's path.
 
     Args:
+        more, master: further lines of main.cf and master.cf.
         endpoint: where it listens; None: somewhere.
     """
     host = endpoint[0] if endpoint else peers.address()
@@ -97,14 +98,14 @@ def running(relayhost="", more="", endpoint=None):
             shutil.chown(directory / "queue" / name, group=GROUP)
         values = {"directory": directory, "postfix": peers.POSTFIX, "owner": OWNER, "group": GROUP}
         (directory / "etc" / "main.cf").write_text(MAIN.format(relayhost=relayhost, **values) + more)
-        (directory / "etc" / "master.cf").write_text(MASTER.format(host=host, port=port))
-        master = peers.POSTFIX / "lib" / "postfix" / "sbin" / "master"
+        (directory / "etc" / "master.cf").write_text(MASTER.format(host=host, port=port) + master)
+        program = peers.POSTFIX / "lib" / "postfix" / "sbin" / "master"
 
         def hand_in(recipient="to@example.net"):
             code, text = clients.send(clients.dial((host, port)), MESSAGE, recipient)
             assert code == 250, text
 
-        with Daemon(master, "-c", directory / "etc", "-d", listens=(host, port)):
+        with Daemon(program, "-c", directory / "etc", "-d", listens=(host, port)):
             yield hand_in, directory / "log"
 
 
@@ -114,7 +115,11 @@ def content(message):
 
 
 def logged(log, pattern):
-    wait_for(lambda: log.exists() and re.search(pattern, log.read_text()), 20.0, f"Postfix logs {pattern}")
+    try:
+        wait_for(lambda: log.exists() and re.search(pattern, log.read_text()), 20.0, f"Postfix logs {pattern}")
+    except AssertionError:
+        print(log.read_text() if log.exists() else "no log")
+        raise
 
 
 def test_to_one_receiver(proxy, sink, tmp_path):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests import peers
+from tests import documents, peers
 from tests.mx import Mx
 from tests.program import SECRET, Proxy
 from tests.sinks import Sink
@@ -76,7 +76,29 @@ def test_the_python_example_sends_mail() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    """Pictures aside: the benchmark draws them."""
-    for document in (ROOT / "README.md", ROOT / "CHANGES.md", *(ROOT / "docs").glob("*.md")):
-        for target in re.findall(r"(?<!!)\[[^\]]*\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name}: {target}"
+    """In all documents, to files and to headings. Pictures aside: the benchmark draws them."""
+    wrong = []
+    for document in documents.texts():
+        for file, anchor in documents.links(document.read_text()):
+            target = document.parent / file if file else document
+            if not target.exists():
+                wrong.append(f"{document.name}: there is no {file}")
+            elif anchor and anchor not in documents.anchors(target.read_text()):
+                wrong.append(f"{document.name}: {target.name} has no #{anchor}")
+    assert wrong == []
+
+
+def test_the_link_checker_sees_what_is_wrong() -> None:
+    headings = "# One (a): b_c\n\n## `x` & y\n## One (a): b_c\n```\n# no [heading](nor-link.md)\n```\n"
+    text = headings + "[a](b.md#c) [d](#e) ![p](q.png) [w](https://x)\n"
+    assert documents.anchors(text) == {"one-a-b_c", "x--y", "one-a-b_c-1"}
+    assert documents.links(text) == [("b.md", "c"), ("", "e")]
+
+
+def test_every_document_is_in_the_table_of_the_readme() -> None:
+    for document in (ROOT / "docs").glob("*.md"):
+        assert f"](docs/{document.name})" in README, document.name
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
