@@ -85,6 +85,12 @@ COMMANDS: tuple[Command, ...] = (
     Command(("show", "connections"), "clients' connections: whose, how far, since when", 8, arguments=_FILTERS),
     Command(("show", "cached"), "held-open connections", 8, arguments="[DESTINATION] [COLUMN=VALUE ...]"),
     Command(("show", "listeners"), "listening sockets", 8, arguments="[COLUMN=VALUE ...]"),
+    Command(
+        ("show", "workers"),
+        "processes: what each costs, and which have died",
+        8,
+        arguments="[NUMBER] [COLUMN=VALUE ...]",
+    ),
     Command(("show", "sources"), "source addresses", 8, arguments="[SOURCE] [COLUMN=VALUE ...]"),
     Command(("show", "receivers"), "receivers with trouble", 8, arguments="[RECEIVER] [COLUMN=VALUE ...]"),
     Command(("show", "store"), "the store of throttles that several proxies share"),

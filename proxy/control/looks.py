@@ -20,6 +20,7 @@ from proxy.errors import Mistake
 from proxy.log import steps
 from proxy.model import Endpoint, canonical_ip
 from proxy.status.rows import ConfigRow, Status, StoreRow
+from proxy.status.workers import silent
 
 _SMTP = 25
 #: Seconds of a trace, where nothing is said; and at most.
@@ -44,6 +45,7 @@ _OF_THE_VIEW = {
     "listeners": _Table("listeners", ("address",)),
     "sources": _Table("sources", ("name",), "last_ago"),
     "receivers": _Table("receivers", ("name",), "last_ago"),
+    "workers": _Table("workers", ("number",), "up"),
 }
 
 
@@ -57,7 +59,8 @@ def look(words: tuple[str, ...], arguments: Sequence[str], house: House) -> Answ
         return done(*(f"{subject:12}  {text}" for subject, text in _explain(arguments, house)))
     table = words[1]
     if table == "status":
-        return _answer(table, [_figures(house.view())])
+        view = house.view()
+        return _answer(table, [_figures(view)], _silent(view))
     if table == "config":
         return _answer(table, _config(house.config(), arguments))
     if table == "events":
@@ -73,8 +76,12 @@ def look(words: tuple[str, ...], arguments: Sequence[str], house: House) -> Answ
         return _answer(table, chosen(connections, arguments, ("id",), "age"), silent)
     if table in ("store", "leased"):
         return _answer(table, _of_the_store(house.view().store, table, arguments))
-    found = _OF_THE_VIEW[table]
-    return _answer(table, chosen(attrgetter(found.path)(house.view()), arguments, found.keys, found.age))
+    found, view = _OF_THE_VIEW[table], house.view()
+    return _answer(table, chosen(attrgetter(found.path)(view), arguments, found.keys, found.age), _silent(view))
+
+
+def _silent(view: Status) -> list[int]:
+    return [row.number for row in silent(view.workers)]
 
 
 def traced(arguments: Sequence[str], house: House) -> Iterator[Answer]:

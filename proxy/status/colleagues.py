@@ -24,6 +24,10 @@ class Reply(NamedTuple):
     body: bytes | None
 
 
+#: Roles.
+MASTER, WORKER, LEAVING = "master", "worker", "leaving"
+
+
 class Member(NamedTuple):
     """A process of the program, as the master keeps it.
 
@@ -32,7 +36,8 @@ class Member(NamedTuple):
         role: `master`, `worker`, or `leaving`: takes nothing new, and ends when it has nothing left.
         pid: 0: there is none at the moment: it died, and another one is to come.
         since: when it was started, monotonic clock.
-        restarts: how many of this number have died. died: of what the last one did, in words; died_at: when, monotonic.
+        restarts: how many of this number have died. died: of what the last one did, in words; deaths: when, monotonic,
+            of the last ones.
         heard_at: when it has said something last, monotonic; a process that works says something each second.
     """
 
@@ -43,7 +48,7 @@ class Member(NamedTuple):
     since: float
     restarts: int = 0
     died: str = ""
-    died_at: float = 0.0
+    deaths: tuple[float, ...] = ()
     heard_at: float = 0.0
 
 

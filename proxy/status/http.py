@@ -39,6 +39,7 @@ from proxy.spans import SPANS
 from proxy.stats import ManagerFigures, StoreFigures
 from proxy.status import gather, host, looks, metrics
 from proxy.status import page as status_page
+from proxy.status.colleagues import Member
 from proxy.status.parts import Part, merge
 from proxy.status.rows import Program, Status
 from proxy.status.store import Pace
@@ -95,7 +96,8 @@ class House(NamedTuple):
     Args:
         services: those of the moment. part: what this process knows at the moment, without details. manager: its
             figures; None: there is no native listener.
-        total: what all processes know, by their last word. others: what the others know now; may wait.
+        total: what all processes know, by their last word. others: what the others know now; may wait. members: the
+            processes, if there are several.
         limit: `max_connections` in force. draining: whether a stop has begun.
         in_force: which configuration is, and since when.
         reload_failure: None: the configuration in force is that of the last reload.
@@ -116,6 +118,7 @@ class House(NamedTuple):
     book: Book = Book()
     store: Callable[[], StoreFigures | None] = lambda: None
     others: Callable[[], Sequence[Part]] = lambda: ()
+    members: Callable[[], Sequence[Member]] = lambda: ()
 
 
 class Form(NamedTuple):
@@ -353,6 +356,7 @@ class StatusDoor:
             services.access.name_of_source,
             house.store(),
             self._pace,
+            house.members(),
         )
         return sources, now
 

@@ -26,8 +26,9 @@ from proxy.model import Discard, Ending
 from proxy.spans import SPANS, Histogram
 from proxy.stats import MAX_NAMES
 from proxy.status.parts import Part, ProcessPart, SpanPart
-from proxy.status.rows import Overview, SessionRow, StoreRow
+from proxy.status.rows import Overview, SessionRow, StoreRow, WorkerRow
 from proxy.status.trouble import KINDS
+from proxy.status.workers import SILENT
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _PREFIX = "greenarrow_proxy_"
@@ -149,6 +150,8 @@ class _View(Collector):
         if view.store is not None:
             yield from _store(view.store)
         yield from _processes(self._part)
+        if len(view.workers) > 1:
+            yield from _workers(view.workers)
 
 
 def _spans(spans: Mapping[str, SpanPart]) -> Iterator[Metric]:
@@ -299,6 +302,34 @@ def _processes(part: Part) -> Iterator[Metric]:
     most, used = total(lambda each: each.most_descriptors), total(lambda each: each.descriptors)
     yield GaugeMetricFamily("process_max_fds", "Maximum number of open file descriptors.", value=most)
     yield GaugeMetricFamily("process_open_fds", "Number of open file descriptors.", value=used)
+
+
+def _workers(rows: list[WorkerRow]) -> Iterator[Metric]:
+    """Each by itself."""
+    up = {row.number: int(bool(row.pid) and row.silent < SILENT) for row in rows}
+    family = GaugeMetricFamily(
+        _PREFIX + "worker_up", "0 while a process is dead or does not answer", labels=["worker", "role"]
+    )
+    for row in rows:
+        family.add_metric([str(row.number), row.role], up[row.number])
+    yield family
+    for name, text, figure in _OF_A_WORKER:
+        kind = CounterMetricFamily if name in ("cpu_seconds", "restarts") else GaugeMetricFamily
+        each = kind(f"{_PREFIX}worker_{name}", text, labels=["worker"])
+        for row in rows:
+            each.add_metric([str(row.number)], figure(row))
+        yield each
+
+
+#: Metric, help, figure. The master is number 0.
+_OF_A_WORKER: tuple[tuple[str, str, Callable[[WorkerRow], float]], ...] = (
+    ("open_connections", "Client connections, by process", lambda row: row.open_connections),
+    ("cpu_seconds", "CPU time of the processes that have this number now", lambda row: row.cpu),
+    ("resident_memory_bytes", "Resident memory", lambda row: row.memory),
+    ("open_fds", "Open descriptors", lambda row: row.descriptors),
+    ("max_fds", "Descriptors that a process may have", lambda row: row.most_descriptors),
+    ("restarts", "Processes of this number that have died", lambda row: row.restarts),
+)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -8,7 +8,7 @@ Everything that is not written here is escaped: names come from instances, addre
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from proxy.stats import duration, whole_seconds
 from proxy.status.looks import REFRESH, SCRIPT, STYLE
@@ -24,6 +24,7 @@ from proxy.status.rows import (
     SourceRow,
     Status,
     ThrottleRow,
+    WorkerRow,
 )
 from proxy.status.spelled import (
     ago,
@@ -39,6 +40,7 @@ from proxy.status.spelled import (
     leased_share,
     limits_text,
     means,
+    mebibytes,
     next_slot,
     percent,
     places_text,
@@ -50,6 +52,8 @@ from proxy.status.spelled import (
     store_state,
     throttle_state,
     trouble_text,
+    worker_death,
+    worker_state,
 )
 
 #: Rows of a table: a page that a telephone can hold, whatever there is.
@@ -74,7 +78,7 @@ def pieces(view: Status, wanted: str = "") -> Iterator[str]:
     yield _last_hour(view.minutes)
     small = wanted.casefold()
     yield from section(_throttles(view, small), MOST_THROTTLE_ROWS, small)
-    for table in (_store_keys, _backoffs, _names, _receivers, _sources, _sessions, _pool_keys, _listeners, _counters):
+    for table in _TABLES:
         made = table(view)
         if made is None:
             continue
@@ -383,6 +387,29 @@ def _listeners(view: Status) -> Table:
     return Table("Listeners", "Where clients connect", ("address", "protocol", "#open connections", "state"), rows)
 
 
+def _workers(view: Status) -> Table | None:
+    """One process needs no table."""
+    if len(view.workers) < 2:
+        return None
+    head = (
+        *("number", "role", "state", "#open connections", "#CPU", "#memory", "#descriptors", "#restarts", "last death"),
+        *("#up", "#pid", "version"),
+    )
+    caption = "What runs; each worker has its own connections, the master sees to the rest"
+    return Table("Processes", caption, head, map(_worker_row, view.workers))
+
+
+def _worker_row(row: WorkerRow) -> Row:
+    descriptors = f"{row.descriptors} of {row.most_descriptors}"
+    return Row(
+        (
+            *(str(row.number), row.role, worker_state(row), row.open_connections, whole_seconds(row.cpu)),
+            *(mebibytes(row.memory), descriptors, row.restarts, worker_death(row), whole_seconds(row.up)),
+            *(row.pid, row.version),
+        )
+    )
+
+
 def _counters(view: Status) -> Table:
     return Table("Counters", "Since the start", ("counter", "of", "#count"), _counter_rows(view))
 
@@ -391,3 +418,9 @@ def _counter_rows(view: Status) -> Iterator[Row]:
     for name, value in view.counters.items():
         for key, count in sorted(value.items()) if isinstance(value, dict) else [("", value)]:
             yield Row((name.replace("_", " "), key, count))
+
+
+#: In the order of the page, behind the throttles.
+_TABLES: tuple[Callable[[Status], Table | None], ...] = (
+    *(_store_keys, _backoffs, _names, _receivers, _sources, _sessions, _pool_keys, _listeners, _workers, _counters),
+)

@@ -1,7 +1,7 @@
-"""What the master knows of the figures of its workers: the last part that each has said, and what the dead had counted.
+"""The master's book about the processes: who they are, what each has said last, and what the dead had counted.
 
-Pure; who implements `Colleagues` keeps one. What has been counted is counted: when a worker is gone, its counters stay
-in the sums, and what it had open does not.
+Pure; who implements `Colleagues` keeps one, and enters what happens. What has been counted is counted: when a worker is
+gone, its counters stay in the sums, and what it had open does not.
 """
 
 from __future__ import annotations
@@ -13,35 +13,72 @@ from msgspec import structs
 
 from proxy.policy.trouble import MOST
 from proxy.stats import MAX_NAMES, OTHER
+from proxy.status.colleagues import LEAVING, MASTER, WORKER, Member
 from proxy.status.parts import Counted, Details, FailingPart, Part, PeerPart, PoolPart, merge
+
+#: Times of deaths that are remembered of each number.
+_MOST_DEATHS = 16
 
 
 class Roll:
-    """The workers by number, and those that are gone, as one."""
+    """All of them by number.
 
-    def __init__(self) -> None:
+    Args:
+        pid, version: of the master, which keeps this. now: when it was started.
+    """
+
+    def __init__(self, pid: int, version: str, now: float) -> None:
+        self._members = {0: Member(0, MASTER, pid, version, now)}
         self._parts: dict[int, Part] = {}
         self._gone = Part()
 
-    def heard(self, who: int, part: Part) -> None:
-        """It has said this; one without details leaves the details as they were."""
+    def begun(self, who: int, pid: int, version: str, now: float, role: str = WORKER) -> None:
+        """A process was started, perhaps in the place of one that died; its time to say something begins."""
+        before = self._members.get(who) or Member(who, role, pid, version, now)
+        self._members[who] = before._replace(role=role, pid=pid, version=version, since=now, heard_at=now)
+
+    def leaves(self, who: int) -> None:
+        """It takes nothing new from now on."""
+        self._members[who] = self._members[who]._replace(role=LEAVING)
+
+    def heard(self, who: int, part: Part, now: float) -> None:
+        """It has said this; one without details leaves the details as they were. Of who is gone nothing is heard."""
+        member = self._members.get(who)
+        if member is None or not member.pid:
+            return
         before = self._parts.get(who)
         if part.details is None and before is not None:
             part = structs.replace(part, details=before.details)
         self._parts[who] = part
+        self._members[who] = member._replace(heard_at=now)
 
-    def gone(self, who: int) -> None:
-        """It is gone; also if it never said anything."""
+    def died(self, who: int, why: str, now: float) -> None:
+        """It has died, and another will take its place; `why`: in words."""
+        self._count_in(who)
+        member = self._members[who]
+        deaths = (*member.deaths, now)[-_MOST_DEATHS:]
+        self._members[who] = member._replace(pid=0, restarts=member.restarts + 1, died=why, deaths=deaths)
+
+    def ended(self, who: int) -> None:
+        """It has ended, and nothing takes its place."""
+        self._count_in(who)
+        self._members.pop(who, None)
+
+    def _count_in(self, who: int) -> None:
         part = self._parts.pop(who, None)
         if part is not None:
             self._gone = _bounded(merge([self._gone, remains(part)]))
 
+    def members(self) -> list[Member]:
+        """See `Colleagues`."""
+        return [self._members[who] for who in sorted(self._members)]
+
     def parts(self) -> list[Part]:
-        """Of each, by number, and in the last place those that are gone."""
+        """See `Colleagues`."""
         return [*(self._parts[who] for who in sorted(self._parts)), self._gone]
 
     def highest(self) -> int:
-        """The highest number of a connection that any has told of."""
+        """The highest number of a connection that any has told of; see `numbering`."""
         return merge(self.parts()).highest
 
 

@@ -424,6 +424,36 @@ class ConfigRow(Struct):
     place: str
 
 
+class WorkerRow(Struct):
+    """A process of the program.
+
+    Args:
+        number: 0: the master, or the only one. role: `master`, `worker`, or `leaving`: takes nothing new, and ends when
+            it has nothing left. pid: 0: it died, and another one will take its place.
+        up: seconds since it was started. open_connections: of clients. cpu: seconds; memory: bytes that are resident.
+        descriptors: open; most_descriptors: that may be.
+        restarts: how many of this number have died. died: of what the last one did, and died_ago: seconds since then;
+            None: none has. died_lately: how many in the last five minutes.
+        silent: seconds since it said anything; a process that works does so each second.
+    """
+
+    number: int
+    role: str
+    pid: int
+    version: str
+    up: float
+    open_connections: int = 0
+    cpu: float = 0.0
+    memory: int = 0
+    descriptors: int = 0
+    most_descriptors: int = 0
+    restarts: int = 0
+    died: str = ""
+    died_ago: float | None = None
+    died_lately: int = 0
+    silent: float = 0.0
+
+
 class MinuteRow(Struct):
     """One minute of the last hour. `ended`, `failed`: connections to receivers, a second; `turn`: so long was the
     longest turn of the program at most, seconds, by the classes of its histogram in the metrics; 5: or longer."""
@@ -455,6 +485,7 @@ class Overview(Struct):
     source_names: dict[str, str] = {}
     active_instances: dict[str, int] = {}
     active_sources: dict[str, int] = {}
+    workers: list[WorkerRow] = []
     store: StoreRow | None = None
 
 

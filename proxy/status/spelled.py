@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from proxy.stats import duration, whole_seconds
+from proxy.status.colleagues import LEAVING
 from proxy.status.rows import (
     BackoffRow,
     BlockRow,
@@ -20,7 +21,9 @@ from proxy.status.rows import (
     StoreRow,
     ThrottleRow,
     TroubleRow,
+    WorkerRow,
 )
+from proxy.status.workers import SILENT
 
 
 def limits_text(limits: Iterable[Rate], places: int | None) -> str:
@@ -171,6 +174,25 @@ def ago(seconds: float | None) -> str:
 def failures_text(row: PeerRow) -> str:
     """`connect 3, greeting 12`."""
     return ", ".join(f"{step} {count}" for step, count in sorted(row.failed.items()))
+
+
+def worker_state(row: WorkerRow) -> str:
+    """`serves`, `leaving`, `SILENT for 12s`, `DEAD for 3s: killed by signal 9`."""
+    if not row.pid:
+        return f"DEAD for {whole_seconds(row.died_ago or 0.0)}" + f": {row.died}" * bool(row.died)
+    if row.silent >= SILENT:
+        return f"SILENT for {whole_seconds(row.silent)}"
+    return "leaving" if row.role == LEAVING else "serves"
+
+
+def worker_death(row: WorkerRow) -> str:
+    """The last one of this number: `5m3s ago: killed by signal 9`; none: nothing."""
+    return "" if row.died_ago is None else f"{whole_seconds(row.died_ago)} ago" + f": {row.died}" * bool(row.died)
+
+
+def mebibytes(count: int) -> str:
+    """`45 MiB`."""
+    return f"{count / (1 << 20):.0f} MiB"
 
 
 def presence(row: SourceRow) -> str:

@@ -17,7 +17,17 @@ from proxy.log.spelling import printable
 from proxy.model import Endpoint, canonical_ip
 from proxy.settings import Settings
 from proxy.stats import duration, whole_seconds
-from proxy.status.rows import InstanceRow, LeasedRow, PeerRow, SessionRow, SourceRow, Status, StoreRow, ThrottleRow
+from proxy.status.rows import (
+    InstanceRow,
+    LeasedRow,
+    PeerRow,
+    SessionRow,
+    SourceRow,
+    Status,
+    StoreRow,
+    ThrottleRow,
+    WorkerRow,
+)
 from proxy.status.spelled import (
     ago,
     backoff_state,
@@ -32,6 +42,7 @@ from proxy.status.spelled import (
     leased_share,
     limits_text,
     means,
+    mebibytes,
     next_slot,
     percent,
     places_text,
@@ -43,6 +54,8 @@ from proxy.status.spelled import (
     store_state,
     throttle_state,
     trouble_text,
+    worker_death,
+    worker_state,
 )
 
 EX_OK, EX_UNAVAILABLE = 0, 69
@@ -154,6 +167,10 @@ _LEASED_HEAD = (
     *("IN THE STORE", "SOURCE", "LIMITS OF ALL", "STATE", "WITHOUT IT", "#PLACES HERE", "#LEASED", "#UNUSED"),
     "#PROXIES",
 )
+_WORKER_HEAD = (
+    *("PROCESS", "ROLE", "STATE", "#CONNECTIONS", "#CPU", "#MEMORY", "#DESCRIPTORS", "#RESTARTS", "#UP", "#PID"),
+    *("VERSION", "LAST DEATH"),
+)
 _LONGEST_TROUBLE = 400
 _LONGEST_NAMES = 3000
 _PEER_HEAD = ("FAILING FOR", "#5 MIN", "#AGO", "FAILED", "#4XX", "#5XX", "#CONNECTIONS", "LAST")
@@ -178,6 +195,9 @@ def lines(status: Status) -> Iterator[str]:
     yield ""
     rows = [(row.address, row.protocol, row.open_connections, "closing" * row.closing) for row in status.listeners]
     yield from _table(("LISTENER", "PROTOCOL", "#CONNECTIONS", ""), rows)
+    if len(status.workers) > 1:
+        yield ""
+        yield from _table(_WORKER_HEAD, map(_worker, status.workers))
     yield ""
     yield from _table(_THROTTLE_HEAD, _throttles(status.throttles))
     if status.throttles_left_out:
@@ -272,6 +292,14 @@ def _peer(row: PeerRow) -> tuple[object, ...]:
 def _source(row: SourceRow) -> tuple[object, ...]:
     messages = row.messages_accepted, row.messages_deferred, row.messages_rejected
     return called(row.name, row.source_name), presence(row), *messages, *_peer(row)
+
+
+def _worker(row: WorkerRow) -> tuple[object, ...]:
+    return (
+        *(row.number, row.role, worker_state(row), row.open_connections, whole_seconds(row.cpu)),
+        *(mebibytes(row.memory), row.descriptors, row.restarts, whole_seconds(row.up), row.pid),
+        *(row.version, worker_death(row)),
+    )
 
 
 def _session(row: SessionRow) -> tuple[object, ...]:

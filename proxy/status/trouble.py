@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from proxy.policy.trouble import LATELY, lately
 from proxy.status.parts import RefusedPart
-from proxy.status.rows import Overview, PeerRow, SourceRow, StoreRow, TroubleRow
+from proxy.status.rows import Overview, PeerRow, SourceRow, StoreRow, TroubleRow, WorkerRow
+from proxy.status.workers import silent
 from proxy.throttling.backoff import Slowdown
 from proxy.throttling.throttle import Key
 
 _KINDS = (
     *("draining", "old_configuration", "internal_errors", "nearly_full", "source_missing", "sources_failing"),
-    *("receivers_failing", "backoff", "dns", "store_degraded", "store_members"),
+    *("receivers_failing", "backoff", "dns", "store_degraded", "store_members", "worker_silent", "workers_dying"),
 )
 
 #: Failures of the last five minutes, with nothing that went well since, that put a receiver or a source in trouble.
@@ -57,6 +58,7 @@ def found(
     """
     return [
         *_program(view),
+        *_workers(view.workers),
         *_store(view.store),
         *_sources(view),
         *_receivers(view),
@@ -77,6 +79,20 @@ def _program(view: Overview) -> Iterator[TroubleRow]:
     connections = view.connections
     if connections.limit and connections.open >= _NEARLY_FULL * connections.limit:
         yield TroubleRow("nearly_full", f"{connections.open} of {connections.limit} client connections are in use")
+
+
+def _workers(rows: Sequence[WorkerRow]) -> Iterator[TroubleRow]:
+    if lost := list(silent(rows)):
+        one = len(lost) == 1
+        names = ", ".join(str(row.number) for row in lost)
+        many = f"worker {names} does" if one else f"workers {names} do"
+        text = f"{many} not answer, and what {'it knows' if one else 'they know'} is missing or old"
+        yield TroubleRow("worker_silent", text, since=max(row.silent for row in lost))
+    deaths = sum(row.died_lately for row in rows)
+    if deaths > 1:
+        last = min((row for row in rows if row.died_ago is not None), key=lambda row: row.died_ago or 0.0)
+        text = f"workers die again and again, number {last.number} was the last one: {last.died}"
+        yield TroubleRow("workers_dying", text, deaths)
 
 
 def _store(store: StoreRow | None) -> Iterator[TroubleRow]:

@@ -16,6 +16,7 @@ from proxy.policy.trouble import lately
 from proxy.settings import ThrottleSettings
 from proxy.stats import OTHER, Backlog, Flow, ManagerFigures, StoreFigures
 from proxy.status.backoffs import backoff_rows
+from proxy.status.colleagues import Member
 from proxy.status.gather import MOST_KEYS
 from proxy.status.names import block_rows, failing
 from proxy.status.parts import CachedPart, Counted, Details, Part, PeerPart, failing_in_a_row
@@ -36,6 +37,7 @@ from proxy.status.rows import (
 from proxy.status.store import Pace, store_row
 from proxy.status.throttles import LONGEST_REASON, STEP, Meter, asked_of, rank, throttle_row
 from proxy.status.trouble import found
+from proxy.status.workers import worker_rows
 from proxy.throttling.flows import Throttle
 from proxy.throttling.manager import Manager
 from proxy.throttling.throttle import Key
@@ -66,6 +68,7 @@ class Sources(NamedTuple):
     name_of_source: Callable[[str], str] = lambda address: ""
     store: StoreFigures | None = None
     pace: Pace | None = None
+    members: Sequence[Member] = ()
 
 
 def overview(sources: Sources, now: float) -> Generator[None, None, Overview]:
@@ -115,6 +118,7 @@ def overview(sources: Sources, now: float) -> Generator[None, None, Overview]:
         sources_left_out=max(0, len(sources_) - MOST_PEERS),
         source_names={row.name: row.source_name for row in sources_ if row.source_name},
         store=store,
+        workers=worker_rows(sources.members, part, now, sources.program.uptime),
     )
     view.trouble = found(view, details.refused, now, failing(sources.book), manager.blocks.backoffs.latest)
     return view

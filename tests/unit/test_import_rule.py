@@ -56,8 +56,9 @@ PURE_FILES = {
         "egress.resumption",
     ),
     *("server.advice", "server.findings"),
-    *("status.backoffs", "status.colleagues", "status.names", "status.parts", "status.roll", "status.rows"),
-    *("status.spelled", "status.store", "status.throttles", "status.trouble", "status.view"),
+    *("status.backoffs", "status.colleagues", "status.gather", "status.names", "status.parts", "status.roll"),
+    *("status.rows", "status.spelled", "status.store", "status.throttles", "status.trouble", "status.view"),
+    "status.workers",
     *("store.calls", "store.remedies", "store.servers", "store.slots", "store.wire"),
 }
 #: What the library shares with the program of `throttling`; it must stay small, since MTAs carry it with them.
