@@ -122,11 +122,13 @@ class Calling:
 
     def _unfit(self, node: Node) -> Trouble | None:
         """Why nothing is sent to this server now."""
-        if node.link is None or node.link.trouble is not None:
-            return node.trouble or Trouble("connect", "-", "not connected yet")
-        oldest = node.link.oldest_ns
+        if node.live is None:
+            ended = node.link.trouble if node.link is not None else None
+            return ended or node.trouble or Trouble("connect", "-", "not connected yet")
+        link, _ = node.live
+        oldest = link.oldest_ns
         if oldest is not None and self._clock() - oldest > PATIENCE_NS:
-            return Trouble("call", node.link.where, "it owes an answer for longer than 100 ms")
+            return Trouble("call", link.where, "it owes an answer for longer than 100 ms")
         return None
 
     def _answered(self, place: int, answer: Any, sent: _Sent) -> None:

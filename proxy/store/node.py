@@ -58,6 +58,13 @@ class Node:
         self._wake = Event()
         self._running: gevent.Greenlet[Any] | None = None
 
+    @property
+    def live(self) -> tuple[Link, Server] | None:
+        """The connection and who is there; None: there is none, or it has just ended."""
+        if self.link is None or self.server is None or self.link.trouble is not None:
+            return None
+        return self.link, self.server
+
     def start(self) -> None:
         self._running = gevent.spawn(self._run)
 

@@ -140,12 +140,13 @@ class Store:
         What is there may be older than what was said before.
         """
         node = self._node_for(key)
-        return node.server.identity if isinstance(node, Node) and node.server is not None else ""
+        live = node.live if isinstance(node, Node) else None
+        return live[1].identity if live is not None else ""
 
     def view(self) -> View:
         """How it stands now."""
         nodes = self._nodes()
-        servers = {node.link.where: node.server for node in nodes if node.link is not None and node.server is not None}
+        servers = {link.where: server for link, server in filter(None, (node.live for node in nodes))}
         self.counts.connects = sum(node.connects for node in nodes)
         return View(self._degraded_ns, self._trouble, self._trouble_ns, servers, self.counts)
 
@@ -231,6 +232,7 @@ class Store:
 
 def _warn_of_eviction(node: Node) -> None:
     """It would be as if what was forgotten had never been sent."""
-    if node.link is not None and node.server is not None and node.server.evicting:
+    if node.live is not None and node.live[1].evicting:
+        link, server = node.live
         text = "the throttle store forgets limits when its memory is full: its maxmemory-policy has to be noeviction"
-        log.note(log.Event.STORE, log.WARNING, text, store=node.link.where, policy=node.server.evicting)
+        log.note(log.Event.STORE, log.WARNING, text, store=link.where, policy=server.evicting)
