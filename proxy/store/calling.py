@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from proxy.store.calls import Call, Fate, Reply, Script
 from proxy.store.link import Batch, Link
 from proxy.store.node import Node
-from proxy.store.servers import Trouble, ran_nothing
+from proxy.store.servers import Server, Trouble, ran_nothing
 from proxy.store.slots import Redirect, redirect_of
 from proxy.store.wire import ErrorReply, command, script_call
 
@@ -69,14 +69,17 @@ class Calling:
         """Send what is left, that of one server together."""
         groups: dict[Node, list[int]] = {}
         for place, route in self.left.items():
-            trouble = route if isinstance(route, Trouble) else self._unfit(route)
-            if trouble is not None:
-                self._give_up(place, trouble)
-            elif isinstance(route, Node):
+            if isinstance(route, Trouble):
+                self._give_up(place, route)
+            else:
                 groups.setdefault(route, []).append(place)
         self.left = {}
         for node, places in groups.items():
-            self._send_to(node, places)
+            try:
+                self._sent.append(self._send_to(node, places))
+            except Trouble as trouble:
+                for place in places:
+                    self._give_up(place, trouble)
         self._asking, self._load = set(), set()
         return [each.batch for each in self._sent]
 
@@ -100,8 +103,14 @@ class Calling:
             self._give_up(place, self._last[place])
         return [self._replies[place] for place in range(len(self._calls))]
 
-    def _send_to(self, node: Node, places: Sequence[int]) -> None:
-        script, link = self._script, node.link
+    def _send_to(self, node: Node, places: Sequence[int]) -> _Sent:
+        """Send these calls.
+
+        Raises:
+            Trouble: nothing can be sent to this server now.
+        """
+        link, server = self._fit(node)
+        script = self._script
         commands = [command(b"SCRIPT", b"LOAD", script.source)] if node in self._load else []
         at: dict[int, int] = {}
         for place in places:
@@ -110,26 +119,22 @@ class Calling:
             at[place] = len(commands)
             call = self._calls[place]
             commands.append(script_call(script.digest, call.keys, call.arguments))
-        assert link is not None
-        assert node.server is not None
-        try:
-            batch = link.send(commands)
-        except Trouble as trouble:
-            for place in places:
-                self._give_up(place, trouble)
-        else:
-            self._sent.append(_Sent(node, link, node.server.identity, batch, at))
+        return _Sent(node, link, server.identity, link.send(commands), at)
 
-    def _unfit(self, node: Node) -> Trouble | None:
-        """Why nothing is sent to this server now."""
+    def _fit(self, node: Node) -> tuple[Link, Server]:
+        """The connection, if something may be sent there now.
+
+        Raises:
+            Trouble: why not.
+        """
         if node.live is None:
             ended = node.link.trouble if node.link is not None else None
-            return ended or node.trouble or Trouble("connect", "-", "not connected yet")
-        link, _ = node.live
+            raise ended or node.trouble or Trouble("connect", "-", "not connected yet")
+        link, server = node.live
         oldest = link.oldest_ns
         if oldest is not None and self._clock() - oldest > PATIENCE_NS:
-            return Trouble("call", link.where, "it owes an answer for longer than 100 ms")
-        return None
+            raise Trouble("call", link.where, "it owes an answer for longer than 100 ms")
+        return link, server
 
     def _answered(self, place: int, answer: Any, sent: _Sent) -> None:
         if not isinstance(answer, ErrorReply):

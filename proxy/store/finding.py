@@ -96,7 +96,10 @@ class Sentinels:
         try:
             gevent.joinall(asking, PATIENCE)
         finally:
-            gevent.killall(asking, block=False)
+            for server, each in zip(self._servers, asking, strict=True):
+                if not each.ready():
+                    each.kill(block=False)
+                    self._forget(server)  # or questions would heap up there
         answers = [each.value for each in asking if each.ready()]
         words = [answer for answer in answers if isinstance(answer, Word)]
         if words:
@@ -108,6 +111,11 @@ class Sentinels:
             raise Trouble("sentinel", first.where, f"{first.reason}{more}", first.number, first.reply)
         where = ", ".join(map(name_of, self._servers))
         raise Trouble("sentinel", where, f"no answer within {PATIENCE:g} s")
+
+    def _forget(self, server: tuple[str, int]) -> None:
+        link = self._links.pop(server, None)
+        if link is not None:
+            link.close(Trouble("sentinel", link.where, f"no answer within {PATIENCE:g} s"))
 
     def _ask_or_trouble(self, server: tuple[str, int]) -> Word | Trouble:
         try:

@@ -57,6 +57,12 @@ class Caller:
         assert found is not None
         return found
 
+    def check_what_is_left(self, ran: list[bytes]) -> None:
+        """The same where a server may have forgotten some of them."""
+        for trace in map(int, ran):
+            assert self.fates[trace] in (Fate.ANSWERED, Fate.LOST), f"{trace} has run"
+        assert len(set(ran)) == len(ran), "one has run twice"
+
     def check(self, ran: list[bytes]) -> None:
         """Hold what became of the calls against the list of those that ran."""
         traces = [int(trace) for trace in ran]
