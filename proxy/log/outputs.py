@@ -88,6 +88,13 @@ def setup(settings: LogSettings, environ: Mapping[str, str] | None = None, stdou
     reconfigure(settings)
 
 
+def share(shared: bool = True) -> None:
+    """Other processes of the program write to the same outputs from now on, or do so no more; see `writer`."""
+    for writer in {out, _err}:
+        if writer is not None:
+            writer.share(shared)
+
+
 def reconfigure(settings: LogSettings) -> None:
     """Apply new settings (reload); queued lines stay."""
     global is_json, is_stamped, connections

@@ -5,10 +5,15 @@ counted, and the loss is told as soon as there is room again. How a line looks d
 
 O_NONBLOCK belongs to the *open file*, which we share with whoever started us, so it is never set on what we inherited:
 pipes and terminals are opened anew through /proc/self/fd, sockets are written with MSG_DONTWAIT, files do not block.
+
+Several processes of the program may share one output (`share`). Then nothing is written but whole lines, at most
+PIPE_BUF bytes of them at once: so much goes into a pipe, or a Unix socket, as one piece or not at all (pipe(7)). A
+longer line is cut (`fitting`). What is written to a file is one piece in any case.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -19,6 +24,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from gevent import get_hub
+
+from proxy.log.fitting import fitting
 
 #: At most this many lines go into one write(): about 50 KB of closing lines.
 BATCH = 256
@@ -51,6 +58,8 @@ class Writer:
         self.lost_total = 0
         self._lost_line = lost_line
         self._limit = limit
+        self._most: int | None = None  # bytes at once
+        self._is_file = stat.S_ISREG(status.st_mode)
         self._queue: deque[str] = deque()
         self._pending = b""
         self._pending_lines = 0
@@ -58,6 +67,10 @@ class Writer:
         self._scheduled = False
         self._watcher: Any = None
         self._fd, self._write, self._close = _opened(fd, status.st_mode)
+
+    def share(self, shared: bool = True) -> None:
+        """From now on other processes write there, too, or do so no more."""
+        self._most = select.PIPE_BUF if shared and not self._is_file else None
 
     def put(self, line: str) -> None:
         """Queue one line (without its line end). Costs an append; the write happens in the loop's next pass."""
@@ -124,12 +137,28 @@ class Writer:
     def _fill(self) -> bool:
         """Make `_pending` hold the next bytes to write; False when there are none."""
         if not self._pending and self._queue:
+            if self._most is not None:
+                self._pending, self._pending_lines = self._piece(self._most)
+                return True
             count = min(len(self._queue), BATCH)
             lines = [self._queue.popleft() for _ in range(count)]
             lines.append("")
             self._pending = "\n".join(lines).encode("utf-8", "backslashreplace")
             self._pending_lines = count
         return bool(self._pending)
+
+    def _piece(self, most: int) -> tuple[bytes, int]:
+        """As many lines as fit, at least one, and how many."""
+        lines: list[bytes] = []
+        left = most
+        while self._queue:
+            line = fitting(self._queue[0], most - 1)
+            left -= len(line) + 1
+            if left < 0:
+                break
+            lines.append(line)
+            self._queue.popleft()
+        return b"\n".join([*lines, b""]), len(lines)
 
     def _wait_for_room(self) -> None:
         if self._watcher is None:
@@ -169,7 +198,16 @@ def _opened(fd: int, mode: int) -> tuple[int, Callable[[bytes], int], Callable[[
 
 
 def _polite_write(fd: int, data: bytes) -> int:
-    """Write to a blocking pipe or terminal what it takes at once: a writable pipe has room for PIPE_BUF bytes."""
+    """Write to a blocking pipe or terminal what it takes at once.
+
+    Before Linux 6.5 a pipe is asked first: a writable one has room for PIPE_BUF bytes, if nobody else has taken it by
+    then.
+    """
+    try:
+        return os.pwritev(fd, [data[: select.PIPE_BUF]], -1, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ESPIPE, errno.EINVAL, errno.ENOSYS):
+            raise
     poller = select.poll()
     poller.register(fd, select.POLLOUT)
     if not poller.poll(0):

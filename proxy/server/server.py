@@ -77,6 +77,7 @@ def run(load: Load, loaded: Loaded) -> int:
         The exit code: 0 clean stop, 1 a second signal ended the drain, 69 cannot listen.
     """
     outputs.setup(loaded.settings)
+    outputs.share(loaded.settings.workers != 1)
     try:
         return Server(load, loaded).run()
     finally:
