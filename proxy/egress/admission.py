@@ -459,6 +459,11 @@ class Admission(Office):
         self._timer = self._hub.loop.timer(max(0.0, (due - clock_ns()) / _NANOSECONDS))
         self._timer.start(self._ring)
 
+    def stop(self) -> None:
+        """For the end of the program, and for tests: it looks at the clock no more."""
+        self._timer.close()
+        self._armed_for = 0  # earlier than anything is due
+
     def _ring(self) -> None:
         self._armed_for = None
         now = clock_ns()

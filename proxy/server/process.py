@@ -41,13 +41,17 @@ class Reserve:
     @contextmanager
     def lent(self) -> Iterator[None]:
         """Give them up for as long as the `with` block runs."""
-        for fd in self._held:
-            os.close(fd)
-        self._held.clear()
+        self.close()
         try:
             yield
         finally:
             self._fill()
+
+    def close(self) -> None:
+        """Hold nothing back any more."""
+        for fd in self._held:
+            os.close(fd)
+        self._held.clear()
 
     def _fill(self) -> None:
         try:

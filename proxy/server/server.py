@@ -356,12 +356,14 @@ class Server:
         return EXIT_OK
 
     def close(self) -> None:
-        """Stop what settings in force have started: doors, look-ups, the control socket."""
+        """Stop what goes on without any connection: doors, look-ups, the control socket, the timer of throttles."""
         self._doors.close()
         self._wiring.look_ups.stop()
         self._take_store(None)
+        self._admission.stop()
         if self._control is not None:
             self._control.close()
+        self._reserve.close()
 
     # ---------------------------------------------------------------- its state
 

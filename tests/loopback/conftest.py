@@ -7,8 +7,27 @@ from collections.abc import Callable, Iterator
 import pytest
 from gevent import get_hub
 
+from tests.loopback import leftovers
 from tests.loopback.houses import Elsewhere, House
 from tests.mx import Mx
+
+leftovers.watch()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_file_leaves_anything_running() -> Iterator[None]:
+    """What fixtures of a file have begun."""
+    before = leftovers.now()
+    yield
+    assert not leftovers.left_since(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_test_leaves_anything_running() -> Iterator[None]:
+    """It is the first fixture, so it looks when all others have cleaned up."""
+    before = leftovers.now()
+    yield
+    assert not leftovers.left_since(before)
 
 
 @pytest.fixture(autouse=True)

@@ -76,7 +76,8 @@ class House:
         self._sweeper = gevent.spawn(self.keeper.run)
 
     def office(self):
-        return Admission(self.manager, lambda *missing: self.keeper.make_way(*missing))
+        self.at_the_manager = Admission(self.manager, lambda *missing: self.keeper.make_way(*missing))
+        return self.at_the_manager
 
     def waits(self):
         """How many wait for places."""
@@ -152,6 +153,7 @@ class House:
         self.check()
         assert not any(throttle.used or throttle.line for throttle in self.throttles), "places are left behind"
         self._sweeper.kill()
+        self.at_the_manager.stop()
         self.engine.stop()
 
 
@@ -159,8 +161,8 @@ class Elsewhere(House):
     """The same with the manager at the other end of a link, as in a worker."""
 
     def office(self):
-        at_the_manager = Admission(self.manager, lambda throttle, count: bool(self.branches.make_way(throttle, count)))
-        self.branches = Branches(at_the_manager)
+        self.at_the_manager = Admission(self.manager, lambda *missing: bool(self.branches.make_way(*missing)))
+        self.branches = Branches(self.at_the_manager)
         ends = seam.pair()
         branch = self.branches.open(lambda record: self.master.say(record))
         office = Remote(

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import gc
-import os
 import socket
 from unittest import mock
 
@@ -16,7 +15,7 @@ from proxy.doors import front, route
 from proxy.egress import upstream
 from proxy.errors import Overloaded, ProxyError
 from proxy.log import lines as log
-from proxy.model import Ending, Endpoint, hold_breath
+from proxy.model import Endpoint, hold_breath
 from proxy.net import conversation
 from proxy.policy.access import Access
 from proxy.server.server import Server
@@ -42,6 +41,7 @@ class House:
         """A client whose connection is being served."""
         client, ours = tcp_pair()
         self.services.crew.run(front.serve, self.services, self.doors[protocol], ours, ("127.0.0.1", 9), refusal)
+        gevent.sleep(0)  # it begins in the next turn; until then the house would look empty
         return client
 
     def is_empty(self) -> bool:
@@ -59,10 +59,8 @@ class House:
         until(self.is_empty, what="nothing is left of any connection")
 
     def close(self) -> None:
-        self.services.engine.abort_all(Ending.DRAIN_TIMEOUT)
-        self.services.engine._watcher.stop()
-        for fd in self.server._reserve._held:
-            os.close(fd)
+        self.server.close()
+        self.services.engine.stop()
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import pairwise
+from typing import ClassVar
 
 import gevent
 import pytest
@@ -38,14 +39,18 @@ class Block:
     backoff: tuple = ()
     warmup: None = None
     enforce: bool = True
+    scope: str = "proxy"
 
 
 class Office(Admission):
     """An admission with one block; `ways`: connections that give way when asked."""
 
+    opened: ClassVar[list[Admission]] = []
+
     def __init__(self, *blocks):
         self.ways = []
         super().__init__(Manager(1, clock_ns() - 10_000 * SECOND, blocks=Limits(blocks)), self._yield)
+        self.opened.append(self)
 
     def _yield(self, throttle, missing):
         if not self.ways:
@@ -62,6 +67,13 @@ class Office(Admission):
         greenlet = gevent.spawn(self.ask, *args, **options)
         wait_for(lambda: len(self._waiting) > size, pause=gevent.sleep)
         return greenlet
+
+
+@pytest.fixture(autouse=True)
+def _offices_are_closed():
+    yield
+    while Office.opened:
+        Office.opened.pop().stop()
 
 
 def test_without_a_throttle_nothing_is_asked():

@@ -15,6 +15,7 @@ from proxy.egress.admission import clock_ns
 from proxy.errors import Throttled
 from proxy.model import Discard
 from proxy.policy.limits import Limits
+from tests.loopback import leftovers
 from tests.loopback.houses import block, key_of, limits, until
 from tests.mx import Mx, close, late, mute
 
@@ -81,6 +82,7 @@ def test_it_gives_way_while_the_answer_to_quit_is_awaited(make):
         house.open(key_of(other), owner="b", seconds=0.5)
         assert house.keeper.cached == 0
         assert house.discarded() == {Discard.DISABLED: 1}
+        leftovers.end_work_of_crews()  # it waits on for the answer, though the connection is closed
 
 
 def test_who_waits_for_just_this_connection_gets_it_with_its_place(make):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from time import monotonic
 
 import pytest
@@ -61,6 +62,21 @@ class House:
         return facts.resumed
 
 
+Make = Callable[[Mx], House]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    with ExitStack() as stack:
+
+        def make(mx: Mx) -> House:
+            house = House(mx)
+            stack.callback(house.engine.stop)
+            return house
+
+        yield make
+
+
 def last(mx: Mx) -> Session:
     """The receiver's last session, when it is over: we may be gone before it knows how the handshake ended."""
     session = mx.sessions[-1]
@@ -77,10 +93,10 @@ def only(version: ssl.TLSVersion) -> Callable[[ssl.SSLContext], None]:
 
 @pytest.mark.parametrize("version", [V12, V13])
 @pytest.mark.parametrize("mode", [TlsMode.OPPORTUNISTIC, TlsMode.REQUIRED, TlsMode.IMPLICIT])
-def test_the_second_handshake_goes_on_in_the_first(mode: TlsMode, version: ssl.TLSVersion) -> None:
+def test_the_second_handshake_goes_on_in_the_first(make: Make, mode: TlsMode, version: ssl.TLSVersion) -> None:
     implicit = mode is TlsMode.IMPLICIT
     with Mx(starttls=not implicit, implicit_tls=implicit, prepare=only(version)) as mx:
-        house = House(mx)
+        house = make(mx)
         first, second, third = house.open(mode).tls, house.open(mode).tls, house.open(mode).tls
         assert first is not None
         assert [facts and facts.resumed for facts in (first, second, third)] == [False, True, True]
@@ -89,10 +105,10 @@ def test_the_second_handshake_goes_on_in_the_first(mode: TlsMode, version: ssl.T
         assert first.verdict.verified
 
 
-def test_never_for_who_demands_something_else() -> None:
+def test_never_for_who_demands_something_else(make: Make) -> None:
     leaf = b"x" * 32
     with Mx(starttls=True) as mx:
-        house = House(mx)
+        house = make(mx)
         wanted = TlsMode.OPPORTUNISTIC
         assert not house.resumed(mode=wanted, demand=Demand((NAME,)))
         assert house.resumed(mode=wanted, demand=Demand((NAME,)))
@@ -105,9 +121,9 @@ def test_never_for_who_demands_something_else() -> None:
         assert house.resumed(demand=VERIFIED)
 
 
-def test_what_is_not_trusted_any_more_is_found_in_a_resumed_session_too() -> None:
+def test_what_is_not_trusted_any_more_is_found_in_a_resumed_session_too(make: Make) -> None:
     with Mx(starttls=True) as mx:
-        house = House(mx)
+        house = make(mx)
         house.open()
         certificates.use_judge(Judge(Authorities(b"")))
         with pytest.raises(UpstreamError, match="certificate not accepted"):
@@ -119,18 +135,18 @@ def test_what_is_not_trusted_any_more_is_found_in_a_resumed_session_too() -> Non
         assert not last(mx).resumed
 
 
-def test_a_receiver_that_has_forgotten_it_gets_a_full_handshake() -> None:
+def test_a_receiver_that_has_forgotten_it_gets_a_full_handshake(make: Make) -> None:
     with Mx(starttls=True) as mx:
-        house = House(mx)
+        house = make(mx)
         house.open()
         mx._contexts.clear()  # other keys for tickets
         assert not house.resumed()
         assert house.resumed()
 
 
-def test_a_handshake_that_breaks_takes_the_session_with_it() -> None:
+def test_a_handshake_that_breaks_takes_the_session_with_it(make: Make) -> None:
     with Mx(lambda number: {"tls": close} if number in (1, 2) else {}, starttls=True) as mx:
-        house = House(mx)
+        house = make(mx)
         house.open()
         with pytest.raises(UpstreamError):
             house.open()
@@ -140,20 +156,20 @@ def test_a_handshake_that_breaks_takes_the_session_with_it() -> None:
 
 
 @pytest.mark.parametrize("mode", [TlsMode.REQUIRED, TlsMode.IMPLICIT])
-def test_who_must_have_tls_has_a_full_handshake_too(mode: TlsMode) -> None:
+def test_who_must_have_tls_has_a_full_handshake_too(make: Make, mode: TlsMode) -> None:
     """A receiver that breaks each resumed handshake would get every second connection's mail late."""
     implicit = mode is TlsMode.IMPLICIT
     with Mx(lambda number: {"tls": close} if number == 1 else {}, starttls=not implicit, implicit_tls=implicit) as mx:
-        house = House(mx)
+        house = make(mx)
         house.open(mode)
         facts = house.open(mode).tls
         assert (facts and (facts.resumed, facts.verdict.verified), mx.connects) == ((False, True), 3)
 
 
-def test_who_would_do_without_tls_has_a_full_handshake_before_that() -> None:
+def test_who_would_do_without_tls_has_a_full_handshake_before_that(make: Make) -> None:
     """An attacker who breaks resumed handshakes alone gets nobody to speak in clear."""
     with Mx(lambda number: {"tls": close} if number == 1 else {}, starttls=True) as mx:
-        house = House(mx)
+        house = make(mx)
         wanted = Demand((NAME,))
         house.open(TlsMode.OPPORTUNISTIC, wanted)
         receiver = house.open(TlsMode.OPPORTUNISTIC, wanted)
@@ -161,21 +177,21 @@ def test_who_would_do_without_tls_has_a_full_handshake_before_that() -> None:
         assert not mx.sessions[-1].resumed
 
 
-def test_a_receiver_that_hands_out_none() -> None:
+def test_a_receiver_that_hands_out_none(make: Make) -> None:
     def without(context: ssl.SSLContext) -> None:
         context.num_tickets = 0
         context.options |= ssl.OP_NO_TICKET
 
     with Mx(starttls=True, prepare=without) as mx:
-        house = House(mx)
+        house = make(mx)
         house.open()
         assert len(house.sessions) == 0
         assert not house.resumed()
 
 
-def test_without_a_place_for_them_each_handshake_is_a_full_one() -> None:
+def test_without_a_place_for_them_each_handshake_is_a_full_one(make: Make) -> None:
     with Mx(starttls=True) as mx:
-        house = House(mx)
+        house = make(mx)
         house.sessions = None  # type: ignore[assignment]
         house.open()
         house.open()

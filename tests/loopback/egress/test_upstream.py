@@ -21,8 +21,7 @@ from tests.loopback.net.relays import open_descriptors, run
 def engine():
     engine = Engine()
     yield engine
-    engine._watcher.stop()
-    engine._epoll.close()
+    engine.stop()
 
 
 @contextlib.contextmanager

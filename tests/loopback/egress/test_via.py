@@ -23,8 +23,7 @@ from tests.sinks import Raw, closed_port, deaf_port, greet
 def engine() -> Iterator[Engine]:
     engine = Engine()
     yield engine
-    engine._watcher.stop()
-    engine._epoll.close()
+    engine.stop()
 
 
 @pytest.fixture

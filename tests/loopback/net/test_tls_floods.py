@@ -128,10 +128,11 @@ def test_others_run_in_between(flooded: Flooded) -> None:
             gevent.sleep(1e-9)
 
     reader = gevent.spawn(receive, flooded.engine, flooded.stream)
-    gevent.spawn(other)
+    meanwhile = gevent.spawn(other)
     with pytest.raises(gevent.Timeout):
         reader.get(timeout=0.5)  # it has read all and waits for more
     reader.kill()
+    meanwhile.join()
     assert turns().rounds - before >= 2400 // tls._RECORDS_A_CALL // 2
     assert len(set(ticks)) >= turns().rounds - before - 1
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -25,6 +27,8 @@ from proxy.throttling.manager import Manager
 from proxy.throttling.throttle import LATENESS, SECOND, Key, Limit
 from tests.loopback.egress.test_admission import Block
 from tests.loopback.net.relays import close_peers, tcp_pair, until
+
+Admit = Callable[[Manager], Admission]
 
 MAIL, REST = b"MAIL FROM:<a@example.com>\r\n", b"RCPT TO:<b@example.net>\r\nDATA\r\n"
 
@@ -269,10 +273,23 @@ def test_where_no_reply_would_be_right_the_receiver_is_lost(carried, gone, answe
     assert isinstance(carried.hears_word(), m.Aborted)
 
 
-def test_the_gate_asks_the_manager_and_gives_everything_back():
+@pytest.fixture
+def admit() -> Iterator[Admit]:
+    """Makes an admission of this manager."""
+    with ExitStack() as stack:
+
+        def admit(manager: Manager) -> Admission:
+            made = Admission(manager, lambda throttle, count: False)
+            stack.callback(made.stop)
+            return made
+
+        yield admit
+
+
+def test_the_gate_asks_the_manager_and_gives_everything_back(admit):
     """A late MAIL waits for a slot of its own; one in vain is late again; a session that ends calls its waiting off."""
     manager = Manager(1, clock_ns() - 10_000 * SECOND)
-    admission = Admission(manager, lambda throttle, count: False)
+    admission = admit(manager)
     now = clock_ns()
     session = manager.hello("a", b"run", "host", 1.0, now)
     manager.ping(session, 1, now)
@@ -304,10 +321,10 @@ WAY = Way("192.0.2.1", "198.51.100.1")
 class Blocked:
     """A session under a block of the proxy's own, and under a path of its instance."""
 
-    def __init__(self, rate: Limit, wait: float = 30.0, path: Limit | None = None) -> None:
+    def __init__(self, admit: Admit, rate: Limit, wait: float = 30.0, path: Limit | None = None) -> None:
         block = Block(max_concurrent_connections=0, max_delivery_rate=(rate,), wait=wait)
         self.manager = manager = Manager(1, clock_ns() - 10_000 * SECOND, blocks=Limits((block,)))
-        self.admission = Admission(manager, lambda throttle, count: False)
+        self.admission = admit(manager)
         self.session = manager.hello("a", b"run", "host", 1.0, clock_ns())
         manager.ping(self.session, 1, clock_ns())
         ids = () if path is None else (0,)
@@ -323,8 +340,8 @@ class Blocked:
         self.woken += 1
 
 
-def test_each_mail_takes_a_slot_of_the_proxys_own_throttles_and_the_connection_none():
-    it = Blocked(Limit(4, 1))
+def test_each_mail_takes_a_slot_of_the_proxys_own_throttles_and_the_connection_none(admit):
+    it = Blocked(admit, Limit(4, 1))
     gone: list[int] = []
     for number in range(4):
         if not it.gate.mail():
@@ -336,8 +353,8 @@ def test_each_mail_takes_a_slot_of_the_proxys_own_throttles_and_the_connection_n
     assert gone[-1] - gone[0] >= 3 * SECOND // 4 - 4 * LATENESS
 
 
-def test_a_block_that_refuses_says_why():
-    it = Blocked(Limit(1, 3600), wait=0.02)
+def test_a_block_that_refuses_says_why(admit):
+    it = Blocked(admit, Limit(1, 3600), wait=0.02)
     assert it.gate.mail()
     assert not it.gate.mail()
     until(lambda: not it.gate.closed, what="its time is up")
@@ -346,8 +363,8 @@ def test_a_block_that_refuses_says_why():
     assert "narrow" in str(it.gate.refusal)
 
 
-def test_what_is_not_understood_takes_one_slot():
-    it = Blocked(Limit(1, 3600))
+def test_what_is_not_understood_takes_one_slot(admit):
+    it = Blocked(admit, Limit(1, 3600))
     assert it.gate.unseen()
     assert it.gate.unseen()
     assert not it.gate.mail(), "the hour's only one is gone"
@@ -355,9 +372,9 @@ def test_what_is_not_understood_takes_one_slot():
     assert not it.admission._answers
 
 
-def test_a_permit_that_lapses_while_its_mail_waits_for_the_block_is_late():
+def test_a_permit_that_lapses_while_its_mail_waits_for_the_block_is_late(admit):
     """The permit has to be good in the moment in which the MAIL goes."""
-    it = Blocked(Limit(1, 3), path=Limit(1, 1))
+    it = Blocked(admit, Limit(1, 3), path=Limit(1, 1))
     assert it.gate.mail()
     it.manager.demand(it.session, 0, 1, 0, 0, 0, 0, clock_ns())
     until(

@@ -81,6 +81,7 @@ class House:
         assert not any(throttle.used or throttle.line for throttle in throttles), "places are left behind"
         self.guest.stream.socket.close()
         self.client.close()
+        self.server.close()
         self.services.engine.stop()
 
 
