@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from proxy.config.load import load
 from proxy.policy.limits import Limits
 from proxy.server.process import STEP_EVERY, Collector
+from proxy.throttling.estate import Reader
 from proxy.throttling.flows import Places, Ticket
 from proxy.throttling.limits import Part
 from proxy.throttling.manager import Manager
@@ -234,6 +235,67 @@ def places() -> None:
     print(f"admit and release, nobody waits: {(perf_counter() - begin) / 50_000 * 1e6:.2f} us")
 
 
+def handing_over(count: int) -> None:
+    """All that a manager with so many throttles has, each with a debt, a permit in hand and a place, goes into another.
+
+    A step ends where others have their turn; the collector's steps are counted too, as in the program.
+    """
+    now = 10_000 * SECOND
+    collector = Collector(lambda: count >= 100_000)
+    collector.begin()
+    manager, made = manager_with(-(-count // 100_000), now)
+    for number in range(count):
+        session, id = made[number % len(made)], number // len(made)
+        manager.register(session, id, [(Key(session.name, f"rule-{id:06}"), Part((Limit(1000, 3600),), 20))], now)
+        manager.admit(session.name, 1.0, session.name, "", manager.flows(session, (id,)), now)
+    now += SECOND * 100
+    for session in made:
+        manager.ping(session, 1, now)
+        manager.pong(session, now // 1_000, 0, now)
+        for id in range(count // len(made)):
+            manager.demand(session, id, 1, 0, 1, 0, 0, now)
+        while session.parked_records:
+            manager.take(session, now)
+    for _ in range(100):
+        collector.step()
+    steps: list[float] = []
+    begin = collect_at = thread_time()
+
+    def breathe() -> None:
+        nonlocal begin, collect_at
+        steps.append(thread_time() - begin)
+        if (begin := thread_time()) >= collect_at:
+            collector.step()
+            collect_at = thread_time() + STEP_EVERY
+            steps.append(collect_at - STEP_EVERY - begin)
+        begin = thread_time()
+
+    def done(what: str) -> None:
+        nonlocal begin
+        breathe()
+        print(f"{what} {count} throttles: {sum(steps):.3f} s, the longest step {max(steps) * 1e3:.1f} ms")
+        steps.clear()
+        begin = thread_time()
+
+    chunks = []
+    manager.freeze(now)
+    done("freezing")
+    for chunk in manager.gather(now, breathe):
+        chunks.append(chunk)
+        breathe()
+    done("gathering")
+    reader = Reader()
+    for chunk in chunks:
+        reader.feed(chunk)
+        breathe()
+    done("reading")
+    held = Manager(1, now).adopt(reader.finish(), now, breathe)
+    done("adopting")
+    assert len(held) == count
+    print(f"{sum(map(len, chunks)) / 1e6:.1f} MB in {len(chunks)} chunks, the largest {max(map(len, chunks))} bytes")
+    collector.end()
+
+
 def matching(number: int) -> None:
     """Which of so many blocks hold for a connection: each with a source of its own; and with lists that all overlap."""
     for what, line in (
@@ -268,5 +330,7 @@ if __name__ == "__main__":
     one_by_one(50)
     places()
     many_throttles(100_000)
+    for number in (1_000, 100_000):
+        handing_over(number)
     pauses(100_000)
     pauses(500_000)

@@ -8,6 +8,7 @@ in the limits stay, and who waited finds its virtual time and its place in the o
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from proxy import settings
 from proxy.throttling import estate
@@ -59,8 +60,29 @@ class Adopting:
 
     def run(self) -> None:
         self._head(self._left.head)
+        take: dict[type[Record], Callable[[Any], None]] = {
+            estate.ThrottleOf: self._throttle,
+            estate.StakeOf: self._stake,
+            estate.PartOf: self._part,
+            estate.TurnOf: self._turn,
+            estate.LineOf: self._line,
+            estate.StandingOf: self._standing,
+            estate.PathOf: self._path,
+            estate.AccountOf: self._account,
+            estate.HoldingOf: self._holding,
+            estate.ReturnedOf: self._returned,
+            estate.FineOf: self._fine,
+            estate.SlowdownOf: self._slowdown,
+            estate.CauseOf: self._cause,
+            estate.StruckOf: self._struck,
+            estate.OverrideOf: self._override,
+            estate.LookAtOf: self._look_at,
+            estate.PlacesOf: self._places,
+        }
         for number, record in enumerate(self._left.records, 1):
-            self._take(record)
+            taker = take.get(type(record))
+            if taker is not None:  # what happens meanwhile is none of these
+                taker(record)
             if number % STEP == 0:
                 self._breathe()
         self._core.overrides.adopt(self._overrides, self._left.head.next_override)
@@ -83,68 +105,67 @@ class Adopting:
         core.blocks.backoffs.begun = head.begun
         audit.known_from, audit.unpermitted, audit.late = head.known_from, head.unpermitted, head.late
 
-    def _take(self, record: Record) -> None:
-        match record:
-            case estate.ThrottleOf():
-                self._throttle(record)
-            case estate.StakeOf():
-                throttle, part = self._throttles[record.throttle], self._parts[record.part]
-                self._core._registry.adopt_stake(throttle, record.name, part, record.until)
-            case estate.PartOf():
-                limits = tuple([_limit(rate) for rate in record.limits])
-                backoff = _slowing(record.backoff) if record.backoff is not None else None
-                self._parts.append(Part(limits, record.places, Mode(record.mode), record.paused, backoff))
-            case estate.TurnOf():
-                throttle = self._throttles[record.throttle]
-                _, times = self._core._dispenser.former.setdefault(throttle, (record.clock, {}))
-                times[record.name] = record.time
-                self._remember(throttle)
-            case estate.PathOf():
-                self._paths.append(tuple([self._throttles[number] for number in record.throttles]))
-            case estate.AccountOf():
-                holder = record.owner, self._paths[record.path]
-                self._accounts.append(
-                    self._core._audit.adopt(holder, record.free_until, record.lapsed, record.lapsed_until, self._now)
-                )
-            case estate.HoldingOf():
-                self._accounts[record.account].hold(record.slot, record.last, record.n, record.step)
-            case estate.ReturnedOf():
-                self._remember(self._core._registry.adopt_slots(self._paths[record.path], record.slots))
-            case estate.FineOf():
-                self._core._registry.adopt_fine(record.owner, self._paths[record.path], record.messages)
-            case estate.PlacesOf():
-                self._places(record)
-            case _:
-                self._take_rarer(record)
+    def _stake(self, record: estate.StakeOf) -> None:
+        throttle, part = self._throttles[record.throttle], self._parts[record.part]
+        self._core._registry.adopt_stake(throttle, record.name, part, record.until)
 
-    def _take_rarer(self, record: Record) -> None:
-        match record:
-            case estate.LineOf():
-                throttle = self._throttles[record.throttle]
-                line = self._core._book.former_line(throttle, record.began, record.passed)
-                self._lines.append(line)
-                self._remember(throttle)
-            case estate.StandingOf():
-                self._lines[record.line].expect(record.owner, record.due)
-            case estate.SlowdownOf():
-                slowdown = Slowdown()
-                slowdown.ended = record.ended
-                self._slowdowns.append((Key(record.source, record.name, record.receiver), slowdown))
-            case estate.CauseOf():
-                rule = _strictness(record.rule)
-                backoff = Backoff(terms_of(rule), 0)
-                backoff.until = record.until
-                self._slowdowns[record.slowdown][1].adopt(Cause(rule, backoff, record.reply, record.instance))
-            case estate.StruckOf():
-                self._slowdowns[record.slowdown][1].adopt_struck(_strictness(record.rule), record.times)
-            case estate.OverrideOf():
-                limits = tuple([_limit(rate) for rate in record.limits])
-                what = record.name, record.source, record.pause, record.places
-                self._overrides.append((record.number, Override(*what, limits, record.until, record.because)))
-            case estate.LookAtOf():
-                self._unseen.append((record.name, record.source))
-            case _:
-                pass  # of a later minor version, or of what happens meanwhile
+    def _part(self, record: estate.PartOf) -> None:
+        limits = tuple([_limit(rate) for rate in record.limits])
+        backoff = _slowing(record.backoff) if record.backoff is not None else None
+        self._parts.append(Part(limits, record.places, Mode(record.mode), record.paused, backoff))
+
+    def _turn(self, record: estate.TurnOf) -> None:
+        throttle = self._throttles[record.throttle]
+        _, times = self._core._dispenser.former.setdefault(throttle, (record.clock, {}))
+        times[record.name] = record.time
+        self._remember(throttle)
+
+    def _line(self, record: estate.LineOf) -> None:
+        throttle = self._throttles[record.throttle]
+        self._lines.append(self._core._book.former_line(throttle, record.began, record.passed))
+        self._remember(throttle)
+
+    def _standing(self, record: estate.StandingOf) -> None:
+        self._lines[record.line].expect(record.owner, record.due)
+
+    def _path(self, record: estate.PathOf) -> None:
+        self._paths.append(tuple([self._throttles[number] for number in record.throttles]))
+
+    def _account(self, record: estate.AccountOf) -> None:
+        holder = record.owner, self._paths[record.path]
+        account = self._core._audit.adopt(holder, record.free_until, record.lapsed, record.lapsed_until, self._now)
+        self._accounts.append(account)
+
+    def _holding(self, record: estate.HoldingOf) -> None:
+        self._accounts[record.account].hold(record.slot, record.last, record.n, record.step)
+
+    def _returned(self, record: estate.ReturnedOf) -> None:
+        self._remember(self._core._registry.adopt_slots(self._paths[record.path], record.slots))
+
+    def _fine(self, record: estate.FineOf) -> None:
+        self._core._registry.adopt_fine(record.owner, self._paths[record.path], record.messages)
+
+    def _slowdown(self, record: estate.SlowdownOf) -> None:
+        slowdown = Slowdown()
+        slowdown.ended = record.ended
+        self._slowdowns.append((Key(record.source, record.name, record.receiver), slowdown))
+
+    def _cause(self, record: estate.CauseOf) -> None:
+        rule = _strictness(record.rule)
+        backoff = Backoff(terms_of(rule), 0)
+        backoff.until = record.until
+        self._slowdowns[record.slowdown][1].adopt(Cause(rule, backoff, record.reply, record.instance))
+
+    def _struck(self, record: estate.StruckOf) -> None:
+        self._slowdowns[record.slowdown][1].adopt_struck(_strictness(record.rule), record.times)
+
+    def _override(self, record: estate.OverrideOf) -> None:
+        limits = tuple([_limit(rate) for rate in record.limits])
+        what = record.name, record.source, record.pause, record.places
+        self._overrides.append((record.number, Override(*what, limits, record.until, record.because)))
+
+    def _look_at(self, record: estate.LookAtOf) -> None:
+        self._unseen.append((record.name, record.source))
 
     def _throttle(self, record: estate.ThrottleOf) -> None:
         key = Key(record.source, record.name, record.receiver)

@@ -26,13 +26,14 @@ class MessageTicket:
     """A request for one message slot.
 
     Attributes:
-        granted: the slot is there, and is to be used in the same breath.
+        granted: the slot is there, and is to be used in the same breath. asked: it is wanted by now.
         slot, last: which it is, and its last moment; None before.
     """
 
-    __slots__ = ("clerk", "last", "path", "slot")
+    __slots__ = ("asked", "clerk", "last", "path", "slot")
 
     def __init__(self, clerk: Clerk) -> None:
+        self.asked = False
         self.clerk = clerk
         self.path = clerk.flow.path
         self.slot: int | None = None
@@ -96,13 +97,14 @@ class Desk:
         clerk.weigh(weight)
         ticket = MessageTicket(clerk)
         clerk.tickets[ticket] = None
-        clerk.flow.want += 1
         return ticket
 
     def ask(self, ticket: MessageTicket, now: int) -> None:
         """A slot for this ticket, unless it has been called off."""
         clerk = ticket.clerk
         if ticket in clerk.tickets:
+            ticket.asked = True
+            clerk.flow.want += 1
             self._dispenser.activate(clerk.flow, now)
             self.settle(now)
 
@@ -120,7 +122,7 @@ class Desk:
                 slot, last = max(clerk.slots)
                 clerk.slots.remove((slot, last))
                 self._reuse(ticket.path, slot, last, now)
-            else:
+            elif ticket.asked:
                 clerk.flow.want -= 1
             self._dismiss(clerk, now)
         self.settle(now)

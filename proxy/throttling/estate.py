@@ -15,8 +15,8 @@ the way, the whole is refused by an `Unreadable` that says why. Nothing here kno
 from __future__ import annotations
 
 from binascii import crc32
-from collections.abc import Iterable, Iterator
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import msgspec
 from msgspec import Meta, Struct
@@ -341,8 +341,8 @@ AnyRecord = (
     | OwedOf
     | LookAtOf
 )
-Kind = TypeVar("Kind", bound=Record)
 _KINDS = 23
+_END = 1
 _PART, _THROTTLE, _LINE, _PATH, _ACCOUNT, _SLOWDOWN = 2, 3, 6, 8, 10, 13
 
 _encoder = msgspec.msgpack.Encoder()
@@ -366,8 +366,7 @@ class Writer:
         self._checksum = 0
 
     def add(self, record: Record) -> None:
-        kind = record.__struct_config__.tag
-        assert isinstance(kind, int)
+        kind = _TAGS.get(type(record), 0)  # (of the head)
         self._counts[kind] = self._counts.get(kind, 0) + 1
         self._records += 1
         _encoder.encode_into(record, self._body, -1)
@@ -411,7 +410,7 @@ class Reader:
         self._end: End | None = None
         self._records: list[Record] = []
         self._counts: dict[int, int] = {0: 1}
-        self._known: dict[int, int] = {}
+        self._known = [0] * _KINDS
         self._checksum = 0
 
     def feed(self, chunk: bytes) -> None:
@@ -485,7 +484,7 @@ def _decoded(chunk: bytes, newer: bool, counts: dict[int, int]) -> list[Record]:
     except msgspec.DecodeError as error:
         raise Unreadable(f"it is damaged: {error}") from None
     for record in records:
-        _count(record.__struct_config__.tag, counts)
+        _count(_TAGS[type(record)], counts)
     return list(records)
 
 
@@ -500,42 +499,43 @@ def _some_known(raws: list[msgspec.Raw], newer: bool, counts: dict[int, int]) ->
                     _count(kind, counts)
                     continue
             record = _record.decode(raw)
-            _count(record.__struct_config__.tag, counts)
+            _count(_TAGS.get(type(record), 0), counts)
             records.append(record)
     except (msgspec.DecodeError, IndexError) as error:
         raise Unreadable(f"it is damaged: {error}") from None
     return records
 
 
-def _fits(record: Record, known: dict[int, int]) -> bool:
+def _fits(record: Record, known: list[int]) -> bool:
     """Whether all that it names by number came before it."""
-    for kind, number in _named(record):
-        if number >= known.get(kind, 0):
-            return False
-    _count(record.__struct_config__.tag, known)
+    kind = type(record)
+    names = _NAMES.get(kind)
+    if names is not None:
+        for what, number in names(record):
+            if number >= known[what]:
+                return False
+    known[_TAGS[kind]] += 1
     return True
 
 
-def _named(record: Record) -> Iterator[tuple[int, int]]:
-    if isinstance(record, StakeOf):
-        yield _THROTTLE, record.throttle
-        yield _PART, record.part
-    elif isinstance(record, TurnOf | LineOf):
-        yield _THROTTLE, record.throttle
-    elif isinstance(record, StandingOf):
-        yield _LINE, record.line
-    elif isinstance(record, PathOf):
-        yield from ((_THROTTLE, each) for each in record.throttles)
-    elif isinstance(record, ReturnedOf | AccountOf | FineOf):
-        yield _PATH, record.path
-    elif isinstance(record, HoldingOf):
-        yield _ACCOUNT, record.account
-    elif isinstance(record, CauseOf | StruckOf):
-        yield _SLOWDOWN, record.slowdown
-    elif isinstance(record, PlacesOf):
-        yield from ((_PATH, each) for each in (record.path, *[flow.path for flow in record.flows]))
+#: What records name by number: pairs of a kind and the number.
+_NAMES: dict[type[Record], Callable[[Any], Iterable[tuple[int, int]]]] = {
+    StakeOf: lambda record: ((_THROTTLE, record.throttle), (_PART, record.part)),
+    TurnOf: lambda record: ((_THROTTLE, record.throttle),),
+    LineOf: lambda record: ((_THROTTLE, record.throttle),),
+    StandingOf: lambda record: ((_LINE, record.line),),
+    PathOf: lambda record: [(_THROTTLE, each) for each in record.throttles],
+    ReturnedOf: lambda record: ((_PATH, record.path),),
+    AccountOf: lambda record: ((_PATH, record.path),),
+    FineOf: lambda record: ((_PATH, record.path),),
+    HoldingOf: lambda record: ((_ACCOUNT, record.account),),
+    CauseOf: lambda record: ((_SLOWDOWN, record.slowdown),),
+    StruckOf: lambda record: ((_SLOWDOWN, record.slowdown),),
+    PlacesOf: lambda record: [(_PATH, record.path), *[(_PATH, flow.path) for flow in record.flows]],
+}
+_TAGS: dict[type[Record], int] = {each: each.__struct_config__.tag for each in get_args(AnyRecord)}
 
 
-def _count(kind: object, counts: dict[int, int]) -> None:
-    if isinstance(kind, int) and kind != End.__struct_config__.tag:
+def _count(kind: int, counts: dict[int, int]) -> None:
+    if kind != _END:
         counts[kind] = counts.get(kind, 0) + 1

@@ -577,6 +577,39 @@ def test_a_frozen_one_gives_nothing_and_asks_for_no_time() -> None:
     assert waiting.places is None
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_who_asks_a_frozen_one_and_leaves_has_not_asked(before: bool) -> None:
+    """A place and a slot; and who had asked before, and leaves meanwhile."""
+    rules = block(max_concurrent_connections=2, max_delivery_rate=(Rate(60, 60),))
+    bench = Succession(rules)
+    bench.manager.ask_message("a", 1.0, SOURCE, MX, (), bench.now)
+    places = bench.manager.admit("a", 1.0, SOURCE, MX, (), bench.now, rated=False)
+    bench.manager.admit("b", 1.0, SOURCE, MX, (), bench.now, rated=False)
+    known = [bench.manager.admit("a", 1.0, SOURCE, MX, (), bench.now, rated=False)] if before else []
+    messages = [bench.manager.ask_message("a", 1.0, SOURCE, MX, (), bench.now)] if before else []
+    assert len(bench.manager.take_granted()) == 1
+    bench.manager.freeze(bench.now)
+    tickets = known or [bench.manager.admit("c", 1.0, SOURCE, MX, (), bench.now, rated=False)]
+    messages = messages or [bench.manager.ask_message("c", 1.0, SOURCE, MX, (), bench.now)]
+    last = bench.manager.ask_message("a", 1.0, SOURCE, MX, (), bench.now)
+    for ticket, message in zip(tickets, messages, strict=True):
+        assert isinstance(ticket, Ticket)
+        assert message is not None
+        assert bench.manager.cancel(ticket, bench.now) == []
+        bench.manager.cancel_message(message, bench.now)
+    assert isinstance(places, Places)
+    bench.manager.release(places, bench.now)
+    bench.manager.thaw(bench.now)
+    assert bench.manager.take_admitted() == []
+    (throttle,) = bench.manager.blocks.throttles()
+    assert (throttle.used, throttle.line) == (1, None)
+    bench.run(SECOND + MILLISECOND)
+    assert bench.manager.take_granted() == [last]
+    assert throttle.taken == 2
+    bench.run(5 * SECOND)
+    assert (throttle.taken, throttle.slots, bench.manager._desk.clerks) == (2, None, {})
+
+
 @pytest.mark.parametrize(
     "call",
     [

@@ -14,6 +14,7 @@ import pytest
 
 from proxy.throttling import estate
 from proxy.throttling.adopting import Adopting
+from proxy.throttling.flows import Path, Throttle
 from proxy.throttling.handover import Handover
 from proxy.throttling.registry import Registry
 from proxy.throttling.throttle import AHEAD, SECOND, Past, Window
@@ -191,14 +192,20 @@ def a_slot_that_came_back_is_given_twice(patch: Patch) -> None:
 
 
 def what_came_back_is_put_off_to_now(patch: Patch) -> None:
-    adopt = Adopting._take
+    adopt = Registry.adopt_slots
 
-    def take(self: Adopting, record: estate.Record) -> None:
-        if isinstance(record, estate.ReturnedOf):
-            record = estate.ReturnedOf(record.path, [max(self._now // 1000 * 1000, slot) for slot in record.slots])
-        adopt(self, record)
+    def later(self: Registry, throttles: tuple[Throttle, ...], slots: list[int]) -> Path:
+        return adopt(self, throttles, [max(slot, latest[0]) for slot in slots])
 
-    patch.setattr(Adopting, "_take", take)
+    latest = [0]
+    head = Adopting._head
+
+    def began(self: Adopting, first: estate.Head) -> None:
+        latest[0] = self._now // 1000 * 1000
+        head(self, first)
+
+    patch.setattr(Adopting, "_head", began)
+    patch.setattr(Registry, "adopt_slots", later)
 
 
 def the_one_that_goes_goes_on(patch: Patch) -> None:
