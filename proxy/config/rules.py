@@ -54,7 +54,6 @@ def broken(settings: Settings, given: Collection[str], breathe: Breathe = hold_b
     yield from _tls_blocks(settings, breathe)
     yield from _agent(settings, given)
     yield from _store(settings, given)
-    yield from _not_in_this_version(settings)
 
 
 def _required(settings: Settings, given: Collection[str], breathe: Breathe) -> Iterator[Finding]:
@@ -287,8 +286,3 @@ def _store(settings: Settings, given: Collection[str]) -> Iterator[Finding]:
             yield name, None, "has no effect without rediss:// in throttle_store"
     if "throttle_store_sentinel_password_file" in given and store.kind != "sentinel":
         yield "throttle_store_sentinel_password_file", None, "has no effect without +sentinel:// in throttle_store"
-
-
-def _not_in_this_version(settings: Settings) -> Iterator[Finding]:
-    if settings.workers != 1:
-        yield "workers", None, "not available in this version: only 1"

@@ -275,11 +275,15 @@ def parse_secret(text: str) -> bytes:
     return text.encode()
 
 
+#: A descriptor for each listener and worker is held, and each worker has a way to each.
+MOST_WORKERS = 64
+
+
 def parse_workers(text: str) -> int | str:
     """A number of processes, or `auto`."""
     if text == "auto":
         return text
-    if not 1 <= _number(text) <= 1024:
+    if not 1 <= _number(text) <= MOST_WORKERS:
         raise ValueError
     return _number(text)
 
@@ -358,5 +362,5 @@ LEAVING = Kind(
 )
 CIPHERS = Kind("ciphers", parse_ciphers, "a list of ciphers such as ECDHE-RSA-AES256-GCM-SHA384:HIGH", verbatim=True)
 SECRET = Kind("secret", parse_secret, f"a secret of at least {SHORTEST_SECRET} characters", verbatim=True)
-WORKERS = Kind("number", parse_workers, "a number of processes or the word auto")
+WORKERS = Kind("number", parse_workers, "a number of processes, 1 to 64, or the word auto")
 WEIGHT = Kind("weight", parse_weight, "a number from 0.0625 to 16")

@@ -20,7 +20,7 @@ from proxy.egress.admission import Admission
 from proxy.egress.remote import name_of, who_of
 from proxy.errors import Throttled
 from proxy.protocols import seam
-from proxy.protocols.seam import Record, ThrottleName
+from proxy.protocols.seam import ThrottleName
 from proxy.throttling.desk import MessageTicket
 from proxy.throttling.flows import Places, Throttle, Ticket
 
@@ -33,7 +33,7 @@ class Branches:
     """All of them.
 
     Args:
-        admission: is asked; its `settled` is ours.
+        admission: is asked; its `settled` is ours when there is a branch.
     """
 
     def __init__(self, admission: Admission) -> None:
@@ -42,14 +42,14 @@ class Branches:
         self._open: dict[Branch, None] = {}
         self._told: dict[Throttle, set[Branch]] = {}  # under which somebody waits, and who was told so
         self._to_ask: dict[Throttle, list[Branch]] = {}  # who may make way there, and was not asked yet
-        admission.settled = self._settled
 
-    def open(self, say: Callable[[Record], object], held: Mapping[int, Places] = EMPTY) -> Branch:
+    def open(self, say: Callable[[seam.FromMaster], object], held: Mapping[int, Places] = EMPTY) -> Branch:
         """A branch for a worker who listens to `say`.
 
         Args:
             held: what it has already, by its numbers.
         """
+        self.admission.settled = self._settled
         branch = Branch(self, say, held)
         self._open[branch] = None
         return branch
@@ -119,7 +119,9 @@ class Branches:
 class Branch:
     """What one worker has asked for, and has."""
 
-    def __init__(self, branches: Branches, say: Callable[[Record], object], held: Mapping[int, Places]) -> None:
+    def __init__(
+        self, branches: Branches, say: Callable[[seam.FromMaster], object], held: Mapping[int, Places]
+    ) -> None:
         self.say = say
         self._next = itertools.count(max(held, default=0) + 1)
         self._branches = branches

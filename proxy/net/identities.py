@@ -61,7 +61,7 @@ def generated_identity(host_name: str, now: datetime | None = None) -> ServerIde
     pem = certificate.public_bytes(serialization.Encoding.PEM) + key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
-    return _identity(pem)
+    return identity_of(pem)
 
 
 class UnfitIdentity(Exception):
@@ -82,7 +82,7 @@ def load_identity(certificate_file: str, key_file: str) -> ServerIdentity:
     Raises:
         UnfitIdentity: a file cannot be read, holds something else, or the key does not fit the certificate.
     """
-    return _load(_identity, certificate_file, key_file, "tls_certificate_file", "tls_private_key_file")
+    return _load(identity_of, certificate_file, key_file, "tls_certificate_file", "tls_private_key_file")
 
 
 def load_client_identity(certificate_file: str, key_file: str) -> ClientIdentity:
@@ -223,7 +223,7 @@ def _pem(directive: str, path: str, wanted: bytes, name: str) -> bytes:
     raise UnfitIdentity(directive, f"{path}: there is no {name} (PEM) in it{hint}")
 
 
-def _identity(pem: bytes) -> ServerIdentity:
+def identity_of(pem: bytes) -> ServerIdentity:
     """From certificates (the leaf first) and a key. Read once, so that what is shown is what was hashed."""
     contexts = [server_context(ssl.TLSVersion.TLSv1_3), server_context(ssl.TLSVersion.TLSv1_2)]
     leaf = x509.load_pem_x509_certificates(pem)[0]

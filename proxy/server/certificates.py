@@ -32,6 +32,15 @@ class Certificates:
         self._lent = lent
         self._generated: identities.ServerIdentity | None = None
 
+    def generated(self) -> bytes:
+        """Certificate and key that were made in memory; b"": none were."""
+        return self._generated.pem if self._generated is not None else b""
+
+    def use_generated(self, pem: bytes) -> None:
+        """Show those of another process of this program; b"": it has none."""
+        if pem and pem != self.generated():
+            self._generated = identities.identity_of(pem)
+
     def of_doors(self, loaded: Loaded) -> tuple[identities.ServerIdentity | None, ssl.SSLContext | None]:
         """What clients are shown, and what the standard doors with TLS speak; None: nobody needs it.
 

@@ -6,6 +6,7 @@ Whether it ends, and what is to be closed of the process itself, is the server's
 from __future__ import annotations
 
 from time import monotonic
+from typing import Protocol
 
 import gevent
 
@@ -18,31 +19,77 @@ from proxy.services import Leaving, Services
 
 _DRAIN_POLL = 0.05
 _EXTEND_EVERY = 5.0
+#: Seconds that the others may take to end, beyond the same time-out.
+_LAST_WORDS = 3.0
 _STOPPING = "the proxy is shutting down"
 
 
-def drain(services: Services, doors: Doors, notifier: systemd.Notifier) -> int:
+class Others(Protocol):
+    """Processes that end with this one."""
+
+    def finish(self, timeout: float) -> None:
+        """They take nothing new, and end when what they have is over, or after `timeout`."""
+
+    def all_gone(self) -> bool: ...
+    def open_connections(self) -> int: ...
+
+    def kill(self) -> int:
+        """End those that are left; how many connections of clients all of them had to reset."""
+
+
+class Nobody:
+    """There are none."""
+
+    def finish(self, timeout: float) -> None:
+        """See `Others`."""
+
+    def all_gone(self) -> bool:
+        return True
+
+    def open_connections(self) -> int:
+        return 0
+
+    def kill(self) -> int:
+        """See `Others`."""
+        return 0
+
+
+def drain(
+    services: Services,
+    doors: Doors,
+    notifier: systemd.Notifier,
+    timeout: float,
+    others: Others | None = None,
+) -> int:
     """Accept nothing more and wait for what is open.
+
+    Args:
+        timeout: seconds after which the rest is reset. others: None: we are one of them, and say nothing.
 
     Returns:
         How many connections of clients had to be reset.
     """
-    timeout = services.settings.drain_timeout
+    is_worker, others = others is None, others or Nobody()
     notifier.stopping("draining", 3 * _EXTEND_EVERY)
     doors.finish()
+    others.finish(timeout)
     end = monotonic() + timeout
     _ask_to_leave(services, timeout, end)
-    open_now = doors.open_connections()
-    log.note(log.Event.DRAIN, log.INFO, "stopping: no new connections", open_connections=open_now, timeout=timeout)
+    open_now = doors.open_connections() + others.open_connections()
+    level = log.DEBUG if is_worker else log.INFO
+    log.note(log.Event.DRAIN, level, "stopping: no new connections", open_connections=open_now, timeout=timeout)
     extended = monotonic()
-    while _is_busy(services, doors) and monotonic() < end:
+    while (_is_busy(services, doors) or not others.all_gone()) and monotonic() < end:
         if monotonic() - extended >= _EXTEND_EVERY:
             extended = monotonic()
             notifier.extend(3 * _EXTEND_EVERY)
         gevent.sleep(_DRAIN_POLL)
     cut = doors.open_connections()
     _cut_off(services)
-    return cut
+    with gevent.Timeout(_LAST_WORDS, False):
+        while not others.all_gone():
+            gevent.sleep(_DRAIN_POLL)
+    return cut + others.kill()
 
 
 def _ask_to_leave(services: Services, timeout: float, end: float) -> None:

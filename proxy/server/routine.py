@@ -45,12 +45,16 @@ class Routine:
     def begin(self) -> None:
         """Start them all."""
         gevent.spawn(self._report_forever)
-        gevent.spawn(self._sweep_forever)
+        gevent.spawn(sweep_forever, self._services, self._now_and_then)
         gevent.spawn(self._watchdog_forever)
 
     def report(self) -> None:
         """SIGUSR1: all status lines, in turns with all else: there may be thousands."""
         log.status(_in_turns(self._snapshot().lines()))
+
+    def _now_and_then(self) -> None:
+        self._turn_day()
+        self._tick()
 
     def _report_forever(self) -> None:
         while True:
@@ -63,22 +67,26 @@ class Routine:
             self._notifier.watchdog()
             gevent.sleep(interval)
 
-    def _sweep_forever(self) -> None:
-        while True:
-            settings = self._services().settings
-            shortest = min(settings.idle_timeout, settings.half_close_timeout)
-            gevent.sleep(min(shortest / _SWEEPS_AN_IDLE_TIMEOUT, _LONGEST_SWEEP_PERIOD))
-            services = self._services()
-            self._turn_day()
-            self._tick()
-            for _ in services.engine.sweep(monotonic()):
-                rest()
-            for channel in list(services.instances.channels):
-                channel.sweep(monotonic())
-            for dialogue in list(services.instances.dialogues):
-                dialogue.sweep(monotonic())
-            if (agent := self._services().via) is not None:  # a reload may have put another in its place
-                agent.shed()
+
+def sweep_forever(services: Callable[[], Services], tick: Callable[[], object]) -> None:
+    """Look at all that is open for what has been idle too long, again and again.
+
+    Args:
+        tick: called each time.
+    """
+    while True:
+        settings = services().settings
+        shortest = min(settings.idle_timeout, settings.half_close_timeout)
+        gevent.sleep(min(shortest / _SWEEPS_AN_IDLE_TIMEOUT, _LONGEST_SWEEP_PERIOD))
+        tick()
+        for _ in services().engine.sweep(monotonic()):
+            rest()
+        for channel in list(services().instances.channels):
+            channel.sweep(monotonic())
+        for dialogue in list(services().instances.dialogues):
+            dialogue.sweep(monotonic())
+        if (agent := services().via) is not None:  # a reload may have put another in its place
+            agent.shed()
 
 
 def _in_turns(lines: Iterable[StatusLine]) -> Iterator[StatusLine]:

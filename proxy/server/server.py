@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from datetime import UTC, datetime, tzinfo
@@ -27,11 +27,12 @@ from proxy.config.in_force import Row, digest
 from proxy.config.load import Loaded
 from proxy.control import door as control
 from proxy.egress.admission import Admission, clock_ns
+from proxy.egress.branch import Branches
 from proxy.egress.office import Office
 from proxy.errors import ConfigError
 from proxy.log import lines as log
 from proxy.log import outputs
-from proxy.model import Breathe, hold_breath, let_go
+from proxy.model import Breathe, Endpoint, hold_breath, let_go
 from proxy.net.turn_meter import TurnMeter
 from proxy.net.turns import Breather, rest
 from proxy.server import calendar, check_config, figures, findings, process, systemd, wiring
@@ -39,6 +40,7 @@ from proxy.server.drain import drain
 from proxy.server.here import Here
 from proxy.server.listener import ListenError
 from proxy.server.listeners import Doors, Opened, close_all, close_unclaimed
+from proxy.server.orders import Plan
 from proxy.server.questions import Everywhere
 from proxy.server.reception import Reception
 from proxy.server.routine import Routine
@@ -46,14 +48,15 @@ from proxy.server.signals import Signals
 from proxy.server.steering import Steering
 from proxy.server.vitals import Vitals
 from proxy.server.wiring import Wiring
+from proxy.server.workers import Workers, count_of
 from proxy.services import Services
 from proxy.settings import Settings
 from proxy.spans import SPANS
 from proxy.stats import Snapshot
-from proxy.status.colleagues import Alone, Colleagues
 from proxy.status.http import House, InForce, ReloadFailure, StatusDoor
 from proxy.status.parts import Part, merge
 from proxy.store import store
+from proxy.throttling.flows import Throttle
 from proxy.throttling.manager import Manager
 
 EXIT_OK, EXIT_FORCED, EXIT_CANNOT_LISTEN = 0, 1, 69
@@ -110,16 +113,21 @@ class Server:
             in_turn={signal.SIGHUP: self._reload, signal.SIGUSR1: self._routine.report},
         )
         self._vitals = Vitals(0, self._reserve.lent)
-        self._colleagues: Colleagues = Alone()
         here = Here(lambda: self.services, self._part)
-        self._everywhere = Everywhere(here, lambda: self._colleagues)
+        self._everywhere = Everywhere(here, lambda: self._workers)
         self._inherited = systemd.Inherited(os.environ, os.getpid())
         self._reception = Reception(
             services=lambda: self.services,
             open_connections=lambda: self._doors.open_connections(),
             serve_status=lambda *connection: self._status.admit(*connection),
         )
-        self._doors = Doors(self._reception.admit, self._reception.accept_failed, self._reserve.lent, self._inherited)
+        count = count_of(settings)
+        self._doors = Doors(
+            self._reception.admit, self._reception.accept_failed, self._reserve.lent, self._inherited, count
+        )
+        self._workers = Workers(
+            count, self._wiring.incarnation, self._branches, self._doors.kept, self._everywhere.standing_orders
+        )
         self._status = self._status_door()
         self._steering = Steering(
             lambda: self.services,
@@ -138,8 +146,16 @@ class Server:
 
     def _office(self, settings: Settings, parts: Wiring) -> tuple[Office, Admission]:
         manager = Manager(parts.incarnation, clock_ns(), settings.throttle_enforce, parts.limits)
-        admission = Admission(manager, lambda throttle, count: parts.keeper.make_way(throttle, count))
+        admission = Admission(manager, self._make_way)
+        self._branches = Branches(admission)
         return admission, admission
+
+    def _make_way(self, throttle: Throttle, count: int) -> bool:
+        """Of the cached connections of native channels one, or some of the workers'."""
+        if self._wiring.keeper.make_way(throttle, count):
+            return True
+        self._branches.make_way(throttle, count)
+        return False
 
     @property
     def services(self) -> Services:
@@ -154,9 +170,13 @@ class Server:
         log.note(log.Event.START, log.INFO, f"greenarrow_proxy {__version__} starts", pid=os.getpid())
         try:
             self._take(self._prepare(self._first, hold_breath), hold_breath)
+            self._workers.start(self._plan(self._first.settings))
         except ListenError as error:
             log.note(log.Event.LISTEN, log.ERROR, str(error))
             return EXIT_CANNOT_LISTEN
+        except ConfigError:
+            self._workers.kill()
+            raise
         _tell_doubts(self._first, hold_breath)
         close_unclaimed(self._inherited)
         self._signals.watch()
@@ -186,8 +206,11 @@ class Server:
         opened: Opened = {}
         try:
             opened = self._doors.open_missing(settings, breathe)
-            wired = self._wiring.prepare(loaded, self._doors.endpoints(settings, opened), breathe)
+            own = list(self._doors.endpoints(settings, opened))
+            wired = self._wiring.prepare(loaded, own, breathe)
+            self._workers.prepare(self._plan(settings, own), opened)
         except BaseException:
+            self._workers.abort()
             close_all(opened)
             if control_socket is not None:
                 control_socket.close()
@@ -195,6 +218,17 @@ class Server:
         wanted = store.of_settings(self._wiring.engine, settings.throttle_store, store_tls, clock_ns, self._store)
         digested = digest(loaded.in_force, breathe)
         return _Prepared(wired, opened, control_socket, gid, loaded.in_force, digested, wanted)
+
+    def _plan(self, settings: Settings, own: Iterable[Endpoint] | None = None) -> Plan:
+        """What the workers need of settings; `own`: where the program listens, if that is new."""
+        if own is None:
+            own = [door.endpoint for door in self._doors.listening()]
+        clients = settings.max_connections or self._descriptors_left() // 2
+        share = -(-clients // max(1, count_of(settings))) if settings.max_connections else clients
+        return Plan(settings, tuple(own), share, self._wiring.certificates.generated())
+
+    def _descriptors_left(self) -> int:
+        return max(2, self._descriptors - _OTHER_DESCRIPTORS)
 
     def _control_gid(self, settings: Settings) -> int | None:
         """
@@ -254,6 +288,7 @@ class Server:
         self._steering.in_force, self._steering.limits = prepared.in_force, prepared.wired.limits
         self._in_force = InForce(prepared.digest, datetime.now(UTC))
         self._doors.take(settings, prepared.opened, breathe)
+        self._workers.commit(self._plan(settings))
         self._zone = calendar.zone(settings.timezone)
         self._turn_day()
         self._admission.manager.reload(settings.throttle_enforce, self._wiring.limits, clock_ns())
@@ -261,8 +296,7 @@ class Server:
         for session in list(self._wiring.instances.sessions):
             session.reloaded()
         self._wiring.tell_dialogues()
-        spare = self._descriptors - _OTHER_DESCRIPTORS
-        self._reception.set_limit(settings.max_connections or max(1, spare // 2))
+        self._reception.set_limit(settings.max_connections or self._descriptors_left() // 2)
 
     def _take_store(self, wanted: store.Store | None) -> None:
         """It connects, and goes on trying, by itself; nobody waits for it."""
@@ -343,13 +377,15 @@ class Server:
                 open_connections=self._doors.open_connections(),
             )
             outputs.flush(1.0)
+            self._workers.abandon()
             os._exit(EXIT_FORCED)
         self._stop.set()
 
     def _drain(self) -> int:
         """Let what is open finish, then stop what is the program's own."""
         self._settled.wait()  # a reload that is just putting new doors in force: they would be left open
-        cut = drain(self.services, self._doors, self._notifier)
+        timeout = self.services.settings.drain_timeout
+        cut = drain(self.services, self._doors, self._notifier, timeout, self._workers)
         rest()
         self.close()
         log.note(log.Event.STOP, log.INFO, "stopped", reset_connections=cut)
@@ -377,7 +413,7 @@ class Server:
 
     def _total(self) -> Part:
         """What all processes know, by their last word."""
-        return merge([self._part(), *self._colleagues.parts()])
+        return merge([self._part(), *self._workers.parts()])
 
     def _turn_day(self) -> None:
         self._admission.turn_day(calendar.day_in(self._zone))

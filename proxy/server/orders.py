@@ -1,0 +1,64 @@
+"""What a master tells its workers to do, and what they say of themselves: the words in `Order` and `Tell`.
+
+A worker begins with `Begin`, gets the sockets of its doors with `SOCKETS`, and settings with `PREPARE`; when all are
+`PREPARED`, with `COMMIT` they are in force everywhere. Both ends are the same program of the same version: bodies are
+Python objects, and nobody else can write to the link.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any, NamedTuple
+
+from proxy.config.load import Loaded
+from proxy.config.origins import Given, Origins
+from proxy.model import Endpoint
+from proxy.settings import Settings
+
+#: Orders. `SOCKETS`: configured addresses, in the order of the descriptors; `NEIGHBOURS`: the ways to the others.
+BEGIN, SOCKETS, NEIGHBOURS, PREPARE, COMMIT, ABORT = "begin", "sockets", "neighbours", "prepare", "commit", "abort"
+DRAIN, FOLLOW, FOLLOW_NO_MORE = "drain", "follow", "follow no more"
+#: What a worker tells: its figures, whether it is prepared (or why not), that it serves, what it was asked to follow,
+#: and how many connections it had to reset when it has drained.
+PART, PREPARED, SERVING, FOLLOWED, DRAINED = "part", "prepared", "serving", "followed", "drained"
+
+
+class Begin(NamedTuple):
+    """What a worker needs to know first.
+
+    Args:
+        number: its own, from 1. workers: how many there are. step, above: see `numbering`.
+        incarnation: the master's.
+    """
+
+    number: int
+    workers: int
+    step: int
+    above: int
+    incarnation: int
+
+
+class Plan(NamedTuple):
+    """Settings and what belongs to them.
+
+    Args:
+        own: where the program listens. max_connections: how many clients one worker may have.
+        identity: certificate and key that were made in memory, if any.
+    """
+
+    settings: Settings
+    own: tuple[Endpoint, ...]
+    max_connections: int
+    identity: bytes
+
+    def loaded(self) -> Loaded:
+        """As if this process had read them; mistakes have no place but the master's."""
+        return Loaded(self.settings, Origins({}, {}, Given("", self.settings.config_filename or "command line")), ())
+
+
+def pack(what: object) -> bytes:
+    return pickle.dumps(what, pickle.HIGHEST_PROTOCOL)
+
+
+def unpack(body: bytes) -> Any:
+    return pickle.loads(body)

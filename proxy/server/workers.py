@@ -1,0 +1,490 @@
+"""The master's workers: started, told what to do, watched, and replaced when they die.
+
+A worker that dies costs its own connections and nothing more. Its sockets are kept (`listeners`), its places are given
+back when the kernel has closed what it had, that is when it is gone, and another takes its number after a pause that
+grows. One that says nothing for too long, or does not read its link, has hung and is killed. Implements
+`status.colleagues.Colleagues`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from time import monotonic
+from typing import Any
+
+import gevent
+from gevent import get_hub
+from gevent.event import Event
+from msgspec import MsgspecError
+
+from proxy import __version__
+from proxy.config.values import MOST_WORKERS
+from proxy.egress.branch import Branch, Branches
+from proxy.errors import ConfigError
+from proxy.log import lines as log
+from proxy.model import Endpoint
+from proxy.net.seam import Seam, pair
+from proxy.numbering import step_for
+from proxy.protocols import seam
+from proxy.server import orders
+from proxy.server.orders import Begin, Plan, pack, unpack
+from proxy.settings import Settings
+from proxy.status import parts
+from proxy.status.colleagues import Hear, Member, Reply
+from proxy.status.parts import Part
+from proxy.status.roll import Roll
+
+#: Where a worker finds its end of the link.
+LINK_FD = 3
+#: Turns of a second in which nothing is heard, until a worker counts as hung.
+_SILENT_TURNS = 15
+#: Seconds until one that died is replaced, doubled each time; who has lived for so long begins anew.
+_FIRST_PAUSE, _LONGEST_PAUSE, _LONG_LIFE = 0.1, 30.0, 60.0
+#: Seconds for all of them to be ready for new settings.
+_PREPARED_WITHIN = 60.0
+#: Descriptors in one order.
+_SOCKETS_AT_ONCE = 200
+#: Seconds that a worker may take to end when all it had is over.
+_ENDS_WITHIN = 5.0
+#: Not for the children: whom systemd talks to is the master.
+_OURS_ALONE = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+
+
+class Worker:
+    """One of them, as the master sees it; a number keeps its record when its process is replaced."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.pid = 0
+        self.since = self.heard_at = monotonic()
+        self.restarts = 0
+        self.died = ""
+        self.died_at = 0.0
+        self.link: Seam | None = None
+        self.branch: Branch | None = None
+        self.serves = False
+        self.prepared: bytes | None = None  # what it said of the settings; b"": it is
+        self.commits = False  # once it is prepared: it is a new one
+        self.generation = 0  # of the plan that it has
+        self.silent = 0
+        self.failures = 0
+        self.cut = 0
+        self.gone = Event()
+        self.changed = Event()
+        self.watcher: Any = None
+
+    def say(self, record: seam.FromMaster, fds: Sequence[int] = ()) -> None:
+        if self.link is not None:
+            self.link.say(record, fds)
+
+    def order(self, what: str, body: object = None) -> None:
+        self.say(seam.Order(what, pack(body)))
+
+
+def count_of(settings: Settings) -> int:
+    """How many there are; none where one process does everything."""
+    cores = min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+    wanted = cores if settings.workers == "auto" else settings.workers
+    return wanted if wanted > 1 else 0
+
+
+class Workers:
+    """All of them; with a count of 0 there are none, and every call is nothing.
+
+    Args:
+        branches: where their throttles are.
+        kept: the listening sockets of a worker, counted from 0.
+        standing_orders: what a new one is asked first.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        incarnation: int,
+        branches: Branches,
+        kept: Callable[[int], dict[Endpoint, socket.socket]],
+        standing_orders: Callable[[], Iterable[tuple[str, bytes]]],
+    ) -> None:
+        self._count = count
+        self._incarnation = incarnation
+        self._branches = branches
+        self._kept = kept
+        self._standing_orders = standing_orders
+        self._workers = [Worker(number) for number in range(1, count + 1)]
+        self._plan: Plan | None = None
+        self._generation = 0
+        self._roll = Roll()
+        self._questions: dict[int, _Question] = {}
+        self._followers: dict[int, tuple[str, bytes, Hear]] = {}
+        self._ids: Iterator[int] = itertools.count(1)
+        self._inboxes = [pair() for _ in self._workers]
+        self._since = monotonic()
+        self._ends = False
+        self._ticker: gevent.Greenlet[Any] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self._workers)
+
+    # ---------------------------------------------------------------- settings
+
+    def start(self, plan: Plan) -> None:
+        """Start all of them with these settings, and wait until they serve.
+
+        Raises:
+            ConfigError: one of them cannot.
+        """
+        self._plan = plan
+        self._generation += 1
+        for worker in self._workers:
+            self._spawn(worker)
+        if self._workers:
+            self._ticker = gevent.spawn(self._tick_forever)
+        self._wait_for(lambda worker: worker.serves or worker.prepared)
+        for worker in self._workers:
+            if worker.prepared:
+                raise ConfigError(worker.prepared.decode())
+
+    def prepare(self, plan: Plan, opened: dict[Endpoint, list[socket.socket]]) -> None:
+        """All that serve get ready for new settings.
+
+        Raises:
+            ConfigError: one cannot, or has died over it; then `abort`.
+        """
+        asked = [worker for worker in self._workers if worker.serves]
+        for worker in asked:
+            worker.prepared = None
+            new = {at: sockets[worker.number - 1] for at, sockets in opened.items() if len(sockets) == self._count}
+            _hand(worker, new)
+            worker.order(orders.PREPARE, plan)
+        self._wait_for(lambda worker: worker not in asked or worker.prepared is not None or not worker.serves)
+        for worker in asked:
+            if not worker.serves:
+                raise ConfigError(f"worker {worker.number} ended while it got ready for the new configuration")
+            if worker.prepared is None:
+                raise ConfigError(f"worker {worker.number} did not get ready for the new configuration in time")
+            if worker.prepared:
+                raise ConfigError(worker.prepared.decode())
+
+    def commit(self, plan: Plan) -> None:
+        """What was prepared is in force. Whoever was just starting gets it when it has started."""
+        self._plan = plan
+        self._generation += 1
+        for worker in self._workers:
+            if worker.serves and worker.prepared == b"":
+                worker.generation = self._generation
+                worker.order(orders.COMMIT)
+
+    def abort(self) -> None:
+        """The old settings stay in force."""
+        for worker in self._workers:
+            if worker.serves:
+                worker.order(orders.ABORT)
+
+    # ---------------------------------------------------------------- the end
+
+    def finish(self, timeout: float) -> None:
+        """They take nothing new, and end when what they have is over, or after `timeout`."""
+        self._ends = True
+        for worker in self._workers:
+            worker.order(orders.DRAIN, timeout)
+
+    def open_connections(self) -> int:
+        """Of clients, as far as they have said."""
+        return sum(part.open for part in self._roll.parts())
+
+    def all_gone(self) -> bool:
+        return not any(worker.pid for worker in self._workers)
+
+    def abandon(self) -> None:
+        """End them without waiting for it."""
+        self._ends = True
+        for worker in self._workers:
+            self._kill(worker, "")
+
+    def kill(self) -> int:
+        """End those that are left; how many connections they and all others had to reset."""
+        self.abandon()
+        with gevent.Timeout(_ENDS_WITHIN, False):
+            for worker in self._workers:
+                if worker.pid:
+                    worker.gone.wait()
+        if self._ticker is not None:
+            self._ticker.kill(block=False)
+        return sum(worker.cut for worker in self._workers)
+
+    # ---------------------------------------------------------------- colleagues
+
+    def members(self) -> Sequence[Member]:
+        """See `Colleagues`."""
+        master = Member(0, "master", os.getpid(), __version__, self._since, heard_at=monotonic())
+        return [
+            master,
+            *(
+                Member(
+                    each.number,
+                    "worker",
+                    each.pid,
+                    __version__,
+                    each.since,
+                    each.restarts,
+                    each.died,
+                    each.died_at,
+                    each.heard_at,
+                )
+                for each in self._workers
+            ),
+        ]
+
+    def parts(self) -> Sequence[Part]:
+        """See `Colleagues`."""
+        return self._roll.parts()
+
+    def heard(self, who: int, part: Part) -> None:
+        """See `Colleagues`."""
+        self._roll.heard(who, part)
+
+    def ask(self, what: str, body: bytes, seconds: float, who: int | None = None) -> list[Reply]:
+        """See `Colleagues`."""
+        asked = [each for each in self._workers if each.serves and who in (None, each.number)]
+        id = next(self._ids)
+        question = self._questions[id] = _Question({each.number for each in asked})
+        for worker in asked:
+            worker.say(seam.Question(id, what, body))
+        try:
+            if asked:
+                question.done.wait(seconds)
+        finally:
+            del self._questions[id]
+        return [Reply(each.number, question.bodies.get(each.number)) for each in asked]
+
+    def follow(self, what: str, body: bytes, hear: Hear) -> Callable[[], None]:
+        """See `Colleagues`."""
+        id = next(self._ids)
+        self._followers[id] = (what, body, hear)
+        for worker in self._workers:
+            worker.order(orders.FOLLOW, (id, what, body))
+
+        def no_more() -> None:
+            if self._followers.pop(id, None) is not None:
+                for worker in self._workers:
+                    worker.order(orders.FOLLOW_NO_MORE, id)
+
+        return no_more
+
+    # ---------------------------------------------------------------- one worker's life
+
+    def _spawn(self, worker: Worker) -> None:
+        ours, theirs = pair()
+        try:
+            worker.pid = _start(theirs.fileno())
+        except OSError as error:
+            ours.close()
+            self._died(worker, f"cannot be started: {os.strerror(error.errno or 0)}")
+            return
+        finally:
+            theirs.close()
+        worker.since = worker.heard_at = monotonic()
+        worker.silent, worker.serves, worker.prepared, worker.commits = 0, False, None, True
+        worker.gone.clear()
+        worker.link = Seam(ours, True, partial(self._take, worker), partial(self._lost, worker))
+        worker.branch = self._branches.open(worker.say)
+        pidfd = os.pidfd_open(worker.pid)
+        worker.watcher = get_hub().loop.io(pidfd, 1)
+        worker.watcher.start(self._exited, worker, pidfd)
+        self._begin(worker)
+
+    def _begin(self, worker: Worker) -> None:
+        above = self._roll.highest() if worker.restarts else 0
+        step = step_for(self._count)
+        begin = Begin(worker.number, self._count, step, above, self._incarnation)
+        worker.order(orders.BEGIN, begin)
+        ways = [self._inboxes[worker.number - 1][0], *(each[1] for each in self._inboxes)]
+        worker.say(seam.Order(orders.NEIGHBOURS), [each.fileno() for each in ways])
+        self._send_plan(worker, self._kept(worker.number - 1))
+        for what, body in self._standing_orders():
+            worker.say(seam.Question(0, what, body))
+        for id, (what, body, _) in self._followers.items():
+            worker.order(orders.FOLLOW, (id, what, body))
+
+    def _send_plan(self, worker: Worker, sockets: dict[Endpoint, socket.socket]) -> None:
+        _hand(worker, sockets)
+        worker.generation = self._generation
+        worker.order(orders.PREPARE, self._plan)
+
+    def _take(self, worker: Worker, records: Sequence[seam.FromWorker], fds: list[int]) -> None:
+        worker.silent, worker.heard_at = 0, monotonic()
+        for fd in fds:  # a worker has none to give
+            os.close(fd)
+        for record in records:
+            try:
+                if worker.branch is not None and worker.branch.hear(record):
+                    continue
+                if isinstance(record, seam.Reply):
+                    self._replied(worker, record)
+                elif isinstance(record, seam.Tell):
+                    self._told(worker, record)
+            except Exception as error:  # the others' records are not to be lost
+                log.internal_error(f"worker {worker.number}", error)
+
+    def _replied(self, worker: Worker, record: seam.Reply) -> None:
+        question = self._questions.get(record.id)
+        if question is not None and worker.number in question.open:
+            question.bodies[worker.number] = record.body
+            question.open.discard(worker.number)
+            if not question.open:
+                question.done.set()
+
+    def _told(self, worker: Worker, record: seam.Tell) -> None:
+        if record.what == orders.PART:
+            with contextlib.suppress(MsgspecError):
+                self._roll.heard(worker.number, parts.decode(record.body))
+        elif record.what == orders.PREPARED:
+            worker.prepared = record.body
+            if worker.commits and not record.body:
+                worker.order(orders.COMMIT)
+            elif worker.commits:
+                self._kill(worker, f"cannot begin: {record.body.decode()}")
+        elif record.what == orders.SERVING:
+            self._serves(worker)
+        elif record.what == orders.FOLLOWED:
+            id, body = unpack(record.body)
+            if id in self._followers:
+                self._followers[id][2](worker.number, body)
+        elif record.what == orders.DRAINED:
+            worker.cut = unpack(record.body)
+        worker.changed.set()
+
+    def _serves(self, worker: Worker) -> None:
+        if worker.commits:
+            log.note(log.Event.WORKER, log.INFO, "a worker serves", worker=worker.number, pid=worker.pid)
+        worker.commits, worker.serves = False, True
+        if worker.generation != self._generation:  # a reload came while it started
+            worker.commits = True
+            self._send_plan(worker, {})
+
+    # ---------------------------------------------------------------- its death
+
+    def _lost(self, worker: Worker) -> None:
+        """Its link is gone: it will be, too."""
+        worker.link = None
+        worker.serves = False
+        worker.changed.set()
+        if worker.pid and not self._ends:
+            gevent.spawn_later(_ENDS_WITHIN, self._kill_if, worker, worker.pid, "its link is broken")
+
+    def _kill_if(self, worker: Worker, pid: int, why: str) -> None:
+        if worker.pid == pid:
+            self._kill(worker, why)
+
+    def _kill(self, worker: Worker, why: str) -> None:
+        if worker.pid:
+            worker.died = why
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.pid, signal.SIGKILL)
+
+    def _exited(self, worker: Worker, pidfd: int) -> None:
+        """The kernel has closed all that it had."""
+        worker.watcher.stop()
+        worker.watcher.close()
+        os.close(pidfd)
+        pid, worker.pid = worker.pid, 0
+        _, status = os.waitpid(pid, 0)
+        if worker.link is not None:
+            worker.link.close()
+            worker.link = None
+        if worker.branch is not None:
+            worker.branch.close()
+            worker.branch = None
+        worker.serves = False
+        self._roll.gone(worker.number)
+        for question in self._questions.values():
+            question.open.discard(worker.number)
+            if not question.open:
+                question.done.set()
+        worker.gone.set()
+        worker.changed.set()
+        if not self._ends:
+            self._died(worker, worker.died or _how(status))
+
+    def _died(self, worker: Worker, why: str) -> None:
+        now = monotonic()
+        lived = now - worker.since
+        worker.failures = 0 if lived > _LONG_LIFE else worker.failures + 1
+        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(max(worker.failures - 1, 0), 20))
+        worker.restarts += 1
+        log.note(
+            log.Event.WORKER,
+            log.ERROR,
+            "a worker has died; its connections are gone, another one takes its place",
+            worker=worker.number,
+            reason=why,
+            seconds=lived,
+            again_in=pause,
+        )
+        worker.died, worker.died_at = why, now
+        gevent.spawn_later(pause, self._again, worker)
+
+    def _again(self, worker: Worker) -> None:
+        if not self._ends and not worker.pid:
+            worker.died = ""
+            self._spawn(worker)
+
+    def _tick_forever(self) -> None:
+        while True:
+            gevent.sleep(1.0)
+            for worker in self._workers:
+                if worker.pid:
+                    worker.silent += 1
+                    if worker.silent > _SILENT_TURNS and worker.silent % _SILENT_TURNS == 1:
+                        self._kill(worker, f"it has said nothing for {worker.silent - 1} s")
+
+    def _wait_for(self, done: Callable[[Worker], object]) -> None:
+        with gevent.Timeout(_PREPARED_WITHIN, False):
+            for worker in self._workers:
+                while not done(worker):
+                    worker.changed.clear()
+                    worker.changed.wait()
+
+
+class _Question:
+    """What was asked of some, whose answers are still open."""
+
+    def __init__(self, open: set[int]) -> None:
+        self.open = open
+        self.bodies: dict[int, bytes] = {}
+        self.done = Event()
+
+
+def _hand(worker: Worker, sockets: dict[Endpoint, socket.socket]) -> None:
+    """Listening sockets, by their configured addresses."""
+    addresses = list(sockets)
+    for start in range(0, len(addresses), _SOCKETS_AT_ONCE):
+        some = addresses[start : start + _SOCKETS_AT_ONCE]
+        worker.say(seam.Order(orders.SOCKETS, pack(some)), [sockets[each].fileno() for each in some])
+
+
+def _start(fd: int) -> int:
+    """A new process of this program, with its end of the link; its number."""
+    arguments = [sys.executable, *sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv[1:])], "worker", str(LINK_FD)]
+    environ = {name: value for name, value in os.environ.items() if name not in _OURS_ALONE}
+    return os.posix_spawn(
+        sys.executable,
+        arguments,
+        environ,
+        file_actions=[(os.POSIX_SPAWN_DUP2, fd, LINK_FD)],
+        setsigmask=(),
+        setsigdef=(signal.SIGPIPE,),
+    )
+
+
+def _how(status: int) -> str:
+    """In words."""
+    code = os.waitstatus_to_exitcode(status)
+    return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
