@@ -347,7 +347,7 @@ def test_all_mistakes_are_told_each_with_its_place():
         'f:4: idle_timeout: "30" is not a duration such as 30s, 15m or 4h15m (a unit is missing: d, h, m, s or ms)',
         'f:6: instance "a": weight: "99" is not a number from 0.0625 to 16',
         'f:7: instance "a": wait: belongs in a block: `throttle NAME {`',
-        'environment GREENARROW_PROXY_WORKERS: workers: "x" is not a number of processes or the word auto',
+        'environment GREENARROW_PROXY_WORKERS: workers: "x" is not a number of processes, 1 to 64, or the word auto',
         'command line: log_format: "xml" is not text or json',
         "f: listen: no listener: give listen, listen_socks5, listen_proxy_protocol, listen_socks5_tls, "
         "listen_proxy_protocol_tls or listen_redirect",
@@ -391,8 +391,7 @@ def test_a_single_mistake_has_its_place_in_the_error():
         ('listen "127.0.0.1:1', "f:4", "listen: column 8: the quote is not closed"),
         ("tls_certificate_file x", "f:4", "tls_private_key_file is missing"),
         ("tls_private_key_file x", "f:4", "tls_certificate_file is missing"),
-        ("workers 2", "f:4", "not available in this version"),
-        ("workers auto", "f:4", "not available in this version"),
+        ("workers 65", "f:4", "is not a number of processes, 1 to 64, or the word auto"),
         (f"throttle_store {SECRET}", "f:4", "the value is not memory, or an address such as redis://"),
         (f"throttle_store redis://@{SECRET}", "f:4", "before the @ stands user:password, :password or user"),
         ("listen 127.0.0.1:1080", "f:1", "127.0.0.1:1080 is taken by listen 127.0.0.1:1080"),
