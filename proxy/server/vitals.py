@@ -38,11 +38,18 @@ class Vitals:
         part = ProcessPart(self.number, os.getpid(), __version__, self._started, time.process_time())
         part.most_descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         part.open_connections = open_connections
-        with contextlib.suppress(OSError, ValueError, IndexError), self._spare():
-            virtual, resident = (int(pages) * _PAGE for pages in _read("/proc/self/statm").split()[:2])
-            part.virtual, part.resident = virtual, resident
-            part.descriptors = _descriptors()
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            try:
+                self._read(part)
+            except OSError:
+                with self._spare():  # which costs 16 times as many calls
+                    self._read(part)
         return part
+
+    def _read(self, part: ProcessPart) -> None:
+        virtual, resident = (int(pages) * _PAGE for pages in _read("/proc/self/statm").split()[:2])
+        part.virtual, part.resident = virtual, resident
+        part.descriptors = _descriptors()
 
 
 def _descriptors() -> int:
