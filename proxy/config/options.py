@@ -181,7 +181,7 @@ OPTIONS: tuple[Option, ...] = (
     _one("throttle_store_tls_private_key_file", PATH, None, "FILE", "private key of that certificate, PEM"),
     _one("dns_server", DNS_SERVER, None, "IP[:PORT]", "who is asked for the domains of blocks (the system's)"),
     _one("dns_trust_ad", BOOLEAN, "no", "YES|NO", "dns_server checks DNSSEC: believe the AD bit of its answers"),
-    _one("workers", WORKERS, "1", "NUMBER", "processes that serve the standard listeners, 1 to 64, or auto: one for each core"),
+    _one("workers", WORKERS, "1", "NUMBER", "processes of the standard listeners, 1 to 64, or auto: one a core"),
     _one("log_verbose", BOOLEAN, "no", "YES|NO", "log details for debugging"),
     _one("log_format", choice("text", "json"), "text", "WORD", "text, or one JSON object a line"),
     _one("log_connections", choice("all", "errors", "none"), "all", "WORD", "whose closing lines are logged"),

@@ -268,7 +268,7 @@ class Server:
                 part=self._part,
                 total=self._total,
                 others=self._everywhere.parts,
-                members=lambda: self._colleagues.members(),
+                members=lambda: self._workers.members(),
                 manager=lambda: figures.manager_of(self.services),
                 limit=lambda: self._reception.limit,
                 draining=self._stop.is_set,

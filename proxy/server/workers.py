@@ -63,10 +63,8 @@ class Worker:
     def __init__(self, number: int) -> None:
         self.number = number
         self.pid = 0
-        self.since = self.heard_at = monotonic()
-        self.restarts = 0
-        self.died = ""
-        self.died_at = 0.0
+        self.since = monotonic()
+        self.died = ""  # why we have killed it
         self.link: Seam | None = None
         self.branch: Branch | None = None
         self.serves = False
@@ -74,7 +72,7 @@ class Worker:
         self.commits = False  # once it is prepared: it is a new one
         self.generation = 0  # of the plan that it has
         self.silent = 0
-        self.failures = 0
+        self.failures = self.runs = 0
         self.cut = 0
         self.gone = Event()
         self.changed = Event()
@@ -120,12 +118,11 @@ class Workers:
         self._workers = [Worker(number) for number in range(1, count + 1)]
         self._plan: Plan | None = None
         self._generation = 0
-        self._roll = Roll()
+        self._roll = Roll(os.getpid(), __version__, monotonic())
         self._questions: dict[int, _Question] = {}
         self._followers: dict[int, tuple[str, bytes, Hear]] = {}
         self._ids: Iterator[int] = itertools.count(1)
         self._inboxes = [pair() for _ in self._workers]
-        self._since = monotonic()
         self._ends = False
         self._ticker: gevent.Greenlet[Any] | None = None
 
@@ -223,24 +220,7 @@ class Workers:
 
     def members(self) -> Sequence[Member]:
         """See `Colleagues`."""
-        master = Member(0, "master", os.getpid(), __version__, self._since, heard_at=monotonic())
-        return [
-            master,
-            *(
-                Member(
-                    each.number,
-                    "worker",
-                    each.pid,
-                    __version__,
-                    each.since,
-                    each.restarts,
-                    each.died,
-                    each.died_at,
-                    each.heard_at,
-                )
-                for each in self._workers
-            ),
-        ]
+        return self._roll.members()
 
     def parts(self) -> Sequence[Part]:
         """See `Colleagues`."""
@@ -248,7 +228,7 @@ class Workers:
 
     def heard(self, who: int, part: Part) -> None:
         """See `Colleagues`."""
-        self._roll.heard(who, part)
+        self._roll.heard(who, part, monotonic())
 
     def ask(self, what: str, body: bytes, seconds: float, who: int | None = None) -> list[Reply]:
         """See `Colleagues`."""
@@ -286,11 +266,14 @@ class Workers:
             worker.pid = _start(theirs.fileno())
         except OSError as error:
             ours.close()
+            self._roll.begun(worker.number, 0, __version__, monotonic())
             self._died(worker, f"cannot be started: {os.strerror(error.errno or 0)}")
             return
         finally:
             theirs.close()
-        worker.since = worker.heard_at = monotonic()
+        worker.since = monotonic()
+        worker.runs += 1
+        self._roll.begun(worker.number, worker.pid, __version__, worker.since)
         worker.silent, worker.serves, worker.prepared, worker.commits = 0, False, None, True
         worker.gone.clear()
         worker.link = Seam(ours, True, partial(self._take, worker), partial(self._lost, worker))
@@ -301,7 +284,7 @@ class Workers:
         self._begin(worker)
 
     def _begin(self, worker: Worker) -> None:
-        above = self._roll.highest() if worker.restarts else 0
+        above = self._roll.highest() if worker.runs > 1 else 0
         step = step_for(self._count)
         begin = Begin(worker.number, self._count, step, above, self._incarnation)
         worker.order(orders.BEGIN, begin)
@@ -319,7 +302,7 @@ class Workers:
         worker.order(orders.PREPARE, self._plan)
 
     def _take(self, worker: Worker, records: Sequence[seam.FromWorker], fds: list[int]) -> None:
-        worker.silent, worker.heard_at = 0, monotonic()
+        worker.silent = 0
         for fd in fds:  # a worker has none to give
             os.close(fd)
         for record in records:
@@ -344,7 +327,7 @@ class Workers:
     def _told(self, worker: Worker, record: seam.Tell) -> None:
         if record.what == orders.PART:
             with contextlib.suppress(MsgspecError):
-                self._roll.heard(worker.number, parts.decode(record.body))
+                self._roll.heard(worker.number, parts.decode(record.body), monotonic())
         elif record.what == orders.PREPARED:
             worker.prepared = record.body
             if worker.commits and not record.body:
@@ -403,7 +386,8 @@ class Workers:
             worker.branch.close()
             worker.branch = None
         worker.serves = False
-        self._roll.gone(worker.number)
+        if self._ends:
+            self._roll.ended(worker.number)
         for question in self._questions.values():
             question.open.discard(worker.number)
             if not question.open:
@@ -418,7 +402,7 @@ class Workers:
         lived = now - worker.since
         worker.failures = 0 if lived > _LONG_LIFE else worker.failures + 1
         pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(max(worker.failures - 1, 0), 20))
-        worker.restarts += 1
+        self._roll.died(worker.number, why, now)
         log.note(
             log.Event.WORKER,
             log.ERROR,
@@ -428,7 +412,6 @@ class Workers:
             seconds=lived,
             again_in=pause,
         )
-        worker.died, worker.died_at = why, now
         gevent.spawn_later(pause, self._again, worker)
 
     def _again(self, worker: Worker) -> None:
