@@ -88,6 +88,7 @@ class Calling:
         for sent in self._sent:
             if sent.batch.missing:
                 sent.link.catch_up()
+                sent.batch.given_up = bool(sent.batch.missing)
             for place, at in sent.at.items():
                 if at < len(sent.batch.replies):
                     self._answered(place, sent.batch.replies[at], sent)
@@ -131,8 +132,7 @@ class Calling:
             ended = node.link.trouble if node.link is not None else None
             raise ended or node.trouble or Trouble("connect", "-", "not connected yet")
         link, server = node.live
-        oldest = link.oldest_ns
-        if oldest is not None and self._clock() - oldest > PATIENCE_NS:
+        if link.owes(PATIENCE_NS):
             raise Trouble("call", link.where, "it owes an answer for longer than 100 ms")
         return link, server
 

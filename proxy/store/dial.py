@@ -127,7 +127,8 @@ class Dialler(NamedTuple):
             link = self.reach(server)
             found = self.log_in(link), link
         except BaseException as error:
-            trouble = error if isinstance(error, Trouble) else Trouble("connect", where, f"no answer in {WITHIN:g} s")
+            step = "connect" if link is None else "login"
+            trouble = error if isinstance(error, Trouble) else Trouble(step, where, f"no answer within {WITHIN:g} s")
             if link is not None:
                 link.close(trouble)
             if error is timer:

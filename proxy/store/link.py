@@ -21,13 +21,12 @@ from proxy.net.conversation import rest_for
 from proxy.net.relay import Engine
 from proxy.net.tls import Stream
 from proxy.net.turns import TurnOver
-from proxy.policy.turns import READ
+from proxy.policy.turns import READ, SECONDS
 from proxy.store.servers import Trouble, refusal
 from proxy.store.wire import NOTHING, ErrorReply, Push, Replies
 
-#: Reads before others get their turn.
-_READS = 16
-_READ_SIZE = 65536
+#: Bytes that are read at once: of the smallest items there are, it takes 4 ms to make something of so many.
+_READ_SIZE = 16384
 
 
 class Batch:
@@ -35,16 +34,17 @@ class Batch:
 
     Attributes:
         replies: those that have come, in order. sent_ns, received_ns: before the first byte went, after the last came.
-        broken: why no more will come.
+        broken: why no more will come. given_up: nobody waits for them any more.
     """
 
-    __slots__ = ("_done", "broken", "missing", "received_ns", "replies", "sent_ns")
+    __slots__ = ("_done", "broken", "given_up", "missing", "received_ns", "replies", "sent_ns")
 
     def __init__(self, number: int, now_ns: int) -> None:
         self.replies: list[Any] = []
         self.missing = number
         self.sent_ns = self.received_ns = now_ns
         self.broken: Trouble | None = None
+        self.given_up = False
         self._done = Event()
 
     def take(self, reply: Any, now_ns: int) -> None:
@@ -61,10 +61,6 @@ class Batch:
     def wait(self, seconds: float) -> bool:
         """Whether all replies have come, or no more will, within that time."""
         return bool(self._done.wait(max(seconds, 0)))
-
-    def link(self, callback: Callable[[object], None]) -> None:
-        """Have it called when it is done; perhaps it is already."""
-        self._done.rawlink(callback)
 
 
 class Link:
@@ -92,10 +88,12 @@ class Link:
         self._secrets = tuple(secrets)
         self._reader = gevent.spawn(self._run)
 
-    @property
-    def oldest_ns(self) -> int | None:
-        """When the oldest command went out that has no reply yet."""
-        return self._waiting[0].sent_ns if self._waiting else None
+    def owes(self, patience_ns: int) -> bool:
+        """Whether a reply is missing for longer than that, or was given up."""
+        if not self._waiting:
+            return False
+        oldest = self._waiting[0]
+        return oldest.given_up or self._clock() - oldest.sent_ns > patience_ns
 
     def send(self, commands: Sequence[bytes]) -> Batch:
         """Send these; what comes of it is in the batch. Never waits.
@@ -121,7 +119,7 @@ class Link:
             Trouble: the connection has ended, or the replies have not come in time.
         """
         batch = self.send(commands)
-        batch.wait(seconds)
+        batch.given_up = not batch.wait(seconds)
         if batch.broken is not None:
             for reply in batch.replies:  # its last word: DENIED, too many clients
                 if isinstance(reply, ErrorReply):
@@ -153,7 +151,8 @@ class Link:
         Raises:
             OSError, PeerError: the connection is broken.
         """
-        for _ in range(_READS):
+        ends = monotonic() + SECONDS
+        while True:
             try:
                 data = self._stream.recv(_READ_SIZE)
             except BlockingIOError:
@@ -166,7 +165,8 @@ class Link:
             now = self._clock()
             while (reply := self._replies.next()) is not NOTHING:
                 self._hand_out(reply, now)
-        return False
+            if monotonic() > ends:
+                return False
 
     def catch_up(self) -> None:
         """Take in what has come while the program was busy with other things."""
@@ -177,9 +177,8 @@ class Link:
                 self.close(self._why(error))
 
     def _hand_out(self, reply: Any, now: int) -> None:
-        if isinstance(reply, Push):
-            return
-        if not self._waiting:
+        # Pushes are of RESP3, which we do not speak.
+        if not self._waiting or isinstance(reply, Push):
             raise PeerError("a reply that nobody has asked for")
         first = self._waiting[0]
         first.take(reply, now)
