@@ -8,8 +8,7 @@ attention is decided by `status.trouble`.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from heapq import nlargest
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Generic, TypeVar
 
 from proxy.errors import ProxyError, SourceMissing, Step, UpstreamError
@@ -124,14 +123,12 @@ class Table(dict[Name, Record], Generic[Name]):
         self[name] = record
         return record
 
-    def worst(self, most: int, now: float) -> list[tuple[Name, Record]]:
-        """Those that fail first, then those of which most has gone wrong lately, then the latest."""
-
-        def rank(item: tuple[Name, Record]) -> tuple[bool, int, float]:
-            record, recent = item[1], item[1].recent.total(now)
-            return record.failing_since is not None and recent > 0, recent, record.last_at
-
-        return nlargest(most, self.items(), key=rank)
+    def expect(self, names: Iterable[Name]) -> None:
+        """Something goes wrong with these in another process: from now on it is known here, too, what goes well with
+        them. As long as there is room."""
+        for name in names:
+            if len(self) < self._most and name not in self:
+                self[name] = Record()
 
 
 class Refusals:

@@ -6,10 +6,11 @@ to list, to find and to end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from time import monotonic
 from typing import TypeVar
 
+from proxy.config.values import parse_endpoint
 from proxy.control.watching import Watching
 from proxy.log import outputs
 from proxy.model import Ending
@@ -56,6 +57,17 @@ class Here:
                     break
                 rest(_KEY)
         return part
+
+    def trouble(self) -> tuple[set[str], set[str]]:
+        """Receivers and source addresses with which something has gone wrong, here or elsewhere."""
+        troubles = self.services().troubles
+        return {str(name) for name in troubles.receivers}, set(troubles.sources)
+
+    def expect(self, receivers: Iterable[str], sources: Iterable[str]) -> None:
+        """Something has gone wrong with these elsewhere; see `trouble.Table.expect`."""
+        troubles = self.services().troubles
+        troubles.receivers.expect(map(parse_endpoint, receivers))
+        troubles.sources.expect(sources)
 
     def connections(self) -> list[ConnectionRow]:
         """Clients' connections as they stand, the oldest first; in turns."""

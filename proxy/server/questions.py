@@ -7,7 +7,7 @@ is one that has not answered. `status.colleagues` says how they travel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -20,7 +20,7 @@ from proxy.policy.logins import Entry, Logins
 from proxy.server.here import Here
 from proxy.status import parts
 from proxy.status.colleagues import Colleagues, Say
-from proxy.status.parts import Part
+from proxy.status.parts import Details, Part
 from proxy.status.rows import ConnectionRow
 
 #: An answer that takes longer is not waited for; seconds.
@@ -46,6 +46,7 @@ class Answering:
         self._until_details = 0
         self._answers: dict[str, Callable[[bytes], Any]] = {
             "part": lambda _: here.part(),
+            "expect": lambda body: here.expect(*msgpack.decode(body, type=tuple[list[str], list[str]])),
             "connections": lambda _: here.connections(),
             "events": lambda _: here.events(),
             "logins": lambda _: here.logins(),
@@ -66,7 +67,7 @@ class Answering:
         found = self._answers.get(what)
         try:
             return msgpack.encode(found(body)) if found is not None else b""
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, ValueError):
             return b""
 
     def tell(self, what: str, body: bytes, say: Say) -> Callable[[], None]:
@@ -101,7 +102,19 @@ class Everywhere:
         for reply in colleagues.ask("part", b"", WITHIN):
             if (part := _decoded(reply.body, Part)) is not None:
                 colleagues.heard(reply.who, part)
-        return list(colleagues.parts())
+        known = list(colleagues.parts())
+        self._tell_trouble(known)
+        return known
+
+    def _tell_trouble(self, known: Sequence[Part]) -> None:
+        """Whom one has trouble with all are to look at: what goes well elsewhere ends it."""
+        here = self._here.trouble()
+        theirs = [(_trouble(part.details), bool(part.processes)) for part in known if part.details is not None]
+        alive = [here, *(trouble for trouble, is_alive in theirs if is_alive)]
+        everything = tuple(set[str]().union(*names) for names in zip(here, *(each for each, _ in theirs), strict=True))
+        if len(alive) > 1 and any(each != everything for each in alive):
+            self._here.expect(*everything)
+            self._colleagues().ask("expect", msgpack.encode(everything), WITHIN)
 
     def connections(self) -> Heard[list[ConnectionRow]]:
         """All clients' connections, the oldest first."""
@@ -171,6 +184,10 @@ class Everywhere:
             except msgspec.MsgspecError:
                 silent.append(who)
         return answers, tuple(silent)
+
+
+def _trouble(details: Details) -> tuple[set[str], set[str]]:
+    return set(details.receivers), set(details.sources)
 
 
 def _decoded(body: bytes | None, kind: type[_Found]) -> _Found | None:

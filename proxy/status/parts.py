@@ -359,15 +359,16 @@ class Failing(NamedTuple):
 def failing_in_a_row(peer: PeerPart) -> Failing | None:
     """What of its failures came behind the last thing that went well; None: none.
 
-    Where one process has seen something go well in the middle of another's failures, it is known to `trouble.Recent`'s
-    slots how many of these came after it, but for the slot itself.
+    Where one process has seen something go well in the middle of another's failures, the slots of `recent` know how
+    many of these came behind it, but for those of its own half minute: so there may have been more, but not fewer, and
+    the first one later.
     """
     if not peer.failing:
         return None
-    later = sum(count for slot, count in peer.recent.items() if slot > slot_of(peer.good_at))
-    behind = [each for each in peer.failing if each.since >= peer.good_at]
-    around = [each for each in peer.failing if each.since < peer.good_at]
-    count = sum(each.failures for each in behind)
+    around = sum(1 for each in peer.failing if each.since < peer.good_at)
+    failures = sum(each.failures for each in peer.failing)
     if around:
-        count += max(len(around), min(sum(each.failures for each in around), later))
-    return Failing(min(max(each.since, peer.good_at) for each in peer.failing), count)
+        behind = sum(each.failures for each in peer.failing if each.since >= peer.good_at)
+        later = sum(count for slot, count in peer.recent.items() if slot > slot_of(peer.good_at))
+        failures = min(failures, max(behind + around, later))
+    return Failing(min(max(each.since, peer.good_at) for each in peer.failing), failures)

@@ -113,7 +113,7 @@ def overview(sources: Sources, now: float) -> Generator[None, None, Overview]:
         host=sources.host,
         generated_at=sources.generated_at,
         receivers=receivers,
-        receivers_left_out=len(details.receivers) - len(receivers),
+        receivers_left_out=sum(1 for peer in details.receivers.values() if peer.last_at) - len(receivers),
         sources=sources_[:MOST_PEERS],
         sources_left_out=max(0, len(sources_) - MOST_PEERS),
         source_names={row.name: row.source_name for row in sources_ if row.source_name},
@@ -210,12 +210,14 @@ def _receivers(details: Details, now: float) -> Generator[None, None, list[PeerR
 
 
 def _worst(peers: Mapping[str, PeerPart], now: float) -> Generator[None, None, list[tuple[str, PeerPart]]]:
-    """Those that fail first, then those of which most has gone wrong lately, then the latest."""
+    """Those that fail first, then those of which most has gone wrong lately, then the latest; none that only another
+    process has had trouble with, and has forgotten."""
 
     ranked = []
     for name, peer in peers.items():
         recent = lately(peer.recent, now)
-        ranked.append(((bool(peer.failing) and recent > 0, recent, peer.last_at), name))
+        if peer.last_at:
+            ranked.append(((failing_in_a_row(peer) is not None and recent > 0, recent, peer.last_at), name))
         if len(ranked) % STEP == 0:
             yield
     return [(name, peers[name]) for _, name in nlargest(MOST_PEERS, ranked, key=lambda each: each[0])]

@@ -79,17 +79,6 @@ def test_tables_are_bounded_and_the_longest_quiet_goes_first() -> None:
     assert "192.0.2.9" not in troubles.gone
 
 
-@pytest.mark.parametrize("later", [0.0, LATELY + 60.0])
-def test_the_worst_come_first(later: float) -> None:
-    troubles = Troubles()
-    for _ in range(9):
-        troubles.failed("", OTHER, REFUSED, 1.0)
-    troubles.over("", OTHER, "", True, 2.0)
-    troubles.failed("", MX, REFUSED, 3.0)
-    assert [name for name, _ in troubles.receivers.worst(2, 3.0 + later)] == [MX, OTHER], "failing, or else the latest"
-    assert [name for name, _ in troubles.receivers.worst(1, 3.0)] == [MX]
-
-
 def test_refusals_have_a_beginning_which_a_pause_ends() -> None:
     troubles = Troubles()
     for at in (0.0, 100.0, 350.0):
@@ -132,15 +121,18 @@ def test_of_a_source_that_may_not_be_used_nothing_is_the_receivers() -> None:
     assert (list(troubles.receivers), list(troubles.sources)) == ([], [SOURCE])
 
 
-def test_who_failed_long_ago_is_not_among_those_that_fail_now() -> None:
-    """More has gone wrong with it in all, but nothing lately."""
-    troubles = Troubles()
-    for _ in range(9):
-        troubles.failed(SOURCE, OTHER, REFUSED, 0.0)
-    now = 2.0 * LATELY
-    troubles.over(SOURCE, MX, "450 4.2.1 later", True, now, 1)
-    worst = troubles.receivers.worst(9, now)
-    assert [(name, record.failing_since is None) for name, record in worst] == [(MX, True), (OTHER, False)]
+def test_what_goes_well_with_those_that_others_fail_with_is_known() -> None:
+    troubles = Troubles(most=2)
+    troubles.receivers.expect([MX, OTHER, Endpoint("198.51.100.9", 25)])
+    assert list(troubles.receivers) == [MX, OTHER], "no more than there is room for"
+    troubles.over(SOURCE, MX, "", True, 5.0)
+    troubles.over(SOURCE, OTHER, "", False, 5.0)
+    assert [(each.opened, each.good_at) for each in troubles.receivers.values()] == [(1, 5.0), (1, 0.0)]
+    troubles.failed(SOURCE, MX, REFUSED, 10.0)
+    record = troubles.receivers[MX]
+    troubles.receivers.expect([MX])
+    assert troubles.receivers[MX] is record
+    assert (record.failing_since, record.good_at, record.in_a_row) == (10.0, 5.0, 1)
 
 
 def test_a_fresh_refusal_begins_its_row() -> None:
