@@ -158,24 +158,25 @@ def test_who_does_not_read_is_not_listened_to_and_nobody_else_notices(proxy):
         # Limits that do not hold: each is answered with a sentence.
         paths = [[id, SOURCE, [["x" * 250, [[10, 60, 10]]]]] for id in range(200)]
         storm = frame(REG, pack([deaf.incarnation, paths])) * 1000
-        deaf.sock.settimeout(1.0)
+        deaf.sock.settimeout(0.05)
         # Little room in the kernel: it is stuck before it is given up for answering no PING, on a slow machine too.
         deaf.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
-        left = memoryview(storm)
-        with contextlib.suppress(TimeoutError):  # of one piece: however slow the machine is, it is stuck in the end
-            while left:
-                left = left[deaf.sock.send(left) :]
-        assert left
-
-        def line():
-            return next(line for line in proxy.status() if "session(deaf)" in line)
-
         stuck = re.compile(r"forward\(in=16/16 .*back\(in=0/16 out=16/16 buf=\d+\)")
-        wait_for(lambda: stuck.search(line()), 20, "both queues are full")
+        left = memoryview(storm)
+
+        def fed():
+            """However slow the machine is, it is stuck in the end."""
+            nonlocal left
+            with contextlib.suppress(TimeoutError):
+                while left:
+                    left = left[deaf.sock.send(left) :]
+            return stuck.search(next(line for line in proxy.status() if "session(deaf)" in line))
+
+        wait_for(fed, 20, "both queues are full")
+        assert left
         for _ in range(5):
-            throttle.acquire(5)
-        assert other.round_trip < 1.0
+            throttle.acquire(10)
 
 
 def test_a_storm_of_registrations_leaves_pings_alone(proxy):
@@ -188,23 +189,27 @@ def test_a_storm_of_100_000_registrations_leaves_pings_alone(proxy):
 
 
 def _storm(proxy, count):
-    """All paths, twice, a thousand unanswered at a time; its own pings and another session's take less than 1 s."""
-    with instance(proxy, "storm") as a, Session(proxy.native, SECRET, "b", tls=False) as other:
-        other.wait_until_up(10)
-        worst = 0.0
+    """All paths, twice, a thousand unanswered at a time. While another session's ping is answered the proxy works for
+    less than 0.2 s, and its own are answered before the next thousand."""
+    with instance(proxy, "storm") as a, instance(proxy, "other") as other:
+        most, pings = 0.0, 0
         for _ in range(2):
             for first in range(0, count, 1000):
                 for at in range(first, first + 1000, 500):
                     a.register(*((id, f"rule-{id}", (1000, 3600, 1)) for id in range(at, at + 500)))
                 a.ping()
+                pings += 1
+                before = proxy.worked()
+                other.ping()
+                other.next(PONG)
+                most = max(most, proxy.worked() - before)
                 answered = 0
                 while answered < 1000:
                     answered += len(a.next(LIMIT)[1][1])
-                worst = max(worst, other.round_trip)
-        while len(a.pongs) < count // 500:
+                assert len(a.pongs) >= pings - 1
+        while len(a.pongs) < pings:
             a.next(PONG)
-        assert max(a.pongs) < 1.0
-        assert worst < 1.0
+        assert most < 0.2, "a thousand of them are 10 to 30 ms in all"
         a.tell(BYE)
 
 
