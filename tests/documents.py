@@ -50,3 +50,17 @@ def links(text: str) -> list[tuple[str, str]]:
     code = re.sub(r"(?ms)^```.*?^```$", "", text)
     found = re.findall(r"(?<!!)\[[^\]]*\]\(([^)\s#]*)(?:#([^)\s]*))?\)", code)
     return [(file, anchor) for file, anchor in found if ":" not in file]
+
+
+def tests_named_in(text: str) -> set[str]:
+    """Those that it says watch over something; a file of tests counts as one."""
+    return set(re.findall(r"`(?:tests/[\w/]*/)?(test_\w+)(?:\.py)?`", text))
+
+
+def tests_there() -> set[str]:
+    """All functions and files of tests."""
+    there: set[str] = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        there.add(path.stem)
+        there.update(re.findall(r"(?m)^def (test_\w+)\(", path.read_text()))
+    return there

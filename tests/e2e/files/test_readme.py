@@ -100,5 +100,20 @@ def test_every_document_is_in_the_table_of_the_readme() -> None:
         assert f"](docs/{document.name})" in README, document.name
 
 
+def test_every_test_that_a_document_names_exists() -> None:
+    named = {path.name: documents.tests_named_in(path.read_text()) for path in documents.texts()}
+    assert len(named["security.md"]) > 25
+    there = documents.tests_there()
+    assert {name: missing for name, tests in named.items() if (missing := tests - there)} == {}
+
+
+def test_every_row_about_what_is_stolen_names_its_tests() -> None:
+    for heading in ("A stolen secret", "A stolen MTA"):
+        rows = [line for line in documents.section("docs/security.md", heading).splitlines() if line.startswith("| ")]
+        assert len(rows) >= 6
+        for row in rows[1:]:
+            assert documents.tests_named_in(row) or "(no test: " in row or "the same, " in row, row
+
+
 def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 150
