@@ -158,7 +158,7 @@ def _serve(order: dict[str, Any]) -> None:
     def say(text: str) -> None:
         os.write(1, text.encode() + b"\n")
 
-    session = Session(tuple(order["address"]), order["secret"], order["instance"], tls=order["tls"], timeout=5)
+    session = Session(tuple(order["address"]), order["secret"], order["instance"], tls=order["tls"], timeout=30)
 
     def deliver(path: str, throttles: list[list[Any]]) -> None:
         limits = [

@@ -148,7 +148,7 @@ class Proxy:
         try:
             if self._ready and self._stdout is None:
                 expected = len(re.findall(r"[^\s,]+", " ".join(self._values_of(_DOORS))))
-                self._wait(lambda: len(self._listening()) >= expected, 15.0, f"{expected} listeners")
+                self._wait(lambda: len(self._listening()) >= expected, 60.0, f"{expected} listeners")
         except BaseException:
             self._end()
             raise
@@ -161,7 +161,7 @@ class Proxy:
             if kind is None:
                 if not self._told_to_stop and self._process.poll() is None:
                     self.term()
-                self.wait_exit(30.0)
+                self.wait_exit()
                 self.check()
         finally:
             self._end()
@@ -174,7 +174,7 @@ class Proxy:
         assert not self._clean or not [line for line in self.lines if re.match(r"(ERROR )?internal", line)], written
         assert self._process.returncode == self.exit_code, written
 
-    def wait_exit(self, timeout: float = 15.0) -> int:
+    def wait_exit(self, timeout: float = 60.0) -> int:
         """Wait until it has ended and all its output is read; the exit code."""
         code = self._process.wait(timeout)
         for thread in self._threads:
@@ -241,7 +241,7 @@ class Proxy:
     def page(self) -> dict[str, Any]:
         """The status page of this moment; needs `listen_status`."""
         host, port = self.door("status")
-        with urllib.request.urlopen(f"http://{host}:{port}/status.json", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{host}:{port}/status.json", timeout=30) as answer:
             page: dict[str, Any] = json.load(answer)
         return page
 
@@ -280,7 +280,7 @@ class Proxy:
             found = [match for line in list(self.lines) if (match := _LISTENING.match(_flat(line)))]
         return [(match[4], match[1] or match[2], int(match[3])) for match in found]
 
-    def wait_line(self, pattern: str, timeout: float = 10.0, since: int = 0) -> re.Match[str]:
+    def wait_line(self, pattern: str, timeout: float = 30.0, since: int = 0) -> re.Match[str]:
         """The first line (from number `since`) in which the pattern is found, waited for."""
         compiled = re.compile(pattern)
         found: list[re.Match[str]] = []
@@ -326,7 +326,7 @@ class Proxy:
         wanted = f"listener({f'[{host}]' if ':' in host else host}:{port})" if protocol else "listener("
         return sum(int(line.rpartition("=")[2]) for line in self.status() if line.startswith(wanted))
 
-    def wait_idle(self, timeout: float = 10.0) -> None:
+    def wait_idle(self, timeout: float = 30.0) -> None:
         """Until no client is connected and nothing goes out."""
         wait_for(
             lambda: not self.open_connections() and self.status()[-1].endswith("connections=0(active=0 cached=0)"),

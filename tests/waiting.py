@@ -11,14 +11,14 @@ T = TypeVar("T")
 
 def wait_for(
     predicate: Callable[[], T],
-    timeout: float = 10.0,
+    timeout: float = 30.0,
     what: str = "",
     pause: Callable[[float], object] = time.sleep,
 ) -> T:
     """Ask until the answer is true, and return it.
 
     Args:
-        timeout: seconds; generous, it is only used up when the test fails.
+        timeout: seconds; generous, it is only used up when the test fails, and a starved machine must not reach it.
         what: for the message; by default the predicate's name.
         pause: how to wait a moment; under gevent pass `gevent.sleep`, so that the loop runs.
 

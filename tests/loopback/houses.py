@@ -106,7 +106,7 @@ class House:
             receiver = self.keeper.take(key, move_in, with_places=True) if places is not None else None
         if receiver is None:
             wish = Wish(key.ehlo_name, key.tls, key.tls_server_name)
-            limits = Limits(5.0, 5.0, monotonic() + 5.0)
+            limits = Limits(20.0, 20.0, monotonic() + 20.0)
 
             def failed(stream):
                 self.keeper.close_early(stream, places)

@@ -273,7 +273,7 @@ def test_six_of_twelve_receivers_with_421_are_red_in_words(path):
         good = [stack.enter_context(Mx()) for _ in range(6)]
 
         def page():
-            with urllib.request.urlopen(f"http://{at(proxy.door('status'))}/", timeout=10) as answer:
+            with urllib.request.urlopen(f"http://{at(proxy.door('status'))}/", timeout=30) as answer:
                 return answer.read().decode()
 
         said = re.compile(r'<li class="b">6 receivers refuse or fail, .+: 421 4.7.0 Try again later')  # b: bad, in red

@@ -237,7 +237,7 @@ def test_a_resumed_session_is_told(trusted: dict[str, str]) -> None:
             proxy.wait_line(f"^connection .*certificate=authority .*resumed={resumed}$")
         assert [session.resumed for session in mx.sessions] == [False, True]
         host, port = proxy.door("status")
-        with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://{host}:{port}/metrics", timeout=30) as answer:
             lines = answer.read().decode().splitlines()
         assert "greenarrow_proxy_tls_sessions_resumed_total 1.0" in lines
         assert 'greenarrow_proxy_tls_sessions_total{certificate="authority"} 2.0' in lines

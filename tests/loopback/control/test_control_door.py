@@ -60,7 +60,7 @@ def test_the_reserve_is_not_lent_while_nobody_calls(no_more_descriptors) -> None
             assert not lent
         caller.connect("\0" + path[1:])
         caller.sendall(b"nonsense\n")
-        with gevent.Timeout(10):
+        with gevent.Timeout(30):
             assert caller.recv(1000)
         for _ in range(5):
             gevent.sleep(0)
@@ -92,7 +92,7 @@ class Room:
         self.control.close()
         for each in self._sockets:
             each.close()
-        with gevent.Timeout(10):
+        with gevent.Timeout(30):
             while self.listening.fileno() >= 0 or self.control._open:
                 gevent.sleep(0)
 
@@ -105,7 +105,7 @@ class Room:
         self._sockets.append(caller)
         caller.settimeout(10)
         caller.connect("\0" + self.path[1:])
-        with gevent.Timeout(10):
+        with gevent.Timeout(30):
             while self.callers:
                 gevent.sleep(0)
         return caller
@@ -125,7 +125,7 @@ def test_who_may_only_look_keeps_nobody_out_who_may_change(monkeypatch: pytest.M
         assert not ask(room.call(False), "help"), "one too many"
         assert ask(room.call(True), "help")
         lookers.pop().close()
-        with gevent.Timeout(10):
+        with gevent.Timeout(30):
             while not ask(room.call(False), "help"):
                 gevent.sleep(0)
 
@@ -168,6 +168,6 @@ def test_who_does_not_take_its_answers_is_given_up_and_looks_no_more(monkeypatch
     monkeypatch.setattr(door, "_TAKEN_WITHIN", 0.05)
     with Room(monkeypatch, SimpleNamespace(trace=trace)) as room:
         room.call(False).sendall(b'{"command":["trace"]}\n')
-        with gevent.Timeout(10):
+        with gevent.Timeout(30):
             while not ended or room.control._open:
                 gevent.sleep(0.01)

@@ -60,7 +60,7 @@ def test_it_is_logged_until_the_time_is_over(it: Watching, logged: list[str]) ->
     it.begin({"instance": "mta1"}, 0.01, "why")
     tell("one")
     tell("other", instance="mta2")
-    with gevent.Timeout(10):
+    with gevent.Timeout(30):
         while steps.on:
             gevent.sleep(0.001)
     assert logged == ["one", "log verbose is over {'instance': 'mta1'}"]
@@ -94,14 +94,14 @@ def test_a_trace_shows_steps_harmlessly_and_ends_when_nobody_asks_for_more() -> 
 
 
 def test_a_trace_is_over_when_its_time_is() -> None:
-    with gevent.Timeout(10):
+    with gevent.Timeout(30):
         assert not any(trace({}, 0.005))
 
 
 def test_a_trace_without_steps_says_now_and_then_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "_HEARTBEAT", 0.001)
     seen: Any = trace({}, LONG)
-    with gevent.Timeout(10):
+    with gevent.Timeout(30):
         assert [next(seen), next(seen)] == [[], []]
     seen.close()
 

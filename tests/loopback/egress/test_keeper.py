@@ -250,7 +250,7 @@ def test_tls_tickets_and_key_updates_are_no_end(house, tmp_path, monkeypatch):
             user = gevent.spawn(house.open, key)
             answer(b"CIPHER is", b"220 openssl\n")
             answer(b"EHLO mta", b"250 openssl\n")
-            receiver = user.get(timeout=10)
+            receiver = user.get(timeout=30)
             house.give(receiver)
             answer(b"RSET", b"250 clean\n")
             until(lambda: len(house.keeper.pool) == 1)
@@ -375,7 +375,7 @@ def test_a_stop_while_it_is_asked(make, later):
         until(lambda: mx.sessions[0].commands.count(b"RSET") == 2)
         house.keeper.drain()
         gate.set()
-        assert user.get(timeout=10) is None
+        assert user.get(timeout=30) is None
         until(lambda: mx.sessions[0].ended == "quit")
         until(lambda: not house.keeper.cached)
         assert house.discarded() == {Discard.DRAINING: 1}
@@ -393,8 +393,8 @@ def test_who_began_to_wait_for_its_place_while_it_was_asked(make, later):
         waiting = gevent.spawn(house.open, key_of(other), "b")
         until(house.waits)
         gate.set()
-        assert asked.get(timeout=10) is None
-        assert waiting.get(timeout=10).destination == other.endpoint
+        assert asked.get(timeout=30) is None
+        assert waiting.get(timeout=30).destination == other.endpoint
         assert house.discarded() == {Discard.YIELDED: 1}
 
 

@@ -69,7 +69,7 @@ def test_it_gives_way_when_it_is_clean_to_one_who_came_meanwhile(make):
     with being_cleaned(make) as (house, _, _, gate), Mx() as other:
         waiter = waiting(house, other, "b")
         gate.set()
-        waiter.get(timeout=5)
+        waiter.get(timeout=30)
         assert house.discarded() == {Discard.YIELDED: 1}
 
 
@@ -89,7 +89,7 @@ def test_who_waits_for_just_this_connection_gets_it_with_its_place(make):
     with being_cleaned(make) as (house, mx, first, gate):
         waiter = waiting(house, mx, "b")
         gate.set()
-        assert waiter.get(timeout=5) is first
+        assert waiter.get(timeout=30) is first
         assert (mx.connects, first.place.owner, first.place.open) == (1, "b", True)
         assert house.discarded() == {}
 
@@ -100,11 +100,11 @@ def test_whose_turn_it_is_decides_who_gets_it(make):
         stranger = waiting(house, other, "b")
         heir = waiting(house, mx, "c")
         gate.set()
-        taken = stranger.get(timeout=5)
+        taken = stranger.get(timeout=30)
         assert not heir.ready()
         assert house.discarded() == {Discard.YIELDED: 1}
         house.give(taken)
-        heir.get(timeout=5)
+        heir.get(timeout=30)
         assert (mx.connects, other.connects) == (2, 1)
 
 
@@ -131,7 +131,7 @@ def test_who_gets_the_place_and_not_the_connection_waits_until_the_receiver_has_
         gevent.sleep(0)
         assert (mx.connects, heir.ready()) == (1, False)
         gate.set()
-        heir.get(timeout=5)
+        heir.get(timeout=30)
         assert mx.connects == 2
 
 
@@ -151,13 +151,13 @@ def test_nobody_comes_between_an_heir_and_its_connection(make, monkeypatch):
 
         monkeypatch.setattr(house.admission, "pass_on", and_another_comes)
         gate.set()
-        assert heir.get(timeout=5) is first
+        assert heir.get(timeout=30) is first
         assert len(others) == 2
         assert not any(each.ready() for each in others)
         assert (mx.connects, house.discarded()) == (1, {})
         house.give(first)
         for each in others:
-            house.give(each.get(timeout=5))
+            house.give(each.get(timeout=30))
 
 
 def test_an_heir_that_goes_away_leaves_no_connection_without_a_place(make, monkeypatch):
@@ -200,8 +200,8 @@ def test_it_gives_way_to_one_who_comes_from_another_throttles_line(make, mx):
         third = waiting(house, mx, "c", tenant="third")
         house.give(mine)
         house.give(busy)
-        waiter.get(timeout=5)
-        third.get(timeout=5)
+        waiter.get(timeout=30)
+        third.get(timeout=30)
 
 
 def test_a_connection_that_its_new_path_has_no_place_for_stays_cached(make, mx, monkeypatch):

@@ -129,7 +129,7 @@ def test_the_next_connection_waits_for_the_receiver_and_one_way_is_made_for_one_
         assert not waiting.ready()
         assert len(house.keeper.pool) == 1
         gate.set()
-        receiver = waiting.get(timeout=10)
+        receiver = waiting.get(timeout=30)
         house.give(receiver)
         until(lambda: receiver in house.keeper.pool)
         assert mx.connects == 2

@@ -126,7 +126,7 @@ def test_who_is_called_off_blames_no_proxy_and_asks_no_other(engine: Engine, mx:
         asker = gevent.spawn(via.open, request)
         gevent.sleep(0)
         if state == "opening":
-            with gevent.Timeout(10):
+            with gevent.Timeout(30):
                 while not good.status()[-1].startswith("direct_remote_smtp") or "active=1" not in good.status()[-1]:
                     gevent.sleep(0.01)
         asker.kill(CalledOff())

@@ -364,7 +364,7 @@ def test_an_ehlo_reply_that_does_not_fit(peer: Peer) -> None:
 
 def failures(proxy: Proxy) -> Counter[str]:
     """Outgoing connections that did not come to be, by step."""
-    with socket.create_connection(proxy.door("status"), timeout=10) as sock:
+    with socket.create_connection(proxy.door("status"), timeout=30) as sock:
         sock.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
         answer = b"".join(iter(lambda: sock.recv(65536), b"")).decode()
     found = re.findall(r'^greenarrow_proxy_failed_total\{step="(\w+)"\} (\d+)', answer, re.M)

@@ -173,7 +173,7 @@ def test_an_end_behind_a_held_mail_is_seen_and_the_mail_is_never_sent(carried):
     carried.says(MAIL)
     carried.held()
     carried.client.sendall(frames.encode(m.End(True, 0)))
-    transfer = carried.greenlet.get(timeout=10)
+    transfer = carried.greenlet.get(timeout=30)
     assert transfer.unclean() is not None
     carried.gets_nothing()
 
@@ -212,7 +212,7 @@ def test_a_client_that_leaves_while_its_mail_waits_ends_the_session(carried, flo
     assert len(carried.transfer._kept) < 131_072
     carried.client.close()
     with pytest.raises(ClientGone):
-        carried.greenlet.get(timeout=10)
+        carried.greenlet.get(timeout=30)
 
 
 NOT_NOW, NO_MAIL = b"451 4.7.1 throttle rule: again in 2 s\r\n", b"503 5.5.1 no message was begun\r\n"
@@ -236,7 +236,7 @@ def test_after_a_451_the_connection_may_be_kept(carried):
     carried.gate.open(Throttled("no", "rule", 1.5))
     carried.hears(NOT_NOW)
     carried.client.sendall(frames.encode(m.End(True, 0)))
-    transfer = carried.greenlet.get(timeout=10)
+    transfer = carried.greenlet.get(timeout=30)
     assert transfer.unclean() is None
     carried.gets_nothing()
 

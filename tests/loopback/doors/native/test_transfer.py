@@ -50,7 +50,7 @@ class Carried:
 
     def end(self) -> Transfer:
         self.client.sendall(frames.encode(m.End(False, 0)))
-        transfer: Transfer = self.greenlet.get(timeout=10)
+        transfer: Transfer = self.greenlet.get(timeout=30)
         self.engine.close(self.guest.stream.socket)
         self.engine.close(self.stream.socket)
         self.engine.stop()
