@@ -17,6 +17,7 @@ from proxy.throttling.backoff import Cause, Slowdown, terms_of
 from proxy.throttling.core import Core
 from proxy.throttling.estate import Gcra, Rate, Record, Slowing, Strictness
 from proxy.throttling.flows import Flow, Path, Places, Receiver, Throttle, Ticket
+from proxy.throttling.leasing import Leased
 from proxy.throttling.limits import Backoff, BackoffRule, Mode, Part
 from proxy.throttling.line import Line
 from proxy.throttling.overrides import Override
@@ -169,14 +170,15 @@ class Adopting:
 
     def _throttle(self, record: estate.ThrottleOf) -> None:
         key = Key(record.source, record.name, record.receiver)
-        core = self._core
-        throttle = core.blocks.adopted(key, record.kind == 2) if record.kind else core._registry.throttle(key)
+        blocks, registry = self._core.blocks, self._core._registry
+        throttle = blocks.adopted(key, record.kind == 2, self._now) if record.kind else registry.throttle(key)
         self._throttles.append(throttle)
-        throttle.windows = tuple([self._window(each) for each in record.windows])
-        throttle.dormant = tuple([self._window(each) for each in record.dormant])
-        throttle.slack, throttle.opens = record.slack, record.opens
-        throttle.taken, throttle.cap = record.taken, record.cap
+        throttle.taken = record.taken
         throttle.closed_until, throttle.closed_by = record.closed_until, record.closed_by
+        if not isinstance(throttle, Leased):  # what it may give out is known to the store
+            throttle.windows = tuple([self._window(each) for each in record.windows])
+            throttle.dormant = tuple([self._window(each) for each in record.dormant])
+            throttle.slack, throttle.opens, throttle.cap = record.slack, record.opens, record.cap
         if record.shadow is not None:
             shadow = throttle.shadow = Shadow()
             shadow.patience, shadow.waited, shadow.refused = record.shadow
@@ -191,7 +193,7 @@ class Adopting:
         if record.backoff is not None:
             terms.backoff = Backoff(_slowing(record.backoff), 0)
             terms.backoff.until = record.backoff_until
-            core._registry.backoffs.arm(throttle, terms.backoff.next_change(self._now))
+            registry.backoffs.arm(throttle, terms.backoff.next_change(self._now))
 
     def _window(self, gcra: Gcra) -> Window:
         past = Past(_limit(gcra.rate), gcra.slack, gcra.interval, gcra.tat, gcra.filled_at)

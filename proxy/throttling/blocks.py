@@ -266,11 +266,10 @@ class Blocks:
         """What is known goes back to `start`."""
         self._start, self.day = start, day
 
-    def adopted(self, key: Key, connections: bool) -> Throttle:
+    def adopted(self, key: Key, connections: bool, now: int) -> Throttle:
         """A throttle that another manager had. The limits of now hold when it is asked for, or by and by."""
         known = self._connections if connections else self._throttles
-        throttle = known[key] = Throttle(key, counts=True)
-        throttle.connections = connections
+        throttle = known[key] = self._make(key, connections, now)
         self._stale[throttle] = None
         return throttle
 

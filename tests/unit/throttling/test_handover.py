@@ -7,10 +7,12 @@ import pytest
 from proxy.policy.limits import Limits
 from proxy.settings import BackoffSettings, Rate, ThrottleSettings
 from proxy.throttling.backoff import Backoffs
+from proxy.throttling.cluster import Cluster
 from proxy.throttling.desk import MessageTicket
 from proxy.throttling.estate import Unreadable
 from proxy.throttling.flows import Places, Ticket
 from proxy.throttling.handover import Frozen
+from proxy.throttling.leasing import Leased
 from proxy.throttling.limits import BackoffRule, Mode
 from proxy.throttling.manager import Manager
 from proxy.throttling.overrides import Override
@@ -417,6 +419,34 @@ def test_blocks_go_on_where_they_were_and_new_settings_hold() -> None:
     bench.run(SECOND)
     limits = [[window.limit for window in each.windows] for each in bench.manager.blocks.throttles()]
     assert sorted(limits) == [[], [Limit(120, 3600)]]
+
+
+def test_places_of_a_throttle_that_proxies_share_stay_and_its_slots_are_the_stores() -> None:
+    """The next process asks the store for itself, and gives nothing before it has an answer."""
+    rules = Limits((block(scope="cluster", max_concurrent_connections=3, max_delivery_rate=(Rate(60, 60),)),))
+
+    def proxy(run: str, now: int) -> Manager:
+        return Manager(1, now, blocks=rules, cluster=Cluster("p", run, 2, lambda: "0" * 16, now))
+
+    bench = Succession()
+    former = proxy("1", bench.now)
+    assert former.ask_message("a", 1.0, SOURCE, MX, (), bench.now) is not None
+    (throttle,) = former.blocks.throttles()
+    assert isinstance(throttle, Leased)
+    throttle.set_places(3)
+    places = former.admit("a", 1.0, SOURCE, MX, (), bench.now, rated=False)
+    assert isinstance(places, Places)
+    former.freeze(bench.now)
+    heir = proxy("2", bench.now)
+    held = heir.adopt(read(former.gather(bench.now)), bench.now)
+    (again,) = heir.blocks.throttles()
+    assert isinstance(again, Leased)
+    assert (again.used_here, again.holds("a"), again.in_hand) == (1, 1, 0)
+    ticket = heir.ask_message("a", 1.0, SOURCE, MX, (), bench.now)
+    assert ticket is not None
+    assert not ticket.granted
+    heir.release(held[places.number], bench.now)
+    assert (again.used_here, again.limits, again.all_places) == (0, (MINUTELY,), 3)
 
 
 def house_of(*rules: BackoffSettings) -> House:
