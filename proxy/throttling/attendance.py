@@ -68,6 +68,7 @@ class Attendance(Core):
                 self._pinged(session, now)
             else:
                 self._held.append(lambda later: self._pinged(session, later))
+                self._dispenser.touched[session] = None
 
     def pong(self, session: Session, t: int, hold_us: int, now: int) -> None:
         """The answer to our ping of `t` microseconds; one of another time or from the future measures nothing."""

@@ -31,8 +31,10 @@ Who waits for a place or a slot in the old process asks the new one again, in or
 owners' turns do. Sessions do not travel either: instances come back within a second, with the same incarnation (it is
 the same manager, in another process), so their permits in hand stay good; till then their part in the limits stays.
 
-While it is frozen `admit` and `ask_message` give tickets that wait, `swap` and `heir` say no, a MAIL is judged and its
-permit used, frames of sessions wait (better left unread), and what an operator does is refused with `Frozen`.
+While it is frozen pings are answered, `admit` and `ask_message` give tickets that wait, `swap` and `heir` say no, and a
+MAIL is judged and its permit used. Other frames of sessions wait (better left unread: an OPEN that names a path which
+was registered in that time finds none), and what an operator does is refused with `Frozen`. From "ready" on a MAIL is
+to be held against the permits of the new one, which grants them: `mail` with the places by number.
 """
 
 from __future__ import annotations
@@ -62,6 +64,9 @@ from proxy.throttling.session import LEASE
 from proxy.throttling.throttle import SECOND, Key
 from proxy.throttling.wheel import Wheel
 
+#: Calls that waited which are made in one step.
+THAWED = 500
+
 
 class Frozen(Exception):
     """Not now: this manager is about to be replaced."""
@@ -81,43 +86,46 @@ class Handover(Requests):
         super().__init__(incarnation, start, enforce, blocks, cluster)
         self._former: Wheel[Former] = Wheel(SECOND)  # what is remembered of them until everybody is back
         self._frozen_at = 0
+        self._thawing = False
 
     # --- the one that goes ---
 
     @property
     def frozen(self) -> bool:
-        return self._held is not None
+        return self._held is not None and not self._thawing
 
     def freeze(self, now: int) -> None:
         """Give nothing from now on."""
+        while self._thawing:
+            self._go_on(now)
         if self._held is None:
             self._held, self._meanwhile, self._frozen_at = [], [], now
-            self._audit.gathered = Gathered()
 
     def thaw(self, now: int) -> None:
-        """Go on: what was said meanwhile happens now, in the order it was said."""
-        if self._held is None:
+        """Go on: what was said meanwhile happens now, in the order it was said; if that was much, the rest by
+        `advance`."""
+        if not self.frozen:
             return
-        held, self._held, self._meanwhile, self._audit.gathered = self._held, None, [], None
+        self._thawing, self._meanwhile, self._audit.gathered = True, [], None
         for session in self.sessions.values():  # nobody was asked whether it was there
             session.pong_at = min(now, session.pong_at + now - self._frozen_at)
-        for call in held:
-            call(now)
+        self._go_on(now)
 
     def gather(self, now: int, breathe: Callable[[], None] = lambda: None) -> Iterator[bytes]:
-        """All that another manager needs to go on, in chunks; this one is frozen.
+        """All that another manager needs to go on, in chunks; this one is frozen. Once: to try again, thaw and freeze.
 
         Args:
             breathe: called now and then; lets others have their turn.
         """
-        if self._held is None:
+        if not self.frozen:
             raise ValueError("a manager that goes on would give out what it has left")
+        if self._audit.gathered is not None:
+            raise ValueError("what has happened since it was gathered would be lost")
         self._audit.gathered = Gathered()
-        self._meanwhile = []
         return Gathering(self, self.sessions.values(), now, breathe).chunks()
 
     def meanwhile(self) -> list[bytes]:
-        """What has happened since `gather` began, or since this was last asked for, that was not in it: chunks."""
+        """What has happened since it was frozen, or since this was last asked for, that was not in it: chunks."""
         records, self._meanwhile = self._meanwhile, []
         return list(chunks_of(records))
 
@@ -148,6 +156,19 @@ class Handover(Requests):
             self._take_in(record, held, now)
 
     # --- steps ---
+
+    def _go_on(self, now: int) -> None:
+        """Do some of what was said while it was frozen; what is said meanwhile comes behind it."""
+        held, self._held = self._held or [], None
+        for call in held[:THAWED]:
+            call(now)
+        if len(held) > THAWED:
+            self._held = held[THAWED:]
+            return
+        self._thawing = False
+        for session in self.sessions.values():
+            if session.has_words:
+                self._dispenser.touched[session] = None
 
     def _need_thawed(self) -> None:
         if self._held is not None:

@@ -131,6 +131,8 @@ class Manager(Handover):
 
     def advance(self, now: int) -> None:
         """Do what is due."""
+        if self._thawing:
+            self._go_on(now)
         if self._held is not None:
             return
         for session in self._pings.expire(now):
@@ -162,7 +164,7 @@ class Manager(Handover):
     def next_wakeup(self) -> int | None:
         """When `advance` is due, in nanoseconds; in the past: at once; None: not before the next call."""
         if self._held is not None:
-            return None
+            return 0 if self._thawing else None
         if (
             self._departed
             or self._stretching

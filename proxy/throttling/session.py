@@ -227,7 +227,7 @@ class Session(Receiver):
             grants.append(GrantRecord(flow.id, run.n, offset, step, slack // MICROSECOND))
         hold = (sent_at - self.ping_at) // MICROSECOND if self.ping_t is not None else 0
         return Output(
-            [PongRecord(t, max(0, sent_at - at) // MICROSECOND) for t, at in pongs],
+            _held(pongs, sent_at),
             ping,
             [self._limit(flow, now) for flow in limits],
             self.ping_t or 0,
@@ -235,6 +235,11 @@ class Session(Receiver):
             grants,
             list(caps.items()),
         )
+
+    def answer(self, now: int) -> Output:
+        """Nothing but answers to pings."""
+        pongs, self.pongs = self.pongs, []
+        return Output(_held(pongs, now // MICROSECOND * MICROSECOND), None, [], 0, 0, [], [])
 
     def _limits_first(self, told: dict[Flow, None], owes: Callable[[Path], bool]) -> None:
         """Limits that somebody else would tell by and by: now, if a permit needs them."""
@@ -283,6 +288,10 @@ class Session(Receiver):
             flow.paused,
             "; ".join(warnings)[:512],
         )
+
+
+def _held(pongs: list[tuple[int, int]], sent_at: int) -> list[PongRecord]:
+    return [PongRecord(t, max(0, sent_at - at) // MICROSECOND) for t, at in pongs]
 
 
 def _split(records: dict[K, V], most: int) -> tuple[dict[K, V], dict[K, V]]:

@@ -161,8 +161,6 @@ class Statements(Attendance):
     # --- what is sent ---
 
     def take_ready(self) -> list[Session]:
-        if self._held is not None:
-            return []
         ready, self._dispenser.touched = self._dispenser.touched, {}
         return [session for session in ready if isinstance(session, Session) and session.end is None]
 
@@ -172,7 +170,7 @@ class Statements(Attendance):
         What is left (see `Session.parked_records`) is to be asked for again when this is sent.
         """
         if self._held is not None:
-            return Output([], None, [], 0, 0, [], [])
+            return session.answer(now)
         teller = self._registry.teller
         return session.take(self._sent, now, most, teller.owes if teller else None)
 

@@ -11,12 +11,12 @@ from proxy.throttling.cluster import Cluster
 from proxy.throttling.desk import MessageTicket
 from proxy.throttling.estate import Unreadable
 from proxy.throttling.flows import Places, Ticket
-from proxy.throttling.handover import Frozen
+from proxy.throttling.handover import THAWED, Frozen
 from proxy.throttling.leasing import Leased
 from proxy.throttling.limits import BackoffRule, Mode
 from proxy.throttling.manager import Manager
 from proxy.throttling.overrides import Override
-from proxy.throttling.session import LEASE, Session
+from proxy.throttling.session import LEASE, PongRecord, Session
 from proxy.throttling.throttle import AHEAD, MILLISECOND, SECOND, Key, Limit
 from tests.unit.throttling.benches import ALL, KEY, OTHER, SOURCE, Bench, count, part
 from tests.unit.throttling.heirs import heir_of, read
@@ -607,6 +607,60 @@ def test_a_frozen_one_gives_nothing_and_asks_for_no_time() -> None:
     assert waiting.places is None
 
 
+def test_a_frozen_one_answers_pings_and_nobody_is_lost_by_it() -> None:
+    """What was to be sent when it froze is sent afterwards."""
+    bench = Succession()
+    session = bench.session("a")
+    bench.register(session, (KEY, part(MINUTELY)))
+    bench.want(session, 1)
+    bench.manager.freeze(bench.now)
+    bench.now += 20 * SECOND
+    bench.manager.ping(session, 77, bench.now)
+    assert bench.manager.take_ready() == [session]
+    output = bench.manager.take(session, bench.now + 2000)
+    assert (output.pongs[-1], output.ping, output.limits, output.grants) == (PongRecord(77, 2), None, [], [])
+    bench.manager.thaw(bench.now)
+    assert count(bench.run(SECOND)) == {"a": 1}
+    assert session.end is None
+
+
+def test_much_that_was_said_is_done_in_steps_and_what_comes_then_is_behind_it() -> None:
+    bench = Succession(block(max_concurrent_connections=1))
+    places = bench.opened("first")
+    bench.manager.freeze(bench.now)
+    tickets = [bench.open(f"owner{number}") for number in range(2 * THAWED + 1)]
+    bench.manager.release(places, bench.now)
+    bench.manager.thaw(bench.now)
+    assert (bench.manager.frozen, bench.manager.next_wakeup()) == (False, 0)
+    last = bench.open("last")
+    assert isinstance(last, Ticket)
+    bench.manager.advance(bench.now)
+    assert bench.manager.next_wakeup() == 0
+    assert bench.manager.take_admitted() == []
+    bench.manager.advance(bench.now)
+    assert bench.manager.next_wakeup() != 0
+    assert bench.manager.take_admitted() == [tickets[0]]
+    (throttle,) = bench.manager.blocks.throttles()
+    assert throttle.line is not None
+    assert throttle.line.size == 2 * THAWED + 1
+    assert last.blocker is throttle
+
+
+def test_frozen_again_before_all_is_done_it_does_that_first() -> None:
+    bench = Succession(block(max_concurrent_connections=1))
+    places = bench.opened("first")
+    bench.manager.freeze(bench.now)
+    for number in range(THAWED):
+        bench.open(f"owner{number}")
+    bench.manager.release(places, bench.now)
+    bench.manager.thaw(bench.now)
+    with pytest.raises(ValueError, match="a manager that goes on"):
+        bench.manager.gather(bench.now)
+    bench.exchange()
+    (throttle,) = bench.manager.blocks.throttles()
+    assert (throttle.used, throttle.held) == (1, {"owner0": 1})
+
+
 @pytest.mark.parametrize("before", [True, False])
 def test_who_asks_a_frozen_one_and_leaves_has_not_asked(before: bool) -> None:
     """A place and a slot; and who had asked before, and leaves meanwhile."""
@@ -662,6 +716,29 @@ def test_one_that_goes_on_cannot_be_gathered() -> None:
     bench = Succession()
     with pytest.raises(ValueError, match="a manager that goes on"):
         bench.manager.gather(bench.now)
+
+
+def test_it_is_gathered_once() -> None:
+    bench = Succession()
+    for _ in range(2):
+        bench.manager.freeze(bench.now)
+        list(bench.manager.gather(bench.now))
+        with pytest.raises(ValueError, match="would be lost"):
+            bench.manager.gather(bench.now)
+        bench.manager.thaw(bench.now)
+
+
+def test_what_closed_before_it_was_gathered_is_closed() -> None:
+    bench, places = permitted()
+    bench.manager.freeze(bench.now)
+    assert len(bench.manager.mail(places, bench.now).spent) == 1
+    bench.manager.release(places, bench.now)
+    bench.exchange()
+    assert (bench.manager.throttles[KEY].used, bench.held) == (0, {})
+    session = bench.session("a")
+    bench.register(session, (KEY, part(MINUTELY)))
+    bench.mails(bench.opened("a", session), 1)
+    assert bench.manager.unpermitted == 1
 
 
 def test_nothing_of_another_machines_clock_is_adopted() -> None:
