@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests import documents, peers
+from tests import documents, glossary, peers
 from tests.mx import Mx
 from tests.program import SECRET, Proxy
 from tests.sinks import Sink
@@ -113,6 +113,23 @@ def test_every_row_about_what_is_stolen_names_its_tests() -> None:
         assert len(rows) >= 6
         for row in rows[1:]:
             assert documents.tests_named_in(row) or "(no test: " in row or "the same, " in row, row
+
+
+def test_each_word_of_the_glossary_is_a_link_where_it_is_said_first() -> None:
+    """In documents that have such links; `python -m tests.glossary FILE` makes them."""
+    linked = [each for each in documents.texts() if f"]({glossary.place_of(each)}#" in each.read_text()]
+    assert len(linked) >= 15
+    missing = {each.name: glossary.unlinked(each.read_text(), glossary.place_of(each)) for each in linked}
+    assert {name: words for name, words in missing.items() if words} == {}
+    anchors = documents.anchors((ROOT / "docs" / "glossary.md").read_text())
+    assert set(glossary.WORDS) <= anchors
+
+
+def test_links_are_made_in_prose_only() -> None:
+    text = "# A throttle\n`throttle`, a [throttle](x.md) and\n| throttle |\nfor instance a Throttle, throttles\n"
+    made = glossary.link(text, "g.md")
+    assert made == text.replace("a Throttle", "a [Throttle](g.md#throttle)")
+    assert glossary.link(made, "g.md") == made
 
 
 def test_the_readme_is_short() -> None:
