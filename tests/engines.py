@@ -93,8 +93,8 @@ class Engine:
         file = self.path / "log"
         return file.read_text(errors="replace") if file.exists() else ""
 
-    def start(self, *options: str) -> None:
-        """Begin, and answer. Options are for this time only."""
+    def start(self, *options: str, wait: bool = True) -> None:
+        """Begin, and answer, unless nobody waits for it. Options are for this time only."""
         (self.path / "server.conf").write_text("\n".join([*self._own_options(), *self.options, *options, ""]))
         mode = ["--sentinel"] if self.sentinel else []
         command = [program("setpriv"), "--pdeathsig", "KILL", binary(self.kind), "server.conf", *mode]
@@ -103,7 +103,8 @@ class Engine:
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ(), cwd=self.path
             )
         try:
-            wait_for(self._answers, 30, f"{self.kind} answers")
+            if wait:
+                wait_for(self._answers, 30, f"{self.kind} answers")
         except BaseException:
             print(self.log)
             self.kill()

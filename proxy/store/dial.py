@@ -191,8 +191,8 @@ def read_info(link: Link, sections: Sequence[Any]) -> Server:
     server = server_of(fields)
     if server.mode == "sentinel":
         raise Trouble("role", link.where, "it is a Sentinel: write redis+sentinel://HOST/SERVICE")
-    if not server.run_id or not server.role:
-        raise Trouble("info", link.where, "INFO says neither run_id nor role: is this Valkey or Redis?")
+    if not server.role or not (server.run_id or server.replication_id):
+        raise Trouble("info", link.where, "INFO says no role, or no run_id: is this Valkey or Redis?")
     return server
 
 

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-import gevent
-from gevent.event import Event
+from gevent import Greenlet, sleep, spawn
 
 from proxy.log import lines as log
 from proxy.store.dial import INFO, read_info
@@ -55,8 +54,7 @@ class Node:
         self.attempts = 0
         self.connects = 0
         self._find, self._still, self._changed = find, still, changed
-        self._wake = Event()
-        self._running: gevent.Greenlet[Any] | None = None
+        self._running: Greenlet[Any] | None = None
 
     @property
     def live(self) -> tuple[Link, Server] | None:
@@ -66,7 +64,7 @@ class Node:
         return self.link, self.server
 
     def start(self) -> None:
-        self._running = gevent.spawn(self._run)
+        self._running = spawn(self._run)
 
     def stop(self) -> None:
         """Let the connection go, for good."""
@@ -98,8 +96,7 @@ class Node:
                 self._lose(self._watch(link))
                 if monotonic() - since >= _GOOD:
                     pause = FIRST_PAUSE
-            self._wake.wait(pause * random.uniform(0.5, 1.0))
-            self._wake.clear()
+            sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, LONGEST_PAUSE)
 
     def _use(self, link: Link, server: Server) -> None:

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-import gevent
 import gevent.server
+from gevent.pool import Pool
 
 from proxy.store.wire import NOTHING, Replies
 
@@ -38,7 +38,8 @@ class Fake:
         self.answers: dict[str, Any] = {"INFO": bulk(INFO), "EVALSHA": b"*1\r\n:7\r\n"} | answers
         self.asked: Counter[str] = Counter()
         self.connects = 0
-        self._server = gevent.server.StreamServer(("127.0.0.2", 0), self._serve)
+        self._serving = Pool()
+        self._server = gevent.server.StreamServer(("127.0.0.2", 0), self._serve, spawn=self._serving)
 
     def __enter__(self) -> Fake:
         self._server.start()
@@ -46,6 +47,7 @@ class Fake:
 
     def __exit__(self, *_: object) -> None:
         self._server.stop()
+        self._serving.kill()
 
     @property
     def where(self) -> str:

@@ -11,6 +11,7 @@ from proxy.store.calls import Call, Fate
 from proxy.store.slots import slot_of
 from tests import engines
 from tests.loopback.store.conftest import TRACE, Caller, Connect, connected
+from tests.loopback.store.fake import Fake, bulk
 from tests.waiting import wait_for
 
 kinds = pytest.mark.parametrize("kind", engines.KINDS)
@@ -81,6 +82,46 @@ def test_sentinels_that_are_all_gone_change_nothing_for_a_master_that_was_found(
         for each in group.sentinels:
             each.thaw()
     assert store.view().counts.connects == 1
+
+
+def sentinel(master: str, epoch: int) -> Fake:
+    """One that names this one, of this epoch."""
+    host, port = master.split(":")
+
+    def answer(words: list[bytes], sock: object) -> bytes:
+        if words[1] == b"MASTER":
+            return b"*4\r\n" + b"".join(map(bulk, (b"name", b"m", b"config-epoch", b"%d" % epoch)))
+        return b"*2\r\n" + bulk(host.encode()) + bulk(port.encode())
+
+    return Fake(SENTINEL=answer)
+
+
+def test_the_newest_word_of_sentinels_counts(connect: Connect) -> None:
+    """One that is cut off from the others still names the old master, which may still be there, too."""
+    with Fake() as old, Fake() as new, sentinel(old.where, 3) as behind, sentinel(new.where, 4) as ahead:
+        for order in ((behind, ahead), (ahead, behind)):
+            store = connected(connect(f"redis+sentinel://{','.join(each.where for each in order)}/m"))
+            assert list(store.view().servers) == [new.where]
+
+
+def test_a_sentinel_that_says_no_epoch_is_believed_if_it_is_the_only_one(connect: Connect) -> None:
+    with Fake() as master, sentinel(master.where, 1) as one:
+        named = one.answers["SENTINEL"]
+        one.answers["SENTINEL"] = lambda words, sock: (
+            b"-ERR unknown\r\n" if words[1] == b"MASTER" else named(words, sock)
+        )
+        assert list(connected(connect(f"redis+sentinel://{one.where}/m")).view().servers) == [master.where]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [b"*0\r\n", b"*2\r\n:1\r\n:2\r\n", b"*2\r\n$0\r\n\r\n$4\r\n6379\r\n", b"*2\r\n$1\r\nh\r\n$1\r\n0\r\n", b"+OK\r\n"],
+)
+def test_a_sentinel_that_talks_nonsense(connect: Connect, answer: bytes) -> None:
+    with Fake(SENTINEL=answer) as fake:
+        store = connect(f"redis+sentinel://{fake.where}/m")
+        wait_for(lambda: store.view().trouble, 30, "it is told", gevent.sleep)
+        assert "without an address" in str(store.view().trouble)
 
 
 def test_a_service_that_they_do_not_know(group: engines.Watched, connect: Connect) -> None:

@@ -283,6 +283,37 @@ def test_a_server_that_comes_back_empty_is_another_one(connect: Connect) -> None
         assert caller.until(Fate.ANSWERED).identity != first
 
 
+def test_a_server_that_reads_its_data(connect: Connect) -> None:
+    """It takes connections meanwhile, and answers LOADING; what it then has may be old."""
+    with engines.engine(engines.VALKEY_8) as server:
+        caller = Caller(connected(connect(server.url())), b"loading")
+        first = caller.call().identity
+        admin = server.client
+        admin.execute_command("DEBUG", "POPULATE", 1000)
+        admin.save()
+        caller.call()
+        server.kill()
+        server.start("key-load-delay 2000", "loading-process-events-interval-bytes 1024", wait=False)
+        wait_for(lambda: "LOADING" in str(caller.store.view().trouble), 30, "it is told", gevent.sleep)
+        assert caller.call().fate is Fate.UNSENT
+        reply = caller.until(Fate.ANSWERED)
+        assert reply.identity != first
+        assert server.client.lrange("loading", 0, 1) == [b"0", reply.value[1]], "the second call is forgotten"
+
+
+def test_a_server_that_sleeps(server: engines.Engine, caller: Caller) -> None:
+    """DEBUG SLEEP: it does nothing at all for as long as a call may take, and longer."""
+    other = server.client
+    sleeping = gevent.get_hub().threadpool.spawn(other.execute_command, "DEBUG", "SLEEP", "0.5")
+    lost = caller.until(Fate.LOST)
+    assert "no answer within 100 ms" in str(lost.trouble)
+    assert caller.call().fate is Fate.UNSENT
+    sleeping.get(timeout=30)
+    caller.until(Fate.ANSWERED)
+    assert caller.store.view().counts.connects == 1
+    caller.check(ran(server, caller))
+
+
 def test_a_store_that_was_never_there(connect: Connect) -> None:
     store = connect("redis://127.0.0.1:1")
     wait_for(lambda: store.view().trouble, 30, "it is told", gevent.sleep)
