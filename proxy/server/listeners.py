@@ -183,9 +183,11 @@ class Doors:
     # ---------------------------------------------------------------- looking at them
 
     def listening(self) -> list[Door]:
-        """The doors that are open."""
-        own, kept = self._listeners.values(), self._kept.values()
-        return [*(listener.door for listener in own), *(each.door for each in kept)]
+        """The doors that are open; in the order of `all_doors`, as they were at the start."""
+        own = [listener.door for listener in self._listeners.values()]
+        kept = [each.door for each in self._kept.values()]
+        last = [door for door in own if door.protocol == STATUS] if kept else []
+        return [*(door for door in own if door not in last), *kept, *last]
 
     def _door(self, endpoint: Endpoint) -> Door:
         kept = self._kept.get(endpoint)
