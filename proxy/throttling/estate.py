@@ -346,6 +346,8 @@ _END = 1
 _PART, _THROTTLE, _LINE, _PATH, _ACCOUNT, _SLOWDOWN = 2, 3, 6, 8, 10, 13
 
 _encoder = msgspec.msgpack.Encoder()
+_head = msgspec.msgpack.Decoder(Head)
+_fields = msgspec.msgpack.Decoder(list[object])
 _records: msgspec.msgpack.Decoder[list[AnyRecord]] = msgspec.msgpack.Decoder(list[AnyRecord])
 _raws = msgspec.msgpack.Decoder(list[msgspec.Raw])
 _record: msgspec.msgpack.Decoder[AnyRecord] = msgspec.msgpack.Decoder(AnyRecord)
@@ -463,7 +465,7 @@ def _opened(chunk: bytes) -> tuple[Head, list[msgspec.Raw]]:
     """The head, whose first fields are looked at before it is known what the others are."""
     try:
         raws = _raws.decode(chunk)
-        first = msgspec.msgpack.decode(raws[0], type=list[object])
+        first = _fields.decode(raws[0])
     except (msgspec.DecodeError, IndexError):
         raise Unreadable("it is no state of throttles") from None
     if first[:2] != [0, MAGIC] or len(first) < 4:
@@ -471,7 +473,7 @@ def _opened(chunk: bytes) -> tuple[Head, list[msgspec.Raw]]:
     if first[2] != MAJOR:
         raise Unreadable(f"its format is {first[2]}.{first[3]}, and this program knows {MAJOR}.{MINOR}")
     try:
-        return msgspec.msgpack.decode(raws[0], type=Head), raws
+        return _head.decode(raws[0]), raws
     except msgspec.DecodeError as error:
         raise Unreadable(f"its head is damaged: {error}") from None
 
@@ -494,7 +496,7 @@ def _some_known(raws: list[msgspec.Raw], newer: bool, counts: dict[int, int]) ->
     try:
         for raw in raws:
             if newer:
-                kind = msgspec.msgpack.decode(raw, type=list[object])[0]
+                kind = _fields.decode(raw)[0]
                 if isinstance(kind, int) and kind >= _KINDS:
                     _count(kind, counts)
                     continue

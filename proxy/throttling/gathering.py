@@ -260,8 +260,10 @@ class Gathering:
 
     def _places(self, places: Places) -> Iterator[Record]:
         self._look()
-        number, first = self._path_of(places.throttles) if places.throttles else (-1, ())
-        assert number is not None, "a throttle with places is known"
+        # (One that was forgotten before its connection came counts for nobody else.)
+        throttles = tuple([each for each in places.throttles if each in self._throttles])
+        number, first = self._path_of(throttles) if throttles else (-1, ())
+        assert number is not None
         yield from first
         flows = []
         for flow in places.flows:

@@ -92,7 +92,7 @@ class PlaceBook:
         """Places for this ticket, or it waits; as `admit`, but it is told by `admitted` in any case."""
         if ticket.waiting:
             self._try(ticket, now)
-            if ticket.places is not None and ticket not in self.admitted:
+            if ticket.places is not None:  # (one that did not wait is not told by that)
                 self.admitted.append(ticket)
             self._pump([], now)
 

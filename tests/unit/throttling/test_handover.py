@@ -390,6 +390,27 @@ def test_places_of_a_session_that_is_back_are_advised_about_as_one_owners() -> N
     assert bench.manager.throttles[KEY].used == 4
 
 
+def test_places_under_a_throttle_that_was_forgotten_meanwhile_are_handed_over() -> None:
+    """Their flows were looked up before its session ended, and it was made anew since."""
+    bench = Succession()
+    session = bench.session("a")
+    bench.register(session, (KEY, part(places=2)), (ALL, part(places=3)))
+    flows = bench.manager.flows(session, [0])
+    bench.manager.bye(session, bench.now)
+    bench.run(SECOND)
+    other = bench.session("b")
+    bench.register(other, (ALL, part(places=3)))
+    places = bench.manager.admit("a", 1.0, SOURCE, MX, flows, bench.now)
+    second = bench.opened("b", other)
+    assert isinstance(places, Places)
+    bench.exchange()
+    assert (set(bench.held), set(bench.manager.throttles)) == ({places.number, second.number}, {ALL})
+    assert bench.manager.throttles[ALL].used == 1
+    for each in bench.held.values():
+        bench.manager.release(each, bench.now)
+    assert bench.manager.throttles[ALL].used == 0
+
+
 def test_a_throttle_is_as_along_as_its_places() -> None:
     bench = Succession()
     session = bench.session("a")
