@@ -162,6 +162,18 @@ class Instances:
         self.leaving: Leaving | None = None
 
 
+class Neighbours(Protocol):
+    """Other workers."""
+
+    def pass_on(self, source: str, destination: Endpoint, passed: object, fd: int) -> bool:
+        """Give a client to the worker where connections between these two are held open, with the descriptor of its
+        socket, which is copied; False: that is here, or it cannot take anybody now. Does not wait.
+
+        Args:
+            passed: what that worker is to know, in whose `doors.front` it comes out again.
+        """
+
+
 class HostedConnection(Protocol):
     """What an operator can look at and end. None of these calls waits."""
 
@@ -236,6 +248,7 @@ class Services:
     Args:
         via: the way out through another proxy; None: we connect ourselves.
         office: places and slots. admission: the same with the sessions of native clients; only their doors use it.
+        neighbours: None: this process has all connections that are held open.
         newcomers: who has not said yet who it is.
         slowed: who gave a wrong secret once too often, and waits for the answer.
         identity: what the native listener shows as TLS server; None: it speaks in clear.
@@ -265,6 +278,7 @@ class Services:
     office: Office
     admission: Admission
     via: Via | None
+    neighbours: Neighbours | None
     identity: ServerIdentity | None
     mta_context: SSLContext | None
     door_context: SSLContext | None

@@ -131,6 +131,8 @@ class Proxy:
             for name, value in os.environ.items()
             if not name.startswith("GREENARROW_PROXY_") or name == "GREENARROW_PROXY_RELAY"  # which engine
         }
+        if "PROXY_TEST_WORKERS" in os.environ:  # run any test with several processes
+            environ["GREENARROW_PROXY_WORKERS"] = os.environ["PROXY_TEST_WORKERS"]
         for name in ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "JOURNAL_STREAM"):
             environ.pop(name, None)
         self._process = subprocess.Popen(

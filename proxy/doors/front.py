@@ -8,11 +8,13 @@ logged as one line.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from gevent import sleep
 
 from proxy.doors.carriage import Carriage
+from proxy.doors.passing import Passed, pass_on, taken_over
 from proxy.doors.presence import HALF_CLOSED
 from proxy.doors.record import Visit
 from proxy.doors.request import greet
@@ -26,7 +28,7 @@ from proxy.egress import upstream
 from proxy.egress.via import Via
 from proxy.errors import ClientNotAllowed, ProxyError
 from proxy.model import Accepted, Ending, Endpoint, Handshake, Route
-from proxy.net.conversation import send_all
+from proxy.net.conversation import send_all, watch_over
 from proxy.net.relay import GONE, RawSocket, keep_alive
 from proxy.net.tls import PlainStream, TlsStream
 from proxy.services import Door, Services
@@ -47,11 +49,30 @@ def serve(
         refusal: the proxy is full or shuts down: do the handshake, then say this instead of connecting.
     """
     visit = Visit(services, door, sock, address)
+    if services.access.client_allowed(visit.client.host, door.protocol):
+        _guarded(visit, lambda: _run(visit, refusal))
+    else:
+        visit.failed(ClientNotAllowed(f"{visit.client.host} is not in allow_from"))
+        visit.leave()
+
+
+def go_on(services: Services, door: Door, sock: RawSocket, passed: Passed) -> None:
+    """Serve a client of mode smtp that another worker has passed on. Never raises."""
+    visit = taken_over(services, door, sock, passed)
+
+    def run() -> None:
+        watch_over(services.engine, sock)
+        services.engine.watch(sock.fileno(), visit.miss)
+        visit.missed = True
+        _mediate(visit, passed.handshake, passed.source, passed.destination)
+
+    _guarded(visit, run)
+
+
+def _guarded(visit: Visit, run: Callable[[], None]) -> None:
+    services = visit.services
     try:
-        if not services.access.client_allowed(visit.client.host, door.protocol):
-            visit.failed(ClientNotAllowed(f"{visit.client.host} is not in allow_from"))
-            return
-        _run(visit, refusal)
+        run()
     except ProxyError as error:
         visit.failed(error)
         visit.tell(error)
@@ -88,7 +109,8 @@ def _run(visit: Visit, refusal: ProxyError | None) -> None:
     source, destination = check_route(visit, request.route)
     modes = visit.services.modes
     if modes.any_smtp and modes.is_smtp(visit.instance, visit.door.configured, destination):
-        _mediate(visit, handshake, source, destination)
+        if not pass_on(visit, handshake, source, destination):
+            _mediate(visit, handshake, source, destination)
     elif visit.stream is None:
         _hand_over(visit, handshake, connect(visit, source, destination))
     else:

@@ -41,13 +41,19 @@ class Visit:
         *("relayed", "hosted", "missed", "reply", "state"),
     )
 
-    def __init__(self, services: Services, door: Door, sock: RawSocket, address: tuple[Any, ...]) -> None:
+    def __init__(
+        self, services: Services, door: Door, sock: RawSocket, address: tuple[Any, ...], number: int = 0
+    ) -> None:
+        """
+        Args:
+            number: that another process has given it, and counted it as accepted; 0: it is new.
+        """
         self.services = services
         self.door = door
         self.socket = sock
         self.client = Endpoint(address[0], address[1])
         self.handshake: Handshake | None = None
-        self.number = next(numbers)
+        self.number = number or next(numbers)
         self.started = monotonic()
         self.instance = ""
         self.source = ""
@@ -64,7 +70,8 @@ class Visit:
         self.stream: TlsStream | None = None  # None: the socket itself
         services.instances.connections[self] = None
         door.open_connections += 1
-        services.counters.accepted.count(door.protocol)
+        if not number:
+            services.counters.accepted.count(door.protocol)
 
     # ---------------------------------------------------------------- the client's bytes
 

@@ -70,7 +70,7 @@ cdef extern from *:
     """
     unsigned RELAY_IN, RELAY_OUT, RELAY_ERR, RELAY_DEAD, RELAY_CLOSING, RELAY_RDHUP, RELAY_REGISTERED, RELAY_SPLICE_FLAGS
     unsigned RELAY_URGENT, RELAY_UNSURE
-    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, MSG_MORE, MSG_NOSIGNAL, SHUT_WR, O_NONBLOCK, O_CLOEXEC, F_SETPIPE_SZ
+    int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, MSG_MORE, MSG_NOSIGNAL, SHUT_WR, O_NONBLOCK, O_CLOEXEC, F_SETPIPE_SZ
     ctypedef union epoll_data_t:
         int fd
     cdef struct epoll_event:
@@ -263,6 +263,14 @@ cdef class Engine:
         if fd >= 0:
             self._check(fd)
             self._set_callback(fd, callback)
+
+    def forget(self, sock):
+        cdef int fd = sock.fileno()
+        self._check(fd)
+        self._set_callback(fd, None)
+        if epoll_ctl(self._epoll, EPOLL_CTL_DEL, fd, NULL) < 0:
+            raise _os_error()
+        sock.close()
 
     def close(self, sock, bint reset=False):
         cdef int fd = sock.fileno()

@@ -264,6 +264,13 @@ class Engine:
         if fd >= 0:
             self._table[fd] = callback
 
+    def forget(self, sock: RawSocket) -> None:
+        """Close our descriptor of a registered socket that another process has, too: it has no events here any more."""
+        fd = sock.fileno()
+        self._table[fd] = None
+        self._epoll.unregister(fd)
+        sock.close()
+
     def close(self, sock: RawSocket, reset: bool = False) -> None:
         """Close a socket that is or was registered; with `reset` the peer sees RST instead of FIN."""
         fd = sock.fileno()

@@ -189,6 +189,11 @@ class Doors:
         last = [door for door in own if door.protocol == STATUS] if kept else []
         return [*(door for door in own if door not in last), *kept, *last]
 
+    def door_at(self, configured: Endpoint) -> Door | None:
+        """The door that is open there."""
+        listener = self._listeners.get(configured)
+        return listener.door if listener is not None else None
+
     def _door(self, endpoint: Endpoint) -> Door:
         kept = self._kept.get(endpoint)
         return kept.door if kept is not None else self._listeners[endpoint].door

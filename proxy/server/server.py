@@ -170,16 +170,18 @@ class Server:
         log.note(log.Event.START, log.INFO, f"greenarrow_proxy {__version__} starts", pid=os.getpid())
         try:
             self._take(self._prepare(self._first, hold_breath), hold_breath)
-            self._workers.start(self._plan(self._first.settings))
         except ListenError as error:
             log.note(log.Event.LISTEN, log.ERROR, str(error))
             return EXIT_CANNOT_LISTEN
-        except ConfigError:
-            self._workers.kill()
-            raise
         _tell_doubts(self._first, hold_breath)
         close_unclaimed(self._inherited)
         self._signals.watch()
+        with self._reloading:
+            try:
+                self._workers.start(self._plan(self._first.settings))
+            except ConfigError:
+                self._workers.kill()
+                raise
         self._wiring.watch_addresses()
         process.log_what_the_hub_catches(self._wiring.counters)
         TurnMeter(SPANS.turn)

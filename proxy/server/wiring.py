@@ -40,7 +40,7 @@ from proxy.policy.tls_rules import TlsRules
 from proxy.policy.trouble import Troubles
 from proxy.server import check_config
 from proxy.server.certificates import Certificates
-from proxy.services import Gauges, Instances, Newcomers, Services
+from proxy.services import Gauges, Instances, Neighbours, Newcomers, Services
 from proxy.settings import Settings
 from proxy.stats import Counters
 
@@ -93,6 +93,7 @@ class Wiring:
         self._tls_sessions = Sessions()
         self._acquaintances = Acquaintances()
         self._via: via.Via | None = None
+        self.neighbours: Neighbours | None = None
         self.services: Services
 
     # ---------------------------------------------------------------- settings
@@ -135,6 +136,7 @@ class Wiring:
             office=self.office,
             admission=self.admission,
             via=via.of_settings(self.engine, settings, socket.gethostname(), self._via),
+            neighbours=self.neighbours,
             identity=identity if settings.listen and settings.listen_tls else None,
             mta_context=identity.mta_context if identity is not None and settings.mode_smtp_starttls else None,
             door_context=door_context,

@@ -17,6 +17,8 @@ import gevent
 from gevent.event import Event
 from gevent.queue import Queue
 
+from proxy.doors import front
+from proxy.doors.passing import Passed
 from proxy.egress.admission import Admission, clock_ns
 from proxy.egress.office import Office
 from proxy.egress.remote import Remote
@@ -24,6 +26,7 @@ from proxy.errors import ConfigError
 from proxy.log import lines as log
 from proxy.log import outputs
 from proxy.model import Endpoint, hold_breath
+from proxy.net.relay import RawSocket
 from proxy.net.seam import Seam
 from proxy.net.turn_meter import TurnMeter
 from proxy.net.turns import Breather
@@ -34,13 +37,14 @@ from proxy.server.drain import drain
 from proxy.server.here import Here
 from proxy.server.listener import ListenError
 from proxy.server.listeners import Doors, Opened, close_all, standard_doors
+from proxy.server.neighbours import Neighbours
 from proxy.server.orders import Begin, Plan, pack, unpack
 from proxy.server.questions import Answering
 from proxy.server.reception import Reception
 from proxy.server.routine import sweep_forever
 from proxy.server.vitals import Vitals
 from proxy.server.wiring import Prepared, Wiring
-from proxy.services import Services
+from proxy.services import Door, Services
 from proxy.spans import SPANS
 from proxy.status.parts import Part
 from proxy.throttling.manager import Manager
@@ -101,6 +105,7 @@ class Worker:
         self._wiring: Wiring | None = None
         self._remote: Remote | None = None
         self._answering: Answering | None = None
+        self._neighbours: Neighbours | None = None
         self._prepared: tuple[Prepared, Opened, Plan] | None = None
         self._end = Event()
         self._drain_timeout = 0.0
@@ -199,8 +204,15 @@ class Worker:
         numbers.count_as(begin.number, begin.step, begin.above)
 
     def _meet(self, _: object, fds: list[int]) -> None:
-        for fd in fds:
-            os.close(fd)
+        assert self._begun is not None
+        self._neighbours = Neighbours(self._begun.number - 1, fds[0], fds[1:], self._take_over)
+
+    def _take_over(self, passed: Passed, sock: RawSocket) -> None:
+        """A client that another worker has passed on."""
+        services = self._services
+        sock.setblocking(False)
+        door = self._doors.door_at(passed.door) or Door(passed.handshake.protocol, passed.door)
+        services.crew.run(front.go_on, services, door, sock, passed)
 
     # ---------------------------------------------------------------- settings
 
@@ -228,6 +240,7 @@ class Worker:
     def _wire(self, begun: Begin, plan: Plan) -> None:
         wiring = self._wiring = Wiring(plan.settings, self._reserve.lent, self._office)
         wiring.incarnation = begun.incarnation
+        wiring.neighbours = self._neighbours
         vitals = Vitals(begun.number, self._reserve.lent)
         here = Here(lambda: self._services, lambda: self._part(vitals))
         self._answering = Answering(here)
@@ -263,6 +276,8 @@ class Worker:
         """What goes on beside the connections."""
         wiring = self._wiring
         assert wiring is not None
+        if self._neighbours is not None:
+            self._neighbours.begin()
         wiring.watch_addresses()
         process.log_what_the_hub_catches(wiring.counters)
         TurnMeter(SPANS.turn)

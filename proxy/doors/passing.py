@@ -1,0 +1,63 @@
+"""A client of mode smtp that came to another worker than the one where connections to its receiver are held open.
+
+Connections that are shared stand in one process, so their clients have to come there: by source and destination it is
+clear which that is. The client's socket is passed, with all that was decided about it; whoever takes it over goes on
+where the other one left off. In clear only: TLS cannot be passed.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from proxy.doors.record import Visit
+from proxy.model import Endpoint, Handshake
+from proxy.net.relay import RawSocket
+from proxy.services import Door, Services
+
+
+class Passed(NamedTuple):
+    """What was decided about a client.
+
+    Args:
+        door: where it came in, as configured. number, started: of its lines in the log.
+        handshake: in which the answer is still to be said; what came behind it is in there.
+    """
+
+    door: Endpoint
+    client: Endpoint
+    number: int
+    started: float
+    instance: str
+    source_name: str | None
+    source: str
+    destination: Endpoint
+    handshake: Handshake
+
+
+def pass_on(visit: Visit, handshake: Handshake, source: str, destination: Endpoint) -> bool:
+    """Give the client to the worker where it belongs; False: it belongs here, or there is no way to it now."""
+    services = visit.services
+    if services.neighbours is None or visit.stream is not None:
+        return False
+    door, client = visit.door.configured, visit.client
+    names = visit.instance, visit.source_name
+    passed = Passed(door, client, visit.number, visit.started, *names, source, destination, handshake)
+    if not services.neighbours.pass_on(source, destination, passed, visit.socket.fileno()):
+        return False
+    visit.now("passed", "passed on to the worker where connections to this receiver are held open")
+    services.engine.forget(visit.socket)
+    if visit.upstream is not None:  # bound only: the other binds one of its own
+        bound, visit.upstream = visit.upstream, None
+        services.engine.close(bound)
+        services.gauges.outgoing -= 1
+    return True
+
+
+def taken_over(services: Services, door: Door, sock: RawSocket, passed: Passed) -> Visit:
+    """The record of a client that another worker has passed on."""
+    visit = Visit(services, door, sock, passed.client, passed.number)
+    visit.started = passed.started
+    visit.instance, visit.source_name = passed.instance, passed.source_name
+    visit.source, visit.destination = passed.source, passed.destination
+    visit.handshake = passed.handshake
+    return visit
