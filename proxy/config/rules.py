@@ -204,8 +204,11 @@ def _throttle_blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:
             yield "throttle", block.name, f"{block.name}: per: `nothing` stands alone"
         if len(block.backoff) > MOST_BACKOFFS:
             yield "throttle", block.name, f"{block.name}: backoff: more than {MOST_BACKOFFS} rules in one block"
-        if block.scope != "proxy":
-            yield "throttle", block.name, f"{block.name}: scope: not available in this version: only proxy"
+        if block.scope == "cluster" and settings.throttle_store is None:
+            message = (
+                f"{block.name}: scope cluster needs a throttle_store, which keeps what counts over several proxies"
+            )
+            yield "throttle", block.name, message
 
 
 def _tls_blocks(settings: Settings, breathe: Breathe) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
@@ -28,6 +29,7 @@ from proxy.config.load import Loaded
 from proxy.control import door as control
 from proxy.egress.admission import Admission, clock_ns
 from proxy.egress.branch import Branches
+from proxy.egress.leases import Leases, make_cluster
 from proxy.egress.office import Office
 from proxy.errors import ConfigError
 from proxy.log import lines as log
@@ -98,6 +100,7 @@ class Server:
         self._wiring = Wiring(settings, self._reserve.lent, partial(self._office, settings))
         self._admission = self._wiring.admission
         self._store: store.Store | None = None
+        self._leases = Leases(self._admission)
         self._zone: tzinfo = UTC  # whose calendar days count
         self._stops = 0
         self._stop = Event()
@@ -145,7 +148,8 @@ class Server:
         self._first = loaded
 
     def _office(self, settings: Settings, parts: Wiring) -> tuple[Office, Admission]:
-        manager = Manager(parts.incarnation, clock_ns(), settings.throttle_enforce, parts.limits)
+        cluster = make_cluster(settings, socket.gethostname())
+        manager = Manager(parts.incarnation, clock_ns(), settings.throttle_enforce, parts.limits, cluster)
         admission = Admission(manager, self._make_way)
         self._branches = Branches(admission)
         return admission, admission
@@ -278,6 +282,7 @@ class Server:
                 reload_failure=lambda: self._reload_failure,
                 spare=self._reserve.lent,
                 book=self._wiring.book,
+                store=self._leases.figures,
             )
         )
 
@@ -285,7 +290,7 @@ class Server:
         """Put new settings in force. Nothing here can fail."""
         settings = prepared.wired.services.settings
         self._wiring.take(prepared.wired, breathe)
-        self._take_store(prepared.store)
+        self._take_store(prepared.store, settings)
         self._take_control(settings, prepared.control_socket, prepared.control_gid)
         self._steering.in_force, self._steering.limits = prepared.in_force, prepared.wired.limits
         self._in_force = InForce(prepared.digest, datetime.now(UTC))
@@ -300,7 +305,7 @@ class Server:
         self._wiring.tell_dialogues()
         self._reception.set_limit(settings.max_connections or self._descriptors_left() // 2)
 
-    def _take_store(self, wanted: store.Store | None) -> None:
+    def _take_store(self, wanted: store.Store | None, settings: Settings) -> None:
         """It connects, and goes on trying, by itself; nobody waits for it."""
         if wanted is not self._store:
             if self._store is not None:
@@ -308,6 +313,7 @@ class Server:
             if wanted is not None:
                 wanted.start()
             self._store = wanted
+        self._leases.use(wanted, settings)
 
     # ---------------------------------------------------------------- reload
 
@@ -397,7 +403,9 @@ class Server:
         """Stop what goes on without any connection: doors, look-ups, the control socket, the timer of throttles."""
         self._doors.close()
         self._wiring.look_ups.stop()
-        self._take_store(None)
+        self._leases.stop()
+        if self._store is not None:
+            self._store.stop()
         self._admission.stop()
         if self._control is not None:
             self._control.close()

@@ -314,7 +314,9 @@ local function places(time)
   if target < cap and short then
     now = target
   elseif not young then
-    now = math.max(cap, math.min(math.max(target, used + wanted + math.ceil(limit / 8)), limit - held))
+    -- Where nobody lacks any, some more than wanted: the next ones need not wait for a call.
+    local reach = short and target or math.max(target, used + wanted + math.ceil(limit / 8))
+    now = math.max(cap, math.min(reach, limit - held))
   end
   local number = mine[2]
   if now ~= cap or not known[id] then

@@ -174,11 +174,13 @@ class Adopting:
         throttle = blocks.adopted(key, record.kind == 2, self._now) if record.kind else registry.throttle(key)
         self._throttles.append(throttle)
         throttle.taken = record.taken
-        throttle.closed_until, throttle.closed_by = record.closed_until, record.closed_by
-        if not isinstance(throttle, Leased):  # what it may give out is known to the store
+        if isinstance(throttle, Leased):  # what it may give out is known to the store
+            throttle.adopt_places(record.cap)
+        else:
             throttle.windows = tuple([self._window(each) for each in record.windows])
             throttle.dormant = tuple([self._window(each) for each in record.dormant])
             throttle.slack, throttle.opens, throttle.cap = record.slack, record.opens, record.cap
+        throttle.closed_until, throttle.closed_by = record.closed_until, record.closed_by
         if record.shadow is not None:
             shadow = throttle.shadow = Shadow()
             shadow.patience, shadow.waited, shadow.refused = record.shadow

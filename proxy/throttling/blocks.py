@@ -308,12 +308,12 @@ class Blocks:
         return throttle
 
     def _make(self, key: Key, connections: bool, now: int) -> Throttle:
-        block = self._rules.blocks.get(key.name)
-        scope = self._scopes.setdefault(key.name, block.scope) if block is not None else "proxy"
-        if scope == "cluster" and self._cluster is not None and block is not None and block.enforce:
-            throttle: Throttle = self._cluster.make(key, True, "c" if connections else "m", now)
-        else:
-            throttle = Throttle(key, counts=True)
+        throttle: Throttle | None = None
+        block = self._rules.blocks.get(key.name) if self._cluster is not None else None
+        shared = block is not None and block.enforce and self._scopes.setdefault(key.name, block.scope) == "cluster"
+        if shared and self._cluster is not None:
+            throttle = self._cluster.make(key, True, "c" if connections else "m", now)
+        throttle = throttle or Throttle(key, counts=True)
         throttle.connections = connections
         return throttle
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from proxy.throttling.flows import Throttle
 from proxy.throttling.leasing import LEASED_AHEAD, Leased, Slot
+from proxy.throttling.limits import Effective
 from proxy.throttling.membership import ALONE, CALL, SHARE, VIEW, Clock, Member, left_for, share
 from proxy.throttling.throttle import MICROSECOND, MILLISECOND, SECOND, Key
 
@@ -84,8 +85,10 @@ class Cluster:
             `begin`.
         alone: the store does not answer, and each throttle goes on with our share.
         view: the members, as the store said last; one of them we.
+        store: whether there is one at all.
         trouble: why the last reply was not believed, in words; "": it was.
         told: of how many members we are one; 0: we have no share.
+        since: when we came to be alone, or together. granted: slots, of all throttles.
         discarded, epochs, degraded: replies that could not be believed; times that the store's memory was another one;
             times that we went on alone.
     """
@@ -95,7 +98,9 @@ class Cluster:
         self.throttles: dict[Leased, Account] = {}
         self.hungry: dict[Leased, None] = {}
         self.moved: dict[Leased, None] = {}
+        self.store = True
         self.alone = False
+        self.granted = 0
         self.view: tuple[Member, ...] = ()
         self.told = members
         self.trouble = ""
@@ -142,6 +147,11 @@ class Cluster:
         if self.alone:
             throttle.go_alone(self.told, throttle.alone_since, now)
             self._places_alone(throttle)
+
+    def share_of(self, throttle: Leased) -> Effective:
+        """What this proxy goes on with while the store does not answer."""
+        limits = tuple([limit._replace(amount=share(limit.amount, self.told)) for limit in throttle.limits])
+        return Effective(limits, self._share_of_places(throttle))
 
     @property
     def total(self) -> int:
@@ -333,7 +343,9 @@ class Cluster:
         throttle.users = int(value[3])
         throttle.expected = received + wait + (LEASED_AHEAD // 2 if wait else 0)
         if throttle.alone is None:
+            before = throttle.granted
             throttle.lease(_leased(value[4:], sent, received))
+            self.granted += throttle.granted - before
 
     def _word_at(self, identity: str) -> bytes:
         """The epoch, and which server it is: what another one has of a limit may be old."""
@@ -385,8 +397,11 @@ class Cluster:
     def _places_alone(self, throttle: Leased) -> None:
         """No more than it had, and no more than its share; what is open stays so."""
         if throttle.places:
-            own = min(throttle.cap_here, share(throttle.places, self.told))
+            own = min(throttle.cap_here, self._share_of_places(throttle))
             throttle.set_places(max(own, self._place_for_each(throttle) if self.told else 0))
+
+    def _share_of_places(self, throttle: Leased) -> int:
+        return share(throttle.places, self.told)
 
 
 def _short(identity: str) -> bytes:

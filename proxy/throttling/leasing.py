@@ -113,7 +113,7 @@ class Leased(Throttle):
         self.granted += len(self._slots) - before
 
     def earliest(self, now: int) -> int:
-        if self.closed_until > now:
+        if self.closed_until > now or not self.limits:
             return super().earliest(now)
         if self.alone is not None:
             return self.alone.earliest(now) if not self.barred else now + SECOND
@@ -177,6 +177,10 @@ class Leased(Throttle):
 
     def _slack_range(self, limit: Limit) -> tuple[int, int]:
         return (LATENESS, LATENESS) if self.counts else slack_range(limit.seconds)
+
+    def adopt_places(self, cap: int) -> None:
+        """So many were ours in the process before this one, whose sockets go on."""
+        self.cap_here = cap
 
     def limit_to(self, limits: tuple[Limit, ...], start: int, now: int) -> bool:
         """As of any throttle; what was leased before counted under the old terms, and is gone."""
