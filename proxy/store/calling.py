@@ -20,8 +20,8 @@ from proxy.store.wire import ErrorReply, command, script_call
 ROUNDS = 4
 #: Nanoseconds that a server may owe an answer before it gets no more calls.
 PATIENCE_NS = 100_000_000
-#: Replies after which the server is of no use, and must be found anew.
-_WRONG_SERVER = frozenset(("READONLY", "LOADING", "MASTERDOWN", "NOAUTH"))
+#: In replies after which the server is of no use, and must be found anew; the first also out of a script.
+_WRONG_SERVER = ("READONLY", "LOADING", "MASTERDOWN", "NOAUTH")
 
 Route = Node | Trouble
 
@@ -142,6 +142,8 @@ class Calling:
             self._replies[place] = Reply(Fate.ANSWERED, answer, None, batch.sent_ns, batch.received_ns, sent.identity)
             return
         trouble = sent.link.refusal("call", answer)
+        if any(word in trouble.reply for word in _WRONG_SERVER):
+            sent.node.give_up(trouble)
         if not ran_nothing(answer):
             self._reply(place, Fate.LOST, trouble)
             return
@@ -156,8 +158,6 @@ class Calling:
             self.left[place] = sent.node
         else:
             self._reply(place, Fate.REFUSED, trouble)
-            if answer.code in _WRONG_SERVER:
-                sent.node.give_up(trouble)
 
     def _give_up(self, place: int, trouble: Trouble) -> None:
         """It cannot go out (again): not at all, or the server has refused it."""
