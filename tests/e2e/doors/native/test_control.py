@@ -455,7 +455,8 @@ def test_a_path_by_names_frame_by_frame(named):
         rule = [["r", [[10, 1, 1]]]]
         raw.tell(REG, [[1, None, rule, "vmta7", "mta5.yahoodns.example", "yahoo.example"]])
         id, throttles, *_, warning = raw.limit()
-        assert (id, len(throttles), warning) == (1, 1, "")
+        assert (id, len(throttles)) == (1, 1)
+        assert "known" not in warning, "no word on the names; on a slow round trip there may be one"
         for fields, why in (
             ((None, rule, "typo"), "source typo is not known"),
             (("127.0.7.7", rule, None, "no host name"), "mx no host name"),
