@@ -174,8 +174,10 @@ class Watched:
     """A master with two replicas, watched by three Sentinels."""
 
     def __init__(self, kind: str, path: Path, password: str = "") -> None:
-        self.master = Engine(kind, path / "0", password=password)
+        fence = ["min-replicas-to-write 1"]
+        self.master = Engine(kind, path / "0", fence, password)
         of_master = [f"replicaof {self.master.host} {PORT}", *([f'masterauth "{password}"'] if password else [])]
+        of_master += fence
         self.replicas = [Engine(kind, path / str(number), of_master, password) for number in (1, 2)]
         watch = [
             f"sentinel monitor {SERVICE} {self.master.host} {PORT} 2",

@@ -41,7 +41,9 @@ class _Sent(NamedTuple):
 
 
 class Calling:
-    """Args:
+    """Some calls on their way.
+
+    Args:
         route: who has a key. redirected: who is to be asked instead.
 
     Attributes:

@@ -26,7 +26,9 @@ REFRESH = 30.0
 
 
 class Cluster:
-    """Args:
+    """All servers of a cluster that keys of ours are on.
+
+    Args:
         seeds: servers to begin with.
         changed: called when a connection comes and goes.
 

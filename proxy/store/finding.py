@@ -1,7 +1,9 @@
 """Which server it is: the configured one, or the master that Sentinels name.
 
-All Sentinels are asked at once, and the newest word counts: each change of the master has a larger epoch, and one that
-is cut off from the others may still name the old master. Whoever is named must say itself that it is a master.
+All Sentinels are asked at once, and the newest word counts: each change of the master has a larger epoch. Only the word
+of one that sees the majority of them counts at all (SENTINEL CKQUORUM): on the other side of a broken network there may
+be a second master by now, of which the proxies over there have the whole of each limit. Whoever is cut off with the old
+one must not go on with it. Whoever is named must say itself that it is a master.
 """
 
 from __future__ import annotations
@@ -16,8 +18,11 @@ from proxy.store.link import Link
 from proxy.store.servers import Server, Trouble
 from proxy.store.wire import ErrorReply, command
 
-#: Seconds for one Sentinel.
+#: Seconds for one Sentinel, and between two looks at them. Cut off from each other, they know it as soon as those on
+#: the other side know that they have to name a new master, which then takes them a second or so.
 PATIENCE = 1.0
+LOOK = 0.5
+_QUESTIONS = (b"get-master-addr-by-name", b"MASTER", b"CKQUORUM")
 
 
 def usable(found: tuple[Link, Server]) -> tuple[Link, Server]:
@@ -48,9 +53,11 @@ class Word(NamedTuple):
 
 
 class Sentinels:
-    """Args:
-    dialler: towards the Sentinels, with their credentials. to_master: towards what they name.
-    service: as they call it.
+    """All that are named.
+
+    Args:
+        dialler: towards the Sentinels, with their credentials. to_master: towards what they name.
+        service: as they call it.
     """
 
     def __init__(self, dialler: Dialler, to_master: Dialler, servers: Sequence[tuple[str, int]], service: str) -> None:
@@ -69,15 +76,12 @@ class Sentinels:
         return usable(self._to_master.connect(self._master))
 
     def still(self, server: Server) -> None:
-        """Whether they name the same master as before. That none of them can be asked changes nothing.
+        """Whether they name the same master as before.
 
         Raises:
-            Trouble: step `sentinel`; they name another one.
+            Trouble: step `sentinel`; they name another one, or none that sees the others can be asked.
         """
-        try:
-            named = self.ask()
-        except Trouble:
-            return
+        named = self.ask()
         if named != self._master and self._master is not None:
             raise Trouble("sentinel", name_of(self._master), f"the master is {name_of(named)} now")
 
@@ -90,7 +94,7 @@ class Sentinels:
         """Who is the master.
 
         Raises:
-            Trouble: step `sentinel`; none of them knows.
+            Trouble: step `sentinel`; none of them knows, or is one of the majority.
         """
         asking = [gevent.spawn(self._ask_or_trouble, server) for server in self._servers]
         try:
@@ -127,14 +131,16 @@ class Sentinels:
         link = self._links.get(server)
         if link is None or link.trouble is not None:
             link = self._links[server] = self._reach(server)
-        questions = [command(b"SENTINEL", word, self._service) for word in (b"get-master-addr-by-name", b"MASTER")]
-        address, state = link.ask(questions, PATIENCE, "sentinel")
+        questions = [command(b"SENTINEL", word, self._service) for word in _QUESTIONS]
+        address, state, quorum = link.ask(questions, PATIENCE, "sentinel")
         if isinstance(address, ErrorReply):
             unknown = address.code == "NOAUTH"
             link.close(trouble := link.refusal("auth" if unknown else "sentinel", address))
             raise trouble
         if address is None:
             raise Trouble("sentinel", link.where, f"it knows no service {self._service.decode()}")
+        if isinstance(quorum, ErrorReply) and quorum.code == "NOQUORUM":
+            raise link.refusal("sentinel", quorum)
         return Word(_epoch(state), _address(address, link.where))
 
     def _reach(self, server: tuple[str, int]) -> Link:

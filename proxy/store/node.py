@@ -31,10 +31,12 @@ Find = Callable[[], tuple[Link, Server]]
 
 
 class Node:
-    """Args:
+    """A server that shall always be connected.
+
+    Args:
         find: a connection to the server that it shall be, logged in. Raises Trouble.
         still: whether that server is still the right one; called now and then. Raises Trouble if it is not.
-        changed: called when the connection comes and goes.
+        changed: called when the connection comes and goes. look: seconds between two looks at it.
 
     Attributes:
         link, server: the connection and who is there; None while there is none.
@@ -47,13 +49,14 @@ class Node:
         find: Find,
         changed: Callable[[Node], object],
         still: Callable[[Server], object] = lambda server: None,
+        look: float = WATCH,
     ) -> None:
         self.link: Link | None = None
         self.server: Server | None = None
         self.trouble: Trouble | None = None
         self.attempts = 0
         self.connects = 0
-        self._find, self._still, self._changed = find, still, changed
+        self._find, self._still, self._changed, self._look = find, still, changed, look
         self._running: Greenlet[Any] | None = None
 
     @property
@@ -112,7 +115,7 @@ class Node:
 
     def _watch(self, link: Link) -> Trouble:
         """Look at it now and then until it ends; why it has."""
-        while not link.ended.wait(WATCH):
+        while not link.ended.wait(self._look):
             try:
                 server = read_info(link, link.ask(INFO, ANSWER, "info"))
                 if not server.is_master:

@@ -100,6 +100,9 @@ def _sentinels(dialler: Dialler, settings: StoreSettings) -> Iterator[Found]:
         together.stop()
     try:
         yield from _look(link, known, _key(lambda slot: True))
+        if not known.fenced:
+            text = "min-replicas-to-write 1 there keeps a master that is cut off from granting beside its successor"
+            yield Found(False, f"{link.where}: {text}")
     finally:
         _leave(link)
 

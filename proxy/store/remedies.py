@@ -17,7 +17,7 @@ RIGHTS = "docs/configuration.md has the line for ACL SETUSER"
 def passes(trouble: Trouble) -> bool:
     """Whether it may be over by itself, without another configuration here or there."""
     if trouble.reply:
-        return trouble.reply.split(" ")[0] in ("LOADING", "MASTERDOWN", "BUSY", "TRYAGAIN", "CLUSTERDOWN")
+        return trouble.reply.split(" ")[0] in ("LOADING", "NOQUORUM", "MASTERDOWN", "BUSY", "TRYAGAIN", "CLUSTERDOWN")
     return trouble.step in _PASSING or (trouble.step == "sentinel" and trouble.number != 0)
 
 
@@ -52,6 +52,10 @@ _REPLIES = (
     ("ERR SELECT is not allowed in cluster mode", "it is one node of a cluster: write redis+cluster://"),
     ("ERR This instance has cluster support disabled", "it is no cluster: write redis:// without +cluster"),
     ("ERR No such master with that name", "SENTINEL MASTERS lists the names that they know"),
+    (
+        "NOQUORUM",
+        "most of the Sentinels are away, or a network is broken: there may be another master on its other side",
+    ),
     ("LOADING", "it reads its data, and will be there soon"),
     ("MASTERDOWN", "it is a replica without its master"),
     ("READONLY", "it is a replica: name its master, or its Sentinels with redis+sentinel://"),

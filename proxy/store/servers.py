@@ -25,6 +25,7 @@ class Server(NamedTuple):
         run_id: another one after each start. replication_id: another one after each promotion.
         master: of a replica, `host:port`, else "". mode: `standalone`, `sentinel` or `cluster`.
         evicting: the policy by which it throws keys away when its memory is full, "": it does not, and says so then.
+        fenced: it takes no writes while no replica follows it (min-replicas-to-write).
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Server(NamedTuple):
     mode: str = ""
     master: str = ""
     evicting: str = ""
+    fenced: bool = False
 
     @property
     def identity(self) -> str:
@@ -90,6 +92,7 @@ def server_of(fields: Mapping[str, str]) -> Server:
         mode,
         f"{host}:{port}" if host else "",
         policy if evicts else "",
+        "min_slaves_good_slaves" in fields,
     )
 
 

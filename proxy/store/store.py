@@ -19,7 +19,7 @@ from proxy.store.calling import ROUNDS, Calling
 from proxy.store.calls import Call, Fate, Reply, Script
 from proxy.store.cluster import Cluster
 from proxy.store.dial import dialler_of, name_of, towards_sentinels
-from proxy.store.finding import Sentinels, usable
+from proxy.store.finding import LOOK, Sentinels, usable
 from proxy.store.node import Node
 from proxy.store.servers import Server, Trouble
 from proxy.store.slots import Redirect
@@ -106,7 +106,7 @@ class Store:
         elif settings.kind == "sentinel":
             towards = towards_sentinels(dialler, settings)
             self._sentinels = Sentinels(towards, dialler, settings.servers, settings.service)
-            self._node = Node(self._sentinels.find, self._changed, self._sentinels.still)
+            self._node = Node(self._sentinels.find, self._changed, self._sentinels.still, LOOK)
         else:
             server = settings.path or settings.servers[0]
             self._node = Node(lambda: usable(dialler.connect(server)), self._changed)

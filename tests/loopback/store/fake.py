@@ -26,7 +26,9 @@ def bulk(text: bytes) -> bytes:
 
 
 class Fake:
-    """Args:
+    """One such server.
+
+    Args:
         answers: first word of a command, in capitals → bytes, or what makes them of its words and the socket; None: no
             answer. Of what is not in it: OK.
 

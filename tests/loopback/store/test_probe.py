@@ -134,6 +134,9 @@ def group() -> Iterator[engines.Watched]:
 
 def test_sentinels(group: engines.Watched, ask) -> None:
     assert ask(group.url) == []
+    group.master.client.config_set("min-replicas-to-write", 0)
+    assert only(ask(group.url))[1].startswith(f"{group.master.where}: min-replicas-to-write 1 there keeps a master")
+    group.master.client.config_set("min-replicas-to-write", 1)
     error, message = ask(group.url.replace("mymaster", "yours"))[-1]
     assert error
     assert "it knows no service yours" in message
