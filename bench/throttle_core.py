@@ -284,6 +284,9 @@ def handing_over(count: int) -> None:
         chunks.append(chunk)
         breathe()
     done("gathering")
+    done_at_once = Manager(1, now).adopt_as_it_comes(iter(chunks), now, breathe)
+    assert len(done_at_once) == count
+    done("reading and adopting as it comes")
     reader = Reader()
     for chunk in chunks:
         reader.feed(chunk)

@@ -31,7 +31,7 @@ Former = Throttle | Path
 
 
 class Adopting:
-    """One estate, on its way into a new manager.
+    """One estate, on its way into a new manager: `begin`, `take` piece by piece, `finish`.
 
     Args:
         former: told of each of these. breathe: called now and then; lets others have their turn.
@@ -40,12 +40,9 @@ class Adopting:
         held: the places of sockets that the other process has, by its numbers.
     """
 
-    def __init__(
-        self, core: Core, left: estate.Estate, former: Callable[[Former], None], now: int, breathe: Callable[[], None]
-    ) -> None:
+    def __init__(self, core: Core, former: Callable[[Former], None], now: int, breathe: Callable[[], None]) -> None:
         self.held: dict[int, Places] = {}
         self._core = core
-        self._left = left
         self._remember = former
         self._now = now
         self._breathe = breathe
@@ -58,10 +55,9 @@ class Adopting:
         self._overrides: list[tuple[int, Override]] = []
         self._unseen: list[tuple[str, str]] = []
         self._flows: dict[tuple[str, int, int], Flow] = {}
-
-    def run(self) -> None:
-        self._head(self._left.head)
-        take: dict[type[Record], Callable[[Any], None]] = {
+        self._next_override = 1
+        self._done = 0
+        self._takers: dict[type[Record], Callable[[Any], None]] = {
             estate.ThrottleOf: self._throttle,
             estate.StakeOf: self._stake,
             estate.PartOf: self._part,
@@ -80,31 +76,47 @@ class Adopting:
             estate.LookAtOf: self._look_at,
             estate.PlacesOf: self._places,
         }
-        for number, record in enumerate(self._left.records, 1):
-            taker = take.get(type(record))
-            if taker is not None:  # what happens meanwhile is none of these
-                taker(record)
-            if number % STEP == 0:
-                self._breathe()
-        self._core.overrides.adopt(self._overrides, self._left.head.next_override)
-        for name, source in self._unseen:
-            self._core._registry.overridden(Override(name, source, False, 0, (), 0))
-        for number, (key, slowdown) in enumerate(self._slowdowns, 1):
-            self._core.blocks.adopt_slowdown(key, slowdown, self._now)
-            if number % STEP == 0:
-                self._breathe()
-        for number, throttle in enumerate(self._throttles, 1):
-            self._watch(throttle)
-            if number % STEP == 0:
-                self._breathe()
 
-    def _head(self, head: estate.Head) -> None:
+    def begin(self, head: estate.Head) -> None:
+        """
+        Raises:
+            Unreadable: it is of another machine, or of before its start.
+        """
+        if head.at > self._now:
+            raise estate.Unreadable("it was written later than now by this machine's clock: it is another machine's")
         core, audit = self._core, self._core._audit
         core.incarnation = head.incarnation
         core._registry.adopt(head.start)
         core.blocks.adopt(head.start, head.day)
         core.blocks.backoffs.begun = head.begun
         audit.known_from, audit.unpermitted, audit.late = head.known_from, head.unpermitted, head.late
+        self._next_override = head.next_override
+
+    def take(self, records: list[Record]) -> None:
+        """These, in the order in which they were written."""
+        for record in records:
+            taker = self._takers.get(type(record))
+            if taker is not None:  # what happens meanwhile is none of these
+                taker(record)
+            self._turn_of_others()
+
+    def finish(self) -> None:
+        """That was all."""
+        self._core.overrides.adopt(self._overrides, self._next_override)
+        for name, source in self._unseen:
+            self._core._registry.overridden(Override(name, source, False, 0, (), 0))
+        for key, slowdown in self._slowdowns:
+            self._core.blocks.adopt_slowdown(key, slowdown, self._now)
+            self._turn_of_others()
+        for throttle in self._throttles:
+            self._watch(throttle)
+            self._turn_of_others()
+        self._takers.clear()  # no circle is left behind
+
+    def _turn_of_others(self) -> None:
+        self._done += 1
+        if self._done % STEP == 0:
+            self._breathe()
 
     def _stake(self, record: estate.StakeOf) -> None:
         throttle, part = self._throttles[record.throttle], self._parts[record.part]

@@ -403,27 +403,35 @@ class Estate(NamedTuple):
 class Reader:
     """Takes in the chunks, one after another; `finish` says whether these were all.
 
+    Args:
+        keep: all records, for `finish`; else each call of `feed` gives its own, and that is that.
+
+    Attributes:
+        head: the first record, once it has come.
+
     Raises:
         Unreadable: by each call; there is no way on after it.
     """
 
-    def __init__(self) -> None:
-        self._head: Head | None = None
+    def __init__(self, keep: bool = True) -> None:
+        self.head: Head | None = None
+        self._keep = keep
         self._end: End | None = None
         self._records: list[Record] = []
         self._counts: dict[int, int] = {0: 1}
         self._known = [0] * _KINDS
         self._checksum = 0
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: bytes) -> list[Record]:
+        """The records of this one, without head and end."""
         if self._end is not None:
             raise Unreadable("there is more after its end")
         before, self._checksum = self._checksum, crc32(chunk, self._checksum)
-        if self._head is None:
-            self._head, raws = _opened(chunk)
-            records = _some_known(raws[1:], self._head.minor > MINOR, self._counts)
+        if self.head is None:
+            self.head, raws = _opened(chunk)
+            records = _some_known(raws[1:], self.head.minor > MINOR, self._counts)
         else:
-            records = _decoded(chunk, self._head.minor > MINOR, self._counts)
+            records = _decoded(chunk, self.head.minor > MINOR, self._counts)
         for record in records:
             if isinstance(record, End):
                 self._end = record
@@ -433,13 +441,16 @@ class Reader:
                     )
             elif not _fits(record, self._known):
                 raise Unreadable(f"{type(record).__name__} names something that did not come before it")
-            else:
-                self._records.append(record)
+        if self._end is not None:
+            records.pop()
+        if self._keep:
+            self._records += records
+        return records
 
     def finish(self) -> Estate:
-        if self._head is None or self._end is None:
+        if self.head is None or self._end is None:
             raise Unreadable("its end is missing")
-        return Estate(self._head, self._records)
+        return Estate(self.head, self._records)
 
 
 def chunks_of(records: Iterable[Record]) -> Iterator[bytes]:

@@ -23,6 +23,9 @@ The one that comes, before anybody asks it for anything::
     held = manager.adopt(reader.finish(), now, breathe)
     manager.adopt_meanwhile(chunk, held, now) # each of the others
 
+or `held = manager.adopt_as_it_comes(chunks, now, breathe)`, which saves a third of the time with very many throttles,
+and leaves a manager that has to be thrown away if what comes is refused in the end.
+
 `held` has the places of each socket that the other process goes on to hold, by that one's `Places.number`: later
 `manager.release(held.pop(number), now)`, `swap`, `wanted`, `mail` or `replied` are what they always are. To take over
 from one that has others' places itself is the same again: `held` of the next has its numbers.
@@ -39,7 +42,7 @@ to be held against the permits of the new one, which grants them: `mail` with th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from proxy.throttling.adopting import Adopting, Former
 from proxy.throttling.audit import Gathered, Spent
@@ -50,10 +53,10 @@ from proxy.throttling.estate import (
     Estate,
     LeftOf,
     OwedOf,
+    Reader,
     Record,
     RepliedOf,
     SpentOf,
-    Unreadable,
     chunks_of,
     records_of,
 )
@@ -140,10 +143,30 @@ class Handover(Requests):
         Raises:
             Unreadable: it is of another machine, or of before its start.
         """
-        if estate.head.at > now:
-            raise Unreadable("it was written later than now by this machine's clock: it is another machine's")
-        adopting = Adopting(self, estate, self._remember(now + LEASE), now, breathe)
-        adopting.run()
+        adopting = Adopting(self, self._remember(now + LEASE), now, breathe)
+        adopting.begin(estate.head)
+        adopting.take(estate.records)
+        adopting.finish()
+        return adopting.held
+
+    def adopt_as_it_comes(
+        self, chunks: Iterable[bytes], now: int, breathe: Callable[[], None] = lambda: None
+    ) -> dict[int, Places]:
+        """As `adopt`, while the other process is still gathering: so both work at a time, and less time is lost.
+
+        Raises:
+            Unreadable: as by `adopt` and a `Reader`; what has come until then has been adopted, so this manager is good
+                for nothing.
+        """
+        reader, adopting = Reader(keep=False), Adopting(self, self._remember(now + LEASE), now, breathe)
+        for chunk in chunks:
+            begun = reader.head is not None
+            records = reader.feed(chunk)
+            if not begun and reader.head is not None:
+                adopting.begin(reader.head)
+            adopting.take(records)
+        reader.finish()
+        adopting.finish()
         return adopting.held
 
     def adopt_meanwhile(self, chunk: bytes, held: dict[int, Places], now: int) -> None:

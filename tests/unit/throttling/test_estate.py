@@ -9,10 +9,11 @@ import pytest
 
 from proxy.throttling import estate
 from proxy.throttling.estate import Reader, Unreadable
+from proxy.throttling.manager import Manager
 from proxy.throttling.overrides import Override
 from proxy.throttling.throttle import SECOND, Key, Limit
 from tests.unit.throttling.benches import ALL, KEY, OTHER, SOURCE, Bench, part
-from tests.unit.throttling.heirs import read
+from tests.unit.throttling.heirs import picture, read
 from tests.unit.throttling.test_backoff import House, block
 from tests.unit.throttling.test_handover import FEW, QUARTER
 
@@ -162,6 +163,25 @@ def test_chunks_have_a_bounded_size_and_others_their_turns() -> None:
     heir.adopt(read(chunks), bench.now, lambda: found.append(None))
     assert len(heir.throttles) == 4_000
     assert len(found) > 4_000 // 200
+
+
+def test_it_may_be_adopted_as_it_comes() -> None:
+    """The same, and not whole in memory."""
+    bench = many(1_000)
+    chunks = list(bench.manager.gather(bench.now))
+    heirs = [Manager(0, bench.now), Manager(0, bench.now)]
+    heirs[0].adopt(read(chunks), bench.now)
+    heirs[1].adopt_as_it_comes(iter(chunks), bench.now)
+    pictures = []
+    for heir in heirs:
+        heir.freeze(bench.now)
+        pictures.append(picture(read(heir.gather(bench.now))))
+    assert pictures[0] == pictures[1]
+    assert len(pictures[0]) > 3_000
+    with pytest.raises(Unreadable, match=r"^its end is missing$"):
+        Manager(0, bench.now).adopt_as_it_comes(chunks[:-1], bench.now)
+    with pytest.raises(Unreadable, match="another machine"):
+        Manager(0, bench.now).adopt_as_it_comes(chunks, bench.now - 1)
 
 
 @pytest.mark.parametrize("change", ["lost", "twice", "swapped", "more"])

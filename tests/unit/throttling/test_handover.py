@@ -17,7 +17,7 @@ from proxy.throttling.limits import BackoffRule, Mode
 from proxy.throttling.manager import Manager
 from proxy.throttling.overrides import Override
 from proxy.throttling.session import LEASE, PongRecord, Session
-from proxy.throttling.throttle import AHEAD, MILLISECOND, SECOND, Key, Limit
+from proxy.throttling.throttle import AHEAD, MILLISECOND, SECOND, Key, Limit, Past, Window, interval
 from tests.unit.throttling.benches import ALL, KEY, OTHER, SOURCE, Bench, count, part
 from tests.unit.throttling.heirs import heir_of, read
 from tests.unit.throttling.test_backoff import House, block
@@ -99,6 +99,18 @@ def test_what_was_given_out_ahead_is_not_given_again_and_changed_limits_come_aft
     throttle = bench.manager.throttles[KEY]
     assert (throttle.earliest(bench.now), throttle.opens) == (former.earliest(bench.now), former.opens)
     assert (throttle.taken, throttle.slack) == (former.taken, former.slack)
+
+
+def test_where_another_version_spaces_slots_otherwise_what_is_owed_is_owed_in_slots() -> None:
+    """As by any change of terms: three of its intervals of 2 s are three of ours of a second, and the fill is one."""
+    limit = Limit(600, 600, 2)
+    own = interval(limit, 2 * SECOND)
+    past = Past(limit, 2 * SECOND, 2 * own, 100 * SECOND + 8 * own, 100 * SECOND + 2 * own)
+    window = Window.handed_over(past, 100 * SECOND)
+    assert (window.limit, window.slack, window.interval, window.tau) == (limit, 2 * SECOND, own, own)
+    assert (window.filled_at, window.tat) == (100 * SECOND + own, 100 * SECOND + 4 * own)
+    same = past._replace(interval=own)
+    assert Window.handed_over(same, 100 * SECOND).past() == same
 
 
 def test_the_parts_of_all_stay_until_they_are_back() -> None:

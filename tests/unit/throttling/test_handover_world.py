@@ -198,13 +198,13 @@ def what_came_back_is_put_off_to_now(patch: Patch) -> None:
         return adopt(self, throttles, [max(slot, latest[0]) for slot in slots])
 
     latest = [0]
-    head = Adopting._head
+    begin = Adopting.begin
 
     def began(self: Adopting, first: estate.Head) -> None:
         latest[0] = self._now // 1000 * 1000
-        head(self, first)
+        begin(self, first)
 
-    patch.setattr(Adopting, "_head", began)
+    patch.setattr(Adopting, "begin", began)
     patch.setattr(Registry, "adopt_slots", later)
 
 
