@@ -151,6 +151,9 @@ class Proxy:
             if self._ready and self._stdout is None:
                 expected = len(re.findall(r"[^\s,]+", " ".join(self._values_of(_DOORS))))
                 self._wait(lambda: len(self._listening()) >= expected, 60.0, f"{expected} listeners")
+                workers = [int(value) for value in self._values_of(("workers",)) if value.strip().isdigit()]
+                for number in range(1, workers[-1] + 1) if workers and workers[-1] > 1 else ():
+                    self.wait_line(rf"worker: a worker serves worker={number} ", 60.0)
         except BaseException:
             self._end()
             raise

@@ -40,6 +40,7 @@ from proxy.status import parts
 from proxy.status.colleagues import Hear, Member, Reply
 from proxy.status.parts import Part
 from proxy.status.roll import Roll
+from proxy.status.workers import SILENT
 
 #: Where a worker finds its end of the link.
 LINK_FD = 3
@@ -231,8 +232,10 @@ class Workers:
         self._roll.heard(who, part, monotonic())
 
     def ask(self, what: str, body: bytes, seconds: float, who: int | None = None) -> list[Reply]:
-        """See `Colleagues`."""
-        asked = [each for each in self._workers if each.serves and who in (None, each.number)]
+        """See `Colleagues`. Who has been silent for long is not waited for, since everybody who looks would be."""
+        there = [each for each in self._workers if each.serves and who in (None, each.number)]
+        lately = monotonic() - SILENT
+        asked = [each for each in there if self._roll.heard_at(each.number) > lately]
         id = next(self._ids)
         question = self._questions[id] = _Question({each.number for each in asked})
         for worker in asked:
@@ -242,14 +245,15 @@ class Workers:
                 question.done.wait(seconds)
         finally:
             del self._questions[id]
-        return [Reply(each.number, question.bodies.get(each.number)) for each in asked]
+        return [Reply(each.number, question.bodies.get(each.number)) for each in there]
 
     def follow(self, what: str, body: bytes, hear: Hear) -> Callable[[], None]:
         """See `Colleagues`."""
         id = next(self._ids)
         self._followers[id] = (what, body, hear)
         for worker in self._workers:
-            worker.order(orders.FOLLOW, (id, what, body))
+            if worker.serves:
+                worker.order(orders.FOLLOW, (id, what, body))
 
         def no_more() -> None:
             if self._followers.pop(id, None) is not None:
@@ -291,10 +295,6 @@ class Workers:
         ways = [self._inboxes[worker.number - 1][0], *(each[1] for each in self._inboxes)]
         worker.say(seam.Order(orders.NEIGHBOURS), [each.fileno() for each in ways])
         self._send_plan(worker, self._kept(worker.number - 1))
-        for what, body in self._standing_orders():
-            worker.say(seam.Question(0, what, body))
-        for id, (what, body, _) in self._followers.items():
-            worker.order(orders.FOLLOW, (id, what, body))
 
     def _send_plan(self, worker: Worker, sockets: dict[Endpoint, socket.socket]) -> None:
         _hand(worker, sockets)
@@ -347,10 +347,19 @@ class Workers:
     def _serves(self, worker: Worker) -> None:
         if worker.commits:
             log.note(log.Event.WORKER, log.INFO, "a worker serves", worker=worker.number, pid=worker.pid)
+        if not worker.serves:
+            self._ask_first(worker)
         worker.commits, worker.serves = False, True
         if worker.generation != self._generation:  # a reload came while it started
             worker.commits = True
             self._send_plan(worker, {})
+
+    def _ask_first(self, worker: Worker) -> None:
+        """What the others were asked while it was not there: until it serves, nobody is asked anything."""
+        for what, body in self._standing_orders():
+            worker.say(seam.Question(0, what, body))
+        for id, (what, body, _) in self._followers.items():
+            worker.order(orders.FOLLOW, (id, what, body))
 
     # ---------------------------------------------------------------- its death
 

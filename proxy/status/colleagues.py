@@ -70,7 +70,8 @@ class Colleagues(Protocol):
         """One has said this, asked or not. Does not wait."""
 
     def ask(self, what: str, body: bytes, seconds: float, who: int | None = None) -> list[Reply]:
-        """Ask all of them at the same time, or one; waits for the last one, but no longer than so.
+        """Ask all of them at the same time, or one; waits for the last one, but no longer than so, and not for who
+        has been silent for long.
 
         Returns:
             in the order of their numbers, one for each that there was when it was asked.

@@ -73,6 +73,10 @@ class Roll:
         """See `Colleagues`."""
         return [self._members[who] for who in sorted(self._members)]
 
+    def heard_at(self, who: int) -> float:
+        """When it has said something last."""
+        return self._members[who].heard_at
+
     def parts(self) -> list[Part]:
         """See `Colleagues`."""
         return [*(self._parts[who] for who in sorted(self._parts)), self._gone]
