@@ -159,10 +159,10 @@ class Engine:
 
 
 @contextlib.contextmanager
-def engine(kind: str, *options: str, password: str = "", tls: bool = False) -> Iterator[Engine]:
+def engine(kind: str, *options: str, password: str = "", tls: bool = False, port: int = PORT) -> Iterator[Engine]:
     """A server by itself."""
     with directory() as path:
-        one = Engine(kind, path, options, password, tls)
+        one = Engine(kind, path, options, password, tls, port)
         try:
             one.start()
             yield one

@@ -94,7 +94,7 @@ class Sentinels:
         """Who is the master.
 
         Raises:
-            Trouble: step `sentinel`; none of them knows, or is one of the majority.
+            Trouble: none of them knows, or is one of the majority; of the first.
         """
         asking = [gevent.spawn(self._ask_or_trouble, server) for server in self._servers]
         try:
@@ -112,7 +112,7 @@ class Sentinels:
         if troubles:
             first = troubles[0]
             more = f" (and so on, of {len(self._servers)})" if len(self._servers) > 1 else ""
-            raise Trouble("sentinel", first.where, f"{first.reason}{more}", first.number, first.reply)
+            raise Trouble(first.step, first.where, f"{first.reason}{more}", first.number, first.reply)
         where = ", ".join(map(name_of, self._servers))
         raise Trouble("sentinel", where, f"no answer within {PATIENCE:g} s")
 

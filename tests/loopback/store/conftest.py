@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 
@@ -87,10 +88,10 @@ def connect(engine: Engine) -> Iterator[Connect]:
     """A started store of a URL; it need not be connected yet."""
     stores: list[Store] = []
 
-    def connect(url: str, tls: StoreTls | None = None) -> Store:
+    def connect(url: str, tls: StoreTls | None = None, **more: str) -> Store:
         settings = parse_store(url)
         assert settings is not None
-        stores.append(Store(engine, settings, clock_ns, tls))
+        stores.append(Store(engine, dataclasses.replace(settings, **more), clock_ns, tls))
         stores[-1].start()
         return stores[-1]
 

@@ -96,6 +96,30 @@ def test_a_network_that_breaks_in_the_handshake(server: engines.Engine, ca: str,
         assert trouble_of(store).step == "tls"
 
 
+def test_sentinels_with_tls(server: engines.Engine, ca: str, connect: Connect, tmp_path: Path) -> None:
+    """And a password of their own: they must not be asked with the server's alone."""
+    watch = [f"sentinel monitor m {server.host} {server.port} 1", "sentinel auth-pass m pw", "tls-replication yes"]
+    sentinel = engines.Engine(engines.REDIS_7, tmp_path, watch, "theirs", True, engines.SENTINEL_PORT)
+    sentinel.start()
+    try:
+        url = f"rediss+sentinel://:pw@{sentinel.where}/m"
+        refused = trouble_of(connect(url, store_tls(ca, None, None)))
+        assert (refused.step, refused.where) == ("auth", sentinel.where)
+        caller = Caller(connected(connect(url, store_tls(ca, None, None), sentinel_password="theirs")), b"sentinel")
+        assert caller.call().fate is Fate.ANSWERED
+        assert list(caller.store.view().servers) == [server.where]
+    finally:
+        sentinel.kill()
+
+
+def test_a_cluster_with_tls(connect: Connect) -> None:
+    with engines.engine(engines.REDIS_7, "cluster-enabled yes", "tls-cluster yes", tls=True) as node:
+        node.client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+        tls = store_tls(str(node.path / "ca.pem"), None, None)
+        caller = Caller(connect(node.url().replace("rediss", "rediss+cluster"), tls), b"cluster")
+        caller.until(Fate.ANSWERED)
+
+
 def test_two_with_the_same_files_are_the_same(ca: str, tmp_path: Path) -> None:
     assert store_tls(ca, None, None) == store_tls(ca, None, None)
     (tmp_path / "other").write_bytes(trustme.CA().cert_pem.bytes())
