@@ -28,6 +28,9 @@ _STEADY = 10.0
 _SHORTEST_DELAY, _LONGEST_DELAY = 0.1, 10.0
 #: After an answer that somebody has to do something about.
 _DELAY_AFTER_REJECTION = 60.0
+#: After another session of this run has taken the place of this one: of two addresses of one proxy, which a list should
+#: not have, one is left alone.
+_DELAY_AFTER_REPLACED = 3600.0
 #: How long the proxy has to answer BYE by closing.
 _LEAVE_TIMEOUT = 2.0
 
@@ -169,7 +172,7 @@ class Control:
                 self.rejected = failure = error
                 if error.code == "name_in_use":
                     return error
-                least = error.retry_after if error.retry else _DELAY_AFTER_REJECTION
+                least = _pause_after(error)
             except (OSError, PeerError) as error:
                 failure = error
             if time.monotonic() - began >= _STEADY:
@@ -245,3 +248,10 @@ class Control:
             self._watcher.going_away()
         else:
             self._watcher.received(message, at_us)
+
+
+def _pause_after(error: ProxyRejected) -> float:
+    """Seconds at least to the next attempt."""
+    if error.code == "replaced":
+        return _DELAY_AFTER_REPLACED
+    return error.retry_after if error.retry else _DELAY_AFTER_REJECTION

@@ -33,8 +33,8 @@ class Session:
 
     Args:
         address: host (name or IP address) and port of the proxy's native listener; or several of them, the preferred
-            one first. Then the first that answers is used, the next one when it is lost or says "not now", and it again
-            when it has answered for a while (docs/library.md, "Several proxies").
+            one first, each another proxy. Then the first that answers is used, the next one when it is lost or says
+            "not now", and it again when it has answered for a while (docs/library.md, "Several proxies").
         secret: the shared secret, the same for all proxies.
         instance: this MTA's name; no two that run at the same time may have the same.
         tls: as the proxy has it (`listen_tls`); there is no falling back from one to the other.
@@ -44,7 +44,7 @@ class Session:
             by luck, and each time twice as long as before when it is lost again soon, up to five minutes.
 
     Raises:
-        ValueError: a name that the protocol does not allow, or no address.
+        ValueError: a name that the protocol does not allow, no address, or one twice.
     """
 
     def __init__(
@@ -301,13 +301,16 @@ def _addresses(address: Address | Sequence[Address]) -> list[Address]:
     """One, or several: a pair of a host and a port is one.
 
     Raises:
-        ValueError: none.
+        ValueError: none, or one twice.
     """
     if len(address) == 2 and isinstance(address[0], str):
         return [cast("Address", tuple(address))]
     if not address:
         raise ValueError("a session needs the address of a proxy")
-    return [(host, port) for host, port in cast("Sequence[Address]", address)]
+    addresses = [(host, port) for host, port in cast("Sequence[Address]", address)]
+    if len(set(addresses)) < len(addresses):
+        raise ValueError("the address of a proxy is given twice")
+    return addresses
 
 
 def _leaving(source_ip: str | None, source: str | None, throttles: Sequence[Throttle]) -> tuple[str | None, str | None]:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable
 from functools import partial
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from gevent import get_hub, getcurrent
 
@@ -54,6 +54,52 @@ class Client:
         raise NotImplementedError
 
 
+class _Request(NamedTuple):
+    """What was asked for by who waits. `rated`: see `Office.enter`."""
+
+    owner: str
+    weight: float
+    source: str
+    destination: str
+    names: Names
+    rated: bool
+
+
+class Elsewhere(Protocol):
+    """The office of another process; `remote` is one. For the calls see `Switch` and `Office`."""
+
+    def ask_place(
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        seconds: float,
+        answer: Callable[[Throttled | None, Places | None], object],
+        key: Hashable,
+        rated: bool,
+        names: Names,
+    ) -> int | None: ...
+
+    def cancel_place(self, id: int) -> None: ...
+
+    def ask_slot(
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+        seconds: float,
+        answer: Answer,
+        names: Names = UNNAMED,
+    ) -> Slot | None: ...
+
+    def cancel_message(self, ticket: Slot) -> None: ...
+
+    def leave(self, places: Places | None) -> None: ...
+
+
 class Admission(Office):
     """The one manager and whoever deals with it; for the calls of `Office` see there.
 
@@ -77,6 +123,9 @@ class Admission(Office):
         self._deadlines: Wheel[Ticket | MessageTicket] = Wheel(10 * MILLISECOND)
         self._keys: dict[Ticket, Hashable] = {}  # what those who wait would share
         self._awaited: Counter[Hashable] = Counter()  # the same, how often
+        self._requests: dict[Ticket | MessageTicket, _Request] = {}  # of those who wait
+        self._away: Elsewhere | None = None
+        self._moved: dict[Ticket | MessageTicket, Any] = {}  # what those who wait there wait for
         self._timer: Any = self._hub.loop.timer(0)
         self._armed_for: int | None = None
         self._settling = False
@@ -111,7 +160,8 @@ class Admission(Office):
             return answer
         began = monotonic()
         try:
-            self._wait_for(answer, self._longest(answer, seconds), key)
+            request = _Request(owner, weight, source, destination, names, rated)
+            self._wait_for(answer, self._longest(answer, seconds), key, request)
         finally:
             SPANS.place.observe(monotonic() - began)
         return answer.places
@@ -168,20 +218,20 @@ class Admission(Office):
         self.settle()
         return heir in tickets
 
-    def _wait_for(self, ticket: Ticket, seconds: float, key: Hashable) -> None:
+    def _wait_for(self, ticket: Ticket, seconds: float, key: Hashable, request: _Request) -> None:
         """Until the ticket is admitted.
 
         Raises:
             Throttled: time is up.
         """
-        self._begin_waiting(ticket, seconds, key, getcurrent().switch)
+        self._begin_waiting(ticket, seconds, key, request, getcurrent().switch)
         try:
             while ticket.places is None:
                 if ticket in self._refused:
                     raise self._refused[ticket]
                 self._hub.switch()
         except BaseException:
-            self._wake(self.manager.cancel(ticket, clock_ns()))
+            self._call_off(ticket)
             raise
         finally:
             self._end_waiting(ticket)
@@ -194,44 +244,50 @@ class Admission(Office):
         source: str,
         destination: str,
         seconds: float,
-        answer: Answer,
+        answer: Callable[[Throttled | None, Places | None], object],
         key: Hashable,
         rated: bool,
         names: Names,
     ) -> Places | Ticket | None:
-        """`enter` without a greenlet.
-
-        Args:
-            answer: not called if the places are there at once, nor after `cancel_place`.
-
-        Returns:
-            None: no throttle applies. The places; or a ticket, which has them when `answer` is called.
-        """
+        """See `Switch.ask_place`."""
         manager = self.manager
         if not manager.blocks:
             return None
         ticket = manager.admit(owner, weight, source, destination, (), clock_ns(), rated, names)
         self.settle()
         if isinstance(ticket, Ticket):
-            self._begin_waiting(
-                ticket, self._longest(ticket, seconds), key, partial(self._answer_place, ticket, answer)
-            )
+            request = _Request(owner, weight, source, destination, names, rated)
+            go_on = partial(self._answer_place, ticket, answer)
+            self._begin_waiting(ticket, self._longest(ticket, seconds), key, request, go_on)
         return ticket
 
     def cancel_place(self, ticket: Ticket) -> None:
-        """Nobody waits for it any more, whether it got in or not."""
+        """See `Switch.cancel_place`."""
         if ticket in self._waiting:
+            self._call_off(ticket)
             self._end_waiting(ticket)
-        self._wake(self.manager.cancel(ticket, clock_ns()))
-        self.settle()
+            self.settle()
 
-    def _answer_place(self, ticket: Ticket, answer: Answer) -> None:
+    def _call_off(self, ticket: Ticket) -> None:
+        """Nobody waits for it any more, whether it got in or not."""
+        if ticket in self._moved:
+            assert self._away is not None
+            if ticket.places is not None:
+                self._away.leave(ticket.places)
+            self._away.cancel_place(self._moved[ticket])
+        else:
+            self._wake(self.manager.cancel(ticket, clock_ns()))
+
+    def _answer_place(self, ticket: Ticket, answer: Callable[[Throttled | None, Places | None], object]) -> None:
         refusal = self._refused.get(ticket)
         if ticket.places is not None or refusal is not None:
             self._end_waiting(ticket)
-            answer(refusal if ticket.places is None else None)
+            answer(refusal if ticket.places is None else None, ticket.places)
 
-    def _begin_waiting(self, ticket: Ticket, seconds: float, key: Hashable, go_on: Callable[[], object]) -> None:
+    def _begin_waiting(
+        self, ticket: Ticket, seconds: float, key: Hashable, request: _Request, go_on: Callable[[], object]
+    ) -> None:
+        self._requests[ticket] = request
         self._waiting[ticket] = go_on
         self._keys[ticket] = key
         self._awaited[key] += 1
@@ -240,7 +296,8 @@ class Admission(Office):
     def _end_waiting(self, ticket: Ticket) -> None:
         self._deadlines.disarm(ticket)
         self._refused.pop(ticket, None)
-        del self._waiting[ticket]
+        self._moved.pop(ticket, None)
+        del self._waiting[ticket], self._requests[ticket]
         key = self._keys.pop(ticket)
         self._awaited[key] -= 1
         if not self._awaited[key]:
@@ -317,6 +374,7 @@ class Admission(Office):
         ticket = manager.ask_message(owner, weight, source, destination, flows, clock_ns(), names)
         if ticket is not None and not ticket.granted:
             self._answers[ticket] = answer
+            self._requests[ticket] = _Request(owner, weight, source, destination, names, False)
             self._let_wait(ticket, self._longest(ticket, seconds))
         self.settle()
         return ticket
@@ -325,15 +383,58 @@ class Admission(Office):
         """See `Office`."""
         assert isinstance(ticket, MessageTicket)
         if self._answers.pop(ticket, None) is not None:
+            del self._requests[ticket]
             self._deadlines.disarm(ticket)
+            moved = self._moved.pop(ticket, None)
+            if moved is not None and self._away is not None:
+                self._away.cancel_message(moved)
+                return
             self.manager.cancel_message(ticket, clock_ns())
             self.settle()
 
     def _answer(self, ticket: MessageTicket, refusal: Throttled | None = None) -> None:
         answer = self._answers.pop(ticket, None)
         if answer is not None:
+            del self._requests[ticket]
+            self._moved.pop(ticket, None)
             self._deadlines.disarm(ticket)
             answer(refusal)
+
+    # ---------------------------------------------------------------- another process decides
+
+    def move(self, away: Elsewhere) -> None:
+        """Who waits here waits there from now on, in the same order; the manager here is frozen for good."""
+        self._away = away
+        for ticket in list(self._waiting):
+            ends, seconds, who = self._left_of(ticket)
+            answer = partial(self._placed_there, ticket)
+            moved = away.ask_place(*ends, seconds, answer, self._keys[ticket], who.rated, who.names)
+            if moved is None:
+                self._placed_there(ticket, None, None)
+            else:
+                self._moved[ticket] = moved
+        for message in list(self._answers):
+            ends, seconds, who = self._left_of(message)
+            slot = away.ask_slot(*ends, (), seconds, partial(self._answer, message), who.names)
+            if slot is None:
+                self._hub.loop.run_callback(self._answer, message)
+            else:
+                self._moved[message] = slot
+
+    def _left_of(self, ticket: Ticket | MessageTicket) -> tuple[tuple[str, float, str, str], float, _Request]:
+        """Who asked for what, and the seconds that it may still wait; its time runs there from now on."""
+        until = self._deadlines.due(ticket)
+        self._deadlines.disarm(ticket)
+        seconds = max(0.0, (until - clock_ns()) / _NANOSECONDS) if until is not None else 0.0
+        who = self._requests[ticket]
+        return (who.owner, who.weight, who.source, who.destination), seconds, who
+
+    def _placed_there(self, ticket: Ticket, refusal: Throttled | None, places: Places | None) -> None:
+        if refusal is not None:
+            self._refused[ticket] = refusal
+        else:  # none are needed there: these are nobody's
+            ticket.places = places or Places(0, ticket.owner, ticket.weight, (), ())
+        self._wake([ticket])
 
     # ---------------------------------------------------------------- replies of receivers
 

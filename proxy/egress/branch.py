@@ -12,12 +12,13 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeAlias
 
+import gevent
 from gevent import get_hub
 
-from proxy.egress.admission import Admission
-from proxy.egress.remote import name_of, who_of
+from proxy.egress.remote import RemoteSlot, name_of, who_of
+from proxy.egress.switch import Switch
 from proxy.errors import Throttled
 from proxy.protocols import seam
 from proxy.protocols.seam import ThrottleName
@@ -26,6 +27,8 @@ from proxy.throttling.flows import Places, Throttle, Ticket
 
 #: Slots that were told are remembered, so many for each worker, for those of their messages that go late.
 _MOST_TOLD = 10_000
+#: A slot of this process's manager, or of one that has taken over from it.
+Granted: TypeAlias = MessageTicket | RemoteSlot
 EMPTY: Mapping[int, Places] = MappingProxyType({})
 
 
@@ -33,11 +36,11 @@ class Branches:
     """All of them.
 
     Args:
-        admission: is asked; its `settled` is ours when there is a branch.
+        office: is asked.
     """
 
-    def __init__(self, admission: Admission) -> None:
-        self.admission = admission
+    def __init__(self, office: Switch) -> None:
+        self.office = office
         self._loop: Any = get_hub().loop
         self._open: dict[Branch, None] = {}
         self._told: dict[Throttle, set[Branch]] = {}  # under which somebody waits, and who was told so
@@ -49,7 +52,7 @@ class Branches:
         Args:
             held: what it has already, by its numbers.
         """
-        self.admission.settled = self._settled
+        self.office.here.settled = self._settled
         branch = Branch(self, say, held)
         self._open[branch] = None
         return branch
@@ -125,14 +128,14 @@ class Branch:
         self.say = say
         self._next = itertools.count(max(held, default=0) + 1)
         self._branches = branches
-        self._admission = branches.admission
+        self._office = branches.office
         self._places = dict(held)
         self._numbers: dict[int, int] = {}  # id of the request → number, while they are held
         self._ids: dict[int, int] = {}
         self._under = Counter(throttle for places in held.values() for throttle in places.throttles)
-        self._tickets: dict[int, Ticket] = {}
-        self._slots: dict[int, MessageTicket] = {}
-        self._told: OrderedDict[int, MessageTicket] = OrderedDict()
+        self._tickets: dict[int, Ticket | int] = {}
+        self._slots: dict[int, Granted] = {}
+        self._told: OrderedDict[int, Granted] = OrderedDict()
         self._asked_way: dict[ThrottleName, Throttle] = {}
 
     def __len__(self) -> int:
@@ -154,24 +157,23 @@ class Branch:
             case seam.Cancel():
                 self._cancel(record.id)
             case seam.Swap():
-                self._swap(record)
+                self._may_wait(self._swap, record)
             case seam.Leave():
                 self._leave(record.number)
             case seam.PassOn():
-                self._pass_on(record)
+                self._may_wait(self._pass_on, record)
             case seam.Ask():
                 self._ask(record)
             case seam.CancelMessage():
                 if (slot := self._slots.pop(record.id, None) or self._told.pop(record.id, None)) is not None:
-                    self._admission.cancel_message(slot)
+                    self._office.cancel_message(slot)
             case seam.PutOff():
-                slot = self._told.get(record.id)
-                self.say(seam.Yes(record.id, slot is not None and self._admission.put_off(slot)))
+                self._may_wait(self._put_off, record)
             case seam.Replied():
-                self._admission.replied(self._places.get(record.number), record.reply)
+                self._office.replied(self._places.get(record.number), record.reply)
             case seam.Carried():
                 places = self._places.get(record.number)
-                self._admission.carried(places, record.accepted, record.deferred, record.rejected)
+                self._office.carried(places, record.accepted, record.deferred, record.rejected)
             case seam.MadeWay():
                 if (throttle := self._asked_way.pop(record.throttle, None)) is not None:
                     self._branches.made_way(throttle, record.count)
@@ -183,20 +185,27 @@ class Branch:
         """The worker is gone, and the kernel has closed its sockets."""
         self._branches.closed(self)
         for ticket in self._tickets.values():
-            self._admission.cancel_place(ticket)
+            self._office.cancel_place(ticket)
         self._tickets.clear()
         for slot in self._slots.values():
-            self._admission.cancel_message(slot)
+            self._office.cancel_message(slot)
         self._slots.clear()
         for number in list(self._places):
             self._leave(number)
+
+    def _may_wait(self, act: Callable[[Any], object], record: object) -> None:
+        """Another process may have to be asked, if it has taken over from this one."""
+        if self._office.away is None:
+            act(record)
+        else:
+            gevent.spawn(act, record)
 
     # ---------------------------------------------------------------- places
 
     def _enter(self, record: seam.Enter) -> None:
         owner, weight, source, destination, names = who_of(record.who)
         id = record.id
-        answer = self._admission.ask_place(
+        answer = self._office.ask_place(
             owner,
             weight,
             source,
@@ -207,19 +216,19 @@ class Branch:
             record.rated,
             names,
         )
-        if isinstance(answer, Ticket):
+        if isinstance(answer, Ticket | int):
             self._tickets[id] = answer
         elif answer is None:
             self.say(seam.Placed(id, 0))
         else:
             self.say(seam.Placed(id, *self._lend(id, answer)))
 
-    def _placed(self, id: int, refusal: Throttled | None) -> None:
-        ticket = self._tickets.pop(id)
+    def _placed(self, id: int, refusal: Throttled | None, places: Places | None) -> None:
+        self._tickets.pop(id)
         if refusal is not None:
             self.say(_refused(id, refusal))
-        elif ticket.places is not None:
-            self.say(seam.Placed(id, *self._lend(id, ticket.places)))
+        else:
+            self.say(seam.Placed(id, *(self._lend(id, places) if places is not None else (0, [], []))))
 
     def _lend(self, id: int, places: Places) -> tuple[int, list[ThrottleName], list[int]]:
         number = next(self._next)
@@ -245,17 +254,17 @@ class Branch:
 
     def _cancel(self, id: int) -> None:
         if (ticket := self._tickets.pop(id, None)) is not None:
-            self._admission.cancel_place(ticket)
+            self._office.cancel_place(ticket)
         elif (number := self._numbers.get(id)) is not None:
             self._leave(number)
 
     def _leave(self, number: int) -> None:
-        self._admission.leave(self._forget(number))
+        self._office.leave(self._forget(number))
 
     def _swap(self, record: seam.Swap) -> None:
         owner, weight, source, destination, names = who_of(record.who)
         old = self._places.get(record.number)
-        may, new = self._admission.swap(old, owner, weight, source, destination, (), record.rated, names)
+        may, new = self._office.swap(old, owner, weight, source, destination, (), record.rated, names)
         if not may:
             self.say(seam.Swapped(record.id, False))
             return
@@ -264,7 +273,7 @@ class Branch:
 
     def _pass_on(self, record: seam.PassOn) -> None:
         places = self._places.get(record.number)
-        passed = places is not None and self._admission.pass_on(places, (self, record.key))
+        passed = places is not None and self._office.pass_on(places, (self, record.key))
         if passed:
             self._forget(record.number)
         self._branches.later(partial(self.say, seam.Yes(record.id, passed)))
@@ -275,13 +284,17 @@ class Branch:
         owner, weight, source, destination, names = who_of(record.who)
         id = record.id
         answer = partial(self._granted, id)
-        slot = self._admission.ask_slot(owner, weight, source, destination, (), record.seconds, answer, names)
+        slot = self._office.ask_slot(owner, weight, source, destination, (), record.seconds, answer, names)
         if slot is None:
             self.say(seam.Granted(id, 0))
             return
         self._slots[id] = slot
         if slot.granted:
             self._granted(id, None)
+
+    def _put_off(self, record: seam.PutOff) -> None:
+        slot = self._told.get(record.id)
+        self.say(seam.Yes(record.id, slot is not None and self._office.put_off(slot)))
 
     def _granted(self, id: int, refusal: Throttled | None) -> None:
         slot = self._slots.pop(id)
@@ -291,7 +304,7 @@ class Branch:
         self._told[id] = slot
         if len(self._told) > _MOST_TOLD:
             self._told.popitem(last=False)
-        self.say(seam.Granted(id, slot.last))
+        self.say(seam.Granted(id, slot.last or 0))
 
 
 def _refused(id: int, refusal: Throttled) -> seam.Refused:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from hashlib import blake2b
 from time import monotonic
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from gevent import get_hub, getcurrent
 
@@ -32,10 +32,15 @@ from proxy.throttling.throttle import Key
 
 #: Seconds after which to come back to a proxy whose master is gone: it is being started again, if it is at all.
 _AFTER_THE_MASTER = 5.0
-_T = TypeVar("_T")
 
 
-class _Slot:
+class Lent(Places):
+    """Places of another process; `number` is their name there. Their throttles are names here, and nothing more."""
+
+    __slots__ = ()
+
+
+class RemoteSlot:
     """The slot of one message. `last`: its last moment, when it has come; 0: nothing limits it."""
 
     __slots__ = ("answer", "id", "last")
@@ -50,14 +55,10 @@ class _Slot:
         return self.last is not None
 
 
-class _Asked(Generic[_T]):
-    """A question of a greenlet that waits for its answer."""
-
-    __slots__ = ("answer", "greenlet")
-
-    def __init__(self) -> None:
-        self.greenlet: Any = getcurrent()
-        self.answer: _T | None = None
+#: Told the answer to a question, in the hub; must not wait.
+_Heard = Callable[[Any], object]
+#: Told why there are no places, or the places; in the hub, must not wait.
+PlaceAnswer = Callable[[Throttled | None, Places | None], object]
 
 
 class Remote(Office):
@@ -80,8 +81,8 @@ class Remote(Office):
         self._make_way = make_way
         self._hub: Any = get_hub()
         self._numbers: Iterator[int] = itertools.count(1)
-        self._asked: dict[int, _Asked[Any]] = {}
-        self._slots: dict[int, _Slot] = {}
+        self._asked: dict[int, _Heard] = {}
+        self._slots: dict[int, RemoteSlot] = {}
         self._abandoned: dict[int, Places] = {}  # a swap that nobody waits for any more: whose places they are
         self._awaited: Counter[Hashable] = Counter()
         self._throttles: dict[ThrottleName, Throttle] = {}  # under which places are held
@@ -125,7 +126,7 @@ class Remote(Office):
             if not self._awaited[key]:
                 del self._awaited[key]
         if isinstance(answer, seam.Refused):
-            raise Throttled(answer.message, answer.throttle, answer.retry_after)
+            raise _throttled(answer)
         return self._lent(answer, owner, weight)
 
     def swap(
@@ -158,6 +159,42 @@ class Remote(Office):
         if old is not None:
             self._drop(old)
         return True, new
+
+    def ask_place(
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        seconds: float,
+        answer: PlaceAnswer,
+        key: Hashable,
+        rated: bool,
+        names: Names,
+    ) -> int | None:
+        """`enter` without a greenlet.
+
+        Returns:
+            None: no throttle applies. Else a number for `cancel_place`; `answer` comes.
+        """
+        if not self._applies(owner, source, destination, names):
+            return None
+        id = next(self._numbers)
+
+        def heard(record: Any) -> None:
+            if isinstance(record, seam.Refused):
+                answer(_throttled(record), None)
+            else:
+                answer(None, self._lent(record, owner, weight))
+
+        who = (owner, weight, source, destination, *names)
+        self._question(id, seam.Enter(id, who, seconds, _digest(key), rated), heard)
+        return id
+
+    def cancel_place(self, id: int) -> None:
+        """Nobody waits for it any more; after the answer this changes nothing."""
+        if self._asked.pop(id, None) is not None:
+            self._say(seam.Cancel(id))
 
     def leave(self, places: Places | None) -> None:
         """See `Office`."""
@@ -195,7 +232,7 @@ class Remote(Office):
         seconds: float,
         waits: Callable[[], object] = lambda: None,
         names: Names = UNNAMED,
-    ) -> _Slot | None:
+    ) -> RemoteSlot | None:
         """See `Office`."""
         greenlet, answers = getcurrent(), []
 
@@ -230,11 +267,11 @@ class Remote(Office):
         seconds: float,
         answer: Answer,
         names: Names = UNNAMED,
-    ) -> _Slot | None:
+    ) -> RemoteSlot | None:
         """See `Office`."""
         if not self._applies(owner, source, destination, names):
             return None
-        slot = _Slot(next(self._numbers), answer)
+        slot = RemoteSlot(next(self._numbers), answer)
         self._slots[slot.id] = slot
         if self._is_alone:
             self._hub.loop.run_callback(self._told, slot, _gone())
@@ -244,13 +281,13 @@ class Remote(Office):
 
     def cancel_message(self, ticket: object) -> None:
         """See `Office`."""
-        assert isinstance(ticket, _Slot)
+        assert isinstance(ticket, RemoteSlot)
         if self._slots.pop(ticket.id, None) is not None:
             self._say(seam.CancelMessage(ticket.id))
 
     def put_off(self, ticket: object) -> bool:
         """See `Office`."""
-        if not isinstance(ticket, _Slot) or not ticket.last or _now() <= ticket.last:
+        if not isinstance(ticket, RemoteSlot) or not ticket.last or _now() <= ticket.last:
             return True
         id = ticket.id
         answer = self._ask(id, seam.PutOff(id))
@@ -275,18 +312,13 @@ class Remote(Office):
 
     # ---------------------------------------------------------------- what the master says
 
-    def adopt(self, places: Places) -> None:
-        """These are the master's from now on, under the same number."""
-        self._throttles.update({name_of(throttle): throttle for throttle in places.throttles})
-        self._held.update(places.throttles)
-
     def hear(self, record: seam.FromMaster) -> bool:
         """Act upon a record; whether it was for us. Does not wait."""
         if isinstance(record, seam.Placed | seam.Swapped | seam.Yes):
             self._answered(record.id, record)
         elif isinstance(record, seam.Refused):
             if (slot := self._slots.get(record.id)) is not None:
-                self._told(slot, Throttled(record.message, record.throttle, record.retry_after))
+                self._told(slot, _throttled(record))
             else:
                 self._answered(record.id, record)
         elif isinstance(record, seam.Granted):
@@ -309,7 +341,7 @@ class Remote(Office):
         self._wanted.clear()
         gone = _gone()
         for id in list(self._asked):
-            self._answered(id, seam.Refused(id, str(gone), gone.throttle, gone.retry_after))
+            self._answered(id, _refusal(id))
         for slot in list(self._slots.values()):
             self._told(slot, gone)
 
@@ -322,33 +354,38 @@ class Remote(Office):
 
     def _ask(self, id: int, record: Record) -> Any:
         """Say it and wait for the answer."""
-        if self._is_alone:
-            gone = _gone()
-            return seam.Refused(id, str(gone), gone.throttle, gone.retry_after)
-        asked: _Asked[Any] = _Asked()
-        self._asked[id] = asked
-        self._say(record)
+        greenlet, answers = getcurrent(), []
+
+        def heard(answer: Any) -> None:
+            answers.append(answer)
+            greenlet.switch()
+
+        self._question(id, record, heard)
         try:
-            while asked.answer is None:
+            while not answers:
                 self._hub.switch()
         finally:
             self._asked.pop(id, None)
-        return asked.answer
+        return answers[0]
+
+    def _question(self, id: int, record: Record, heard: _Heard) -> None:
+        self._asked[id] = heard
+        if self._is_alone:
+            self._answered(id, _refusal(id))
+        else:
+            self._say(record)
 
     def _answered(self, id: int, record: Any) -> None:
-        asked = self._asked.get(id)
-        if asked is not None:
-            asked.answer = record
-            self._hub.loop.run_callback(self._resume, id)
+        self._hub.loop.run_callback(self._resume, id, record)
+
+    def _resume(self, id: int, record: Any) -> None:
+        heard = self._asked.pop(id, None)
+        if heard is not None:
+            heard(record)
             return
-        old = self._abandoned.pop(id, None)
+        old = self._abandoned.pop(id, None)  # who asked has been thrown out meanwhile
         if old is not None and isinstance(record, seam.Swapped) and record.may:
             self._take_over(old, record)
-
-    def _resume(self, id: int) -> None:
-        asked = self._asked.get(id)  # it may have been thrown out meanwhile
-        if asked is not None:
-            asked.greenlet.switch()
 
     def _take_over(self, old: Places, record: seam.Swapped) -> None:
         """Who asked is gone, and the answer was yes: the connection has other places now."""
@@ -366,7 +403,7 @@ class Remote(Office):
         throttles = tuple([self._throttle(name) for name in record.throttles])
         self._held.update(throttles)
         self._wanted.update([throttles[index] for index in record.wanted])
-        return Places(record.number, owner, weight, throttles, ())
+        return Lent(record.number, owner, weight, throttles, ())
 
     def _drop(self, places: Places) -> None:
         """They are not held here any more."""
@@ -393,7 +430,7 @@ class Remote(Office):
         else:
             self._wanted.discard(throttle)
 
-    def _told(self, slot: _Slot, refusal: Throttled | None) -> None:
+    def _told(self, slot: RemoteSlot, refusal: Throttled | None) -> None:
         if self._slots.pop(slot.id, None) is not None and slot.answer is not None:
             answer, slot.answer = slot.answer, None
             answer(refusal)
@@ -414,6 +451,15 @@ def _gone() -> Throttled:
     return Throttled(
         "the proxy's master process is gone, and nobody else may let anything new in", "", _AFTER_THE_MASTER
     )
+
+
+def _refusal(id: int) -> seam.Refused:
+    gone = _gone()
+    return seam.Refused(id, str(gone), gone.throttle, gone.retry_after)
+
+
+def _throttled(record: seam.Refused) -> Throttled:
+    return Throttled(record.message, record.throttle, record.retry_after)
 
 
 def _now() -> int:

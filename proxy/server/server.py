@@ -31,6 +31,7 @@ from proxy.egress.admission import Admission, clock_ns
 from proxy.egress.branch import Branches
 from proxy.egress.leases import Leases, make_cluster
 from proxy.egress.office import Office
+from proxy.egress.switch import Switch
 from proxy.errors import ConfigError
 from proxy.log import lines as log
 from proxy.log import outputs
@@ -151,8 +152,9 @@ class Server:
         cluster = make_cluster(settings, socket.gethostname())
         manager = Manager(parts.incarnation, clock_ns(), settings.throttle_enforce, parts.limits, cluster)
         admission = Admission(manager, self._make_way)
-        self._branches = Branches(admission)
-        return admission, admission
+        self._switch = Switch(admission)
+        self._branches = Branches(self._switch)
+        return self._switch, admission
 
     def _make_way(self, throttle: Throttle, count: int) -> bool:
         """Of the cached connections of native channels one, or some of the workers'."""

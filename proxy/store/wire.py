@@ -21,9 +21,12 @@ DEEPEST = 8
 #: Of the line that begins each item.
 _LONGEST_LINE = 4096
 _CRLF = b"\r\n"
+_STRING, _ERROR, _INTEGER, _NULL, _BOOLEAN, _DOUBLE, _BIG = b"+-:_#,("
+_BULK_STRING, _BULK_ERROR, _VERBATIM = b"$!="
+_ARRAY, _MAP, _SET, _PUSH, _ATTRIBUTE = b"*%~>|"
+_BULK = frozenset((_BULK_STRING, _BULK_ERROR, _VERBATIM))
 #: Items that each element of these has.
-_AGGREGATES = {b"*"[0]: 1, b"%"[0]: 2, b"~"[0]: 1, b">"[0]: 1, b"|"[0]: 2}
-_BULK = frozenset(b"$!=")
+_AGGREGATES = {_ARRAY: 1, _MAP: 2, _SET: 1, _PUSH: 1, _ATTRIBUTE: 2}
 
 
 class MalformedReply(PeerError):
@@ -107,7 +110,7 @@ class Replies:
 
     def __init__(self, most_bytes: int = MOST_BYTES, most_items: int = MOST_ITEMS) -> None:
         self._most_bytes, self._most_items = most_bytes, most_items
-        self._buffer = bytearray()
+        self._buffer = b""
         self._at = 0
         self._stack: list[_Frame] = []
         self._bytes = 0  # of this reply, before `_at`
@@ -115,10 +118,8 @@ class Replies:
         self._bulk: tuple[int, int] | None = None  # kind and length of one whose line was read
 
     def feed(self, data: bytes) -> None:
-        if self._at:
-            del self._buffer[: self._at]
-            self._at = 0
-        self._buffer += data
+        self._buffer = self._buffer[self._at :] + data
+        self._at = 0
 
     def next(self) -> Any:
         """The next whole reply, or `NOTHING`.
@@ -132,7 +133,7 @@ class Replies:
                 if self._bytes + len(self._buffer) - self._at > self._most_bytes + _LONGEST_LINE:
                     raise MalformedReply(f"a reply of more than {self._most_bytes} bytes")
                 return NOTHING
-            if isinstance(item, _Frame):
+            if item.__class__ is _Frame:
                 self._stack.append(item)
                 if item.missing:
                     continue
@@ -154,11 +155,11 @@ class Replies:
         """The whole value of the innermost aggregate; NOTHING: it is none."""
         frame = self._stack.pop()
         items, kind = frame.items, frame.kind
-        if kind == b">"[0]:
+        if kind == _PUSH:
             return Push(items)
-        if kind == b"|"[0]:
+        if kind == _ATTRIBUTE:
             return NOTHING
-        if kind == b"%"[0]:
+        if kind == _MAP:
             return list(zip(items[::2], items[1::2], strict=True))
         return items
 
@@ -171,12 +172,13 @@ class Replies:
             if len(self._buffer) - self._at >= _LONGEST_LINE:
                 raise MalformedReply(f"a line of more than {_LONGEST_LINE} bytes")
             return NOTHING
-        line = bytes(self._buffer[self._at : end])
+        if end == self._at:
+            raise MalformedReply("an empty line in the place of a reply")
+        kind, text = self._buffer[self._at], self._buffer[self._at + 1 : end]
         self._count(end + 2 - self._at, 1)
         self._at = end + 2
-        if not line:
-            raise MalformedReply("an empty line in the place of a reply")
-        kind, text = line[0], line[1:]
+        if kind == _INTEGER:
+            return _number(text)
         if kind in _BULK:
             length = _number(text)
             if length < 0:
@@ -196,7 +198,7 @@ class Replies:
             raise MalformedReply(f"a reply of more than {self._most_items} items")
         if len(self._stack) >= DEEPEST:
             raise MalformedReply("a reply of lists in lists without an end")
-        if kind == b">"[0] and self._stack:
+        if kind == _PUSH and self._stack:
             raise MalformedReply("a push in the middle of a reply")
         return _Frame(kind, number * _AGGREGATES[kind])
 
@@ -206,12 +208,12 @@ class Replies:
             return NOTHING
         if self._buffer[end : end + 2] != _CRLF:
             raise MalformedReply("a text that does not end where it should")
-        text = bytes(self._buffer[self._at : end])
+        text = self._buffer[self._at : end]
         self._count(length + 2, 0)
         self._at, self._bulk = end + 2, None
-        if kind == b"!"[0]:
+        if kind == _BULK_ERROR:
             return ErrorReply(text)
-        return text[4:] if kind == b"="[0] else text
+        return text[4:] if kind == _VERBATIM else text
 
     def _count(self, size: int, items: int) -> None:
         self._bytes += size
@@ -224,23 +226,21 @@ class Replies:
 
 def _simple(kind: int, text: bytes) -> Any:
     """What is whole in one line."""
-    if kind == b"+"[0]:
+    if kind == _STRING:
         return text
-    if kind == b"-"[0]:
+    if kind == _ERROR:
         return ErrorReply(text)
-    if kind == b":"[0]:
-        return _number(text)
-    if kind == b"_"[0]:
+    if kind == _NULL:
         return None
-    if kind == b"#"[0] and text in (b"t", b"f"):
+    if kind == _BOOLEAN and text in (b"t", b"f"):
         return text == b"t"
-    if kind in b",(":
+    if kind in (_DOUBLE, _BIG):
         return text  # doubles and big numbers: nothing of ours has any, and what they say is for others to read
     raise MalformedReply("bytes that are no reply; is this port an engine's, and TLS as configured?")
 
 
 def _number(text: bytes) -> int:
-    digits = text[1:] if text[:1] in (b"-", b"+") else text
-    if not digits.isdigit() or len(digits) > 19:
+    digits = text if text.isdigit() else text[1:]
+    if not digits.isdigit() or len(digits) > 19 or (digits is not text and text[0] not in b"+-"):
         raise MalformedReply("a number that is none")
     return int(text)

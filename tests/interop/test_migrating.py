@@ -122,6 +122,59 @@ def from_haproxy_behind_a_redirection(tmp_path: Path) -> None:
             second.messages.clear()
 
 
+def test_from_haproxy_on_a_router(tmp_path: Path) -> None:
+    peers.in_network_namespace(lambda: from_haproxy_on_a_router(tmp_path))
+
+
+def from_haproxy_on_a_router(tmp_path: Path) -> None:
+    """This namespace is the router, with the receiver on it; the MTA has one of its own behind eth0."""
+    before_rules, before, after_rules, after = blocks("HAProxy on a router")
+    ip, mta = peers.program("ip"), f"gp{os.getpid()}-mta"
+
+    def do(*words: str) -> None:
+        done = peers.run(ip, *words)
+        assert done.returncode == 0, (words, done.stderr)
+
+    def shell(script: str) -> None:
+        done = peers.run("sh", "-euc", script)
+        assert done.returncode == 0, done.stderr
+
+    (tmp_path / "message.eml").write_bytes(MESSAGE)
+    do("netns", "add", mta)
+    try:
+        do("link", "set", "lo", "up")
+        for address in (SOURCES[0], MX):
+            do("address", "add", f"{address}/32", "dev", "lo")
+        do("link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", mta)
+        do("address", "add", "10.0.0.1/24", "dev", "eth0")
+        do("link", "set", "eth0", "up")
+        for words in (
+            ("address", "add", f"{MTA}/24", "dev", "eth0"),
+            ("link", "set", "eth0", "up"),
+            ("route", "add", "default", "via", "10.0.0.1"),
+        ):
+            do("-n", mta, *words)
+        inside = (ip, "netns", "exec", mta, peers.program("curl"), "--silent", "--show-error", "--max-time", "20")
+        what = ("--mail-from", "from@example.com", "--mail-rcpt", "to@example.net", "--upload-file")
+        with Sink(MX, port=25) as sink:
+
+            def send() -> None:
+                done = peers.run(*inside, *what, tmp_path / "message.eml", f"smtp://{MX}/mta.example")
+                assert done.returncode == 0, done.stderr
+                arrived(sink, SOURCES[0])
+
+            shell(before_rules)
+            with old_haproxy(tmp_path, before, ("0.0.0.0", 2525)):
+                send()
+            shell("ip rule del fwmark 25; ip route flush table 100; nft delete table ip greenarrow_before")
+            shell(after_rules)
+            with new(after) as proxy:
+                send()
+                proxy.wait_line(rf"^connection .*protocol=redirect client={MTA}:.* source={SOURCES[0]} ")
+    finally:
+        do("netns", "del", mta)
+
+
 # -- KumoMTA's proxy-server
 
 

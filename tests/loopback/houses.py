@@ -16,6 +16,7 @@ from proxy.egress.keeper import Keeper
 from proxy.egress.pool import PoolKey
 from proxy.egress.receiver import Limits, Wish
 from proxy.egress.remote import Remote
+from proxy.egress.switch import Switch
 from proxy.model import Endpoint, TlsMode
 from proxy.net import seam
 from proxy.net.crew import Crew
@@ -162,7 +163,7 @@ class Elsewhere(House):
 
     def office(self):
         self.at_the_manager = Admission(self.manager, lambda *missing: bool(self.branches.make_way(*missing)))
-        self.branches = Branches(self.at_the_manager)
+        self.branches = Branches(Switch(self.at_the_manager))
         ends = seam.pair()
         branch = self.branches.open(lambda record: self.master.say(record))
         office = Remote(
@@ -176,7 +177,7 @@ class Elsewhere(House):
         return office
 
     def waits(self):
-        return len(self.branches.admission._waiting)
+        return len(self.branches.office.here._waiting)
 
     def close(self):
         for receiver in list(self.out):

@@ -240,7 +240,7 @@ def test_nobody_is_there():
         nobody = [one.getsockname(), two.getsockname()]
     with Session(nobody, SECRET, "mta") as session:
         with pytest.raises(ProxyUnavailable) as caught:
-            session.connect([("127.0.0.3", 25)])
+            session.connect([("127.0.0.3", 25)], deadline=600.0)  # it is not waited for
         assert str(caught.value).count("refused") == 2
         assert standing(session) == ["away", "away"]
 

@@ -187,6 +187,17 @@ def test_of_three_the_best_is_used():
     assert world.after(60) == 0
 
 
+def test_one_that_stood_by_is_better_than_one_that_has_just_come_back():
+    world = World(3)
+    for which in (0, 1, 2):
+        world.came(which)
+    world.after(60)
+    world.went(0)
+    assert world.came(0) == 1
+    assert world.went(1) == 2
+    assert world.after(60) == 0
+
+
 EVENTS = st.lists(
     st.tuples(st.sampled_from(["came", "went", "leaves"]), st.integers(0, 2), st.floats(0, 400)), max_size=40
 )

@@ -1,0 +1,183 @@
+"""The office of a process that may be replaced: its own throttle manager, until another process has taken that over.
+
+Before `hand_over` everything goes to `admission`. Afterwards this process is a worker of the one that has replaced it
+(`remote`). Places that it still has from before stay on the manager that is frozen here: what happens to them is told
+the other one by the manager (`Handover.meanwhile`). Who waits asks anew there, without noticing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+from proxy.egress.admission import Admission
+from proxy.egress.office import Answer, Office, Slot
+from proxy.egress.remote import Lent, Remote, RemoteSlot
+from proxy.errors import Throttled
+from proxy.model import UNNAMED, Names
+from proxy.throttling.desk import MessageTicket
+from proxy.throttling.flows import Flow, Places, Ticket
+
+
+class Switch(Office):
+    """See above; for the calls of `Office` see there.
+
+    Attributes:
+        away: None: the manager is here.
+    """
+
+    def __init__(self, here: Admission) -> None:
+        self.here = here
+        self.away: Remote | None = None
+
+    def hand_over(self, away: Remote) -> None:
+        """From now on another process decides."""
+        self.away = away
+        self.here.move(away)
+
+    # ---------------------------------------------------------------- places
+
+    @property
+    def limited(self) -> bool:
+        """See `Office`."""
+        return self.here.limited
+
+    def enter(
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+        seconds: float,
+        key: Hashable = None,
+        rated: bool = True,
+        names: Names = UNNAMED,
+    ) -> Places | None:
+        """See `Office`."""
+        office = self.away or self.here
+        return office.enter(owner, weight, source, destination, flows, seconds, key, rated, names)
+
+    def swap(
+        self,
+        old: Places | None,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+        rated: bool = True,
+        names: Names = UNNAMED,
+    ) -> tuple[bool, Places | None]:
+        """See `Office`."""
+        office = self.here if old is not None else self.away or self.here
+        return self._of(old, office).swap(old, owner, weight, source, destination, flows, rated, names)
+
+    def leave(self, places: Places | None) -> None:
+        """See `Office`."""
+        self._of(places, self.here).leave(places)
+
+    def wanted(self, places: Places | None) -> bool:
+        """See `Office`."""
+        return self._of(places, self.here).wanted(places)
+
+    def awaited(self, key: Hashable) -> bool:
+        """See `Office`."""
+        return self.here.awaited(key) or (self.away is not None and self.away.awaited(key))
+
+    def pass_on(self, places: Places, key: Hashable) -> bool:
+        """See `Office`."""
+        return self._of(places, self.here).pass_on(places, key)
+
+    def ask_place(
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        seconds: float,
+        answer: Callable[[Throttled | None, Places | None], object],
+        key: Hashable,
+        rated: bool,
+        names: Names,
+    ) -> Places | Ticket | int | None:
+        """`enter` without a greenlet.
+
+        Args:
+            answer: told why there are none, or the places; not called if they are there at once, nor after
+                `cancel_place`.
+
+        Returns:
+            None: no throttle applies. The places; or a ticket.
+        """
+        office = self.away or self.here
+        return office.ask_place(owner, weight, source, destination, seconds, answer, key, rated, names)
+
+    def cancel_place(self, ticket: Ticket | int) -> None:
+        """Nobody waits for it any more; after the answer this changes nothing."""
+        if isinstance(ticket, Ticket):
+            self.here.cancel_place(ticket)
+        elif self.away is not None:
+            self.away.cancel_place(ticket)
+
+    # ---------------------------------------------------------------- messages
+
+    def message(
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+        seconds: float,
+        waits: Callable[[], object] = lambda: None,
+        names: Names = UNNAMED,
+    ) -> Slot | None:
+        """See `Office`."""
+        office = self.away or self.here
+        return office.message(owner, weight, source, destination, flows, seconds, waits, names)
+
+    def ask_slot(
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...],
+        seconds: float,
+        answer: Answer,
+        names: Names = UNNAMED,
+    ) -> MessageTicket | RemoteSlot | None:
+        """See `Office`."""
+        office = self.away or self.here
+        return office.ask_slot(owner, weight, source, destination, flows, seconds, answer, names)
+
+    def cancel_message(self, ticket: Slot) -> None:
+        """See `Office`."""
+        self._with(ticket).cancel_message(ticket)
+
+    def put_off(self, ticket: Slot | None) -> bool:
+        """See `Office`."""
+        return self._with(ticket).put_off(ticket)
+
+    # ---------------------------------------------------------------- what became of it
+
+    @property
+    def listens(self) -> bool:
+        """See `Office`."""
+        return self.here.listens
+
+    def replied(self, places: Places | None, reply: str, settle_later: bool = False) -> None:
+        """See `Office`."""
+        self._of(places, self.here).replied(places, reply, settle_later)
+
+    def carried(self, places: Places | None, accepted: int, deferred: int, rejected: int) -> None:
+        """See `Office`."""
+        self._of(places, self.here).carried(places, accepted, deferred, rejected)
+
+    # ---------------------------------------------------------------- whose it is
+
+    def _of(self, places: Places | None, otherwise: Office) -> Office:
+        return self.away if self.away is not None and isinstance(places, Lent) else otherwise
+
+    def _with(self, ticket: Slot | None) -> Office:
+        return self.away if self.away is not None and isinstance(ticket, RemoteSlot) else self.here
