@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -69,6 +70,13 @@ def by_header(door: tuple[str, int], header: bytes) -> bytes:
         return clients.exactly(sock, 200)
 
 
+def connecting(source: str) -> bool:
+    """Whether a socket with this address waits for the answer to its SYN, in this network."""
+    local = socket.inet_aton(source)[::-1].hex().upper()
+    lines = [line.split() for line in Path("/proc/thread-self/net/tcp").read_text().splitlines()]
+    return any(fields[1].startswith(local) and fields[3] == "02" for fields in lines)
+
+
 def test_from_haproxy_with_usesrc(tmp_path: Path) -> None:
     peers.in_network_namespace(lambda: from_haproxy_with_usesrc(tmp_path))
 
@@ -92,6 +100,9 @@ def from_haproxy_with_usesrc(tmp_path: Path) -> None:
             send()
             arrived(sink, *four)
             assert by_header(door, refused) == b"", "it closes without a byte"
+            with clients.dial(door, MTA) as sock:  # an address that nobody has: it is bound all the same, in vain
+                sock.sendall(clients.v2("192.0.2.9", (MX, 25)))
+                wait_for(lambda: connecting("192.0.2.9"), what="a SYN from there")
         with new(after) as proxy:
             send()
             arrived(sink, *four)
