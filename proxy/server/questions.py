@@ -7,6 +7,7 @@ is one that has not answered. `status.colleagues` says how they travel.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -100,8 +101,8 @@ class Everywhere:
         """What the others know now; of who does not answer in time, what it has said last."""
         colleagues = self._colleagues()
         for reply in colleagues.ask("part", b"", WITHIN):
-            if (part := _decoded(reply.body, Part)) is not None:
-                colleagues.heard(reply.who, part)
+            with contextlib.suppress(msgspec.MsgspecError):
+                colleagues.heard(reply.who, parts.decode(reply.body or b""))
         known = list(colleagues.parts())
         self._tell_trouble(known)
         return known

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from typing import NamedTuple, TypeVar
 
-from msgspec import Struct, field, msgpack
+from msgspec import Struct, ValidationError, field, msgpack
 
 from proxy.policy.trouble import LATELY, slot_of
 
@@ -189,8 +189,19 @@ class Part(Struct):
 
 
 encode: Callable[[Part], bytes] = msgpack.Encoder().encode
-#: Raises msgspec.MsgspecError.
-decode: Callable[[bytes], Part] = msgpack.Decoder(Part).decode
+_decoder = msgpack.Decoder(Part)
+
+
+def decode(data: bytes) -> Part:
+    """The part of a process.
+
+    Raises:
+        msgspec.MsgspecError: it is none; all fields have defaults, but each part is of somebody.
+    """
+    part: Part = _decoder.decode(data)
+    if not part.processes:
+        raise ValidationError("a part is of at least one process")
+    return part
 
 
 def merge(parts: Iterable[Part]) -> Part:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -146,7 +147,14 @@ def test_what_is_added_up_stays_as_it_is_and_survives_the_link(a: Part, b: Part)
     before = encode(a), encode(b)
     both = merge([a, b])
     assert (encode(a), encode(b)) == before
-    assert decode(encode(both)) == both
+    if both.processes:
+        assert decode(encode(both)) == both
+
+
+@pytest.mark.parametrize("data", [encode(Part()), b"\x80", b"\xc1", b""])
+def test_what_is_of_nobody_is_no_part(data: bytes) -> None:
+    with pytest.raises(msgspec.MsgspecError):
+        decode(data)
 
 
 @given(st.lists(PARTS, max_size=4))
