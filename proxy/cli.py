@@ -77,7 +77,9 @@ def _main(argv: list[str]) -> int:
     parser = config.build_parser()
     flags = parser.parse_flags(argv)
     if flags.help or flags.version or flags.check_config or flags.ping is not None or flags.status is not None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGHUP, signal.SIGUSR1))  # held back for the server
+        signal.pthread_sigmask(
+            signal.SIG_UNBLOCK, (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+        )  # held back for the server
     if flags.help:
         _print(parser.format_help(), sys.stdout)
         return EX_OK
@@ -95,13 +97,13 @@ def _main(argv: list[str]) -> int:
     if flags.check_config:
         return _check_config(load, flags.user)
     loaded = load()
-    from proxy.server import server  # late: --help and a wrong configuration need no gevent
+    from proxy.server import server, succession  # late: --help and a wrong configuration need no gevent
 
     def again(breathe: Breathe, lent: Lent) -> config.Loaded:
         read, find = functools.partial(read_file, lent=lent), functools.partial(find_files, lent=lent)
         return config.load(argv, os.environ, read, breathe, find)
 
-    return server.run(again, loaded)
+    return server.run(again, loaded, succession.of_environment())
 
 
 def _refuse_two(flags: Any) -> None:

@@ -204,6 +204,7 @@ class Settings:
     idle_timeout: float
     half_close_timeout: float
     drain_timeout: float
+    upgrade_timeout: float
     max_connections: int | None  # None: from RLIMIT_NOFILE
     reuse_connections: bool
     reuse_connections_max_idle: float

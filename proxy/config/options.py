@@ -157,6 +157,7 @@ OPTIONS: tuple[Option, ...] = (
     _one("idle_timeout", POSITIVE, "15m", "DURATION", "a connection that moves no byte for so long is closed"),
     _one("half_close_timeout", POSITIVE, "1m", "DURATION", "the same, where one side has closed and the other has not"),
     _one("drain_timeout", duration(), "60s", "DURATION", "how long a stop waits for active connections"),
+    _one("upgrade_timeout", duration(), "15m", "DURATION", "how long a process that was replaced waits for them"),
     _one("max_connections", count(1), None, "NUMBER", "accepted connections (from RLIMIT_NOFILE)"),
     _one("reuse_connections", BOOLEAN, "yes", "YES|NO", "keep the connections that clients offer"),
     _one("reuse_connections_max_idle", POSITIVE, "30s", "DURATION", "a kept connection is closed after so long unused"),

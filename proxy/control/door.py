@@ -129,10 +129,18 @@ class ControlDoor:
         except OSError as error:
             log.note(log.Event.CONTROL, log.ERROR, f"control_socket {self.path}: {os.strerror(error.errno or 0)}")
 
-    def close(self) -> None:
-        """Listen no more; who is connected gets the answer in progress."""
+    def fileno(self) -> int:
+        """Of the listening socket."""
+        return int(self._sock.fileno())
+
+    def close(self, forget: bool = True) -> None:
+        """Listen no more; who is connected gets the answer in progress.
+
+        Args:
+            forget: remove the file; not if another process listens there.
+        """
         self._greenlet.kill(block=False)
-        if not self.path.startswith("@"):
+        if forget and not self.path.startswith("@"):
             with contextlib.suppress(OSError):
                 os.unlink(self.path)
 

@@ -108,11 +108,13 @@ class Admission(Office):
             is to give up its place there; says whether one did.
 
     Attributes:
-        settled: called when all that follows from a call is done, if there is anybody to be told.
+        settled: called when all that follows from a call is done, if there is anybody to be told. handed_over: the
+            same, when another process has taken over the manager.
     """
 
     def __init__(self, manager: Manager, make_way: Callable[[Throttle, int], bool]) -> None:
         self.settled: Callable[[], object] | None = None
+        self.handed_over: Callable[[], object] | None = None
         self.manager = manager
         self.clients: dict[Session, Client] = {}
         self._make_way = make_way
@@ -538,6 +540,8 @@ class Admission(Office):
                     break
             if self.settled is not None:
                 self.settled()
+            if self.handed_over is not None:
+                self.handed_over()
             for remark in manager.take_notices():
                 self._tell(remark)
         finally:

@@ -33,6 +33,7 @@ class Event(enum.StrEnum):
     THROTTLE = "throttle"
     STORE = "store"
     WORKER = "worker"
+    UPGRADE = "upgrade"
     TLS = "tls"
     SYSTEMD = "systemd"
     LOST = "lost"

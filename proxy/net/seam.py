@@ -77,19 +77,25 @@ class Seam:
 
     # ---------------------------------------------------------------- saying
 
-    def say(self, record: Record, fds: Sequence[int] = ()) -> None:
-        """Send it at the end of this turn; descriptors are copied at once, and stay the caller's."""
+    def say(self, record: Record) -> None:
+        """Send it at the end of this turn."""
         if self.closed:
             return
-        if not fds:
-            self._said.append(record)
-            if not self._flushing:
-                self._flushing = True
-                self._loop.run_callback(self._flush)
+        self._said.append(record)
+        if not self._flushing:
+            self._flushing = True
+            self._loop.run_callback(self._flush)
+
+    def say_with(self, record: Record, fds: Sequence[int]) -> None:
+        """Send it now, with copies of these descriptors, which stay the caller's."""
+        if self.closed:
             return
         self._queue_said()
         copies = tuple([os.dup(fd) for fd in fds])
-        self._queue(_Outgoing(next(seam.encode([record])), copies, copies))
+        data = next(seam.encode([record]))
+        if len(data) > seam.DATAGRAM:
+            data, copies = b"", (_in_memory(data), *copies)
+        self._queue(_Outgoing(data, copies, copies))
         self._write()
 
     def _flush(self) -> None:

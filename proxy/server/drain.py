@@ -5,6 +5,8 @@ Whether it ends, and what is to be closed of the process itself, is the server's
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from math import inf
 from time import monotonic
 from typing import Protocol
 
@@ -27,7 +29,7 @@ _STOPPING = "the proxy is shutting down"
 class Others(Protocol):
     """Processes that end with this one."""
 
-    def finish(self, timeout: float) -> None:
+    def finish(self, timeout: float, replaced: bool) -> None:
         """They take nothing new, and end when what they have is over, or after `timeout`."""
 
     def all_gone(self) -> bool: ...
@@ -40,7 +42,7 @@ class Others(Protocol):
 class Nobody:
     """There are none."""
 
-    def finish(self, timeout: float) -> None:
+    def finish(self, timeout: float, replaced: bool) -> None:
         """See `Others`."""
 
     def all_gone(self) -> bool:
@@ -60,26 +62,34 @@ def drain(
     notifier: systemd.Notifier,
     timeout: float,
     others: Others | None = None,
+    replaced: bool = False,
+    hurry: Callable[[], float] = lambda: inf,
 ) -> int:
     """Accept nothing more and wait for what is open.
 
     Args:
         timeout: seconds after which the rest is reset. others: None: we are one of them, and say nothing.
+        hurry: until when at the most, on the monotonic clock, if that has become earlier.
+        replaced: another process takes what is new, so that nobody needs to be hurried; the doors are its own.
 
     Returns:
         How many connections of clients had to be reset.
     """
-    is_worker, others = others is None, others or Nobody()
+    is_worker = others is None
+    others = Nobody() if others is None else others
     notifier.stopping("draining", 3 * _EXTEND_EVERY)
-    doors.finish()
-    others.finish(timeout)
+    if replaced:
+        doors.leave()
+    else:
+        doors.finish()
+    others.finish(timeout, replaced)
     end = monotonic() + timeout
-    _ask_to_leave(services, timeout, end)
+    _ask_to_leave(services, timeout, end, replaced)
     open_now = doors.open_connections() + others.open_connections()
     level = log.DEBUG if is_worker else log.INFO
     log.note(log.Event.DRAIN, level, "stopping: no new connections", open_connections=open_now, timeout=timeout)
     extended = monotonic()
-    while (_is_busy(services, doors) or not others.all_gone()) and monotonic() < end:
+    while (_is_busy(services, doors) or not others.all_gone()) and monotonic() < min(end, hurry()):
         if monotonic() - extended >= _EXTEND_EVERY:
             extended = monotonic()
             notifier.extend(3 * _EXTEND_EVERY)
@@ -92,12 +102,13 @@ def drain(
     return cut + others.kill()
 
 
-def _ask_to_leave(services: Services, timeout: float, end: float) -> None:
+def _ask_to_leave(services: Services, timeout: float, end: float, replaced: bool) -> None:
     services.instances.leaving = Leaving(end, _STOPPING)
     for channel in list(services.instances.channels):
         channel.goaway(timeout, _STOPPING, Ending.DRAIN_TIMEOUT)
-    for dialogue in list(services.instances.dialogues):
-        dialogue.goaway()
+    if not replaced:
+        for dialogue in list(services.instances.dialogues):
+            dialogue.goaway()
     for session in list(services.instances.sessions):
         session.goaway(timeout, _STOPPING)
     services.keeper.drain()

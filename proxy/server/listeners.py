@@ -35,8 +35,8 @@ Wanted = dict[Endpoint, tuple[str, bool]]
 class Handed(Protocol):
     """Sockets that somebody else has opened."""
 
-    def take(self, endpoint: Endpoint) -> socket.socket | None:
-        """The one for this address; None: there is none (left)."""
+    def take(self, endpoint: Endpoint, count: int) -> list[socket.socket]:
+        """So many for this address; none: there are none (left)."""
 
 
 class Kept(NamedTuple):
@@ -110,10 +110,7 @@ class Doors:
         return opened
 
     def _open(self, endpoint: Endpoint, workers: int) -> list[socket.socket]:
-        handed = self._inherited.take(endpoint)
-        if handed is None:
-            return open_sockets(endpoint, workers or 1)
-        return [handed, *(handed.dup() for _ in range(workers - 1))]
+        return self._inherited.take(endpoint, workers or 1) or open_sockets(endpoint, workers or 1)
 
     def endpoints(self, settings: Settings, opened: Opened) -> Iterator[Endpoint]:
         """Where the doors of new settings will really listen."""
@@ -166,6 +163,24 @@ class Doors:
         listener.start()
         if self._tells:
             _tell(door.endpoint, protocol, secure)
+
+    def sockets(self) -> Iterator[tuple[Endpoint, int, socket.socket]]:
+        """All of them, by their configured addresses, counted from 0."""
+        for endpoint, listener in self._listeners.items():
+            yield endpoint, 0, listener.socket
+        for endpoint, kept in self._kept.items():
+            for index, sock in enumerate(kept.sockets):
+                yield endpoint, index, sock
+
+    def leave(self) -> None:
+        """Another process listens on the same sockets: what stands in their queues is its own."""
+        for listener in self._listeners.values():
+            self._closed.append(listener.door)
+            listener.close()
+        for kept in self._kept.values():
+            close_all({kept.door.endpoint: kept.sockets})
+        self._listeners.clear()
+        self._kept.clear()
 
     def finish(self) -> None:
         """Stop listening, but for the status: it says until the end that we are draining."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import pickle
 from typing import Any, NamedTuple
 
+from msgspec import Struct
+
 from proxy.config.load import Loaded
 from proxy.config.origins import Given, Origins
 from proxy.model import Endpoint
@@ -21,6 +23,41 @@ DRAIN, FOLLOW, FOLLOW_NO_MORE = "drain", "follow", "follow no more"
 #: What a worker tells: its figures, whether it is prepared (or why not), that it serves, what it was asked to follow,
 #: and how many connections it had to reset when it has drained.
 PART, PREPARED, SERVING, FOLLOWED, DRAINED = "part", "prepared", "serving", "followed", "drained"
+
+
+#: Of an upgrade, from the new process to the old one, which is its worker: it is ready to take over, and it has.
+READY, TAKEN = "ready", "taken"
+#: And back: the first words, listening sockets, that these were all, the throttle manager's estate and its end, and
+#: what has happened since to what is in it.
+HELLO, HANDED, ALL_HANDED = "hello", "handed", "all handed"
+ESTATE, ESTATE_END, MEANWHILE = "estate", "the end of the estate", "meanwhile"
+
+
+class Hello(Struct):
+    """The first words of a process that is to be replaced.
+
+    Args:
+        seam: the version of the link's records. version: of the program.
+        incarnation: of its throttle manager. highest: number of a connection. identity: certificate and key that were
+            made in memory, if any.
+    """
+
+    seam: int
+    version: str
+    pid: int
+    incarnation: int
+    highest: int
+    identity: bytes
+
+
+class Handed(Struct):
+    """What a socket is: `door`, of a configured address, one of several; or `control`, with its path."""
+
+    kind: str
+    host: str = ""
+    port: int = 0
+    index: int = 0
+    path: str = ""
 
 
 class Begin(NamedTuple):

@@ -44,9 +44,13 @@ class Routine:
 
     def begin(self) -> None:
         """Start them all."""
-        gevent.spawn(self._report_forever)
+        self._reporting = gevent.spawn(self._report_forever)
         gevent.spawn(sweep_forever, self._services, self._now_and_then)
         gevent.spawn(self._watchdog_forever)
+
+    def end(self) -> None:
+        """Another process tells of everything now."""
+        self._reporting.kill(block=False)
 
     def report(self) -> None:
         """SIGUSR1: all status lines, in turns with all else: there may be thousands."""

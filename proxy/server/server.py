@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from dataclasses import fields
 from datetime import UTC, datetime, tzinfo
 from functools import partial
+from math import inf
 from time import monotonic
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ from proxy.egress.admission import Admission, clock_ns
 from proxy.egress.branch import Branches
 from proxy.egress.leases import Leases, make_cluster
 from proxy.egress.office import Office
+from proxy.egress.remote import Remote
 from proxy.egress.switch import Switch
 from proxy.errors import ConfigError
 from proxy.log import lines as log
@@ -38,17 +40,21 @@ from proxy.log import outputs
 from proxy.model import Breathe, Endpoint, hold_breath, let_go
 from proxy.net.turn_meter import TurnMeter
 from proxy.net.turns import Breather, rest
-from proxy.server import calendar, check_config, figures, findings, process, systemd, wiring
+from proxy.numbering import numbers, step_for
+from proxy.protocols import seam
+from proxy.server import calendar, check_config, figures, findings, orders, process, systemd, wiring
 from proxy.server.drain import drain
 from proxy.server.here import Here
 from proxy.server.listener import ListenError
 from proxy.server.listeners import Doors, Opened, close_all, close_unclaimed
-from proxy.server.orders import Plan
-from proxy.server.questions import Everywhere
+from proxy.server.orders import Handed, Plan
+from proxy.server.questions import Answering, Everywhere
 from proxy.server.reception import Reception
 from proxy.server.routine import Routine
 from proxy.server.signals import Signals
 from proxy.server.steering import Steering
+from proxy.server.succession import Predecessor
+from proxy.server.upgrade import Failed, Upgrade, hello_of
 from proxy.server.vitals import Vitals
 from proxy.server.wiring import Wiring
 from proxy.server.workers import Workers, count_of
@@ -56,6 +62,7 @@ from proxy.services import Services
 from proxy.settings import Settings
 from proxy.spans import SPANS
 from proxy.stats import Snapshot
+from proxy.status import parts
 from proxy.status.http import House, InForce, ReloadFailure, StatusDoor
 from proxy.status.parts import Part, merge
 from proxy.store import store
@@ -72,12 +79,13 @@ _MANY_THROTTLES = 1_000
 Load = Callable[[Breathe, Callable[[], AbstractContextManager[None]]], Loaded]
 
 
-def run(load: Load, loaded: Loaded) -> int:
+def run(load: Load, loaded: Loaded, predecessor: Predecessor | None = None) -> int:
     """Serve until a signal ends it.
 
     Args:
         load: for SIGHUP.
         loaded: what to start with.
+        predecessor: a running process that this one is to replace.
 
     Returns:
         The exit code: 0 clean stop, 1 a second signal ended the drain, 69 cannot listen.
@@ -85,7 +93,7 @@ def run(load: Load, loaded: Loaded) -> int:
     outputs.setup(loaded.settings)
     outputs.share(loaded.settings.workers != 1)
     try:
-        return Server(load, loaded).run()
+        return Server(load, loaded, predecessor).run()
     finally:
         outputs.flush(1.0)
 
@@ -93,7 +101,7 @@ def run(load: Load, loaded: Loaded) -> int:
 class Server:
     """The program's one instance; lives in the hub's thread."""
 
-    def __init__(self, load: Load, loaded: Loaded) -> None:
+    def __init__(self, load: Load, loaded: Loaded, predecessor: Predecessor | None = None) -> None:
         settings = loaded.settings
         self._load = load
         self._descriptors = process.raise_descriptor_limit()
@@ -114,11 +122,16 @@ class Server:
         stop = self._stop_soon
         self._signals = Signals(
             at_once={signal.SIGTERM: stop, signal.SIGINT: stop},
-            in_turn={signal.SIGHUP: self._reload, signal.SIGUSR1: self._routine.report},
+            in_turn={
+                signal.SIGHUP: self._reload,
+                signal.SIGUSR1: self._routine.report,
+                signal.SIGUSR2: self._upgrade,
+            },
         )
         self._vitals = Vitals(0, self._reserve.lent)
-        here = Here(lambda: self.services, self._part)
+        self._here = here = Here(lambda: self.services, self._part)
         self._everywhere = Everywhere(here, lambda: self._workers)
+        self._predecessor = predecessor
         self._inherited = systemd.Inherited(os.environ, os.getpid())
         self._reception = Reception(
             services=lambda: self.services,
@@ -127,7 +140,11 @@ class Server:
         )
         count = count_of(settings)
         self._doors = Doors(
-            self._reception.admit, self._reception.accept_failed, self._reserve.lent, self._inherited, count
+            self._reception.admit,
+            self._reception.accept_failed,
+            self._reserve.lent,
+            predecessor or self._inherited,
+            count,
         )
         self._workers = Workers(
             count, self._wiring.incarnation, self._branches, self._doors.kept, self._everywhere.standing_orders
@@ -147,6 +164,8 @@ class Server:
         self._reload_failure: ReloadFailure | None = None
         self._in_force: InForce
         self._first = loaded
+        self._replaced: Upgrade | None = None  # by whom
+        self._hurry = inf
 
     def _office(self, settings: Settings, parts: Wiring) -> tuple[Office, Admission]:
         cluster = make_cluster(settings, socket.gethostname())
@@ -174,20 +193,18 @@ class Server:
         """Start, serve, drain; the exit code."""
         process.forbid_core_dumps()
         log.note(log.Event.START, log.INFO, f"greenarrow_proxy {__version__} starts", pid=os.getpid())
-        try:
-            self._take(self._prepare(self._first, hold_breath), hold_breath)
-        except ListenError as error:
-            log.note(log.Event.LISTEN, log.ERROR, str(error))
-            return EXIT_CANNOT_LISTEN
-        _tell_doubts(self._first, hold_breath)
-        close_unclaimed(self._inherited)
         self._signals.watch()
         with self._reloading:
             try:
-                self._workers.start(self._plan(self._first.settings))
+                self._begin()
+            except ListenError as error:
+                log.note(log.Event.LISTEN, log.ERROR, str(error))
+                self._workers.kill()
+                return EXIT_CANNOT_LISTEN
             except ConfigError:
                 self._workers.kill()
                 raise
+        _tell_doubts(self._first, hold_breath)
         self._wiring.watch_addresses()
         process.log_what_the_hub_catches(self._wiring.counters)
         TurnMeter(SPANS.turn)
@@ -197,9 +214,41 @@ class Server:
         collector = process.Collector(lambda: len(self._admission.manager.throttles) >= _MANY_THROTTLES)
         collector.begin()
         gevent.spawn(collector.steps_forever)
-        self._notifier.ready("serving")
+        if self._predecessor is None:
+            self._notifier.ready("serving")
+        else:
+            self._notifier.succeeded(os.getpid(), "serving")
         self._stop.wait()
         return self._drain()
+
+    def _begin(self) -> None:
+        """Put the first settings in force, and take over from whoever is to be replaced.
+
+        Raises:
+            ConfigError, ListenError: we cannot serve; nobody was let in.
+        """
+        predecessor, settings, above = self._predecessor, self._first.settings, 0
+        if predecessor is not None:
+            predecessor.greet()
+            hello = predecessor.hello
+            log.note(log.Event.UPGRADE, log.INFO, "taking over from a running process", pid=hello.pid)
+            self._wiring.incarnation, above = hello.incarnation, hello.highest
+            self._wiring.certificates.use_generated(hello.identity)
+        workers = count_of(settings)
+        numbers.count_as(0, step_for(workers), above)
+        prepared = self._prepare(self._first, hold_breath)
+        self._workers.start(self._plan(settings, prepared.own), prepared.opened, above)
+        if predecessor is not None:
+            predecessor.take_over(self._admission.manager)
+        self._take(prepared, hold_breath)
+        self._workers.serve()
+        if predecessor is not None:
+            hello = predecessor.hello
+            predecessor.settle = self._admission.settle
+            predecessor.heard = self._workers.adopt(predecessor.link, hello.pid, hello.version, predecessor.held)
+            predecessor.taken()
+            predecessor.close_unclaimed()
+        close_unclaimed(self._inherited)
 
     def _prepare(self, loaded: Loaded, breathe: Breathe) -> _Prepared:
         """Everything about new settings that can fail, or takes a while.
@@ -216,7 +265,8 @@ class Server:
             opened = self._doors.open_missing(settings, breathe)
             own = list(self._doors.endpoints(settings, opened))
             wired = self._wiring.prepare(loaded, own, breathe)
-            self._workers.prepare(self._plan(settings, own), opened)
+            if hasattr(self._wiring, "services"):
+                self._workers.prepare(self._plan(settings, own), opened)
         except BaseException:
             self._workers.abort()
             close_all(opened)
@@ -225,7 +275,7 @@ class Server:
             raise
         wanted = store.of_settings(self._wiring.engine, settings.throttle_store, store_tls, clock_ns, self._store)
         digested = digest(loaded.in_force, breathe)
-        return _Prepared(wired, opened, control_socket, gid, loaded.in_force, digested, wanted)
+        return _Prepared(wired, opened, own, control_socket, gid, loaded.in_force, digested, wanted)
 
     def _plan(self, settings: Settings, own: Iterable[Endpoint] | None = None) -> Plan:
         """What the workers need of settings; `own`: where the program listens, if that is new."""
@@ -257,6 +307,8 @@ class Server:
         path = settings.control_socket
         if path is None or (self._control is not None and self._control.path == path):
             return None
+        if self._predecessor is not None and (handed := self._predecessor.control(path)) is not None:
+            return gevent.socket.socket(fileno=handed.detach())
         with self._reserve.lent():
             return control.listen(path, settings.control_socket_mode, gid)
 
@@ -374,6 +426,71 @@ class Server:
         self._reload_failure = ReloadFailure(since, mistakes[0])
         self._notifier.ready(f"serving with an old configuration: {mistakes[0]}")
 
+    # ---------------------------------------------------------------- a new program
+
+    def _upgrade(self) -> None:
+        """SIGUSR2: a new process of this program takes over; on any error nothing has happened."""
+        with self._reloading:
+            if self._stop.is_set():
+                return
+            identity = self._wiring.certificates.generated()
+            hello = hello_of(self._wiring.incarnation, self._total().highest, identity)
+            answering = Answering(self._here)
+            upgrade = Upgrade(self._handed(), hello, self._admission, partial(self._asked, answering))
+            log.note(log.Event.UPGRADE, log.INFO, "a new program is started to take over")
+            try:
+                upgrade.run()
+            except Failed as error:
+                log.note(log.Event.UPGRADE, log.ERROR, f"{error}; this one goes on as before")
+                return
+            self._be_replaced(upgrade)
+
+    def _handed(self) -> list[tuple[Handed, int]]:
+        """All listening sockets, and what they are."""
+        handed = [
+            (Handed("door", endpoint.host, endpoint.port, index), sock.fileno())
+            for endpoint, index, sock in self._doors.sockets()
+        ]
+        if self._control is not None:
+            handed.append((Handed("control", path=self._control.path), self._control.fileno()))
+        return handed
+
+    def _be_replaced(self, upgrade: Upgrade) -> None:
+        """From now on the new process is the master, and this one a worker that takes nothing new."""
+        assert upgrade.link is not None
+        log.note(log.Event.UPGRADE, log.INFO, "the new program has taken over: finishing what is open", pid=upgrade.pid)
+        limits, keeper = self._wiring, self._wiring.keeper
+        remote = Remote(upgrade.link.say, lambda: limits.limits, keeper.give_way)
+        upgrade.goes_to(remote)
+        self._switch.hand_over(remote)
+        self._admission.handed_over = upgrade.say_meanwhile
+        upgrade.say_meanwhile()
+        self._replaced = upgrade
+        self._routine.end()
+        self._notifier.close()
+        if self._control is not None:
+            self._control.close(forget=False)
+            self._control = None
+        gevent.spawn(self._report_forever, upgrade)
+        self._stop.set()
+
+    def _report_forever(self, upgrade: Upgrade) -> None:
+        while upgrade.link is not None:
+            upgrade.link.say(seam.Tell(orders.PART, parts.encode(self._total())))
+            gevent.sleep(1.0)
+
+    def _asked(self, answering: Answering, record: seam.FromMaster) -> None:
+        """By the process that has replaced this one."""
+        if isinstance(record, seam.Question):
+            gevent.spawn(self._answer, answering, record)
+        elif isinstance(record, seam.Order) and record.what == orders.DRAIN:
+            self._hurry = monotonic() + orders.unpack(record.body)[0]
+
+    def _answer(self, answering: Answering, question: seam.Question) -> None:
+        body = answering.answer(question.what, question.body)
+        if self._replaced is not None and self._replaced.link is not None:
+            self._replaced.link.say(seam.Reply(question.id, body))
+
     # ---------------------------------------------------------------- the end
 
     def _stop_soon(self) -> None:
@@ -389,16 +506,22 @@ class Server:
             outputs.flush(1.0)
             self._workers.abandon()
             os._exit(EXIT_FORCED)
+        if self._replaced is not None:
+            self._hurry = monotonic() + self.services.settings.drain_timeout
         self._stop.set()
 
     def _drain(self) -> int:
         """Let what is open finish, then stop what is the program's own."""
         self._settled.wait()  # a reload that is just putting new doors in force: they would be left open
-        timeout = self.services.settings.drain_timeout
-        cut = drain(self.services, self._doors, self._notifier, timeout, self._workers)
+        settings, replaced = self.services.settings, self._replaced is not None
+        timeout = settings.upgrade_timeout if replaced else settings.drain_timeout
+        cut = drain(self.services, self._doors, self._notifier, timeout, self._workers, replaced, lambda: self._hurry)
         rest()
         self.close()
         log.note(log.Event.STOP, log.INFO, "stopped", reset_connections=cut)
+        if self._replaced is not None and self._replaced.link is not None:
+            self._replaced.link.say(seam.Tell(orders.PART, parts.encode(self._total())))
+            self._replaced.link.close()
         return EXIT_OK
 
     def close(self) -> None:
@@ -436,6 +559,7 @@ class _Prepared(NamedTuple):
 
     wired: wiring.Prepared
     opened: Opened
+    own: Sequence[Endpoint]
     control_socket: gevent.socket.socket | None
     control_gid: int | None
     in_force: Sequence[Row]

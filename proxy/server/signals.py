@@ -18,7 +18,7 @@ from gevent.event import Event
 from proxy.log import lines as log
 
 #: Their default is to end the program, which is not what they mean here: greenarrow_proxy.py blocks them at once.
-HELD_AT_THE_START = frozenset({signal.SIGHUP, signal.SIGUSR1})
+HELD_AT_THE_START = frozenset({signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
 
 
 def release() -> None:

@@ -38,6 +38,10 @@ class Notifier:
         """The start, or a reload, is complete."""
         return self._send("READY=1", _status(status))
 
+    def succeeded(self, pid: int, status: str) -> bool:
+        """This process, of that number, has taken over from the one that systemd has started."""
+        return self._send(f"MAINPID={pid}", "READY=1", _status(status))
+
     def reloading(self) -> bool:
         """A reload begins; `ready` ends it. systemd wants the time to tell our reload from an earlier one."""
         return self._send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
@@ -100,9 +104,11 @@ class Inherited:
         for fd in range(_FIRST_FD, _FIRST_FD + int(count)):
             self._adopt(fd)
 
-    def take(self, endpoint: Endpoint) -> socket.socket | None:
-        """The inherited listener bound to exactly this address, non-blocking; None when there is none (left)."""
-        return self._sockets.pop(endpoint, None)
+    def take(self, endpoint: Endpoint, count: int) -> list[socket.socket]:
+        """The inherited listener bound to exactly this address, non-blocking, so many times; none when there is none
+        (left)."""
+        found = self._sockets.pop(endpoint, None)
+        return [] if found is None else [found, *(found.dup() for _ in range(count - 1))]
 
     def left(self) -> list[Endpoint]:
         """What nobody has taken: the unit and the configuration disagree."""

@@ -83,8 +83,10 @@ class Handed:
         for endpoint, fd in zip(endpoints, fds, strict=True):
             self._sockets[endpoint] = socket.socket(fileno=fd)
 
-    def take(self, endpoint: Endpoint) -> socket.socket | None:
-        return self._sockets.pop(endpoint, None)
+    def take(self, endpoint: Endpoint, count: int) -> list[socket.socket]:
+        """See `listeners.Handed`."""
+        found = self._sockets.pop(endpoint, None)
+        return [] if found is None else [found]
 
     def close(self) -> None:
         """Those that nobody has taken."""
@@ -108,7 +110,7 @@ class Worker:
         self._neighbours: Neighbours | None = None
         self._prepared: tuple[Prepared, Opened, Plan] | None = None
         self._end = Event()
-        self._drain_timeout = 0.0
+        self._drain_timeout, self._replaced = 0.0, False
         self._told: dict[int, Any] = {}  # what the master follows: how it ends
         self._reception = Reception(
             services=lambda: self._services,
@@ -137,7 +139,7 @@ class Worker:
         self._end.wait()
         if self._wiring is None or not hasattr(self._wiring, "services"):
             return 0
-        cut = drain(self._services, self._doors, systemd.Notifier({}, 0), self._drain_timeout)
+        cut = drain(self._services, self._doors, systemd.Notifier({}, 0), self._drain_timeout, replaced=self._replaced)
         self._link.say(seam.Tell(orders.PART, self._part_in_full()))
         self._link.say(seam.Tell(orders.DRAINED, pack(cut)))
         self._link.close()
@@ -293,8 +295,8 @@ class Worker:
             close_all(prepared[1])
         self._handed.close()
 
-    def _leave(self, timeout: float) -> None:
-        self._drain_timeout = timeout
+    def _leave(self, how: tuple[float, bool]) -> None:
+        self._drain_timeout, self._replaced = how
         self._end.set()
 
     # ---------------------------------------------------------------- what it says of itself

@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -34,13 +34,15 @@ from proxy.net.seam import Seam, pair
 from proxy.numbering import step_for
 from proxy.protocols import seam
 from proxy.server import orders
+from proxy.server.listeners import Opened
 from proxy.server.orders import Begin, Plan, pack, unpack
 from proxy.settings import Settings
 from proxy.status import parts
-from proxy.status.colleagues import Hear, Member, Reply
+from proxy.status.colleagues import LEAVING, Hear, Member, Reply
 from proxy.status.parts import Part
 from proxy.status.roll import Roll
 from proxy.status.workers import SILENT
+from proxy.throttling.flows import Places
 
 #: Where a worker finds its end of the link.
 LINK_FD = 3
@@ -79,9 +81,13 @@ class Worker:
         self.changed = Event()
         self.watcher: Any = None
 
-    def say(self, record: seam.FromMaster, fds: Sequence[int] = ()) -> None:
+    def say(self, record: seam.FromMaster) -> None:
         if self.link is not None:
-            self.link.say(record, fds)
+            self.link.say(record)
+
+    def say_with(self, record: seam.FromMaster, fds: Sequence[int]) -> None:
+        if self.link is not None:
+            self.link.say_with(record, fds)
 
     def order(self, what: str, body: object = None) -> None:
         self.say(seam.Order(what, pack(body)))
@@ -117,6 +123,9 @@ class Workers:
         self._kept = kept
         self._standing_orders = standing_orders
         self._workers = [Worker(number) for number in range(1, count + 1)]
+        self._leaving: dict[Worker, None] = {}  # processes that this one has replaced, and that still have connections
+        self._holds = False  # nobody is to serve yet
+        self._above = 0
         self._plan: Plan | None = None
         self._generation = 0
         self._roll = Roll(os.getpid(), __version__, monotonic())
@@ -125,6 +134,7 @@ class Workers:
         self._ids: Iterator[int] = itertools.count(1)
         self._inboxes = [pair() for _ in self._workers]
         self._ends = False
+        self._last = MOST_WORKERS  # number
         self._ticker: gevent.Greenlet[Any] | None = None
 
     def __bool__(self) -> bool:
@@ -132,24 +142,37 @@ class Workers:
 
     # ---------------------------------------------------------------- settings
 
-    def start(self, plan: Plan) -> None:
-        """Start all of them with these settings, and wait until they serve.
+    def start(self, plan: Plan, opened: Opened, above: int = 0) -> None:
+        """Start all of them with these settings, and wait until they are ready to serve.
+
+        Args:
+            opened: the listening sockets of all doors.
+            above: the highest number of a connection that a process before us has given.
 
         Raises:
             ConfigError: one of them cannot.
         """
-        self._plan = plan
+        self._plan, self._above = plan, above
         self._generation += 1
+        self._holds = True
         for worker in self._workers:
-            self._spawn(worker)
+            self._spawn(worker, self._share(worker, opened))
         if self._workers:
             self._ticker = gevent.spawn(self._tick_forever)
-        self._wait_for(lambda worker: worker.serves or worker.prepared)
+        self._wait_for(lambda worker: worker.prepared is not None)
         for worker in self._workers:
             if worker.prepared:
                 raise ConfigError(worker.prepared.decode())
 
-    def prepare(self, plan: Plan, opened: dict[Endpoint, list[socket.socket]]) -> None:
+    def serve(self) -> None:
+        """Let those that are ready serve."""
+        self._holds = False
+        for worker in self._workers:
+            if worker.commits and worker.prepared == b"":
+                worker.order(orders.COMMIT)
+        self._wait_for(lambda worker: worker.serves)
+
+    def prepare(self, plan: Plan, opened: Opened) -> None:
         """All that serve get ready for new settings.
 
         Raises:
@@ -158,8 +181,7 @@ class Workers:
         asked = [worker for worker in self._workers if worker.serves]
         for worker in asked:
             worker.prepared = None
-            new = {at: sockets[worker.number - 1] for at, sockets in opened.items() if len(sockets) == self._count}
-            _hand(worker, new)
+            _hand(worker, self._share(worker, opened))
             worker.order(orders.PREPARE, plan)
         self._wait_for(lambda worker: worker not in asked or worker.prepared is not None or not worker.serves)
         for worker in asked:
@@ -170,8 +192,13 @@ class Workers:
             if worker.prepared:
                 raise ConfigError(worker.prepared.decode())
 
+    def _share(self, worker: Worker, opened: Opened) -> dict[Endpoint, socket.socket]:
+        return {at: sockets[worker.number - 1] for at, sockets in opened.items() if len(sockets) == self._count}
+
     def commit(self, plan: Plan) -> None:
         """What was prepared is in force. Whoever was just starting gets it when it has started."""
+        if self._holds:
+            return  # at a start they have it already
         self._plan = plan
         self._generation += 1
         for worker in self._workers:
@@ -185,25 +212,58 @@ class Workers:
             if worker.serves:
                 worker.order(orders.ABORT)
 
+    # ---------------------------------------------------------------- those that were replaced
+
+    def adopt(self, link: Seam, pid: int, version: str, held: Mapping[int, Places]) -> Callable[[Any], None]:
+        """A process that this one has replaced is a worker that takes nothing new.
+
+        Args:
+            link: to it. held: the places that it has, by its numbers.
+
+        Returns:
+            takes each record that it says.
+        """
+        self._last += 1
+        worker = Worker(self._last)
+        worker.pid, worker.link, worker.serves = pid, link, True
+        worker.branch = self._branches.open(worker.say, held)
+        self._roll.begun(worker.number, pid, version, monotonic(), LEAVING)
+        self._leaving[worker] = None
+        pidfd = os.pidfd_open(pid)
+        worker.watcher = get_hub().loop.io(pidfd, 1)
+        worker.watcher.start(self._left, worker, pidfd)
+        return lambda record: self._take(worker, [record], [])
+
+    def _left(self, worker: Worker, pidfd: int) -> None:
+        """It has ended."""
+        self._let_go(worker, pidfd)
+        self._roll.ended(worker.number)
+        del self._leaving[worker]
+        log.note(log.Event.WORKER, log.INFO, "the process that was replaced has ended", pid=worker.pid)
+        worker.pid = 0
+
+    def _everybody(self) -> list[Worker]:
+        return [*self._workers, *self._leaving]
+
     # ---------------------------------------------------------------- the end
 
-    def finish(self, timeout: float) -> None:
-        """They take nothing new, and end when what they have is over, or after `timeout`."""
+    def finish(self, timeout: float, replaced: bool) -> None:
+        """They take nothing new, and end when what they have is over, or after `timeout`; see `drain.drain`."""
         self._ends = True
-        for worker in self._workers:
-            worker.order(orders.DRAIN, timeout)
+        for worker in self._everybody():
+            worker.order(orders.DRAIN, (timeout, replaced))
 
     def open_connections(self) -> int:
         """Of clients, as far as they have said."""
         return sum(part.open for part in self._roll.parts())
 
     def all_gone(self) -> bool:
-        return not any(worker.pid for worker in self._workers)
+        return not any(worker.pid for worker in self._everybody())
 
     def abandon(self) -> None:
         """End them without waiting for it."""
         self._ends = True
-        for worker in self._workers:
+        for worker in self._everybody():
             self._kill(worker, "")
 
     def kill(self) -> int:
@@ -233,7 +293,7 @@ class Workers:
 
     def ask(self, what: str, body: bytes, seconds: float, who: int | None = None) -> list[Reply]:
         """See `Colleagues`. Who has been silent for long is not waited for, since everybody who looks would be."""
-        there = [each for each in self._workers if each.serves and who in (None, each.number)]
+        there = [each for each in self._everybody() if each.serves and who in (None, each.number)]
         lately = monotonic() - SILENT
         asked = [each for each in there if self._roll.heard_at(each.number) > lately]
         id = next(self._ids)
@@ -264,7 +324,7 @@ class Workers:
 
     # ---------------------------------------------------------------- one worker's life
 
-    def _spawn(self, worker: Worker) -> None:
+    def _spawn(self, worker: Worker, sockets: dict[Endpoint, socket.socket]) -> None:
         ours, theirs = pair()
         try:
             worker.pid = _start(theirs.fileno())
@@ -285,16 +345,16 @@ class Workers:
         pidfd = os.pidfd_open(worker.pid)
         worker.watcher = get_hub().loop.io(pidfd, 1)
         worker.watcher.start(self._exited, worker, pidfd)
-        self._begin(worker)
+        self._begin(worker, sockets)
 
-    def _begin(self, worker: Worker) -> None:
-        above = self._roll.highest() if worker.runs > 1 else 0
+    def _begin(self, worker: Worker, sockets: dict[Endpoint, socket.socket]) -> None:
+        above = max(self._above, self._roll.highest()) if worker.runs > 1 else self._above
         step = step_for(self._count)
         begin = Begin(worker.number, self._count, step, above, self._incarnation)
         worker.order(orders.BEGIN, begin)
         ways = [self._inboxes[worker.number - 1][0], *(each[1] for each in self._inboxes)]
-        worker.say(seam.Order(orders.NEIGHBOURS), [each.fileno() for each in ways])
-        self._send_plan(worker, self._kept(worker.number - 1))
+        worker.say_with(seam.Order(orders.NEIGHBOURS), [each.fileno() for each in ways])
+        self._send_plan(worker, sockets)
 
     def _send_plan(self, worker: Worker, sockets: dict[Endpoint, socket.socket]) -> None:
         _hand(worker, sockets)
@@ -331,8 +391,9 @@ class Workers:
         elif record.what == orders.PREPARED:
             worker.prepared = record.body
             if worker.commits and not record.body:
-                worker.order(orders.COMMIT)
-            elif worker.commits:
+                if not self._holds:
+                    worker.order(orders.COMMIT)
+            elif worker.commits and not self._holds:
                 self._kill(worker, f"cannot begin: {record.body.decode()}")
         elif record.what == orders.SERVING:
             self._serves(worker)
@@ -383,11 +444,20 @@ class Workers:
 
     def _exited(self, worker: Worker, pidfd: int) -> None:
         """The kernel has closed all that it had."""
+        pid, worker.pid = worker.pid, 0
+        _, status = os.waitpid(pid, 0)
+        self._let_go(worker, pidfd)
+        if self._ends:
+            self._roll.ended(worker.number)
+        worker.gone.set()
+        worker.changed.set()
+        if not self._ends:
+            self._died(worker, worker.died or _how(status))
+
+    def _let_go(self, worker: Worker, pidfd: int) -> None:
         worker.watcher.stop()
         worker.watcher.close()
         os.close(pidfd)
-        pid, worker.pid = worker.pid, 0
-        _, status = os.waitpid(pid, 0)
         if worker.link is not None:
             worker.link.close()
             worker.link = None
@@ -395,16 +465,10 @@ class Workers:
             worker.branch.close()
             worker.branch = None
         worker.serves = False
-        if self._ends:
-            self._roll.ended(worker.number)
         for question in self._questions.values():
             question.open.discard(worker.number)
             if not question.open:
                 question.done.set()
-        worker.gone.set()
-        worker.changed.set()
-        if not self._ends:
-            self._died(worker, worker.died or _how(status))
 
     def _died(self, worker: Worker, why: str) -> None:
         now = monotonic()
@@ -426,7 +490,7 @@ class Workers:
     def _again(self, worker: Worker) -> None:
         if not self._ends and not worker.pid:
             worker.died = ""
-            self._spawn(worker)
+            self._spawn(worker, self._kept(worker.number - 1))
 
     def _tick_forever(self) -> None:
         while True:
@@ -459,7 +523,7 @@ def _hand(worker: Worker, sockets: dict[Endpoint, socket.socket]) -> None:
     addresses = list(sockets)
     for start in range(0, len(addresses), _SOCKETS_AT_ONCE):
         some = addresses[start : start + _SOCKETS_AT_ONCE]
-        worker.say(seam.Order(orders.SOCKETS, pack(some)), [sockets[each].fileno() for each in some])
+        worker.say_with(seam.Order(orders.SOCKETS, pack(some)), [sockets[each].fileno() for each in some])
 
 
 def _start(fd: int) -> int:

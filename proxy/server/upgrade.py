@@ -1,0 +1,204 @@
+"""SIGUSR2: a new process of this program, perhaps of a newer version, takes over without a break.
+
+The old side. It starts the new one, hands it the listening sockets, waits until that one is ready to serve, freezes the
+throttle manager, and sends what it has. From then on the new one is the master, and this process is a worker of it that
+takes nothing new: it asks for places and slots there (`egress.switch`), and ends when its last connection has. If the
+new one fails before it has taken over, nothing has happened. The new side is `succession`, the words are `orders`'.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import gevent
+from gevent import get_hub
+from gevent.event import Event
+from msgspec import msgpack
+
+from proxy import __version__
+from proxy.egress.admission import Admission, clock_ns
+from proxy.egress.remote import Remote
+from proxy.log import lines as log
+from proxy.net.seam import Seam, pair
+from proxy.net.turns import Breather
+from proxy.protocols import seam
+from proxy.server import orders
+from proxy.server.orders import Handed, Hello
+
+#: Seconds until the new process must be ready, and then until it must have taken over.
+_READY_WITHIN, _TAKEN_WITHIN = 120.0, 60.0
+_SOCKETS_AT_ONCE = 200
+#: Where the new process finds its end of the link, and the variable that says so.
+LINK_FD = 3
+VARIABLE = "GREENARROW_HEIR_FD"
+_OURS_ALONE = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_PID")
+
+
+class Failed(Exception):
+    """The new process does not take over; says why."""
+
+
+class Upgrade:
+    """One attempt.
+
+    Args:
+        sockets: what is handed over, each with what it is.
+        hello: the first words.
+        admission: whose manager is handed over.
+        taken: called when the new process is ready, with the link on which it is the master; must not wait.
+        asked: called for each question and order of the new master.
+    """
+
+    def __init__(
+        self,
+        sockets: Sequence[tuple[Handed, int]],
+        hello: Hello,
+        admission: Admission,
+        asked: Callable[[seam.FromMaster], object],
+    ) -> None:
+        self._sockets = sockets
+        self._hello = hello
+        self._admission = admission
+        self._asked = asked
+        self._news = Event()
+        self._heard: list[str] = []
+        self._gone = ""  # why there is no new process (any more)
+        self._remote: Remote | None = None
+        self.pid = 0
+        self.link: Seam | None = None
+        self._watcher: Any = None
+
+    def run(self) -> None:
+        """Up to the moment in which the new process has taken over.
+
+        Raises:
+            Failed: it has not; all is as it was.
+        """
+        manager = self._admission.manager
+        self._start()
+        try:
+            self._greet()
+            self._wait_for(orders.READY, _READY_WITHIN)
+            manager.freeze(clock_ns())
+            try:
+                self._send_estate()
+                self._wait_for(orders.TAKEN, _TAKEN_WITHIN)
+            except BaseException:
+                manager.thaw(clock_ns())
+                self._admission.settle()
+                raise
+        except BaseException:
+            self._end()
+            raise
+
+    def goes_to(self, remote: Remote) -> None:
+        """What the new master says of places and slots goes there."""
+        self._remote = remote
+
+    def say_meanwhile(self) -> None:
+        """What has happened to places that the new master knows of."""
+        if self.link is not None:
+            for chunk in self._admission.manager.meanwhile():
+                self.link.say(seam.Tell(orders.MEANWHILE, chunk))
+
+    # ---------------------------------------------------------------- steps
+
+    def _start(self) -> None:
+        ours, theirs = pair()
+        environ = {name: value for name, value in os.environ.items() if name not in _OURS_ALONE}
+        environ[VARIABLE] = str(LINK_FD)
+        try:
+            self.pid = os.posix_spawn(
+                sys.executable,
+                [sys.executable, *sys.orig_argv[1:]],
+                environ,
+                file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), LINK_FD)],
+                setsigmask=(signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2),
+                setsigdef=(signal.SIGPIPE,),
+            )
+        except OSError as error:
+            ours.close()
+            raise Failed(f"the new program cannot be started: {os.strerror(error.errno or 0)}") from None
+        finally:
+            theirs.close()
+        self.link = Seam(ours, False, self._take, self._lost)
+        pidfd = os.pidfd_open(self.pid)
+        self._watcher = get_hub().loop.io(pidfd, 1)
+        self._watcher.start(self._exited, pidfd)
+
+    def _greet(self) -> None:
+        link = self.link
+        assert link is not None
+        link.say(seam.Tell(orders.HELLO, msgpack.encode(self._hello)))
+        for start in range(0, len(self._sockets), _SOCKETS_AT_ONCE):
+            some = self._sockets[start : start + _SOCKETS_AT_ONCE]
+            body = msgpack.encode([what for what, _ in some])
+            link.say_with(seam.Tell(orders.HANDED, body), [fd for _, fd in some])
+        link.say(seam.Tell(orders.ALL_HANDED))
+
+    def _send_estate(self) -> None:
+        link = self.link
+        assert link is not None
+        for chunk in self._admission.manager.gather(clock_ns(), Breather("upgrade")):
+            link.say(seam.Tell(orders.ESTATE, chunk))
+        link.say(seam.Tell(orders.ESTATE_END))
+        self.say_meanwhile()
+
+    def _wait_for(self, what: str, seconds: float) -> None:
+        with gevent.Timeout(seconds, Failed(f"the new program was not {what} within {seconds:.0f} s")):
+            while what not in self._heard:
+                if self._gone:
+                    raise Failed(self._gone)
+                self._news.wait()
+                self._news.clear()
+
+    def _take(self, records: Iterable[seam.FromMaster], fds: list[int]) -> None:
+        for fd in fds:
+            os.close(fd)
+        for record in records:
+            try:
+                if isinstance(record, seam.Order) and record.what in (orders.READY, orders.TAKEN):
+                    self._heard.append(record.what)
+                    self._news.set()
+                elif self._remote is None or not self._remote.hear(record):
+                    self._asked(record)
+            except Exception as error:  # the other records are not to be lost
+                log.internal_error("a record of the new master", error)
+
+    def _lost(self) -> None:
+        self._gone = self._gone or "the new program has closed the link"
+        self.link = None
+        self._news.set()
+        if self._remote is not None:
+            self._remote.lost()
+
+    def _exited(self, pidfd: int) -> None:
+        self._watcher.stop()
+        self._watcher.close()
+        os.close(pidfd)
+        _, status = os.waitpid(self.pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+        self._gone = f"the new program has ended: {how}"
+        self._news.set()
+
+    def _end(self) -> None:
+        """The new process is of no use."""
+        if self.link is not None:
+            self.link.close()
+            self.link = None
+        if not self._gone.startswith("the new program has ended"):
+            os.kill(self.pid, signal.SIGKILL)
+
+
+def version_of(hello: Hello) -> str:
+    return f"{hello.version} (pid {hello.pid})"
+
+
+def hello_of(incarnation: int, highest: int, identity: bytes) -> Hello:
+    """The first words of this process."""
+    return Hello(seam.VERSION, __version__, os.getpid(), incarnation, highest, identity)
