@@ -240,12 +240,13 @@ def watched(kind: str, password: str = "") -> Iterator[Watched]:
 
 
 class Shards:
-    """A cluster of three masters, each with a third of the slots."""
+    """A cluster of three masters, each with a third of the slots, and replicas of the first."""
 
-    def __init__(self, kind: str, path: Path) -> None:
+    def __init__(self, kind: str, path: Path, replicas: int = 0) -> None:
         options = ("cluster-enabled yes", "cluster-node-timeout 2000", "cluster-require-full-coverage no")
         self.nodes = [Engine(kind, path / str(number), options) for number in range(3)]
-        for node in self.nodes:
+        self.replicas = [Engine(kind, path / f"r{number}", options) for number in range(replicas)]
+        for node in (*self.nodes, *self.replicas):
             node.options.append(f"cluster-announce-ip {node.host}")
 
     @property
@@ -264,9 +265,25 @@ class Shards:
                 client.execute_command("CLUSTER MEET", self.nodes[0].host, PORT)
         for client in clients:
             wait_for(lambda client=client: self._whole(client), 60, "the cluster is whole")
+        for replica in self.replicas:
+            replica.start()
+            self._follow(replica.client)
+
+    def _follow(self, replica: Any) -> None:
+        master = self.nodes[0].client
+        name = master.execute_command("CLUSTER MYID")
+        replica.execute_command("CLUSTER MEET", self.nodes[0].host, PORT)
+
+        def known() -> bool:
+            return name.decode() in str(replica.execute_command("CLUSTER NODES"))
+
+        wait_for(known, 60, "the replica knows its master")
+        wait_for(lambda: self._whole(replica), 60, "the replica knows the cluster")
+        replica.execute_command("CLUSTER REPLICATE", name)
+        wait_for(lambda: _online(master) > 0, 60, "the replica follows")
 
     def kill(self) -> None:
-        for node in self.nodes:
+        for node in (*self.nodes, *self.replicas):
             node.kill()
 
     def owner(self, slot: int) -> Engine:
@@ -296,10 +313,10 @@ def _ranges(client: Any) -> list[tuple[int, int, str]]:
 
 
 @contextlib.contextmanager
-def shards(kind: str) -> Iterator[Shards]:
+def shards(kind: str, replicas: int = 0) -> Iterator[Shards]:
     """A cluster."""
     with directory() as path:
-        cluster = Shards(kind, path)
+        cluster = Shards(kind, path, replicas)
         try:
             cluster.start()
             yield cluster

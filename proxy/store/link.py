@@ -108,7 +108,7 @@ class Link:
         self._out += b"".join(commands)
         try:
             self._flush()
-        except OSError as error:
+        except (OSError, PeerError) as error:
             self.close(self._why(error))
         return batch
 
@@ -186,7 +186,11 @@ class Link:
             self._waiting.popleft()
 
     def _flush(self) -> None:
-        """Give the kernel what it takes; an event tells when it takes more."""
+        """Give the kernel what it takes; an event tells when it takes more.
+
+        Raises:
+            OSError, PeerError: the connection is broken.
+        """
         stream = self._stream
         try:
             while self._out or stream.unsent:
@@ -198,6 +202,9 @@ class Link:
                         return
         except BlockingIOError:
             return
+        except OSError:
+            self.read()  # the peer's last word says why, if there is one: an alert, DENIED
+            raise
 
     def _run(self) -> None:
         """The reader; events of both directions come to it."""

@@ -277,6 +277,20 @@ def test_a_server_that_dies_takes_its_keys_with_it_and_no_others(connect: Connec
         connected(store)
 
 
+def test_a_replica_takes_over(connect: Connect) -> None:
+    """Its data may be behind: it is another identity."""
+    with engines.shards(engines.VALKEY_8, replicas=1) as cluster:
+        first, replica = cluster.nodes[0], cluster.replicas[0]
+        caller = found(Caller(connect(cluster.url), key_at(first, cluster, "over")))
+        before = caller.call().identity
+        assert before == caller.store.identity(caller.key)
+        first.kill()
+        assert caller.call().fate in (Fate.LOST, Fate.UNSENT)
+        assert caller.until(Fate.ANSWERED).identity != before
+        assert replica.where in caller.store.view().servers
+        caller.check_what_is_left(replica.client.lrange(caller.key, 0, -1))
+
+
 def test_a_cluster_under_the_address_of_one_server(cluster: engines.Shards, connect: Connect) -> None:
     store = connect(cluster.nodes[0].url())
     key = key_at(cluster.nodes[1], cluster, "wrong")
