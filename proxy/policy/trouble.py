@@ -62,6 +62,8 @@ class Recent:
 
     def _turn(self, now: float) -> None:
         slot = slot_of(now)
+        if slot == self._last:
+            return
         for passed in range(max(self._last, slot - _SLOTS) + 1, slot + 1):
             self._counts[passed % _SLOTS] = 0
         self._last = max(slot, self._last)

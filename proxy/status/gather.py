@@ -6,12 +6,13 @@ that yields after each small piece, so that its caller can let others run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterable
 from heapq import nlargest
 from itertools import islice
 from typing import NamedTuple
 
-from proxy.egress.pool import Entry, Pool, PoolKey
+from proxy.egress.pool import Pool, PoolKey
 from proxy.policy.trouble import Record, Refusals, Troubles
 from proxy.spans import Spans
 from proxy.stats import Counters, Standing, Table
@@ -132,48 +133,59 @@ def _refused(refusals: Refusals, now: float) -> RefusedPart:
 # --- the cache ---
 
 
+class _Held:
+    """Of one key."""
+
+    __slots__ = ("connections", "idle_since", "messages", "opened_at")
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self.messages = 0
+        self.opened_at = math.inf
+        self.idle_since = math.inf
+
+
 def _cache(pool: Pool) -> Generator[None, None, CachePart]:
     found, sources = CachePart(), Table()
-    rows: dict[PoolKey, CachedPart] = {}
+    keys: dict[PoolKey, _Held] = {}
     entries = iter(pool.entries())
     while step := list(islice(entries, STEP)):
         for entry in step:
-            found.held += 1
-            found.opened_at += entry.opened_at
-            sources.count(entry.key.source)
-            row = rows.get(entry.key)
-            rows[entry.key] = _cached(entry) if row is None else _with(row, entry)
+            key, opened_at, idle_since = entry.key, entry.opened_at, entry.idle_since
+            held = keys.get(key)
+            if held is None:
+                held = keys[key] = _Held()
+            held.connections += 1
+            held.messages += entry.messages
+            if opened_at < held.opened_at:
+                held.opened_at = opened_at
+            if idle_since < held.idle_since:
+                held.idle_since = idle_since
+            found.opened_at += opened_at
+            sources.count(key.source)
+        found.held += len(step)
         yield
     found.sources = sources
-    found.first_opened = min((row.opened_at for row in rows.values()), default=None)
-    found.idle_since = min((row.idle_since for row in rows.values()), default=None)
-    most = nlargest(MOST_KEYS, rows, key=lambda key: (rows[key].connections, rows[key].messages))
-    found.keys = {repr(tuple(key)): rows[key] for key in most}
-    found.keys_left_out = len(rows) - len(most)
+    found.first_opened = min((held.opened_at for held in keys.values()), default=None)
+    found.idle_since = min((held.idle_since for held in keys.values()), default=None)
+    most = nlargest(MOST_KEYS, keys.items(), key=lambda item: (item[1].connections, item[1].messages))
+    found.keys = [_cached(key, held) for key, held in most]
+    found.keys_left_out = len(keys) - len(most)
     return found
 
 
-def _with(row: CachedPart, entry: Entry) -> CachedPart:
-    return row._replace(
-        connections=row.connections + 1,
-        messages=row.messages + entry.messages,
-        opened_at=min(row.opened_at, entry.opened_at),
-        idle_since=min(row.idle_since, entry.idle_since),
-    )
-
-
-def _cached(entry: Entry) -> CachedPart:
+def _cached(key: PoolKey, held: _Held) -> CachedPart:
     """Without the tenant's name: it may be a user's."""
-    key = entry.key
     return CachedPart(
-        source=key.source,
-        destination=str(key.destination),
-        ehlo_name=key.ehlo_name,
-        tls=key.tls.name.lower(),
-        tls_server_name=key.tls_server_name,
-        tenant=bool(key.tenant),
-        connections=1,
-        messages=entry.messages,
-        opened_at=entry.opened_at,
-        idle_since=entry.idle_since,
+        key.source,
+        str(key.destination),
+        key.ehlo_name,
+        key.tls.name.lower(),
+        key.tls_server_name,
+        bool(key.tenant),
+        held.connections,
+        held.messages,
+        held.opened_at,
+        held.idle_since,
+        key[5:],
     )

@@ -18,7 +18,7 @@ from msgspec import Struct, ValidationError, field, msgpack
 
 from proxy.policy.trouble import LATELY, slot_of
 
-_Key = TypeVar("_Key", int, str)
+_Key = TypeVar("_Key", int, str, tuple[object, ...])
 _Item = TypeVar("_Item")
 #: Counters as `Counters.as_dict` has them: numbers, and tables of numbers.
 Counted = dict[str, int | dict[str, int]]
@@ -94,7 +94,8 @@ class RefusedPart(Struct):
 
 
 class CachedPart(NamedTuple):
-    """Held-open connections of one key. `opened_at`, `idle_since`: the first."""
+    """Held-open connections of one key. `opened_at`, `idle_since`: the first. `more`: what else is in the key, and is
+    not to be shown."""
 
     source: str
     destination: str
@@ -106,6 +107,7 @@ class CachedPart(NamedTuple):
     messages: int
     opened_at: float
     idle_since: float
+    more: tuple[str | bool, ...] = ()
 
 
 class PoolPart(Struct):
@@ -124,7 +126,7 @@ class CachePart(Struct):
     Args:
         held: connections. opened_at: the times of their connects added up. first_opened, idle_since: the first of all;
             None: nothing is held. sources: how many leave from where.
-        keys: by all that tells them apart, some of which is not to be shown; of many those with most connections.
+        keys: of many those with most connections.
     """
 
     held: int = 0
@@ -132,7 +134,7 @@ class CachePart(Struct):
     first_opened: float | None = None
     idle_since: float | None = None
     sources: dict[str, int] = {}
-    keys: dict[str, CachedPart] = {}
+    keys: list[CachedPart] = []
     keys_left_out: int = 0
 
 
@@ -303,9 +305,13 @@ def _cache(a: CachePart, b: CachePart) -> CachePart:
         first_opened=_either(a.first_opened, b.first_opened, min),
         idle_since=_either(a.idle_since, b.idle_since, min),
         sources=_sums(a.sources, b.sources),
-        keys=_joined(a.keys, b.keys, _cached),
+        keys=list(_joined(_by_key(a.keys), _by_key(b.keys), _cached).values()),
         keys_left_out=a.keys_left_out + b.keys_left_out,
     )
+
+
+def _by_key(rows: list[CachedPart]) -> dict[tuple[object, ...], CachedPart]:
+    return {(*row[:6], *row.more): row for row in rows}
 
 
 def _cached(a: CachedPart, b: CachedPart) -> CachedPart:
@@ -376,6 +382,8 @@ def failing_in_a_row(peer: PeerPart) -> Failing | None:
     """
     if not peer.failing:
         return None
+    if len(peer.failing) == 1 and peer.failing[0].since >= peer.good_at:
+        return Failing(peer.failing[0].since, peer.failing[0].failures)
     around = sum(1 for each in peer.failing if each.since < peer.good_at)
     failures = sum(each.failures for each in peer.failing)
     if around:

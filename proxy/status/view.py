@@ -206,10 +206,10 @@ def _named(throttles: list[Throttle], sources: Sources, wanted: str) -> Generato
 
 def _receivers(details: Details, now: float) -> Generator[None, None, list[PeerRow]]:
     worst = yield from _worst(details.receivers, now)
-    return [_fill(PeerRow(name), peer, now) for name, peer in worst]
+    return [_fill(PeerRow(name), peer, recent, now) for name, peer, recent in worst]
 
 
-def _worst(peers: Mapping[str, PeerPart], now: float) -> Generator[None, None, list[tuple[str, PeerPart]]]:
+def _worst(peers: Mapping[str, PeerPart], now: float) -> Generator[None, None, list[tuple[str, PeerPart, int]]]:
     """Those that fail first, then those of which most has gone wrong lately, then the latest; none that only another
     process has had trouble with, and has forgotten."""
 
@@ -220,7 +220,7 @@ def _worst(peers: Mapping[str, PeerPart], now: float) -> Generator[None, None, l
             ranked.append(((failing_in_a_row(peer) is not None and recent > 0, recent, peer.last_at), name))
         if len(ranked) % STEP == 0:
             yield
-    return [(name, peers[name]) for _, name in nlargest(MOST_PEERS, ranked, key=lambda each: each[0])]
+    return [(name, peers[name], rank[1]) for rank, name in nlargest(MOST_PEERS, ranked, key=lambda each: each[0])]
 
 
 def _source_rows(sources: Sources, details: Details, now: float) -> Generator[None, None, list[SourceRow]]:
@@ -229,16 +229,16 @@ def _source_rows(sources: Sources, details: Details, now: float) -> Generator[No
     accepted, deferred, rejected = (
         _table(counters, f"sources_{name}") for name in ("accepted", "deferred", "rejected")
     )
-    worst: list[tuple[str, PeerPart | None]] = [*(yield from _worst(details.sources, now))]
-    names = dict(worst)
+    worst = yield from _worst(details.sources, now)
+    names: dict[str, tuple[PeerPart, int] | None] = {name: (peer, recent) for name, peer, recent in worst}
     for name in (*details.gone, *accepted, *deferred, *rejected):
         if name != OTHER:
             names.setdefault(name, None)
     rows = []
-    for name, peer in names.items():
+    for name, known in names.items():
         row = SourceRow(name, present=sources.present(name), source_name=sources.name_of_source(name))
-        if peer is not None:
-            _fill(row, peer, now)
+        if known is not None:
+            _fill(row, *known, now)
         if not row.present and name in details.gone:
             row.absent = now - details.gone[name]
         row.messages_accepted = accepted.get(name, 0)
@@ -256,10 +256,10 @@ def _table(counters: Counted, name: str) -> dict[str, int]:
 _Row = TypeVar("_Row", bound=PeerRow)
 
 
-def _fill(row: _Row, peer: PeerPart, now: float) -> _Row:
+def _fill(row: _Row, peer: PeerPart, recent: int, now: float) -> _Row:
     run = failing_in_a_row(peer)
     row.failing, row.in_a_row = (None, 0) if run is None else (max(0.0, now - run.since), run.failures)
-    row.recent = lately(peer.recent, now)
+    row.recent = recent
     row.opened, row.failed = peer.opened, dict(peer.failed)
     row.deferred, row.rejected = peer.deferred, peer.rejected
     row.last, row.last_ago = peer.last[:LONGEST_REASON], max(0.0, now - peer.last_at)
@@ -298,7 +298,7 @@ def _pool(part: Part, details: Details, now: float) -> PoolView:
     reused, fresh = counters.get("reused", 0), counters.get("fresh", 0)
     assert isinstance(reused, int)
     assert isinstance(fresh, int)
-    keys = nlargest(MOST_KEYS, cache.keys.values(), key=lambda key: (key.connections, key.messages))
+    keys = nlargest(MOST_KEYS, cache.keys, key=lambda key: (key.connections, key.messages))
     return PoolView(
         held=pool.held,
         offered=pool.offered,

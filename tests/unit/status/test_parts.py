@@ -36,6 +36,13 @@ _COUNTS = st.integers(0, 1000)
 _TIMES = st.integers(1, 2000).map(float)
 
 
+def in_order(part: Part) -> Part:
+    """Rows of a table have none of their own."""
+    if part.details is not None:
+        part.details.cache.keys.sort()
+    return part
+
+
 def tables(values: Any = _COUNTS) -> Any:
     return st.dictionaries(_NAMES, values, max_size=3)
 
@@ -82,7 +89,7 @@ _CACHES = st.builds(
     first_opened=_MAYBE,
     idle_since=_MAYBE,
     sources=tables(),
-    keys=st.fixed_dictionaries({}, optional={name: cached(name) for name in "abc"}),
+    keys=st.fixed_dictionaries({}, optional={name: cached(name) for name in "abc"}).map(lambda keys: [*keys.values()]),
     keys_left_out=_COUNTS,
 )
 _DETAILS = st.builds(
@@ -128,12 +135,13 @@ PARTS = st.builds(
 def test_it_does_not_matter_who_is_added_to_whom(a: Part, b: Part) -> None:
     if {(each.number, each.pid) for each in a.processes} & {(each.number, each.pid) for each in b.processes}:
         b.processes = []  # nobody is two
-    assert merge([a, b]) == merge([b, a])
+    assert in_order(merge([a, b])) == in_order(merge([b, a]))
 
 
 @given(PARTS, PARTS, PARTS)
 def test_it_does_not_matter_who_are_added_first(a: Part, b: Part, c: Part) -> None:
-    assert merge([merge([a, b]), c]) == merge([a, merge([b, c])]) == merge([a, b, c])
+    one, other = in_order(merge([merge([a, b]), c])), in_order(merge([a, merge([b, c])]))
+    assert one == other == in_order(merge([a, b, c]))
 
 
 @given(PARTS)
