@@ -8,6 +8,10 @@
 #   make bench-stalls the longest stall of an innocent connection under each attack
 #   make bench-handshakes what others wait beside 200 handshakes a second, and how many one and two threads make
 #   make soak         the slow tests: leaks, long fuzzing
+#   make deb          the Debian package for the Debian at hand, in dist/ (docs/install.md)
+#   make pex          the program as one file for the Python at hand, in dist/
+#   make wheels       program and client library as PyPI takes them, in dist/
+#   make lock         newer versions of the libraries that packages bring with them, and their digests
 #   make run          the proxy in the foreground; CONFIG=file (default: etc/greenarrow_proxy.conf)
 #   make clean        everything that was made here, the virtual environment too
 
@@ -15,12 +19,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+DIST ?= dist
 CONFIG ?= etc/greenarrow_proxy.conf
 PYTEST_ARGS ?=
 # The tests wait for kernels, peers and processes most of the time: several run beside each other on one core.
 WORKERS ?= $(shell echo $$(( 3 * $$(nproc) )))
 
-.PHONY: help demo test check bench bench-quick bench-stalls bench-handshakes soak run clean
+.PHONY: help demo test check bench bench-quick bench-stalls bench-handshakes soak deb pex wheels lock run clean
 .DEFAULT_GOAL := help
 
 help:
@@ -64,11 +69,23 @@ soak: $(READY)
 	@tests/fetch_node_peers.sh
 	@$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
 
+deb:
+	@packaging/build_deb.sh $(DIST)
+
+pex:
+	@packaging/build_pex.sh $(DIST)
+
+wheels:
+	@packaging/build_wheels.sh $(DIST)
+
+lock: $(READY)
+	@PYTHON=$(BIN)/python packaging/lock.sh
+
 run: $(READY)
 	@exec $(BIN)/greenarrow_proxy --config-filename=$(CONFIG)
 
 clean:
-	rm -rf $(VENV) build bench/build .cache .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build dist bench/build .cache .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	rm -rf client/build client/greenarrow_proxy_client client/*.egg-info client/LICENSE
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	rm -f proxy/net/*.so proxy/net/*.c

@@ -8,6 +8,7 @@ are held back when all others are in use.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import grp
 import os
@@ -100,6 +101,18 @@ def _remove_dead(path: str) -> None:
         except BlockingIOError:
             pass
     raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
+def _more_groups(fd: int) -> list[int]:
+    """Those that the peer of a socket is in besides; none before Linux 4.13.
+
+    By ctypes, since Python's getsockopt takes no more than 1024 bytes: some are in more than 256 groups.
+    """
+    groups = (ctypes.c_uint32 * _MOST_GROUPS)()
+    length = ctypes.c_uint32(ctypes.sizeof(groups))
+    if ctypes.CDLL(None).getsockopt(fd, plain.SOL_SOCKET, _SO_PEERGROUPS, groups, ctypes.byref(length)):
+        return []
+    return list(groups[: length.value // 4])
 
 
 class ControlDoor:
@@ -202,11 +215,7 @@ class ControlDoor:
     def _caller(self, sock: socket.socket) -> Caller:
         packed = sock.getsockopt(plain.SOL_SOCKET, plain.SO_PEERCRED, _CREDENTIALS.size)
         pid, uid, gid = _CREDENTIALS.unpack(packed)
-        groups = {gid}
-        with contextlib.suppress(OSError):  # before Linux 4.13
-            more = sock.getsockopt(plain.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MOST_GROUPS)
-            groups.update(struct.unpack(f"{len(more) // 4}I", more))
-        return Caller(pid, uid, frozenset(groups))
+        return Caller(pid, uid, frozenset({gid, *_more_groups(sock.fileno())}))
 
     def _may_change(self, caller: Caller) -> bool:
         return caller.uid in (0, os.geteuid()) or self._gid in caller.groups

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from greenarrow_proxy_client import Session
+from proxy.config.layers import build_parser
+from proxy.control.commands import COMMANDS
 from tests.clients import DOORS
 from tests.peers import program as tool
 from tests.program import SECRET, Proxy
@@ -22,7 +24,11 @@ from tests.sinks import Sink
 
 ROOT = Path(__file__).resolve().parents[3]
 INIT = ROOT / "etc" / "greenarrow_proxy.init"
-SHELL_SCRIPTS = ["etc/greenarrow_proxy.init", "tests/fetch_smtp_sink.sh", "tests/fetch_node_peers.sh", ".ci/run"]
+SHELL_SCRIPTS = [
+    *("etc/greenarrow_proxy.init", "tests/fetch_smtp_sink.sh", "tests/fetch_node_peers.sh", ".ci/run"),
+    *("packaging/build_deb.sh", "packaging/lock.sh", "packaging/debian/tidy"),
+]
+MAINTAINER_SCRIPTS = [f"packaging/debian/greenarrow-proxy.{name}" for name in ("postinst", "postrm", "prerm")]
 
 
 def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
@@ -65,7 +71,7 @@ def test_the_unit_says_what_is_documented() -> None:
         "ExecStart=/opt/greenarrow/greenarrow_proxy --config-filename=/opt/greenarrow/greenarrow_proxy.conf",
         "ExecReload=/opt/greenarrow/greenarrow_proxy --check-config "
         "--config-filename=/opt/greenarrow/greenarrow_proxy.conf",
-        "ExecReload=/bin/kill -HUP $MAINPID",
+        "ExecReload=/bin/sh -c 'kill -HUP $$MAINPID'",
         "StartLimitIntervalSec=0",
         "SystemCallFilter=@chown",
         "AmbientCapabilities=CAP_NET_BIND_SERVICE",
@@ -119,8 +125,49 @@ def test_the_unit_allows_the_system_calls_that_are_made(tmp_path: Path) -> None:
 def test_shell_scripts_are_clean_and_executable(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
     assert run("sh", "-n", script).stderr == ""
+    done = run(tool("shellcheck"), "-x", script)
+    assert done.stdout + done.stderr == ""
+
+
+@pytest.mark.parametrize("script", [*MAINTAINER_SCRIPTS, "etc/greenarrow_proxy.bash-completion"])
+def test_scripts_that_others_start_are_clean(script: str) -> None:
     done = run(tool("shellcheck"), script)
     assert done.stdout + done.stderr == ""
+
+
+def completed(*words: str) -> list[str]:
+    """What bash offers for the last of these words of a command line."""
+    script = """
+        . etc/greenarrow_proxy.bash-completion
+        greenarrow_proxy() { "$PROGRAM" greenarrow_proxy.py "$@"; }
+        COMP_WORDS=("$@") COMP_CWORD=$(($# - 1)); _greenarrow_proxy; printf '%s\\n' "${COMPREPLY[@]}"
+    """
+    environ = os.environ | {"PROGRAM": sys.executable}
+    done = run("bash", "-c", script, "bash", "greenarrow_proxy", *words, env=environ)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_bash_completes_every_flag() -> None:
+    expected = set(re.findall(r"--[a-z0-9-]+", build_parser().format_help()))
+    assert len(expected) > 50
+    assert set(completed("--")) == expected
+    assert completed("--check-c") == ["--check-config"]
+    assert "ctl" in completed("")
+
+
+def test_bash_completes_every_command_of_ctl() -> None:
+    words = {command.words for command in COMMANDS} | {("top",)}
+    assert set(completed("ctl", "")) == {each[0] for each in words}
+    for first in {each[0] for each in words if len(each) > 1}:
+        assert set(completed("ctl", first, "")) == {each[1] for each in words if each[0] == first}
+    assert completed("ctl", "--because", "a try", "--json", "show", "over") == ["overrides"]
+    assert completed("ctl", "--dr") == ["--dry-run"]
+
+
+def test_bash_completes_files(tmp_path: Path) -> None:
+    (tmp_path / "one.conf").touch()
+    assert completed("--config-filename", "=", f"{tmp_path}/o") == [f"{tmp_path}/one.conf"]
 
 
 @pytest.mark.parametrize("page", ["greenarrow_proxy.1", "greenarrow_proxy.conf.5"])
@@ -129,7 +176,9 @@ def test_man_pages_are_clean(page: str) -> None:
     assert done.stdout + done.stderr == ""
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "check", "bench", "bench-quick", "soak", "run", "clean"])
+@pytest.mark.parametrize(
+    "target", ["demo", "test", "check", "bench", "bench-quick", "soak", "deb", "lock", "run", "clean"]
+)
 def test_make_targets(target: str) -> None:
     done = run(tool("make"), "--dry-run", target)
     assert done.returncode == 0, done.stderr
@@ -150,7 +199,8 @@ def test_every_path_in_a_document_or_a_docstring_exists() -> None:
     texts = [file for file in texts if file.suffix in (".md", ".py", ".pyx") and "build" not in file.parts]
     for text in [ROOT / "README.md", ROOT / "CHANGES.md", ROOT / "tests" / "README.md", *texts]:
         for path in re.findall(
-            r"\b(?:proxy|tests|docs|bench|etc|demo)/[\w./-]*\w\.(?:py|pyx|md|sh|conf|json)\b", text.read_text()
+            r"(?<![\s`'\"=(:]/)\b(?:proxy|tests|docs|bench|etc|demo)/[\w./-]*\w\.(?:py|pyx|md|sh|conf|json)\b",
+            text.read_text(),
         ):
             assert (ROOT / path).exists() or "NAME" in path, f"{text.relative_to(ROOT)} names {path}"
 
