@@ -33,6 +33,7 @@ class Rules(NamedTuple):
         present: whether an address is on this machine.
         system_source: the address that the system would choose; raises ProxyError.
         overrides: what was set by hand, which holds for throttles that nobody has used yet, too.
+        holder: which worker has the connections between two addresses in mode smtp; None: there is one process.
     """
 
     access: Access
@@ -42,6 +43,7 @@ class Rules(NamedTuple):
     present: Callable[[str], bool]
     system_source: Callable[[Endpoint], str]
     overrides: Overrides
+    holder: Callable[[str, Endpoint], int | None] = lambda source, destination: None
 
 
 def explained(
@@ -58,6 +60,8 @@ def explained(
     found += _throttles(rules, view, leaving, destination, instance)
     kept = [row for row in view.pool.keys if (row.source, row.destination) == (leaving, str(destination))]
     count = sum(row.connections for row in kept)
+    if (worker := rules.holder(leaving, destination)) is not None:
+        found.append(("process", f"in mode smtp worker {worker}; in mode tcp the one that the kernel chooses"))
     found.append(("cached", f"{count} held-open connections between these addresses" if count else "none"))
     return [*found, ("verdict", _verdict(rules, view, leaving, destination, instance))]
 

@@ -98,6 +98,11 @@ class Seam:
         self._queue(_Outgoing(data, copies, copies))
         self._write()
 
+    @property
+    def waits(self) -> int:
+        """Bytes that the other end has not taken yet."""
+        return self._waits
+
     def _flush(self) -> None:
         self._flushing = False
         if not self.closed:

@@ -27,6 +27,11 @@ _LONGEST = 65_536
 Take = Callable[[Any, RawSocket], object]
 
 
+def holder(source: str, destination: Endpoint, workers: int) -> int:
+    """Which of them, counted from 0, has the connections between these addresses in mode smtp."""
+    return crc32(f"{source} {destination}".encode()) % workers
+
+
 class Neighbours:
     """Of one worker. Implements `services.Neighbours`.
 
@@ -48,7 +53,7 @@ class Neighbours:
 
     def pass_on(self, source: str, destination: Endpoint, passed: object, fd: int) -> bool:
         """See `services.Neighbours`."""
-        to = crc32(f"{source} {destination}".encode()) % len(self._ways)
+        to = holder(source, destination, len(self._ways))
         if to == self._own:
             return False
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]

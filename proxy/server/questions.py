@@ -17,10 +17,12 @@ from msgspec import Struct, msgpack
 from proxy.control import watching
 from proxy.control.house import Heard
 from proxy.log.outputs import Recent
+from proxy.model import Endpoint
 from proxy.policy.logins import Entry, Logins
+from proxy.server import neighbours
 from proxy.server.here import Here
 from proxy.status import parts
-from proxy.status.colleagues import Colleagues, Say
+from proxy.status.colleagues import WORKER, Colleagues, Say
 from proxy.status.parts import Details, Part
 from proxy.status.rows import ConnectionRow
 
@@ -116,6 +118,11 @@ class Everywhere:
         if len(alive) > 1 and any(each != everything for each in alive):
             self._here.expect(*everything)
             self._colleagues().ask("expect", msgpack.encode(everything), WITHIN)
+
+    def holder(self, source: str, destination: Endpoint) -> int | None:
+        """The worker that has the connections between these addresses in mode smtp; None: there is one process."""
+        workers = [each.number for each in self._colleagues().members() if each.role == WORKER]
+        return workers[neighbours.holder(source, destination, len(workers))] if workers else None
 
     def connections(self) -> Heard[list[ConnectionRow]]:
         """All clients' connections, the oldest first."""

@@ -103,7 +103,9 @@ class Steering:
         standard = [door.configured for door in self._doors() if door.protocol in _STANDARD]
         here, choose = own_addresses().__contains__, upstream.system_source
         by_hand = services.admission.manager.overrides
-        rules = Rules(services.access, services.modes, self.limits, standard, here, choose, by_hand)
+        rules = Rules(
+            services.access, services.modes, self.limits, standard, here, choose, by_hand, self._everywhere.holder
+        )
         return explained(rules, self.view(), source, destination, instance)
 
     # ---------------------------------------------------------------- steering

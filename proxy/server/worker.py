@@ -49,6 +49,8 @@ from proxy.spans import SPANS
 from proxy.status.parts import Part
 from proxy.throttling.manager import Manager
 
+#: Bytes that may wait for the master when something is told that can be left out.
+_MOST_FOLLOWED = 1 << 20
 #: Seconds between two reports.
 _REPORT_EVERY = 1.0
 #: What ends the master is not meant for us: it tells us what to do.
@@ -318,6 +320,8 @@ class Worker:
             self._told[id] = self._answering.tell(kind, body, partial(self._followed, id))
 
     def _followed(self, id: int, body: bytes) -> bool:
+        if self._link.waits > _MOST_FOLLOWED:
+            return False
         self._link.say(seam.Tell(orders.FOLLOWED, pack((id, body))))
         return True
 

@@ -149,6 +149,9 @@ class _View(Collector):
         yield from _pool(view)
         if view.store is not None:
             yield from _store(view.store)
+        yield CounterMetricFamily(
+            _PREFIX + "log_lines_lost", "Lines of the log that could not be written", value=self._part.lost
+        )
         yield from _processes(self._part)
         if len(view.workers) > 1:
             yield from _workers(view.workers)

@@ -72,6 +72,18 @@ def test_a_connection_is_closed_wherever_it_is(world: World) -> None:
         assert f"there is no connection {number} (any more)" in err
 
 
+def test_it_is_explained_which_worker_has_connections_in_mode_smtp() -> None:
+    with running(2, "mode smtp") as world:
+        to = f"{world.mx.endpoint[0]}:{world.mx.endpoint[1]}"
+        with socks5(world.proxy.socks5, world.mx.endpoint, SOURCES[0]) as sock:
+            assert send(sock, b"x\r\n")[0] == 250
+        wait_for(lambda: metrics(world.proxy)["remote_connections", "cached"] == 1)
+        (line,) = [line for line in world.ctl("explain", SOURCES[0], to)["lines"] if line.startswith("process")]
+        number = int(line.split("worker ")[1][0])
+        os.kill(pid_of(world, number), signal.SIGKILL)  # it was that one's
+        wait_for(lambda: metrics(world.proxy)["remote_connections", "cached"] == 0)
+
+
 def test_cached_connections_of_all_are_dropped() -> None:
     with running(2, "mode smtp") as world:
         for number in range(5, 15):  # which worker keeps a connection follows from its source and destination

@@ -23,10 +23,11 @@ ONE = Member(1, "worker", 101, "0.1.0", 410.0, heard_at=499.5)
 DEAD = Member(2, "worker", 0, "0.1.0", 420.0, 3, "killed by signal 9", (1.0, 300.0, 497.0), 496.0)
 LEAVING = Member(3, "leaving", 103, "0.0.9", 100.0, heard_at=499.5)
 PARTS = Part(
+    lost=7,
     processes=[
         ProcessPart(0, 100, "0.1.0", 0.0, 1.5, 50 << 20, 0, 30, 1000, 2),
         ProcessPart(1, 101, "0.1.0", 0.0, 9.0, 70 << 20, 0, 60, 1000, 40),
-    ]
+    ],
 )
 
 
@@ -147,6 +148,7 @@ def test_in_the_metrics() -> None:
         'greenarrow_proxy_trouble{kind="worker_silent"} 0.0',
         "process_resident_memory_bytes 1.2582912e+08",
         "process_open_fds 90.0",
+        "greenarrow_proxy_log_lines_lost_total 7.0",
         "process_max_fds 2000.0",
     ):
         assert line in lines
