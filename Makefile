@@ -1,6 +1,7 @@
 # Everything one does with this repository. A virtual environment is made when there is none; later calls are quick.
 #
 #   make demo         six MTAs send through the proxy on this machine, from four source addresses
+#   make demo-cluster two proxies keep one limit together, and the store that holds it dies
 #   make test         all tests but the slow ones
 #   make check        formatting, lint, types
 #   make bench-quick  a few minutes: a first look at the cost against HAProxy and others
@@ -25,7 +26,7 @@ PYTEST_ARGS ?=
 # The tests wait for kernels, peers and processes most of the time: several run beside each other on one core.
 WORKERS ?= $(shell echo $$(( 3 * $$(nproc) )))
 
-.PHONY: help demo test check bench bench-quick bench-stalls bench-handshakes soak deb pex wheels lock run clean
+.PHONY: help demo demo-cluster test check bench bench-quick bench-stalls bench-handshakes soak deb pex wheels lock run clean
 .DEFAULT_GOAL := help
 
 help:
@@ -39,6 +40,9 @@ $(READY): setup.py pyproject.toml
 
 demo: $(READY)
 	@$(BIN)/python -m demo
+
+demo-cluster: $(READY)
+	@$(BIN)/python -m demo.cluster
 
 test: $(READY)
 	@tests/fetch_smtp_sink.sh

@@ -135,8 +135,8 @@ class StoreFigures(NamedTuple):
 
     Args:
         address: as configured, without a password. form: `single`, `sentinel` or `cluster`.
-        engine, version: what answers there, as it says itself, and master: at which address (of a cluster: all of them,
-            with commas); "": nothing has answered yet.
+        engine, version: what answers there, or did so last, as it says itself, and master: at which address (of a
+            cluster: all of them, with commas); "": nothing has answered yet.
         members: `throttle_store_members`. seen: proxies that call it, by its last word; 0: not known.
         connected: it answers; else we are degraded: each throttle goes on with our share of its limits.
         since: seconds in this state. why: the last failure, in words; "": there was none.

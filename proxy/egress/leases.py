@@ -21,6 +21,7 @@ from proxy.settings import Settings
 from proxy.spans import SPANS
 from proxy.stats import LeasedFigures, StoreFigures
 from proxy.store.calls import Call, Fate, Reply, Script
+from proxy.store.servers import Server
 from proxy.store.store import Store
 from proxy.throttling.cluster import Answer, Ask, Cluster
 from proxy.throttling.leasing import Leased
@@ -61,6 +62,7 @@ class Leases:
         self._lost_before = 0
         self._fates = dict.fromkeys(Fate, 0)
         self._calls = self._keys = 0
+        self._servers: dict[str, Server] = {}  # that answered last
         self._times: deque[int] = deque(maxlen=_REMEMBERED)
 
     def use(self, store: Store | None, settings: Settings) -> None:
@@ -147,7 +149,7 @@ class Leases:
         store, cluster = self._store, self._cluster
         if store is None:
             return None
-        servers = store.view().servers
+        self._servers = servers = store.view().servers or self._servers
         first = next(iter(servers.values()), None)
         times = sorted(self._times)
         return StoreFigures(

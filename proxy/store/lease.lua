@@ -300,7 +300,7 @@ local function places(time)
   held = held + strangers * (young and share or least)
   local cap, ceiling
   if mine then
-    cap, ceiling = mine[3], mine[4]
+    cap, ceiling = math.min(mine[3], math.max(least, claim)), mine[4]
     if generation == mine[2] then
       ceiling = cap
     end
@@ -315,11 +315,12 @@ local function places(time)
     now = target
   elseif not young then
     -- Where nobody lacks any, some more than wanted: the next ones need not wait for a call.
-    local reach = short and target or math.max(target, used + wanted + math.ceil(limit / 8))
+    local spare = used + wanted > 0 and math.ceil(limit / 8) or 0
+    local reach = short and target or math.max(target, used + wanted + spare)
     now = math.max(cap, math.min(reach, limit - held))
   end
   local number = mine[2]
-  if now ~= cap or not known[id] then
+  if now ~= mine[3] or not known[id] then
     number = number + 1
   end
   ceiling = math.max(ceiling, now)

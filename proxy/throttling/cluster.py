@@ -96,6 +96,7 @@ class Cluster:
     def __init__(self, name: str, run: str, members: int, draw: Callable[[], str], start: int) -> None:
         self.name, self.run, self.members = name, run, members
         self.throttles: dict[Leased, Account] = {}
+        self._parting: dict[str, Leased] = {}  # by their keys: forgotten here, with places to be given back
         self.hungry: dict[Leased, None] = {}
         self.moved: dict[Leased, None] = {}
         self.store = True
@@ -130,17 +131,29 @@ class Cluster:
         """
         throttle = Leased(key, counts, self)
         tag = f"{{ga:{key.name}:{key.source}" + (f":{key.receiver}" if key.receiver else "") + f"}}:{kind}"
+        if (former := self._parting.pop(tag, None)) is not None:
+            self._forget(former)
         self.throttles[throttle] = Account(tag)
         if self.alone:
             throttle.go_alone(self.told, max(self._here_at + SHARE, now), now)
         return throttle
 
     def drop(self, throttle: Throttle) -> None:
-        """It is forgotten here; what it owes is not, in the store."""
-        if isinstance(throttle, Leased):
-            self.throttles.pop(throttle, None)
-            self.hungry.pop(throttle, None)
-            self.moved.pop(throttle, None)
+        """It is forgotten here, as soon as its places are given back; what it owes is not, in the store."""
+        if not isinstance(throttle, Leased):
+            return
+        account = self.throttles.get(throttle)
+        if account is None or not throttle.places or throttle.cap_here <= self._place_for_each(throttle):
+            self._forget(throttle)
+            return
+        throttle.set_places(self._place_for_each(throttle))
+        self._parting[account.keys] = throttle
+        self._tell_again(throttle)
+
+    def _forget(self, throttle: Leased) -> None:
+        self.throttles.pop(throttle, None)
+        self.hungry.pop(throttle, None)
+        self.moved.pop(throttle, None)
 
     def relimited(self, throttle: Leased, now: int) -> None:
         """It has other limits, or places."""
@@ -199,6 +212,8 @@ class Cluster:
             elif good and believed:
                 (self._got_places if ask.places else self._got_slots)(ask.subject, value, sent, answer.received)
                 changed.append(ask.subject)
+            elif ask.places:
+                self._tell_again(ask.subject)
         return changed
 
     # --- who is here ---
@@ -358,11 +373,17 @@ class Cluster:
             account = self.throttles[throttle]
             used, wanted = throttle.used_here, throttle.line.size if throttle.line is not None else 0
             quiet = account.told == (used, wanted) and not (wanted and throttle.full())
-            if (quiet and not used) or not throttle.places:
+            least = self._place_for_each(throttle)
+            if not throttle.places or (quiet and not used and throttle.cap_here <= least):
                 del self.moved[throttle]
+                if self._parting.get(account.keys) is throttle:
+                    del self._parting[account.keys]
+                    self._forget(throttle)
                 continue
             if quiet and now - account.told_at < _TELL_AGAIN:
                 continue
+            if quiet and not used:
+                throttle.set_places(least)  # nobody has wanted one for a while: they are for others
             home = identity(account.places_key)
             clock = self._clocks.get(home)
             if clock is None or not clock.settled(now):
@@ -385,6 +406,8 @@ class Cluster:
 
     def _got_places(self, throttle: Leased, value: list[Any], sent: int, received: int) -> None:
         account = self.throttles.get(throttle)
+        if value[1] != _DONE:
+            self._tell_again(throttle)
         if account is None or value[1] != _DONE or self.alone:
             return
         generation, cap = int(value[2]), int(value[3])
@@ -393,6 +416,13 @@ class Cluster:
             account.told = None  # it is to be said that we know
             self.moved[throttle] = None
         throttle.set_places(cap)
+
+    def _tell_again(self, throttle: Leased) -> None:
+        """Whether the store knows what is used here is not known."""
+        account = self.throttles.get(throttle)
+        if account is not None:
+            account.told = None
+            self.moved[throttle] = None
 
     def _places_alone(self, throttle: Leased) -> None:
         """No more than it had, and no more than its share; what is open stays so."""

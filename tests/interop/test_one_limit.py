@@ -1,6 +1,7 @@
 """What it is all for: two Exims and an MTA in Python, one receiver with STARTTLS, one limit; judged by the receiver.
 
-The Exims know nothing of the proxy but their transport's `socks_proxy`; the MTA in Python uses the library.
+The Exims know nothing of the proxy but their transport's `socks_proxy`; the MTA in Python uses the library. They are
+behind one proxy, or behind two that keep the limit by one store.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from greenarrow_proxy_client import Session
 from tests import peers
+from tests.engines import VALKEY_9, engine
 from tests.interop.test_exim import Exim, snippet, user  # noqa: F401 (a fixture)
 from tests.mx import Mx
 from tests.mx import Session as Connection
@@ -87,19 +90,24 @@ class Witness:
         return (len(self.times) - 1) / (max(self.times) - min(self.times))
 
 
-def judge(each: int, account: str) -> None:
+def judge(each: int, account: str, *configs: str) -> None:
+    """Args: configs: of the proxies; the senders are spread over them."""
     witness = Witness()
     failures: list[BaseException] = []
 
-    def run(send: Send, name: str) -> None:
+    def run(send: Send, name: str, proxy: Proxy) -> None:
         try:
             with peers.directory(account) as directory:
                 send(proxy, mx, name, each, directory)
         except BaseException as error:
             failures.append(error)
 
-    with Mx({"mail": witness.mail}, starttls=True) as mx, Proxy(CONFIG) as proxy:
-        threads = [threading.Thread(target=run, args=(send, name)) for name, send in SENDERS.items()]
+    with Mx({"mail": witness.mail}, starttls=True) as mx, ExitStack() as stack:
+        proxies = [stack.enter_context(Proxy(config)) for config in configs or (CONFIG,)]
+        threads = [
+            threading.Thread(target=run, args=(send, name, proxies[number % len(proxies)]))
+            for number, (name, send) in enumerate(SENDERS.items())
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -110,8 +118,9 @@ def judge(each: int, account: str) -> None:
         assert all(message.accepted and message.encrypted for message in mx.messages)
         assert {message.content.rstrip() for message in mx.messages} == {MESSAGE.rstrip()}
         assert witness.most <= PLACES
-        # One carries 100 messages at most (reuse_connections_max_messages).
-        assert mx.handshakes == mx.connects <= 2 * PLACES + 3 * each // 50
+        if len(proxies) == 1:
+            # One carries 100 messages at most (reuse_connections_max_messages).
+            assert mx.handshakes == mx.connects <= 2 * PLACES + 3 * each // 50
         # Exactly so where the proxy writes MAIL (unit/throttling/test_late_slots.py); here with a second's margin.
         assert witness.busiest(59) <= RATE
         # And evenly: few messages tell of a rate, too.
@@ -125,3 +134,10 @@ def test_three_mtas_under_one_limit(user: str) -> None:  # noqa: F811
 @pytest.mark.slow
 def test_a_thousand_messages_under_one_limit(user: str) -> None:  # noqa: F811
     judge(334, user)
+
+
+def test_three_mtas_behind_two_proxies_under_one_limit(user: str) -> None:  # noqa: F811
+    with engine(VALKEY_9) as store:
+        config = CONFIG.replace("    wait 40s\n", "    wait 40s\n    per nothing\n    scope cluster\n")
+        config += f"throttle_store {store.url()}\nthrottle_store_members 2\n"
+        judge(8, user, config, config)

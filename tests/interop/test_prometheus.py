@@ -14,6 +14,7 @@ from typing import Any
 from greenarrow_proxy_client import Limits, Session
 from tests import peers
 from tests.clients import Refused, Smtp, socks5
+from tests.engines import VALKEY_9, engine
 from tests.monitoring import RULE_TESTS, RULES, alerts, queries, selectors
 from tests.mx import Mx, say, usual
 from tests.program import SECRET, Proxy
@@ -35,6 +36,7 @@ tls proven {{
     level verify
 }}
 """
+SHARED = "throttle shared {\n    scope cluster\n    max_delivery_rate 1000/min\n}\n"
 #: In each session one recipient is taken, one put off, one rejected.
 REPLIES = {"rcpt": [usual, say(b"451 4.7.0 later\r\n"), say(b"550 5.1.1 nobody\r\n")]}
 
@@ -106,7 +108,8 @@ def traffic(proxy: Proxy, mx: Mx) -> None:
 def test_a_prometheus_finds_all_that_alerts_and_panels_look_at() -> None:
     wanted = {expression for alert in alerts() for expression in selectors(alert.expression)}
     with (
-        Proxy(CONFIG) as proxy,
+        engine(VALKEY_9) as store,
+        Proxy(f"{CONFIG}throttle_store {store.url()}\nthrottle_store_members 2\n{SHARED}") as proxy,
         Mx(REPLIES, starttls=True) as mx,
         Mx({"tls": say(b"no TLS at all\r\n")}, starttls=True) as broken,
         Mx(host=PROVEN, starttls=True, certificate="wrong_name") as unproven,

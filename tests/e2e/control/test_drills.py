@@ -13,6 +13,7 @@ import pytest
 from tests import peers
 from tests.clients import Refused, dial, socks5
 from tests.e2e.control.runbook import PAGE, Drill, drills, steps
+from tests.engines import VALKEY_9, engine
 from tests.monitoring import alerts
 from tests.mx import Mx, close, say
 from tests.program import BASE, ROOT, SECRET, Proxy
@@ -54,7 +55,7 @@ def connected(proxy, mx, **options):
 
 def test_each_drill_is_typed_here():
     text = (ROOT / "tests" / "e2e" / "control" / "test_drills.py").read_text()
-    assert sorted(drills()) == list("abcdefghijk")
+    assert sorted(drills()) == list("abcdefghijkl")
     assert set(re.findall(r'Drill\("(\w)"', text)) == set(drills())
     assert all(steps(drill) for drill in drills().values())
 
@@ -284,3 +285,24 @@ def test_six_of_twelve_receivers_with_421_are_red_in_words(path):
         wait_for(lambda: said.search(page()), what="the page says it")
         row = proxy.page()["trouble"][0]
         assert (row["kind"], row["recent"]) == ("receivers_failing", 18)
+
+
+def test_the_throttle_store_is_gone(path):
+    assert [step.typed for step in steps(drills()["l"], "# ")] == ["systemctl start valkey"]
+    with engine(VALKEY_9) as store:
+        text = f"control_socket {path}\nlisten_status 127.0.0.1:0\nmode smtp\n"
+        text += f"throttle_store {store.url()}\nthrottle_store_members 2\n"
+        gmail = GMAIL + "    scope cluster\n    max_delivery_rate 600/min\n}\n"
+        with (
+            Proxy(text + gmail) as proxy,
+            Raw(greet) as mx,
+            connected(proxy, mx),
+            Drill("l", path, {"10.0.0.9:6379": store.where}) as drill,
+        ):
+            wait_for(lambda: proxy.page()["store"]["seen"], 20, "the store knows us")
+            store.kill()
+            drill.watch("store_degraded", "does not answer, and this proxy goes on with 1/2 of each limit")
+            drill.watch("degraded", "valkey", "redis://10.0.0.9:6379")
+            drill.watch("gmail", "600/min", "300/min", "alone")
+            store.start()
+            drill.watch("trouble: none")
