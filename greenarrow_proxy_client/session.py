@@ -41,7 +41,8 @@ class Session:
         timeout: seconds to connect and authenticate within.
         max_idle_channels: kept open for the next SMTP session, to each proxy.
         return_after: seconds that a better proxy must have answered before it is used again: once to twice as long,
-            by luck, and each time twice as long as before when it is lost again soon, up to five minutes.
+            by luck; twice as long as before each time that it is lost after less than five minutes of use, up to five
+            minutes.
 
     Raises:
         ValueError: a name that the protocol does not allow, no address, or one twice.
