@@ -145,7 +145,7 @@ class Proxy:
             return
         now = self.clock(self.world.now)
         if now < self.cluster.due(now):
-            self.world.at(self.world.now + 5 * MS, lambda: self._tick(life))
+            self.world.at(self.world.now + 20 * MS, lambda: self._tick(life))
             return
         line, store, world = self.line, self.line.store, self.world
         self.calls.append(world.now)
