@@ -21,6 +21,8 @@ local DONE, LATE, ASKED, TAKEN = 0, 1, 2, 3
 -- Who wants slots and does not come for them is waited for so long. A limit whose debt is paid is kept so long.
 local PATIENCE = 300000
 local KEEP = 600000
+-- Who comes from another store, or from none, has nothing left of it after so long.
+local ELSEWHERE = 600000
 -- Members that are not heard of any more are forgotten; how long the members' key and places are kept, in ms.
 local FORGET = 3600000000
 local KEEP_MEMBERS = 86400000
@@ -176,8 +178,8 @@ local function slots(time)
     if state.word == word then
       tat = rescaled(tonumber(state.tat), now, tonumber(state.interval), interval)
     else
-      -- Nothing is known of what was given out before: as much as there can be.
-      tat = now + ahead + burst * interval
+      -- Nothing is known of what was given out before: as much as there can be, and still can be for a while.
+      tat = now + math.max(ahead, ELSEWHERE) + burst * interval
       redis.call('DEL', key)
       fields[i] = {}
     end

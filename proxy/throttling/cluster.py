@@ -27,6 +27,8 @@ BUSY, IDLE = 60 * MILLISECOND, 100 * MILLISECOND
 TAKEN_FOR = 600 * MILLISECOND
 #: Places that are used are told again so often though nothing has changed.
 _TELL_AGAIN = SECOND
+#: More members than configured are reckoned with for so long after they were seen; so does the store.
+_REMEMBERED = 3600 * SECOND
 #: A limit of which nothing is left is looked at again so soon.
 _NOTHING_LEFT = 500 * MILLISECOND
 #: A moment long ago.
@@ -111,12 +113,14 @@ class Cluster:
         self._word = b""
         self._replace = b""
         self._candidate = draw().encode()
+        self._home = ""  # the server where we were here
         self._clocks: dict[str, Clock] = {}
         self._here = False  # the last `meet` told the others that we are here, and was answered
         self._here_at = start  # when we last said so, which may have been carried out
         self._coming = False
         self._alone_until = start  # the run before this one may have gone on alone
         self._view_sent = self._view_at = 0
+        self._seen = self._seen_at = 0  # the most members of late: a store that has lost its memory does not know them
         self._called_at = start - SECOND
         self._taken_since: int | None = None
         self._leaving = False
@@ -168,8 +172,8 @@ class Cluster:
 
     @property
     def total(self) -> int:
-        """Members that share a limit: as configured, or as there are, if these are more."""
-        return max(self.members, len(self.view))
+        """Members that share a limit: as configured, or as there have been lately, if these are more."""
+        return max(self.members, self._seen)
 
     # --- calls ---
 
@@ -225,12 +229,15 @@ class Cluster:
             how = b"bye"
         elif (self._here or self._coming) and clock is not None and clock.known(now):
             how, by = b"here", clock.by(now + CALL)
-            self._here_at = now
+            if home != self._home and self._home:
+                # What the other one has leased to us is as good as a share there: it may go on without us.
+                self._alone_until = max(self._alone_until, self._here_at + SHARE + LEASED_AHEAD)
+            self._home, self._here_at = home, now
             if self.alone:
                 changed += self._come_together(now)
         arguments = (
             *(b"meet", self.name.encode(), self.run.encode(), how, by, _short(home), self._candidate, self._replace),
-            *(self.members, (now - self._alone_until) // MICROSECOND),
+            *(self.total, (now - self._alone_until) // MICROSECOND),
         )
         return Ask((MEMBERS,), arguments, identity=home)
 
@@ -277,6 +284,8 @@ class Cluster:
             self.trouble = ""
             self._view_sent, self._view_at = sent, received
             self.view = tuple(_members(value[3:]))
+            if len(self.view) >= self._seen or sent - self._seen_at > _REMEMBERED:
+                self._seen, self._seen_at = len(self.view), sent
             self.told = next((member.told for member in self.view if member.name == self.name), 0)
         elif verdict == _TAKEN:
             self._taken(sent)
@@ -328,7 +337,7 @@ class Cluster:
         age = max(0, now - self._view_at)
         for throttle in self._wanting(now):
             account = self.throttles[throttle]
-            left = [left_for(limit, self.view, self.members, age) for limit in throttle.limits]
+            left = [left_for(limit, self.view, self.total, age) for limit in throttle.limits]
             if not all(left):
                 account.not_before = now + _NOTHING_LEFT
                 throttle.expected = now + SECOND
@@ -395,7 +404,7 @@ class Cluster:
             arguments = (
                 *(b"places", self.name.encode(), by, self._word_at(home), self.run.encode(), account.generation),
                 *(used, wanted, throttle.cap_here, throttle.places, share(throttle.places, self.total)),
-                *(self._place_for_each(throttle), max(0, self.members - len(self.view))),
+                *(self._place_for_each(throttle), max(0, self.total - len(self.view))),
             )
             names = tuple([member.name.encode() for member in self.view])
             yield Ask((account.places_key,), (*arguments, *names), throttle, True, home)

@@ -1,4 +1,4 @@
-"""What happens to stores, proxies and the ways between them: each accident is done to a world that goes on meanwhile."""
+"""What happens to stores, proxies and the ways between them, while a world goes on."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def copy_promoted(world: World) -> None:
 
 
 def clock_set(world: World) -> None:
-    for step in (HOUR, -HOUR, -HOUR, 10 * SECOND, SECOND, -SECOND, HOUR):
+    for step in (40 * SECOND, HOUR, -HOUR, -HOUR, 10 * SECOND, SECOND, -SECOND, HOUR):
         world.store.ahead += step
         world.run(world.rng.uniform(0.05, 12))
 
@@ -114,6 +114,16 @@ def calls_late(world: World) -> None:
     for line in lines(world):
         line.delay = (MS, 2 * MS)
     world.run(10)
+
+
+def calls_held_up(world: World) -> None:
+    """Again and again one proxy's calls are carried out when it has gone on alone."""
+    line = world.proxies[0].line
+    for _ in range(20):
+        line.delay = (1_500 * MS, 1_600 * MS)
+        world.run(2)
+        line.delay = (MS, 2 * MS)
+        world.run(1)
 
 
 def proxies_killed(world: World) -> None:
@@ -162,6 +172,7 @@ ACCIDENTS: list[Accident] = [
     replies_lost,
     requests_lost,
     calls_late,
+    calls_held_up,
     proxies_killed,
     proxies_killed_while_alone,
 ]
