@@ -23,7 +23,8 @@ from proxy.log.spelling import MESSAGE_LIMIT, figure, printable
 from proxy.log.writer import Writer
 from proxy.stats import Standing
 
-_MOST_RECENT = 200
+#: Lines that are remembered for who asks.
+MOST_RECENT = 200
 
 
 class LogSettings(Protocol):
@@ -54,7 +55,7 @@ is_json = False
 is_stamped = True
 connections = "all"
 _verbose = steps.Watch(lambda standing, text: step(standing, text), {})
-_recent: deque[Recent] = deque(maxlen=_MOST_RECENT)
+_recent: deque[Recent] = deque(maxlen=MOST_RECENT)
 
 
 def _nameless(address: str) -> str:

@@ -16,7 +16,7 @@ from msgspec import Struct, msgpack
 
 from proxy.control import watching
 from proxy.control.house import Heard
-from proxy.log.outputs import Recent
+from proxy.log.outputs import MOST_RECENT, Recent
 from proxy.model import Endpoint
 from proxy.policy.logins import Entry, Logins
 from proxy.server import neighbours
@@ -132,7 +132,7 @@ class Everywhere:
     def events(self) -> Heard[list[Recent]]:
         """What was logged lately, the newest last."""
         lists, silent = self._ask("events", None, list[Recent], self._here.events)
-        return Heard(sorted(_all(lists), key=lambda line: line.at), silent)
+        return Heard(sorted(_all(lists), key=lambda line: line.at)[-MOST_RECENT:], silent)
 
     def logins(self) -> Heard[Logins]:
         """Who has proven a name with which secret."""

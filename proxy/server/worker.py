@@ -311,6 +311,7 @@ class Worker:
 
     def _report_forever(self) -> None:
         while True:
+            log.status(())  # none are ours, but what was left out of the log is to be told
             self._link.say(seam.Tell(orders.PART, self._part_in_full()))
             gevent.sleep(_REPORT_EVERY)
 

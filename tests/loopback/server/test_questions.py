@@ -190,6 +190,10 @@ def test_what_was_logged_anywhere_in_its_order(world: World, monkeypatch: pytest
     found, silent = world.everywhere.events()
     assert ([line.at for line in found], silent) == ([1.0, 2.0, 3.0, 4.0, 5.0], ())
     assert all(isinstance(line.event, Event) for line in found)
+    monkeypatch.setattr(world.one.here, "events", lines(*map(float, range(-500, 0))))
+    found, _ = world.everywhere.events()
+    assert len(found) == outputs.MOST_RECENT
+    assert [line.at for line in found[-5:]] == [-1.0, 1.0, 3.0, 4.0, 5.0]
 
 
 def test_steps_are_logged_everywhere_until_their_time_is_over(world: World) -> None:
