@@ -31,7 +31,8 @@ def parse_store(text: str) -> StoreSettings | None:
     """
     if text == MEMORY:
         return None
-    scheme, colon, rest = text.partition("://")
+    # Between servers a comma may have a blank behind it; a blank that is meant is written with a percent sign.
+    scheme, colon, rest = text.replace(", ", ",").partition("://")
     match = _SCHEME.fullmatch(scheme)
     if not colon or match is None:
         raise ValueError
@@ -145,5 +146,9 @@ def _unix(rest: str) -> StoreSettings:
 
 
 STORE = Kind(
-    "store", parse_store, "memory, or an address such as redis://:password@host:6379/0 or unix:///path", verbatim=True
+    "store",
+    parse_store,
+    "memory, or an address such as redis://:password@host:6379/0 or unix:///path",
+    verbatim=True,
+    line=True,
 )

@@ -23,6 +23,9 @@ PATIENCE_NS = 100_000_000
 #: In replies after which the server is of no use, and must be found anew; the first also out of a script.
 _WRONG_SERVER = ("READONLY", "LOADING", "MASTERDOWN", "NOAUTH")
 
+#: A step: nothing is the matter, and it has not been long.
+BEGINNING = "beginning"
+
 Route = Node | Trouble
 
 
@@ -132,7 +135,7 @@ class Calling:
         """
         if node.live is None:
             ended = node.link.trouble if node.link is not None else None
-            raise ended or node.trouble or Trouble("connect", "-", "not connected yet")
+            raise ended or node.trouble or Trouble(BEGINNING, "-", "not connected yet")
         link, server = node.live
         if link.owes(PATIENCE_NS):
             raise Trouble("call", link.where, "it owes an answer for longer than 100 ms")

@@ -44,6 +44,11 @@ class Cluster:
         self._look = Event()
         self._running: gevent.Greenlet[Any] | None = None
 
+    @property
+    def known(self) -> bool:
+        """Whether there is a map."""
+        return self._map is not None
+
     def start(self) -> None:
         self._running = gevent.spawn(self._run)
 

@@ -15,7 +15,7 @@ from proxy.log import lines as log
 from proxy.net.identities import StoreTls
 from proxy.net.relay import Engine
 from proxy.settings import StoreSettings
-from proxy.store.calling import ROUNDS, Calling
+from proxy.store.calling import BEGINNING, ROUNDS, Calling
 from proxy.store.calls import Call, Fate, Reply, Script
 from proxy.store.cluster import Cluster
 from proxy.store.dial import dialler_of, name_of, towards_sentinels
@@ -180,9 +180,16 @@ class Store:
         """Who has this key, or why nobody can be asked."""
         if self._cluster is not None:
             node = self._cluster.node_for(key)
-            return node or self._cluster.trouble or Trouble("cluster", "-", "no server has the slot of this key")
+            return node or self._cluster.trouble or self._nowhere()
         assert self._node is not None
         return self._node
+
+    def _nowhere(self) -> Trouble:
+        """No server has a slot, as far as we know."""
+        known = self._cluster is not None and self._cluster.known
+        return (
+            Trouble("cluster", "-", "no server has this key") if known else Trouble(BEGINNING, "-", "not connected yet")
+        )
 
     def _redirected(self, redirect: Redirect) -> Node | Trouble:
         """Who is to be asked instead."""
@@ -222,7 +229,8 @@ class Store:
 
     def _bad(self, trouble: Trouble) -> None:
         now = self._clock()
-        self._trouble, self._trouble_ns = trouble, now
+        if trouble.step != BEGINNING:
+            self._trouble, self._trouble_ns = trouble, now
         if self._degraded_ns is None:
             self._degraded_ns = now
 

@@ -54,6 +54,13 @@ def test_values_of_all_forms(caller: Caller) -> None:
     assert reply.value == [1, -2, b"text", [], [3, [b"a\r\nb\x00"]], None, 2]
 
 
+def test_that_it_is_only_being_connected_is_no_trouble(connect: Connect) -> None:
+    for url in ("redis://127.0.0.1:1", "redis+cluster://127.0.0.1:1"):
+        store = connect(url)
+        assert store.call(TRACE, [Call((b"k",), (0,))])[0].fate is Fate.UNSENT
+        assert store.view().trouble is None
+
+
 def test_no_calls(caller: Caller) -> None:
     assert caller.store.call(TRACE, []) == []
 

@@ -135,6 +135,32 @@ def test_it_is_shown_as_it_was_written_but_for_user_and_password(text: str) -> N
     assert SECRET not in repr(parsed)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "redis+sentinel://:a%20b@s1.example,s2.example:26380,[2001:db8::3]/m/2",
+        "redis+sentinel://:a%20b@s1.example, s2.example:26380,  [2001:db8::3]/m/2   # most of them",
+        '"redis+sentinel://:a%20b@s1.example,s2.example:26380,[2001:db8::3]/m/2"',
+        "`redis+sentinel://:a%20b@s1.example, s2.example:26380, [2001:db8::3]/m/2`",
+    ],
+)
+def test_several_servers_need_no_quotes_in_the_file(line: str) -> None:
+    store = read(f"throttle_store {line}\nthrottle_store_members 2\n").settings.throttle_store
+    assert store == single(kind="sentinel", servers=S3, service="m", password="a b", database=2)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        f"redis+cluster://:{SECRET}@a,,b",
+        f"redis+cluster://:{SECRET}@a b",
+        f"memory, {SECRET}",
+    ],
+)
+def test_a_list_with_a_hole_in_it(line: str) -> None:
+    assert "the value is not memory, or an address" in mistake(f"throttle_store {line}\nthrottle_store_members 2\n")
+
+
 def test_no_password_is_shown_and_it_makes_no_other_configuration() -> None:
     loaded = read(f"throttle_store redis://u:{SECRET}@h\nthrottle_store_members 2\n")
     assert SECRET not in repr(loaded.settings)
