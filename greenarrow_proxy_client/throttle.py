@@ -64,6 +64,7 @@ class Limits:
         mode: "average" (the limits describe the whole cluster) or "sum" (they are this instance's part of it).
         paused: nothing is sent under this throttle by this instance.
         burst: messages at once, less than each amount and at most 10,000; 0: the proxy's default.
+        scope: "proxy", or "cluster": the limits are for all proxies together that use one throttle store.
         backoff_percent, return_after, backoff_threshold: when `backoff_threshold` percent of the outcomes are bad, or
             `Throttle.report` says so, all instances slow down to that percentage for so many seconds.
     """
@@ -77,12 +78,14 @@ class Limits:
     backoff_percent: int = 50
     return_after: int = 300
     backoff_threshold: int = 0
+    scope: str = "proxy"
 
     def record(self) -> s.Throttle:
         """As REG carries it."""
         rates = [s.Rate(amount, seconds, self.burst) for amount, seconds in self.rates]
         backoff = s.Backoff(self.backoff_percent, None, self.return_after, self.backoff_threshold)
-        return s.Throttle(self.name, rates, self.max_connections, s.Mode(self.mode), self.paused, backoff)
+        mode, scope = s.Mode(self.mode), s.Scope(self.scope)
+        return s.Throttle(self.name, rates, self.max_connections, mode, self.paused, backoff, scope)
 
 
 class Permit:

@@ -183,7 +183,10 @@ class Adopting:
     def _throttle(self, record: estate.ThrottleOf) -> None:
         key = Key(record.source, record.name, record.receiver)
         blocks, registry = self._core.blocks, self._core._registry
-        throttle = blocks.adopted(key, record.kind == 2, self._now) if record.kind else registry.throttle(key)
+        if record.kind:
+            throttle = blocks.adopted(key, record.kind == 2, self._now)
+        else:
+            throttle = registry.throttle(key, record.leased, self._now)
         self._throttles.append(throttle)
         throttle.taken = record.taken
         if isinstance(throttle, Leased):  # what it may give out is known to the store

@@ -119,7 +119,10 @@ class PartOf(Record, frozen=True, tag=2):
 
 
 class ThrottleOf(Record, frozen=True, tag=3):
-    """A `flows.Throttle`. `kind`: of instances (0), the proxy's own (1), or the meter of its connection rate (2)."""
+    """A `flows.Throttle`. `kind`: of instances (0), the proxy's own (1), or the meter of its connection rate (2).
+
+    `leased`: of all proxies together.
+    """
 
     kind: Annotated[int, Meta(ge=0, le=2)]
     source: Name
@@ -139,6 +142,7 @@ class ThrottleOf(Record, frozen=True, tag=3):
     outcomes: tuple[Count, Count, int]
     shadow: tuple[Count, Count, Count] | None
     carried: tuple[Count, Count, Count] | None
+    leased: bool = False
 
 
 class StakeOf(Record, frozen=True, tag=4):

@@ -15,6 +15,7 @@ from proxy.throttling.core import Core
 from proxy.throttling.desk import Clerk
 from proxy.throttling.estate import Gcra, Rate, Record, Slowing, Strictness
 from proxy.throttling.flows import Flow, Path, Places, Run, Throttle
+from proxy.throttling.leasing import Leased
 from proxy.throttling.limits import BackoffRule, Part
 from proxy.throttling.many import Pieces
 from proxy.throttling.session import LEASE, Session
@@ -126,6 +127,7 @@ class Gathering:
             (terms.total, terms.bad, terms.period_end) if terms is not None else (0, 0, 0),
             (shadow.patience, shadow.waited, shadow.refused) if shadow is not None else None,
             (carried.accepted, carried.deferred, carried.rejected) if carried is not None else None,
+            isinstance(throttle, Leased),
         )
         if terms is not None and terms.stakes:
             yield from self._stakes(throttle, number)

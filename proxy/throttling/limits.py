@@ -39,13 +39,17 @@ class BackoffRule(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one instance has configured for a throttle. No limit for a length of window, or 0 places: unlimited."""
+    """What one instance has configured for a throttle. No limit for a length of window, or 0 places: unlimited.
+
+    `cluster`: for all proxies together that use one throttle store, and not for this one alone.
+    """
 
     limits: tuple[Limit, ...] = ()
     places: int = 0
     mode: Mode = Mode.AVERAGE
     paused: bool = False
     backoff: BackoffRule | None = None
+    cluster: bool = False
 
 
 class Effective(NamedTuple):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from proxy.throttling.cluster import Cluster
 from proxy.throttling.dispenser import Dispenser
 from proxy.throttling.flows import Flow, Path, Receiver, Stake, Terms, Throttle
-from proxy.throttling.leasing import make_path
+from proxy.throttling.leasing import Leased, make_path
 from proxy.throttling.limits import BackoffRule, Part
 from proxy.throttling.many import Pieces
 from proxy.throttling.overrides import BY_HAND, NO_RATE, Override, Overrides
@@ -123,10 +123,31 @@ class Registry:
         if path is not None and path.refs >= MAX_ON_A_PATH:
             raise ValueError(f"{MAX_ON_A_PATH} ids are bound to this path already: a session needs a path only once")
 
-    def throttle(self, key: Key) -> Throttle:
+    def check_scopes(self, parts: Iterable[tuple[Key, Part]]) -> None:
+        """Whether a store is there for what is for all proxies, and nobody has said that it is for one, or the reverse.
+
+        Raises:
+            ValueError: says which throttle it is.
+        """
+        for key, part in parts:
+            if part.cluster and (self._cluster is None or not self._cluster.store):
+                raise ValueError(f"throttle {key.name}: scope cluster, and this proxy has no throttle_store")
+            known = self.throttles.get(key)
+            if known is not None and isinstance(known, Leased) is not part.cluster:
+                scope = "proxy" if part.cluster else "cluster"
+                raise ValueError(
+                    f"throttle {key.name} has scope {scope} until it is forgotten: say the same everywhere"
+                )
+
+    def throttle(self, key: Key, cluster: bool, now: int) -> Throttle:
+        """The one of this key; a new one, if there is none, with this scope."""
         throttle = self.throttles.get(key)
         if throttle is None:
-            throttle = self.throttles[key] = Throttle(key)
+            if cluster and self._cluster is not None:
+                throttle = self._cluster.make(key, False, "i", now)
+            else:
+                throttle = Throttle(key)
+            self.throttles[key] = throttle
             throttle.terms = Terms()
         return throttle
 

@@ -29,8 +29,8 @@ class Statements(Attendance):
             names: of the receivers that connections on it go to, where these do not say themselves.
 
         Raises:
-            ValueError: a limit that would not hold (see `throttle.check`), no throttle, one named twice, or more than
-                there is room for; nothing changed.
+            ValueError: a limit that would not hold (see `throttle.check`), no throttle, one named twice, more than
+                there is room for, or another scope than others have said; nothing changed.
         """
         keys = [key for key, _ in parts]
         if not keys or len(set(keys)) != len(keys):
@@ -44,12 +44,13 @@ class Statements(Attendance):
         flow = session.flows.get(id)
         named = session.named + len(keys) - (len(flow.path.throttles) if flow is not None else 0)
         registry.check_room(named, keys)
+        registry.check_scopes(parts)
         if flow is None or [throttle.key for throttle in flow.path.throttles] != keys:
             registry.check_crowd(keys)
         if self._held is not None:
             self._held.append(lambda later: self._register_late(session, id, parts, later, names))
             return
-        throttles = tuple([registry.throttle(key) for key in keys])
+        throttles = tuple([registry.throttle(key, part.cluster, now) for key, part in parts])
         said = [part for _, part in parts]
         paused = any(part.paused for part in said)
         session.named = named

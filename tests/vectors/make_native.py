@@ -25,8 +25,8 @@ KEY_ID = bytes(range(0xA0, 0xA8))
 KEY = bytes(range(0xC0, 0xE0))
 INCARNATION = 0x0543B19C
 #: Throttles as REG carries them, and what a path may say of its source and its receivers by name.
-RULE = ["yahoo", [[1000, 3600, 0]], 20, "average", False, [50, None, 1800, 30]]
-PLAIN = ["yahoo", [[1000, 3600, 0]], 0, "average", False, None]
+RULE = ["yahoo", [[1000, 3600, 0]], 20, "average", False, [50, None, 1800, 30], "cluster"]
+PLAIN = ["yahoo", [[1000, 3600, 0]], 0, "average", False, None, "proxy"]
 PATH_NAMES = ["vmta7", "mx1.example.net", "example.net"]
 SOFTWARE = "example/1.0"
 

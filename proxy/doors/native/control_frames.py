@@ -42,7 +42,8 @@ def part_of(throttle: s.Throttle) -> Part:
         rate = _limit(slow.rate) if slow.rate is not None and slow.rate.amount else None
         rule = BackoffRule(slow.percent, rate, slow.return_after_s * SECOND, slow.threshold)
     mode = Mode.SUM if throttle.mode is s.Mode.SUM else Mode.AVERAGE
-    return Part(tuple(limits), throttle.max_connections, mode, throttle.paused, rule)
+    cluster = throttle.scope is s.Scope.CLUSTER
+    return Part(tuple(limits), throttle.max_connections, mode, throttle.paused, rule, cluster)
 
 
 def _limit(rate: s.Rate) -> Limit:

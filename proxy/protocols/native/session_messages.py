@@ -36,6 +36,13 @@ class Mode(enum.StrEnum):
     AVERAGE = "average"
 
 
+class Scope(enum.StrEnum):
+    """Over which proxies a throttle counts: this one, or all that use one throttle store."""
+
+    PROXY = "proxy"
+    CLUSTER = "cluster"
+
+
 class Ping(Message, frozen=True):
     """Both: `t` is the sender's own clock in microseconds, of use to nobody else."""
 
@@ -90,6 +97,7 @@ class Throttle(Part, frozen=True):
     mode: Mode = Mode.AVERAGE
     paused: bool = False
     backoff: Backoff | None = None
+    scope: Scope = Scope.PROXY
 
 
 class Path(Part, frozen=True):

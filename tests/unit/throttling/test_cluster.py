@@ -7,6 +7,13 @@ from itertools import pairwise
 import pytest
 
 from proxy.settings import Rate
+from proxy.throttling.cluster import Cluster
+from proxy.throttling.flows import Throttle
+from proxy.throttling.leasing import Leased
+from proxy.throttling.limits import Part
+from proxy.throttling.manager import Manager
+from proxy.throttling.session import Session
+from proxy.throttling.throttle import Key, Limit
 from tests.unit.throttling.oracle import SECOND
 from tests.unit.throttling.proxies import MS, World, block, jain
 
@@ -61,3 +68,48 @@ def test_one_sender_that_asks_for_one_at_a_time_does_not_wait_for_a_call_each_ti
         proxy.hungry = 1
     world.run(20)
     assert len(world.sent(world.now - 10 * SECOND)) >= 900
+
+
+# --- instances' throttles ---
+
+
+def register(manager: Manager, now: int, cluster: bool, name: str = "rule") -> Session:
+    session = manager.hello("mta", b"run", "192.0.2.9", 1.0, now)
+    manager.ping(session, now // 1000, now)
+    part = Part((Limit(600, MINUTE),), cluster=cluster)
+    manager.register(session, 1, [(Key("192.0.2.1", name), part)], now)
+    return session
+
+
+def test_an_instance_needs_a_store_for_what_is_for_all_proxies() -> None:
+    now = 10_000 * SECOND
+    for cluster in (None, Cluster("p", "r", 2, lambda: "w", now)):
+        if cluster is not None:
+            cluster.store = False
+        manager = Manager(1, now, cluster=cluster)
+        with pytest.raises(ValueError, match="no throttle_store"):
+            register(manager, now, True)
+        assert not manager.throttles
+
+
+def test_a_throttle_has_one_scope() -> None:
+    now = 10_000 * SECOND
+    manager = Manager(1, now, cluster=Cluster("p", "r", 2, lambda: "w", now))
+    session = register(manager, now, True)
+    assert isinstance(manager.throttles[Key("192.0.2.1", "rule")], Leased)
+    part = Part((Limit(600, MINUTE),))
+    with pytest.raises(ValueError, match="has scope cluster"):
+        manager.register(session, 2, [(Key("192.0.2.1", "rule"), part)], now)
+    manager.register(session, 2, [(Key("192.0.2.1", "other"), part)], now)
+    assert type(manager.throttles[Key("192.0.2.1", "other")]) is Throttle
+
+
+def test_a_throttle_that_is_forgotten_is_asked_for_no_more() -> None:
+    now = 10_000 * SECOND
+    cluster = Cluster("p", "r", 2, lambda: "w", now)
+    manager = Manager(1, now, cluster=cluster)
+    session = register(manager, now, True)
+    assert len(cluster.throttles) == 1
+    manager.bye(session, now)
+    manager.advance(now + SECOND)
+    assert not cluster.throttles
