@@ -127,10 +127,12 @@ class Newcomers:
 
 
 class Leaving(NamedTuple):
-    """That all have to go: `until` when (monotonic), and why, in words."""
+    """That all have to go: `until` when (monotonic), and why, in words. `replaced`: another process takes what is new, so
+    that dialogues need not be told."""
 
     until: float
     reason: str
+    replaced: bool = False
 
     def left(self, now: float) -> float:
         """Seconds."""

@@ -116,6 +116,7 @@ class Proxy:
             self._directory.chmod(0o755)
         self._news = threading.Condition()
         self._threads: list[threading.Thread] = []
+        self._heirs: list[int] = []  # processes that have taken over, one from the other
         self._told_to_stop = False  # a second time would end it at once
         self._process: subprocess.Popen[bytes]
 
@@ -164,7 +165,7 @@ class Proxy:
     ) -> None:
         try:
             if kind is None:
-                if not self._told_to_stop and self._process.poll() is None:
+                if not self._told_to_stop and self.running:
                     self.term()
                 self.wait_exit()
                 self.check()
@@ -182,11 +183,16 @@ class Proxy:
     def wait_exit(self, timeout: float = 60.0) -> int:
         """Wait until it has ended and all its output is read; the exit code."""
         code = self._process.wait(timeout)
+        for each in self._heirs:
+            wait_for(lambda each=each: not _lives(each), timeout, f"process {each} ends")  # type: ignore[misc]
         for thread in self._threads:
             thread.join(5)
         return code
 
     def _end(self) -> None:
+        for each in self._heirs:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
@@ -201,11 +207,19 @@ class Proxy:
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self._heirs[-1] if self._heirs else self._process.pid
 
     @property
     def running(self) -> bool:
-        return self._process.poll() is None
+        return _lives(self._heirs[-1]) if self._heirs else self._process.poll() is None
+
+    def upgrade(self) -> int:
+        """SIGUSR2, until the new process has taken over; the number of the old one."""
+        old, mark = self.pid, len(self.lines)
+        self.signal(signal.SIGUSR2)
+        match = self.wait_line(r"upgrade: the new program has taken over: finishing what is open pid=(\d+)", 60.0, mark)
+        self._heirs.append(int(match[1]))
+        return old
 
     def term(self) -> None:
         self.signal(signal.SIGTERM)
@@ -234,7 +248,10 @@ class Proxy:
 
     def signal(self, number: int) -> None:
         self._told_to_stop |= number in (signal.SIGTERM, signal.SIGINT)
-        self._process.send_signal(number)
+        if self._heirs:
+            os.kill(self._heirs[-1], number)
+        else:
+            self._process.send_signal(number)
 
     def status(self) -> list[str]:
         """The status lines of this moment."""
@@ -366,6 +383,14 @@ class Proxy:
 
     def _ended(self) -> bool:
         return not any(thread.is_alive() for thread in self._threads)
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process that is not our child is still there."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def _flat(line: str) -> str:

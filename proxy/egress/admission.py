@@ -356,7 +356,12 @@ class Admission(Office):
     def put_off(self, ticket: Slot | None) -> bool:
         """See `Office`. Does not wait."""
         assert ticket is None or isinstance(ticket, MessageTicket)
-        return ticket is None or self.manager.put_off(ticket, clock_ns())
+        if ticket is None:
+            return True
+        now = clock_ns()
+        if self.manager.frozen:  # another process gives out what comes after it, and would not hear of the delay
+            return now <= ticket.last
+        return self.manager.put_off(ticket, now)
 
     def ask_slot(
         self,
@@ -407,7 +412,7 @@ class Admission(Office):
     def move(self, away: Elsewhere) -> None:
         """Who waits here waits there from now on, in the same order; the manager here is frozen for good."""
         self._away = away
-        for ticket in list(self._waiting):
+        for ticket in [each for each in self._waiting if each.places is None]:
             ends, seconds, who = self._left_of(ticket)
             answer = partial(self._placed_there, ticket)
             moved = away.ask_place(*ends, seconds, answer, self._keys[ticket], who.rated, who.names)
@@ -415,7 +420,7 @@ class Admission(Office):
                 self._placed_there(ticket, None, None)
             else:
                 self._moved[ticket] = moved
-        for message in list(self._answers):
+        for message in [each for each in self._answers if not each.granted]:
             ends, seconds, who = self._left_of(message)
             slot = away.ask_slot(*ends, (), seconds, partial(self._answer, message), who.names)
             if slot is None:

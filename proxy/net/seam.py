@@ -158,6 +158,9 @@ class Seam:
                 data, fds = self._receive()
             except BlockingIOError:
                 return
+            except ConnectionResetError:  # it is gone, and has not read all that we said
+                self._give_up("")
+                return
             except (OSError, PeerError) as error:
                 self._give_up(str(error))
                 return

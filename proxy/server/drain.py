@@ -103,7 +103,7 @@ def drain(
 
 
 def _ask_to_leave(services: Services, timeout: float, end: float, replaced: bool) -> None:
-    services.instances.leaving = Leaving(end, _STOPPING)
+    services.instances.leaving = Leaving(end, _STOPPING, replaced)
     for channel in list(services.instances.channels):
         channel.goaway(timeout, _STOPPING, Ending.DRAIN_TIMEOUT)
     if not replaced:

@@ -31,6 +31,8 @@ from proxy.server.orders import Handed, Hello
 
 #: Seconds until the new process must be ready, and then until it must have taken over.
 _READY_WITHIN, _TAKEN_WITHIN = 120.0, 60.0
+#: Seconds after its last word in which it ends, which says more.
+_ENDS_WITHIN = 2.0
 _SOCKETS_AT_ONCE = 200
 #: Where the new process finds its end of the link, and the variable that says so.
 LINK_FD = 3
@@ -170,11 +172,14 @@ class Upgrade:
                 log.internal_error("a record of the new master", error)
 
     def _lost(self) -> None:
-        self._gone = self._gone or "the new program has closed the link"
         self.link = None
-        self._news.set()
+        gevent.spawn_later(_ENDS_WITHIN, self._gone_for, "the new program has closed the link")
         if self._remote is not None:
             self._remote.lost()
+
+    def _gone_for(self, why: str) -> None:
+        self._gone = self._gone or why
+        self._news.set()
 
     def _exited(self, pidfd: int) -> None:
         self._watcher.stop()
@@ -183,8 +188,7 @@ class Upgrade:
         _, status = os.waitpid(self.pid, 0)
         code = os.waitstatus_to_exitcode(status)
         how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-        self._gone = f"the new program has ended: {how}"
-        self._news.set()
+        self._gone_for(f"the new program has ended: {how}")
 
     def _end(self) -> None:
         """The new process is of no use."""

@@ -151,6 +151,7 @@ def settings(**changes: object) -> Settings:
         "idle_timeout": 900.0,
         "half_close_timeout": 60.0,
         "drain_timeout": 60.0,
+        "upgrade_timeout": 900.0,
         "max_connections": None,
         "reuse_connections": True,
         "reuse_connections_max_idle": 30.0,

@@ -95,7 +95,8 @@ class Visit:
         try:
             if self._holding.line is not None:
                 self._holding.attach()
-            if self._services.instances.leaving is not None:
+            leaving = self._services.instances.leaving
+            if leaving is not None and not leaving.replaced:
                 self._mediator.drain()
             if early:
                 self._mediator.client(early)

@@ -1,0 +1,217 @@
+"""SIGUSR2: a new program takes over. Nobody is refused, nothing is cut, no limit is passed, no process is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import pytest
+
+from tests.clients import Smtp, socks5
+from tests.mx import Mx
+from tests.program import Proxy
+from tests.unit.throttling.oracle import SECOND, Rule
+from tests.waiting import wait_for
+from tests.witness import Witness
+
+WORKERS = pytest.mark.parametrize("workers", ["1", "2"])
+
+
+def settings(workers: str, more: str = "") -> str:
+    return f"workers {workers}\nlisten_status 127.0.1.4:0\nupgrade_timeout 60s\n{more}"
+
+
+class Load:
+    """Clients that send message after message, each on a connection of its own, until they are told to end.
+
+    Attributes:
+        sent: messages that were accepted. wrong: what went wrong, in words.
+    """
+
+    def __init__(self, proxy: Proxy, mx: Mx, clients: int) -> None:
+        self.sent = 0
+        self.wrong: list[str] = []
+        self._ends = threading.Event()
+        self._lock = threading.Lock()
+        self._address, self._mx = proxy.socks5, mx.endpoint
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(clients)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, number: int) -> None:
+        while not self._ends.is_set():
+            try:
+                with socks5(self._address, self._mx, "127.0.0.5") as sock:
+                    smtp = Smtp(sock)
+                    smtp.sendmail(f"c{number}@a.example", ["b@b.example"], f"Subject: {self.sent}\r\n\r\nhello\r\n")
+                    smtp.quit()
+            except Exception as error:
+                with self._lock:
+                    self.wrong.append(f"{type(error).__name__}: {error}")
+                return
+            with self._lock:
+                self.sent += 1
+
+    def end(self) -> None:
+        self._ends.set()
+        for thread in self._threads:
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+@contextmanager
+def load(proxy: Proxy, mx: Mx, clients: int) -> Iterator[Load]:
+    running = Load(proxy, mx, clients)
+    try:
+        yield running
+    finally:
+        running.end()
+
+
+@WORKERS
+@pytest.mark.parametrize("mode", ["tcp", "smtp"])
+def test_under_load_nobody_is_refused_and_nothing_is_cut(workers: str, mode: str) -> None:
+    """Several in a row; each process ends when its last connection has, and every message arrived once."""
+    witness = Witness()
+    with Mx(witness.script) as mx, Proxy(settings(workers, f"mode {mode}\n")) as proxy, load(proxy, mx, 4) as running:
+        for _ in range(5):
+            so_far = running.sent
+            old = proxy.upgrade()
+            wait_for(lambda so_far=so_far: running.wrong or running.sent > so_far + 8, what="mail goes on")  # type: ignore[misc]
+            wait_for(lambda old=old: running.wrong or not lives(old), 60, "the old process ends")  # type: ignore[misc]
+        running.end()
+        assert not running.wrong
+        assert len(witness.mails()) == running.sent
+
+
+@WORKERS
+def test_an_open_connection_goes_on_in_the_old_process(workers: str) -> None:
+    with Mx() as mx, Proxy(settings(workers)) as proxy, socks5(proxy.socks5, mx.endpoint, "127.0.0.5") as sock:
+        smtp = Smtp(sock)
+        first = proxy.upgrade()
+        second = proxy.upgrade()
+        assert lives(first)
+        wait_for(lambda: proxy.open_connections("socks5") == 1, 30, "it is shown by the new one")
+        smtp.sendmail("a@a.example", ["b@b.example"], "Subject: x\r\n\r\nhello\r\n")
+        smtp.quit()
+        sock.close()
+        wait_for(lambda: not lives(first) and not lives(second), 60, "both end")
+        assert len(mx.messages) == 1
+
+
+@WORKERS
+def test_places_and_rates_go_on_where_they_were(workers: str) -> None:
+    """The receiver's own count: never more connections than places, never more mail than the rate."""
+    witness = Witness()
+    block = "mode smtp\nthrottle one {\n    max_concurrent_connections 2\n    max_delivery_rate 20/s\n    wait 60s\n}\n"
+    with Mx(witness.script) as mx, Proxy(settings(workers, block)) as proxy, load(proxy, mx, 6) as running:
+        for _ in range(4):
+            so_far = running.sent
+            proxy.upgrade()
+            wait_for(lambda so_far=so_far: running.wrong or running.sent > so_far + 10, 60, "mail goes on")  # type: ignore[misc]
+        running.end()
+        assert not running.wrong
+    assert witness.most <= 2
+    witness.check(Rule(20, 1, latest=SECOND // 10))
+
+
+@WORKERS
+def test_who_waits_for_a_place_waits_on_at_the_new_process(workers: str) -> None:
+    block = "throttle one {\n    max_concurrent_connections 1\n    wait 60s\n}\n"
+    with Mx() as mx, Proxy(settings(workers, block)) as proxy, ExitStack() as stack:
+        first = stack.enter_context(socks5(proxy.socks5, mx.endpoint, "127.0.0.5"))
+        got = threading.Event()
+
+        def second() -> None:
+            with socks5(proxy.socks5, mx.endpoint, "127.0.0.5"):
+                got.set()
+
+        thread = threading.Thread(target=second)
+        thread.start()
+        wait_for(lambda: proxy.throttles() and proxy.throttles()[0]["waiting"] == 1, what="it waits")
+        proxy.upgrade()
+        wait_for(lambda: proxy.throttles() and proxy.throttles()[0]["waiting"] == 1, what="it waits there")
+        assert not got.is_set()
+        assert mx.connects == 1
+        first.close()
+        assert got.wait(30)
+        thread.join(30)
+        assert mx.connects == 2
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        ("nonsense yes\n", "exit code 78"),
+        ("listen_socks5 198.51.100.7:1080, 127.0.1.2:70000\n", "exit code 78"),
+    ],
+)
+@WORKERS
+def test_a_new_program_that_cannot_begin_changes_nothing(workers: str, spoil: str, why: str) -> None:
+    with Mx() as mx, Proxy(settings(workers)) as proxy, socks5(proxy.socks5, mx.endpoint, "127.0.0.5") as sock:
+        proxy.path.write_text(proxy.path.read_text() + spoil)
+        mark = len(proxy.lines)
+        proxy.signal(signal.SIGUSR2)
+        proxy.wait_line(rf"ERROR upgrade: the new program has ended: {why}; this one goes on as before", 60, mark)
+        smtp = Smtp(sock)
+        smtp.noop()
+        with socks5(proxy.socks5, mx.endpoint, "127.0.0.5") as another:
+            Smtp(another).quit()
+        smtp.quit()
+
+
+@WORKERS
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2])
+def test_signals_in_the_middle(workers: str, number: int) -> None:
+    """TERM: all ends, and no process is left; HUP and another USR2: acted upon in turn."""
+    with Mx() as mx, Proxy(settings(workers)) as proxy:
+        old = proxy.pid
+        os.kill(old, signal.SIGUSR2)
+        os.kill(old, number)
+        if number == signal.SIGTERM:
+            proxy._told_to_stop = True
+            proxy._process.wait(60)
+            wait_for(lambda: not others_of(proxy), 60, "all are gone")
+            return
+        match = proxy.wait_line(r"upgrade: the new program has taken over: finishing what is open pid=(\d+)", 60)
+        proxy._heirs.append(int(match[1]))
+        wait_for(lambda: not lives(old), 60, "the old one ends")
+        with socks5(proxy.socks5, mx.endpoint, "127.0.0.5") as sock:
+            Smtp(sock).quit()
+
+
+@WORKERS
+def test_a_new_program_that_hangs_is_given_up_when_it_is_killed(workers: str) -> None:
+    with Mx() as mx, Proxy(settings(workers)) as proxy:
+        proxy.signal(signal.SIGUSR2)
+        wait_for(lambda: others_of(proxy), what="the new program runs")
+        new = others_of(proxy)[0]
+        os.kill(new, signal.SIGKILL)
+        proxy.wait_line(r"ERROR upgrade: .*; this one goes on as before|upgrade: the new program has taken over", 60)
+        if lives(proxy.pid) and not proxy.matching("the new program has taken over"):
+            with socks5(proxy.socks5, mx.endpoint, "127.0.0.5") as sock:
+                Smtp(sock).quit()
+
+
+def lives(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def others_of(proxy: Proxy) -> list[int]:
+    """Other processes that were started with its configuration."""
+    found = []
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                if str(proxy.path).encode() in file.read() and int(pid) != proxy._process.pid:
+                    found.append(int(pid))
+        except OSError:
+            continue
+    return found
