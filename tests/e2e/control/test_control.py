@@ -212,10 +212,12 @@ def test_connections_are_seen_and_can_be_ended(path):
             )
             with dial(proxy.proxy_protocol) as asking:
                 asking.sendall(v2("127.0.0.1", mx.endpoint))
-                wait_for(lambda: rows(path, "show", "connections", "state=place"), what="it waits for its place")
-                (waits,) = rows(path, "show", "connections", "state=place")
+                (waits,) = wait_for(
+                    lambda: rows(path, "show", "connections", "state=place"), what="it waits for its place"
+                )
                 assert ctl(path, "close", "connection", str(waits["id"]))[0] == 0
                 assert asking.recv(100) == b""
+            wait_for(lambda: len(rows(path, "show", "connections")) == 2, what="it is gone")
             for state in ("relay", "request"):
                 (row,) = rows(path, "show", "connections", f"state={state}")
                 assert ctl(path, "--because", "it hangs", "close", "connection", str(row["id"]))[0] == 0
