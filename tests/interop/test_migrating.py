@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -265,7 +266,7 @@ def from_dante(tmp_path: Path) -> None:
 
 
 def test_from_3proxy(tmp_path: Path) -> None:
-    """Not beside the old program: Debian 12 has none."""
+    """Beside the old program where there is one: Debian 12 has none."""
     peers.in_network_namespace(lambda: from_3proxy(tmp_path))
 
 
@@ -275,9 +276,16 @@ def from_3proxy(tmp_path: Path) -> None:
     services = [line.split() for line in before.splitlines() if line.startswith("socks ")]
     doors = [f"{ip.removeprefix('-i')}:{port.removeprefix('-p')}" for _, ip, port, _ in services]
     sources = [source.removeprefix("-e") for *_, source in services]
-    with Sink(MX, port=25) as sink, new(after):
-        curl(tmp_path, *doors)()
-        arrived(sink, *sources)
+    send, program = curl(tmp_path, *doors), shutil.which("3proxy")
+    with Sink(MX, port=25) as sink:
+        if program is not None:
+            (tmp_path / "3proxy.cfg").write_text(before)
+            with Daemon(program, tmp_path / "3proxy.cfg", listens=("10.0.0.1", 1082)):
+                send()
+                arrived(sink, *sources)
+        with new(after):
+            send()
+            arrived(sink, *sources)
 
 
 # -- Postfix alone
