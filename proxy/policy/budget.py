@@ -7,6 +7,7 @@ behind one NAT address there may be a good instance beside a bad one. An address
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 #: Failures that an address may make at once, and seconds until one of them is forgiven.
 BUDGET = 10
@@ -17,14 +18,25 @@ _MAX_ADDRESSES = 10_000
 
 
 class FailureBudget:
-    """A leaky bucket of failures for each address; forgets the addresses that failed least recently."""
+    """A leaky bucket of failures for each address; forgets the addresses that failed least recently.
+
+    Attributes:
+        tell: other processes of the proxy, of each failure: to all of them together an address has one budget.
+    """
 
     def __init__(self) -> None:
+        self.tell: Callable[[str], object] | None = None
         #: Address → (level of the bucket, when it was computed).
         self._levels: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def failed(self, address: str, now: float) -> None:
         """Count one failure; `now` in seconds of a monotonic clock."""
+        self.failed_elsewhere(address, now)
+        if self.tell is not None:
+            self.tell(address)
+
+    def failed_elsewhere(self, address: str, now: float) -> None:
+        """Count one that another process tells of."""
         self._levels[address] = min(self._level(address, now), BUDGET) + 1.0, now
         self._levels.move_to_end(address)
         if len(self._levels) > _MAX_ADDRESSES:

@@ -20,9 +20,15 @@ from proxy.settings import Settings
 #: Orders. `SOCKETS`: configured addresses, in the order of the descriptors; `NEIGHBOURS`: the ways to the others.
 BEGIN, SOCKETS, NEIGHBOURS, PREPARE, COMMIT, ABORT = "begin", "sockets", "neighbours", "prepare", "commit", "abort"
 DRAIN, FOLLOW, FOLLOW_NO_MORE = "drain", "follow", "follow no more"
+#: An address has failed to prove who it is, at another process; told by workers, too.
+FAILED = "failed"
+#: Seats for clients, see `policy.seats`: so many more (or fewer); half of those that are free are to come back.
+SEATS, SEATS_BACK = "seats", "seats back"
 #: What a worker tells: its figures, whether it is prepared (or why not), that it serves, what it was asked to follow,
 #: and how many connections it had to reset when it has drained.
 PART, PREPARED, SERVING, FOLLOWED, DRAINED = "part", "prepared", "serving", "followed", "drained"
+#: So many seats are needed; so many come back.
+SEATS_WANTED, SEATS_RETURNED = "seats wanted", "seats returned"
 
 
 #: Of an upgrade, from the new process to the old one, which is its worker: it is ready to take over, and it has.
@@ -79,7 +85,7 @@ class Plan(NamedTuple):
     """Settings and what belongs to them.
 
     Args:
-        own: where the program listens. max_connections: how many clients one worker may have.
+        own: where the program listens. max_connections: how many clients a worker may have; 0: as many as it is lent.
         identity: certificate and key that were made in memory, if any.
     """
 

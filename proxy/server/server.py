@@ -124,7 +124,7 @@ class Server:
             at_once={signal.SIGTERM: stop, signal.SIGINT: stop},
             in_turn={
                 signal.SIGHUP: self._reload,
-                signal.SIGUSR1: self._routine.report,
+                signal.SIGUSR1: self._report,
                 signal.SIGUSR2: self._upgrade,
             },
         )
@@ -137,6 +137,7 @@ class Server:
             services=lambda: self.services,
             open_connections=lambda: self._doors.open_connections(),
             serve_status=lambda *connection: self._status.admit(*connection),
+            ask=lambda count: self._workers.seating.want(0, count),
         )
         count = count_of(settings)
         self._doors = Doors(
@@ -147,7 +148,13 @@ class Server:
             count,
         )
         self._workers = Workers(
-            count, self._wiring.incarnation, self._branches, self._doors.kept, self._everywhere.standing_orders
+            count,
+            self._wiring.incarnation,
+            self._branches,
+            self._doors.kept,
+            self._everywhere.standing_orders,
+            self._reception,
+            self._wiring.budget,
         )
         self._status = self._status_door()
         self._steering = Steering(
@@ -281,9 +288,13 @@ class Server:
         """What the workers need of settings; `own`: where the program listens, if that is new."""
         if own is None:
             own = [door.endpoint for door in self._doors.listening()]
-        clients = settings.max_connections or self._descriptors_left() // 2
-        share = -(-clients // max(1, count_of(settings))) if settings.max_connections else clients
-        return Plan(settings, tuple(own), share, self._wiring.certificates.generated())
+        clients = 0 if settings.max_connections else self._descriptors_left() // 2
+        return Plan(settings, tuple(own), clients, self._wiring.certificates.generated())
+
+    def _most_clients(self) -> int:
+        """`max_connections` in force, or what the descriptors of all processes together allow."""
+        own = self._reception.limit
+        return own if self.services.settings.max_connections else own * max(1, len(self._workers))
 
     def _descriptors_left(self) -> int:
         return max(2, self._descriptors - _OTHER_DESCRIPTORS)
@@ -330,7 +341,7 @@ class Server:
                 others=self._everywhere.parts,
                 members=lambda: self._workers.members(),
                 manager=lambda: figures.manager_of(self.services),
-                limit=lambda: self._reception.limit,
+                limit=self._most_clients,
                 draining=self._stop.is_set,
                 in_force=lambda: self._in_force,
                 reload_failure=lambda: self._reload_failure,
@@ -357,7 +368,9 @@ class Server:
         for session in list(self._wiring.instances.sessions):
             session.reloaded()
         self._wiring.tell_dialogues()
-        self._reception.set_limit(settings.max_connections or self._descriptors_left() // 2)
+        limit = settings.max_connections or self._descriptors_left() // 2
+        self._reception.set_limit(limit, shared=bool(settings.max_connections and self._workers))
+        self._workers.committed()
 
     def _take_store(self, wanted: store.Store | None, settings: Settings) -> None:
         """It connects, and goes on trying, by itself; nobody waits for it."""
@@ -368,6 +381,11 @@ class Server:
                 wanted.start()
             self._store = wanted
         self._leases.use(wanted, settings)
+
+    def _report(self) -> None:
+        """SIGUSR1: with what the workers know now."""
+        self._everywhere.parts()
+        self._routine.report()
 
     # ---------------------------------------------------------------- reload
 
@@ -501,7 +519,7 @@ class Server:
                 log.Event.STOP,
                 log.WARNING,
                 "second signal: ending at once",
-                open_connections=self._doors.open_connections(),
+                open_connections=self._doors.open_connections() + self._workers.open_connections(now=False),
             )
             outputs.flush(1.0)
             self._workers.abandon()

@@ -11,6 +11,7 @@ import signal
 import socket
 from collections.abc import Sequence
 from functools import partial
+from time import monotonic
 from typing import Any
 
 import gevent
@@ -53,6 +54,8 @@ from proxy.throttling.manager import Manager
 _MOST_FOLLOWED = 1 << 20
 #: Seconds between two reports.
 _REPORT_EVERY = 1.0
+#: Orders that do not wait for those before them.
+_AT_ONCE = frozenset({orders.SEATS, orders.SEATS_BACK, orders.FAILED})
 #: What ends the master is not meant for us: it tells us what to do.
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -118,6 +121,7 @@ class Worker:
             services=lambda: self._services,
             open_connections=lambda: self._doors.open_connections(),
             serve_status=lambda *_: False,
+            ask=lambda count: self._link.say(seam.Tell(orders.SEATS_WANTED, pack(count))),
         )
         self._doors = Doors(
             self._reception.admit,
@@ -149,6 +153,7 @@ class Worker:
 
     def _lost(self) -> None:
         """The master is gone."""
+        self._reception.alone()
         if self._remote is not None:
             self._remote.lost()
         if self._wiring is not None and hasattr(self._wiring, "services"):
@@ -160,7 +165,9 @@ class Worker:
 
     def _take(self, records: Sequence[seam.FromMaster], fds: list[int]) -> None:
         for record in records:
-            if isinstance(record, seam.Order):
+            if isinstance(record, seam.Order) and record.what in _AT_ONCE:
+                self._act_at_once(record)
+            elif isinstance(record, seam.Order):
                 self._orders.put((record, fds))
                 fds = []
             elif isinstance(record, seam.Question):
@@ -170,6 +177,16 @@ class Worker:
                     self._remote.hear(record)
                 except Exception as error:  # the other records are not to be lost
                     log.internal_error("a record of the master", error)
+
+    def _act_at_once(self, record: seam.Order) -> None:
+        """In the hub: clients wait, and a reload takes a while."""
+        if record.what == orders.SEATS:
+            self._reception.lent(unpack(record.body))
+        elif record.what == orders.FAILED:
+            if self._wiring is not None:
+                self._wiring.budget.failed_elsewhere(unpack(record.body), monotonic())
+        else:
+            self._link.say(seam.Tell(orders.SEATS_RETURNED, pack(self._reception.give_back())))
 
     def _answer(self, question: seam.Question) -> None:
         if self._answering is not None:
@@ -245,6 +262,7 @@ class Worker:
         wiring = self._wiring = Wiring(plan.settings, self._reserve.lent, self._office)
         wiring.incarnation = begun.incarnation
         wiring.neighbours = self._neighbours
+        wiring.budget.tell = lambda address: self._link.say(seam.Tell(orders.FAILED, pack(address)))
         vitals = Vitals(begun.number, self._reserve.lent)
         here = Here(lambda: self._services, lambda: self._part(vitals))
         self._answering = Answering(here)
@@ -268,7 +286,8 @@ class Worker:
         breathe = hold_breath if first else Breather("reload")
         wiring.take(wired, breathe)
         outputs.reconfigure(plan.settings)
-        self._reception.set_limit(plan.max_connections)
+        limit = plan.settings.max_connections or plan.max_connections
+        self._reception.set_limit(limit, shared=not plan.max_connections)
         self._doors.take(plan.settings, opened, breathe)
         self._handed.close()
         wiring.tell_dialogues()

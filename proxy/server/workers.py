@@ -32,10 +32,13 @@ from proxy.log import lines as log
 from proxy.model import Endpoint
 from proxy.net.seam import Seam, pair
 from proxy.numbering import step_for
+from proxy.policy.budget import FailureBudget
 from proxy.protocols import seam
 from proxy.server import orders
 from proxy.server.listeners import Opened
 from proxy.server.orders import Begin, Plan, pack, unpack
+from proxy.server.reception import Reception
+from proxy.server.seating import Seating
 from proxy.settings import Settings
 from proxy.status import parts
 from proxy.status.colleagues import LEAVING, Hear, Member, Reply
@@ -52,6 +55,8 @@ _SILENT_TURNS = 15
 _FIRST_PAUSE, _LONGEST_PAUSE, _LONG_LIFE = 0.1, 30.0, 60.0
 #: Seconds for all of them to be ready for new settings.
 _PREPARED_WITHIN = 60.0
+#: Seconds for them to say how many clients they have.
+_COUNTED_WITHIN = 1.0
 #: Descriptors in one order.
 _SOCKETS_AT_ONCE = 200
 #: Seconds that a worker may take to end when all it had is over.
@@ -73,6 +78,7 @@ class Worker:
         self.serves = False
         self.prepared: bytes | None = None  # what it said of the settings; b"": it is
         self.commits = False  # once it is prepared: it is a new one
+        self.committing = False  # what it was told to put in force is not yet
         self.generation = 0  # of the plan that it has
         self.silent = 0
         self.failures = self.runs = 0
@@ -107,6 +113,7 @@ class Workers:
         branches: where their throttles are.
         kept: the listening sockets of a worker, counted from 0.
         standing_orders: what a new one is asked first.
+        reception: ours, which has a part of `max_connections`, too. budget: ours, which hears of all failures.
     """
 
     def __init__(
@@ -116,12 +123,19 @@ class Workers:
         branches: Branches,
         kept: Callable[[int], dict[Endpoint, socket.socket]],
         standing_orders: Callable[[], Iterable[tuple[str, bytes]]],
+        reception: Reception,
+        budget: FailureBudget,
     ) -> None:
         self._count = count
         self._incarnation = incarnation
         self._branches = branches
         self._kept = kept
         self._standing_orders = standing_orders
+        self._reception = reception
+        self._budget = budget
+        if count:
+            budget.tell = partial(self._tell_of_failure, 0)
+        self.seating = Seating(count + 1, self._tell_of_seats)
         self._workers = [Worker(number) for number in range(1, count + 1)]
         self._leaving: dict[Worker, None] = {}  # processes that this one has replaced, and that still have connections
         self._holds = False  # nobody is to serve yet
@@ -137,8 +151,8 @@ class Workers:
         self._last = MOST_WORKERS  # number
         self._ticker: gevent.Greenlet[Any] | None = None
 
-    def __bool__(self) -> bool:
-        return bool(self._workers)
+    def __len__(self) -> int:
+        return len(self._workers)
 
     # ---------------------------------------------------------------- settings
 
@@ -178,6 +192,7 @@ class Workers:
         Raises:
             ConfigError: one cannot, or has died over it; then `abort`.
         """
+        self._wait_for(lambda worker: not worker.commits or not worker.pid)  # those that have just begun
         asked = [worker for worker in self._workers if worker.serves]
         for worker in asked:
             worker.prepared = None
@@ -196,7 +211,8 @@ class Workers:
         return {at: sockets[worker.number - 1] for at, sockets in opened.items() if len(sockets) == self._count}
 
     def commit(self, plan: Plan) -> None:
-        """What was prepared is in force. Whoever was just starting gets it when it has started."""
+        """What was prepared is to be in force. Whoever was just starting gets it when it has started."""
+        self.seating.set_limit(None if plan.max_connections else plan.settings.max_connections)
         if self._holds:
             return  # at a start they have it already
         self._plan = plan
@@ -204,7 +220,12 @@ class Workers:
         for worker in self._workers:
             if worker.serves and worker.prepared == b"":
                 worker.generation = self._generation
+                worker.committing = True
                 worker.order(orders.COMMIT)
+
+    def committed(self) -> None:
+        """Wait until it is, everywhere."""
+        self._wait_for(lambda worker: not worker.committing or not worker.serves)
 
     def abort(self) -> None:
         """The old settings stay in force."""
@@ -253,8 +274,15 @@ class Workers:
         for worker in self._everybody():
             worker.order(orders.DRAIN, (timeout, replaced))
 
-    def open_connections(self) -> int:
-        """Of clients, as far as they have said."""
+    def open_connections(self, now: bool = True) -> int:
+        """Of clients.
+
+        Args:
+            now: ask; else what they have said last.
+        """
+        for reply in self.ask("part", b"", _COUNTED_WITHIN) if now else ():
+            with contextlib.suppress(MsgspecError):
+                self._roll.heard(reply.who, parts.decode(reply.body or b""), monotonic())
         return sum(part.open for part in self._roll.parts())
 
     def all_gone(self) -> bool:
@@ -275,7 +303,24 @@ class Workers:
                     worker.gone.wait()
         if self._ticker is not None:
             self._ticker.kill(block=False)
+        self.seating.stop()
         return sum(worker.cut for worker in self._workers)
+
+    # ---------------------------------------------------------------- what is of all processes together
+
+    def _tell_of_seats(self, who: int, count: int | None) -> None:
+        if who:
+            worker = self._workers[who - 1]
+            worker.order(orders.SEATS_BACK) if count is None else worker.order(orders.SEATS, count)
+        elif count is None:
+            self.seating.given_back(0, self._reception.give_back())
+        else:
+            self._reception.lent(count)
+
+    def _tell_of_failure(self, who: int, address: str) -> None:
+        for worker in self._workers:
+            if worker.number != who:
+                worker.order(orders.FAILED, address)
 
     # ---------------------------------------------------------------- colleagues
 
@@ -338,7 +383,8 @@ class Workers:
         worker.since = monotonic()
         worker.runs += 1
         self._roll.begun(worker.number, worker.pid, __version__, worker.since)
-        worker.silent, worker.serves, worker.prepared, worker.commits = 0, False, None, True
+        worker.silent, worker.serves, worker.prepared = 0, False, None
+        worker.commits, worker.committing = True, False
         worker.gone.clear()
         worker.link = Seam(ours, True, partial(self._take, worker), partial(self._lost, worker))
         worker.branch = self._branches.open(worker.say)
@@ -401,6 +447,14 @@ class Workers:
             id, body = unpack(record.body)
             if id in self._followers:
                 self._followers[id][2](worker.number, body)
+        elif record.what == orders.FAILED:
+            address = unpack(record.body)
+            self._budget.failed_elsewhere(address, monotonic())
+            self._tell_of_failure(worker.number, address)
+        elif record.what == orders.SEATS_WANTED:
+            self.seating.want(worker.number, unpack(record.body))
+        elif record.what == orders.SEATS_RETURNED:
+            self.seating.given_back(worker.number, unpack(record.body))
         elif record.what == orders.DRAINED:
             worker.cut = unpack(record.body)
         worker.changed.set()
@@ -410,10 +464,10 @@ class Workers:
             log.note(log.Event.WORKER, log.INFO, "a worker serves", worker=worker.number, pid=worker.pid)
         if not worker.serves:
             self._ask_first(worker)
-        worker.commits, worker.serves = False, True
+        worker.commits, worker.committing, worker.serves = False, False, True
         if worker.generation != self._generation:  # a reload came while it started
             worker.commits = True
-            self._send_plan(worker, {})
+            self._send_plan(worker, self._kept(worker.number - 1))
 
     def _ask_first(self, worker: Worker) -> None:
         """What the others were asked while it was not there: until it serves, nobody is asked anything."""
@@ -449,6 +503,7 @@ class Workers:
         self._let_go(worker, pidfd)
         if self._ends:
             self._roll.ended(worker.number)
+        self.seating.gone(worker.number)
         worker.gone.set()
         worker.changed.set()
         if not self._ends:

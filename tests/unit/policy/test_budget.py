@@ -72,3 +72,14 @@ def test_memory_is_bounded_and_who_failed_last_is_remembered(monkeypatch: pytest
     for name in "defg":
         failures.failed(name, 0.0)
     assert not failures.exhausted(HERE, 0.0)
+
+
+def test_all_processes_together_have_one_budget() -> None:
+    budgets = [FailureBudget(), FailureBudget()]
+    budgets[0].tell = lambda address: budgets[1].failed_elsewhere(address, 5.0)
+    budgets[1].tell = lambda address: budgets[0].failed_elsewhere(address, 5.0)
+    for number in range(BUDGET):
+        assert not budgets[number % 2].exhausted("192.0.2.1", 5.0)
+        budgets[number % 2].failed("192.0.2.1", 5.0)
+    assert budgets[0].exhausted("192.0.2.1", 5.0)
+    assert budgets[1].exhausted("192.0.2.1", 5.0)
