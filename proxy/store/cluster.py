@@ -33,7 +33,7 @@ class Cluster:
         changed: called when a connection comes and goes.
 
     Attributes:
-        trouble: why there is no map, or the last one.
+        trouble: why the map could not be had the last time it was asked for; None: it could.
     """
 
     def __init__(self, dialler: Dialler, seeds: Sequence[tuple[str, int]], changed: Callable[[Node], object]) -> None:
@@ -101,7 +101,7 @@ class Cluster:
 
     def _take(self, found: Map) -> None:
         """The new map; whoever has no slot any more is let go."""
-        self._map = found
+        self._map, self.trouble = found, None
         servers = set(found.servers)
         for server in [each for each in self.nodes if each not in servers]:
             self.nodes.pop(server).stop()
