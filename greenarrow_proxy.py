@@ -28,8 +28,8 @@ def shadowed() -> str:
 
 
 def main() -> int:
-    # A SIGHUP, SIGUSR1 or SIGUSR2 that comes while the program is being loaded would end it: it waits until somebody can act on
-    # it (`proxy.server.signals`). So this is done before anything else is.
+    # A SIGHUP, SIGUSR1 or SIGUSR2 that comes while the program is being loaded would end it: it waits until somebody can
+    # act on it (`proxy.server.signals`). So this is done before anything else is.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))
     if wrong := shadowed():
         print(f"greenarrow_proxy: {wrong}", file=sys.stderr)

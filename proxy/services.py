@@ -127,8 +127,8 @@ class Newcomers:
 
 
 class Leaving(NamedTuple):
-    """That all have to go: `until` when (monotonic), and why, in words. `replaced`: another process takes what is new, so
-    that dialogues need not be told."""
+    """That all have to go: `until` when (monotonic), and why, in words. `replaced`: another process takes what is new,
+    so that dialogues need not be told."""
 
     until: float
     reason: str
