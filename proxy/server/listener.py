@@ -84,6 +84,9 @@ def open_socket(endpoint: Endpoint, shared: bool = False, listens: bool = True) 
             sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
         else:
             sock.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
+        # For those who come from now on, whoever will accept them, and whenever that begins.
+        sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
         sock.bind(endpoint)
         if listens:
             sock.listen(_BACKLOG)
@@ -135,9 +138,7 @@ class Listener(StreamServer):  # type: ignore[misc]
         raise AssertionError("do_handle is overridden")
 
     def set_options(self, idle_timeout: float) -> None:
-        """Options that accepted sockets inherit; again after a reload."""
-        self.socket.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+        """What accepted sockets inherit and a reload may change."""
         keep_alive(self.socket, idle_timeout)
 
     def do_read(self) -> tuple[int, tuple[Any, ...]] | None:

@@ -1,5 +1,6 @@
 """The listening socket: errors name a remedy, accepting survives every error, accepted sockets have their options."""
 
+import contextlib
 import errno
 import gc
 import socket
@@ -10,7 +11,7 @@ import pytest
 
 from proxy.model import Endpoint
 from proxy.server import listener as listener_module
-from proxy.server.listener import Listener, ListenError, endpoint_of, open_socket
+from proxy.server.listener import Listener, ListenError, endpoint_of, open_socket, open_sockets
 from proxy.services import Door
 from tests.loopback.net.relays import open_descriptors, until
 
@@ -203,3 +204,20 @@ def test_an_error_of_one_connection_that_never_ends_is_the_listeners(opened, num
     assert opened.listener.do_read() is None
     assert opened.errors == [number]
     assert len(opened.listener.socket._errors) == 1000 - 64
+
+
+def test_who_comes_before_anybody_accepts_is_like_everybody():
+    """Workers begin to accept a while after the master has opened their sockets."""
+    sockets = open_sockets(ANY, 2)
+    clients = [socket.create_connection(sockets[0].getsockname()) for _ in range(8)]
+    accepted = []
+    for sock in sockets:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                accepted.append(sock.accept()[0])
+    assert len(accepted) == 8
+    for sock in accepted:
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE)
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    for sock in (*clients, *accepted, *sockets):
+        sock.close()
