@@ -54,7 +54,8 @@ class Proxy:
         self.admission = Admission(manager, lambda throttle, missing: False)
         self.settings = settings(throttle_store=parse_store(server.url()), throttle_store_members=members)
         assert self.settings.throttle_store is not None
-        self.store = Store(make_engine(), self.settings.throttle_store, clock_ns)
+        self.engine = make_engine()
+        self.store = Store(self.engine, self.settings.throttle_store, clock_ns)
         self.leases = Leases(self.admission)
         self.sent: list[int] = []
         self.senders: list[gevent.Greenlet] = []
@@ -74,6 +75,8 @@ class Proxy:
         gevent.killall(self.senders)
         self.leases.stop()
         self.store.stop()
+        self.admission.stop()
+        self.engine.stop()
 
 
 @pytest.fixture(params=KINDS)
