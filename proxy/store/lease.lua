@@ -7,7 +7,8 @@
 --          -> time, verdict, word, then of each member id, silent for, alone ago, told
 --   slots  KEYS: one for each window. ARGV: id, by, word, most, ahead, then interval and burst of each
 --          -> time, verdict, wait, others, then first, step, number of each run
---   places KEYS: one. ARGV: id, by, word, run, generation, used, wanted, claim, limit, share, least, strangers, then ids
+--   places KEYS: one. ARGV: id, by, word, run, generation, used, wanted, claim, limit, share, least, strangers, then
+--          each id with + before it, or - if it is silent
 --          -> time, verdict, generation, cap, others
 --
 -- All times are whole microseconds. Nanoseconds since 1970 need 61 bits, and a Lua number is exact to 53: microseconds
@@ -30,6 +31,8 @@ local KEEP_MEMBERS = 86400000
 local AWAY = 400000
 -- Before a limit of places that nothing is known of gives any out, all who hold some have said so.
 local CLAIMS = 1000000
+-- The same while not all members have come: who does not call gives back what is more than its share meanwhile.
+local RETURNS = 60000000
 
 local function clock()
   local t = redis.call('TIME')
@@ -248,10 +251,19 @@ end
 
 -- ------------------------------------------------------------------ places
 
--- What each may have by max-min fairness: nobody more than it wants.
-local function fair(wants, total)
-  local left, parts = total, {}
-  table.sort(wants, function(a, b) return a.want < b.want end)
+-- What each may have by max-min fairness: nobody more than it wants. What cannot be divided goes round, every ten seconds.
+local function fair(wants, total, time)
+  local left, parts, period = total, {}, math.floor(time / 10000000)
+  table.sort(wants, function(a, b) return a.id < b.id end)
+  for i, each in ipairs(wants) do
+    each.turn = (i + period) % #wants
+  end
+  table.sort(wants, function(a, b)
+    if a.want ~= b.want then
+      return a.want < b.want
+    end
+    return a.turn < b.turn
+  end)
   for i, each in ipairs(wants) do
     local part = math.min(each.want, math.floor(left / (#wants - i + 1)))
     parts[each.id] = part
@@ -277,17 +289,23 @@ local function places(time)
     redis.call('HSET', key, 'word', word, 'born', whole(time))
   end
   local known = members(state)
-  local young = time - tonumber(state.born) < CLAIMS
+  local young = time - tonumber(state.born) < (strangers > 0 and RETURNS or CLAIMS)
   local mine = known[id] and split(known[id], 1)
   if mine and mine[1] ~= run then
     mine = nil  -- the sockets of a process end with it
   end
-  local held, others, short, wants = 0, 0, false, {{id = id, want = used + wanted}}
+  local held, others, away, short, wants = 0, 0, strangers * share, false, {{id = id, want = used + wanted}}
   for i = 14, #ARGV do
-    local other = ARGV[i]
+    local other, silent = string.sub(ARGV[i], 2), string.sub(ARGV[i], 1, 1) == '-'
     if other ~= id then
       others = others + 1
-      if known[other] then
+      if silent then
+        -- It goes on with its share, or has more of what it had.
+        local each = known[other] and split(known[other], 1) or {0, 0, 0, 0, 0}
+        held = held + math.max(share, each[4], each[5])
+        away = away + share
+        short = true
+      elseif known[other] then
         local each = split(known[other], 1)
         held = held + math.max(least, each[4], each[5])
         wants[#wants + 1] = {id = other, want = math.max(least, each[5] + each[6])}
@@ -299,7 +317,8 @@ local function places(time)
       end
     end
   end
-  held = held + strangers * (young and share or least)
+  held = held + strangers * share
+  short = short or strangers > 0
   local cap, ceiling
   if mine then
     cap, ceiling = math.min(mine[3], math.max(least, claim)), mine[4]
@@ -311,7 +330,7 @@ local function places(time)
     cap = math.max(least, math.min(claim, limit))
     ceiling, mine = cap, {run, generation, cap, cap, 0, 0}
   end
-  local target = math.max(least, fair(wants, limit - strangers * least)[id])
+  local target = math.max(least, fair(wants, limit - away, time)[id])
   local now = cap
   if target < cap and short then
     now = target

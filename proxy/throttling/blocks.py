@@ -352,7 +352,7 @@ class Blocks:
             if until > throttle.closed_until:
                 throttle.closed_until, throttle.closed_by = until, BY_HAND
         throttle.limit_to(terms.limits or (NO_RATE,) * (throttle.closed_until > 0), self._start, now)
-        throttle.limit_places(terms.places)
+        throttle.limit_places(terms.places, now)
         if block is None or block.enforce:
             throttle.shadow = None
         else:

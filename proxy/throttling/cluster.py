@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from proxy.throttling.flows import Throttle
 from proxy.throttling.leasing import LEASED_AHEAD, Leased, Slot
 from proxy.throttling.limits import Effective
-from proxy.throttling.membership import ALONE, CALL, SHARE, VIEW, Clock, Member, left_for, share
+from proxy.throttling.membership import ALONE, CALL, SHARE, SILENT, VIEW, Clock, Member, left_for, share
 from proxy.throttling.throttle import MICROSECOND, MILLISECOND, SECOND, Key
 
 #: Time between two calls while something is wanted, and else.
@@ -406,7 +406,7 @@ class Cluster:
                 *(used, wanted, throttle.cap_here, throttle.places, share(throttle.places, self.total)),
                 *(self._place_for_each(throttle), max(0, self.total - len(self.view))),
             )
-            names = tuple([member.name.encode() for member in self.view])
+            names = tuple([(b"-" if each.silent > SILENT else b"+") + each.name.encode() for each in self.view])
             yield Ask((account.places_key,), (*arguments, *names), throttle, True, home)
 
     def _place_for_each(self, throttle: Leased) -> int:

@@ -242,11 +242,12 @@ class Leased(Throttle):
     def all_places(self) -> int:
         return self.places
 
-    def limit_places(self, places: int) -> None:
+    def limit_places(self, places: int, now: int) -> None:
         if places != self.places:
             self.places = places
             self.set_places(min(self.cap_here, places))
             self._house.moved[self] = None
+            self._house.relimited(self, now)
 
     def full(self) -> bool:
         if not super().full():

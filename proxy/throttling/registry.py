@@ -331,7 +331,7 @@ class Registry:
         if throttle.slack > slack:
             self._forget_slots(throttle, now)
         if throttle.all_places != effective.places or closed > throttle.closed_until:
-            throttle.limit_places(effective.places)
+            throttle.limit_places(effective.places, now)
             changed = True
             self._book.pump(throttle, now)
             self._book.crowded[throttle] = None

@@ -425,7 +425,7 @@ class Meter:
         """As configured; 0: unlimited."""
         return self.cap
 
-    def limit_places(self, places: int) -> None:
+    def limit_places(self, places: int, now: int) -> None:
         """So many from now on; 0: unlimited."""
         self.cap = places
 

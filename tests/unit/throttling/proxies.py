@@ -61,6 +61,7 @@ class Proxy:
         self.senders = 1
         self.sent: list[int] = []
         self.places: list[Places] = []
+        self.waiting = 0  # for a place
         self.calls: list[int] = []
         self.alive = False
         self.life = 0
@@ -80,6 +81,7 @@ class Proxy:
         self.manager = Manager(self.life, now, blocks=self.rules, cluster=self.cluster)
         self.asked = 0
         self.places = []
+        self.waiting = 0
         life = self.life
         world.at(world.now + world.rng.randrange(60 * MS), lambda: self._tick(life))
         self.feed()
@@ -87,6 +89,7 @@ class Proxy:
 
     def kill(self) -> None:
         self.alive = False
+        self.places = []  # the sockets of a process end with it
 
     # --- its senders ---
 
@@ -107,7 +110,7 @@ class Proxy:
                 self.asked -= 1
             if self.asked < self.hungry:
                 self.feed()
-        self.manager.take_admitted()
+        self._seat(self.manager.take_admitted())
 
     def arm(self) -> None:
         due = self.manager.next_wakeup()
@@ -126,17 +129,29 @@ class Proxy:
 
     # --- places ---
 
-    def open(self) -> Places | Ticket:
+    def open(self) -> None:
+        """A connection more, if nobody waits for one."""
+        if not self.alive or self.waiting:
+            return
         answer = self.manager.admit("mta", 1.0, LEAVING, RECEIVER, (), self.clock(self.world.now), False)
         if isinstance(answer, Places):
             self.places.append(answer)
-        return answer
+        else:
+            self.waiting = 1
+        self.collect()
 
     def close(self) -> None:
-        """The oldest one; who waits for it gets in."""
-        if self.places:
-            admitted = self.manager.release(self.places.pop(0), self.clock(self.world.now))
-            self.places += [ticket.places for ticket in admitted if ticket.places is not None]
+        """One that is open, whichever."""
+        if self.alive and self.places:
+            number = self.world.rng.randrange(len(self.places))
+            self._seat(self.manager.release(self.places.pop(number), self.clock(self.world.now)))
+
+    def _seat(self, tickets: Sequence[Ticket]) -> None:
+        for ticket in tickets:
+            if ticket.places is not None:
+                self.waiting = 0
+                self.places.append(ticket.places)
+        self.world.most_open = max(self.world.most_open, sum(len(proxy.places) for proxy in self.world.proxies))
 
     # --- the store ---
 
@@ -195,6 +210,8 @@ class World:
     ) -> None:
         self.rng = random.Random(seed)
         self.now = 1_000 * SECOND
+        self.most_open = 0
+        self.proxies: list[Proxy] = []
         self._events: list[tuple[int, int, Callable[[], None]]] = []
         self._order = count()
         self._wakes: dict[Proxy, int] = {}
@@ -202,7 +219,7 @@ class World:
         self.store = self.new_store()
         self.rules = Limits(blocks)
         self.members = members or proxies
-        self.proxies = [
+        self.proxies += [
             Proxy(self, f"proxy{number}", Line(self.store), self.members, self.rules) for number in range(proxies)
         ]
 

@@ -84,7 +84,7 @@ def test_a_call_that_is_carried_out_late_changes_nothing() -> None:
     calls: list[tuple[bytes, tuple[bytes | int, ...]]] = [
         (members, (b"meet", b"proxy0", b"another", b"here", late, home, b"w", b"", 2, 0)),
         (limit, (b"slots", b"proxy0", late, word, 100, 10**9, 500_000, 1)),
-        (places, (b"places", b"proxy0", late, word, b"run", 0, 1, 1, 1, 10, 5, 1, 0, b"proxy0")),
+        (places, (b"places", b"proxy0", late, word, b"run", 0, 1, 1, 1, 10, 5, 1, 0, b"+proxy0")),
     ]
     for key, arguments in calls:
         assert store.run([key], arguments)[1] == 1
