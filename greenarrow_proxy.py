@@ -8,11 +8,13 @@ is installed last wins: that is said in one sentence, before anything of the oth
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import sys
 from pathlib import Path
 
 MARK = "GreenArrow Proxy"
+STDERR = 2
 
 
 def shadowed() -> str:
@@ -27,9 +29,20 @@ def shadowed() -> str:
     )
 
 
+def open_what_is_missing() -> None:
+    """Standard input and outputs that we were started without are /dev/null, for workers, too.
+
+    Else whatever is opened first would be in their place, and get the lines of the log.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= STDERR:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+
+
 def main() -> int:
-    # A SIGHUP, SIGUSR1 or SIGUSR2 that comes while the program is being loaded would end it: it waits until somebody can
-    # act on it (`proxy.server.signals`). So this is done before anything else is.
+    open_what_is_missing()
+    # A SIGHUP, SIGUSR1 or SIGUSR2 that comes while the program is being loaded would end it: it waits until somebody
+    # can act on it (`proxy.server.signals`). So this is done before anything else is.
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))
     if wrong := shadowed():
         print(f"greenarrow_proxy: {wrong}", file=sys.stderr)

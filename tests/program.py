@@ -154,7 +154,7 @@ class Proxy:
                 self._wait(lambda: len(self._listening()) >= expected, 60.0, f"{expected} listeners")
                 workers = [int(value) for value in self._values_of(("workers",)) if value.strip().isdigit()]
                 for number in range(1, workers[-1] + 1) if workers and workers[-1] > 1 else ():
-                    self.wait_line(rf"worker: a worker serves worker={number} ", 60.0)
+                    self.wait_line(rf"""a worker serves.*worker"?[=:]{number}\b""", 60.0)
         except BaseException:
             self._end()
             raise

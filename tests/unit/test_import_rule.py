@@ -239,7 +239,7 @@ def test_a_circle_is_found() -> None:
 
 def test_the_program_at_the_top_only_calls_cli() -> None:
     names = {found.name for found in imports_of((ROOT / "greenarrow_proxy.py").read_text(), MODULES)}
-    assert names <= {"__future__", "importlib.util", "pathlib", "signal", "sys", "proxy.cli"}
+    assert names <= {"__future__", "importlib.util", "os", "pathlib", "signal", "sys", "proxy.cli"}
 
 
 @pytest.mark.parametrize(

@@ -356,15 +356,17 @@ def test_a_stdout_that_nobody_reads_stalls_nothing(mx):
         os.close(write)
 
 
-@pytest.mark.parametrize("how", ["closed_pipe", "full_disk", "closed"])
-def test_a_stdout_that_is_gone_stalls_nothing(mx, how):
+@pytest.mark.parametrize(
+    ("how", "workers"), [("closed_pipe", 1), ("full_disk", 1), ("closed", 1), ("closed_pipe", 2), ("closed", 2)]
+)
+def test_a_stdout_that_is_gone_stalls_nothing(mx, how, workers):
     if how == "closed_pipe":
         read, write = os.pipe()
         os.close(read)
     else:
         write = os.open("/dev/full" if how == "full_disk" else os.devnull, os.O_WRONLY)
     try:
-        with Proxy(stdout=write, before="exec >&-" if how == "closed" else "") as proxy:
+        with Proxy(f"workers {workers}\n", stdout=write, before="exec >&-" if how == "closed" else "") as proxy:
             ports = wait_for(lambda: len(found := listening_ports(proxy.pid)) == 3 and found, what="three listeners")
             for _ in range(20):
                 with socks5(("127.0.1.2", ports["127.0.1.2"]), mx.endpoint) as sock:

@@ -29,6 +29,7 @@ SOURCES = ("127.0.0.5", "127.0.0.6")
 OPEN = 16
 TEXT = """\
 workers {workers}
+max_connections 1000
 control_socket {control}
 listen_status 127.0.0.1:0
 {mode}
@@ -111,6 +112,7 @@ def happen(world: World) -> list[socket.socket]:
     for _ in range(8):
         with pytest.raises(Refused):
             socks5(proxy.socks5, ("198.51.100.1", 25), SOURCES[0])
+    metrics(proxy)  # who looks has all processes know whom one has trouble with, so that all count what goes well there
     for number in range(8):
         with proxied(proxy.proxy_protocol, world.mx.endpoint, SOURCES[0]) as sock:
             assert send(sock, b"x\r\n")[0] == 250
