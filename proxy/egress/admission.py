@@ -353,7 +353,7 @@ class Admission(Office):
             raise answers[0]
         return ticket
 
-    def put_off(self, ticket: Slot | None) -> bool:
+    def put_off(self, ticket: Slot | None, far: bool = False) -> bool:
         """See `Office`. Does not wait."""
         assert ticket is None or isinstance(ticket, MessageTicket)
         if ticket is None:
@@ -361,7 +361,7 @@ class Admission(Office):
         now = clock_ns()
         if self.manager.frozen:  # another process gives out what comes after it, and would not hear of the delay
             return now <= ticket.last
-        return self.manager.put_off(ticket, now)
+        return self.manager.put_off(ticket, now, far)
 
     def ask_slot(
         self,
@@ -426,7 +426,7 @@ class Admission(Office):
             if slot is None:
                 self._hub.loop.run_callback(self._answer, message)
             else:
-                self._moved[message] = slot
+                self._moved[message] = message.heir = slot
 
     def _left_of(self, ticket: Ticket | MessageTicket) -> tuple[tuple[str, float, str, str], float, _Request]:
         """Who asked for what, and the seconds that it may still wait; its time runs there from now on."""

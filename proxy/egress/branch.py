@@ -12,13 +12,13 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any
 
 import gevent
 from gevent import get_hub
 
 from proxy.egress.remote import RemoteSlot, name_of, who_of
-from proxy.egress.switch import Switch
+from proxy.egress.switch import Switch, heir_of
 from proxy.errors import Throttled
 from proxy.protocols import seam
 from proxy.protocols.seam import ThrottleName
@@ -28,7 +28,7 @@ from proxy.throttling.flows import Places, Throttle, Ticket
 #: Slots that were told are remembered, so many for each worker, for those of their messages that go late.
 _MOST_TOLD = 10_000
 #: A slot of this process's manager, or of one that has taken over from it.
-Granted: TypeAlias = MessageTicket | RemoteSlot
+Granted = MessageTicket | RemoteSlot
 EMPTY: Mapping[int, Places] = MappingProxyType({})
 
 
@@ -294,13 +294,15 @@ class Branch:
 
     def _put_off(self, record: seam.PutOff) -> None:
         slot = self._told.get(record.id)
-        self.say(seam.Yes(record.id, slot is not None and self._office.put_off(slot)))
+        may = slot is not None and self._office.put_off(slot, far=True)
+        self.say(seam.Yes(record.id, may, slot.last or 0 if slot is not None else 0))
 
     def _granted(self, id: int, refusal: Throttled | None) -> None:
-        slot = self._slots.pop(id)
+        slot = heir_of(self._slots.pop(id))
         if refusal is not None:
             self.say(_refused(id, refusal))
             return
+        assert isinstance(slot, Granted)
         self._told[id] = slot
         if len(self._told) > _MOST_TOLD:
             self._told.popitem(last=False)

@@ -153,8 +153,11 @@ class Office(Protocol):
         """Nobody waits for it any more. A slot that has come and was not told of goes to the next; after the answer
         this changes nothing."""
 
-    def put_off(self, ticket: Slot | None) -> bool:
+    def put_off(self, ticket: Slot | None, far: bool = False) -> bool:
         """The message of a ticket that was granted goes in this moment, which may be later than its slot.
+
+        Args:
+            far: it goes from another process, as soon as that is told.
 
         Returns:
             False: so much later that it needs another slot.

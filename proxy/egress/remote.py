@@ -14,6 +14,7 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
+from functools import partial
 from hashlib import blake2b
 from time import monotonic
 from typing import Any
@@ -32,6 +33,8 @@ from proxy.throttling.throttle import Key
 
 #: Seconds after which to come back to a proxy whose master is gone: it is being started again, if it is at all.
 _AFTER_THE_MASTER = 5.0
+#: So often a slot is put off that comes late; on a machine that is as busy as that, its message goes all the same.
+_PUT_OFF_AT_MOST = 3
 
 
 class Lent(Places):
@@ -41,13 +44,18 @@ class Lent(Places):
 
 
 class RemoteSlot:
-    """The slot of one message. `last`: its last moment, when it has come; 0: nothing limits it."""
+    """The slot of one message. `last`: its last moment, when it has come; 0: nothing limits it.
 
-    __slots__ = ("answer", "id", "last")
+    `who` asks for it, until `ends`.
+    """
 
-    def __init__(self, id: int, answer: Answer | None) -> None:
+    __slots__ = ("answer", "ends", "id", "last", "who")
+
+    def __init__(self, id: int, answer: Answer | None, who: Who, ends: float) -> None:
         self.id = id
         self.answer = answer
+        self.who = who
+        self.ends = ends
         self.last: int | None = None
 
     @property
@@ -271,12 +279,13 @@ class Remote(Office):
         """See `Office`."""
         if not self._applies(owner, source, destination, names):
             return None
-        slot = RemoteSlot(next(self._numbers), answer)
+        who = (owner, weight, source, destination, *names)
+        slot = RemoteSlot(next(self._numbers), answer, who, monotonic() + seconds)
         self._slots[slot.id] = slot
         if self._is_alone:
             self._hub.loop.run_callback(self._told, slot, _gone())
         else:
-            self._say(seam.Ask(slot.id, (owner, weight, source, destination, *names), seconds))
+            self._say(seam.Ask(slot.id, who, seconds))
         return slot
 
     def cancel_message(self, ticket: object) -> None:
@@ -285,13 +294,16 @@ class Remote(Office):
         if self._slots.pop(ticket.id, None) is not None:
             self._say(seam.CancelMessage(ticket.id))
 
-    def put_off(self, ticket: object) -> bool:
+    def put_off(self, ticket: object, far: bool = False) -> bool:
         """See `Office`."""
-        if not isinstance(ticket, RemoteSlot) or not ticket.last or _now() <= ticket.last:
-            return True
-        id = ticket.id
-        answer = self._ask(id, seam.PutOff(id))
-        return isinstance(answer, seam.Yes) and answer.may
+        for _ in range(_PUT_OFF_AT_MOST):
+            if not isinstance(ticket, RemoteSlot) or not ticket.last or _now() <= ticket.last:
+                break
+            answer = self._ask(ticket.id, seam.PutOff(ticket.id))
+            if not isinstance(answer, seam.Yes) or not answer.may:
+                return False
+            ticket.last = answer.last
+        return True
 
     # ---------------------------------------------------------------- what became of it
 
@@ -324,7 +336,7 @@ class Remote(Office):
         elif isinstance(record, seam.Granted):
             if (slot := self._slots.get(record.id)) is not None:
                 slot.last = record.last
-                self._told(slot, None)
+                self._use(slot, _PUT_OFF_AT_MOST)
         elif isinstance(record, seam.Wanted):
             self._is_wanted(record.throttle, record.wanted)
         elif isinstance(record, seam.MakeWay):
@@ -429,6 +441,23 @@ class Remote(Office):
             self._wanted.add(throttle)
         else:
             self._wanted.discard(throttle)
+
+    def _use(self, slot: RemoteSlot, times: int) -> None:
+        """It has come, and its message goes now. On a busy machine that may be later than its last moment: then those
+        to come have to be put off first, and if that cannot be any more, it needs another one."""
+        if not times or not slot.last or _now() <= slot.last:
+            self._told(slot, None)
+        else:
+            self._question(slot.id, seam.PutOff(slot.id), partial(self._use_late, slot, times - 1))
+
+    def _use_late(self, slot: RemoteSlot, times: int, record: Any) -> None:
+        if slot.id not in self._slots:
+            return  # called off
+        if isinstance(record, seam.Yes) and record.may:
+            slot.last = record.last
+            self._use(slot, times)
+        else:
+            self._say(seam.Ask(slot.id, slot.who, max(0.0, slot.ends - monotonic())))
 
     def _told(self, slot: RemoteSlot, refusal: Throttled | None) -> None:
         if self._slots.pop(slot.id, None) is not None and slot.answer is not None:

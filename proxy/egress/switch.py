@@ -155,9 +155,10 @@ class Switch(Office):
         """See `Office`."""
         self._with(ticket).cancel_message(ticket)
 
-    def put_off(self, ticket: Slot | None) -> bool:
+    def put_off(self, ticket: Slot | None, far: bool = False) -> bool:
         """See `Office`."""
-        return self._with(ticket).put_off(ticket)
+        ticket = heir_of(ticket)
+        return self._with(ticket).put_off(ticket, far)
 
     # ---------------------------------------------------------------- what became of it
 
@@ -181,3 +182,8 @@ class Switch(Office):
 
     def _with(self, ticket: Slot | None) -> Office:
         return self.away if self.away is not None and isinstance(ticket, RemoteSlot) else self.here
+
+
+def heir_of(ticket: Slot | None) -> Slot | None:
+    """Who waited here when another process took over has its slot from there."""
+    return ticket.heir if isinstance(ticket, MessageTicket) and isinstance(ticket.heir, RemoteSlot) else ticket

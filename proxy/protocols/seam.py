@@ -161,10 +161,11 @@ class Swapped(Struct, array_like=True, tag=66):
 
 
 class Yes(Struct, array_like=True, tag=67):
-    """The answer to `PassOn` or `PutOff`."""
+    """The answer to `PassOn` or `PutOff`; to that one, `last` as in `Granted`."""
 
     id: int
     may: bool
+    last: int = 0
 
 
 class Granted(Struct, array_like=True, tag=68):

@@ -28,9 +28,10 @@ class MessageTicket:
     Attributes:
         granted: the slot is there, and is to be used in the same breath. asked: it is wanted by now.
         slot, last: which it is, and its last moment; None before.
+        heir: the one that has taken its place at the manager of another process, which has taken over from this one.
     """
 
-    __slots__ = ("asked", "clerk", "last", "path", "slot")
+    __slots__ = ("asked", "clerk", "heir", "last", "path", "slot")
 
     def __init__(self, clerk: Clerk) -> None:
         self.asked = False
@@ -38,6 +39,7 @@ class MessageTicket:
         self.path = clerk.flow.path
         self.slot: int | None = None
         self.last = 0
+        self.heir: object = None
 
     @property
     def granted(self) -> bool:
@@ -127,19 +129,22 @@ class Desk:
             self._dismiss(clerk, now)
         self.settle(now)
 
-    def put_off(self, ticket: MessageTicket, now: int) -> bool:
+    def put_off(self, ticket: MessageTicket, now: int, far: bool = False) -> bool:
         """The message of a ticket that was granted goes only now: if that is too late for its slot, those to come are
         put off in return, so that the bound holds where the message goes.
+
+        Args:
+            far: whoever lets it go has to be told first: its slot is one of this moment then, with all of its time.
 
         Returns:
             False: much too late; it needs another slot.
         """
-        late = now - ticket.last
-        if ticket.slot is None or late <= 0:
+        if ticket.slot is None or now <= ticket.last:
             return True
+        late = now - (ticket.slot if far else ticket.last)
         if not all(throttle.may_put_off(late) for throttle in ticket.throttles):
             return False
-        ticket.slot, ticket.last = ticket.slot + late, now
+        ticket.slot, ticket.last = ticket.slot + late, ticket.last + late
         for throttle in ticket.throttles:
             throttle.put_off(ticket.slot, late)
         return True

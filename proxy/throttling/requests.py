@@ -202,11 +202,12 @@ class Requests(Statements):
         self._desk.cancel(ticket, now)
         self._settle(now)
 
-    def put_off(self, ticket: MessageTicket, now: int) -> bool:
-        """The message of a granted ticket goes only now; False: much too late, it needs another slot."""
+    def put_off(self, ticket: MessageTicket, now: int, far: bool = False) -> bool:
+        """The message of a granted ticket goes only now; False: much too late, it needs another slot. See
+        `Desk.put_off`."""
         if self._held is not None:
             return ticket.slot is None or now <= ticket.last
-        return self._desk.put_off(ticket, now)
+        return self._desk.put_off(ticket, now, far)
 
     def take_granted(self) -> list[MessageTicket]:
         granted, self._desk.granted = self._desk.granted, []

@@ -115,7 +115,7 @@ def test_places_and_rates_go_on_where_they_were(workers: str) -> None:
         running.end()
         assert not running.wrong
     assert witness.most <= 2
-    witness.check(Rule(20, 1, latest=SECOND // 10))
+    witness.check(Rule(20, 1, latest=SECOND // 10), wait_for_places=True)
 
 
 @WORKERS
@@ -135,11 +135,11 @@ def test_who_waits_for_a_place_waits_on_at_the_new_process(workers: str) -> None
         proxy.upgrade()
         wait_for(lambda: proxy.throttles() and proxy.throttles()[0]["waiting"] == 1, what="it waits there")
         assert not got.is_set()
-        assert mx.connects == 1
+        wait_for(lambda: mx.connects == 1, what="the receiver has accepted the first")
         first.close()
         assert got.wait(30)
         thread.join(30)
-        assert mx.connects == 2
+        wait_for(lambda: mx.connects == 2, what="the receiver has accepted it")
 
 
 @pytest.mark.parametrize(
