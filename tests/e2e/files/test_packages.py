@@ -4,6 +4,7 @@ environments, the client library beside PyPI's proxy.py too, whose package is na
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.program import SECRET, Proxy
 from tests.sinks import Sink
@@ -166,6 +169,21 @@ def test_what_an_earlier_build_left_does_not_come_back(checkout: Path, builder: 
     assert "proxy/soon_deleted.py" in names(wheel_of(copy, tmp_path, builder)[0])
     (copy / "proxy" / "soon_deleted.py").unlink()
     assert "proxy/soon_deleted.py" not in names(wheel_of(copy, tmp_path, builder)[0])
+
+
+def test_the_locked_versions_are_those_that_the_program_wants(program: tuple[Path, Path, str]) -> None:
+    """All dependencies of the wheel, and only versions that it allows; each file has its digest."""
+    with zipfile.ZipFile(program[1]) as wheel:
+        (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = wheel.read(name).decode()
+    text = (ROOT / "packaging" / "requirements.txt").read_text()
+    locked = {canonicalize_name(name): version for name, version in re.findall(r"^([\w.-]+)==(\S+) \\$", text, re.M)}
+    assert len(locked) == len(re.findall(r"^[\w.-]+[=<>~]", text, re.M))
+    assert text.count("--hash=sha256:") > len(locked)
+    for line in re.findall(r"^Requires-Dist: (.*)$", metadata, re.M):
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            assert requirement.specifier.contains(locked[canonicalize_name(requirement.name)]), line
 
 
 # ---------------------------------------------------------------- the client library

@@ -10,8 +10,12 @@ import pytest
 
 from tests.program import ROOT
 
-#: That of this commit, so that everything made here is equal byte by byte.
+#: Some moment, so that everything made here is equal byte by byte.
 EPOCH = "1764000000"
+#: What a Debian has that is no more than bootable, and what the documented commands install: apt finds it there.
+FRESH = ("systemd-sysv", "python3", "python3-venv", "adduser", "ca-certificates", "apt-utils")
+#: What builds the package, and is the base of the image's two stages.
+BUILDER = ("debhelper", "gcc", "libc6-dev", "python3-dev", "python3-venv", "ca-certificates")
 
 
 def made(target: str, out: Path, *variables: str) -> str:

@@ -3,10 +3,12 @@ the native protocol. Also the commands of docs/install.md, with a test's address
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from tests import peers
 from tests.interop.test_exim import Exim
 from tests.program import ROOT
 from tests.sinks import Sink
+from tests.waiting import wait_for
 
 PAGE = ROOT / "docs" / "install.md"
 MESSAGE = b"Subject: hello\n\nHello.\n"
@@ -127,3 +130,17 @@ def _python(directory: Path, *arguments: str | Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def wait_for_service(place: Place, configuration: Path, shell: subprocess.Popen[str]) -> str:
+    """Until the program that a shell has in its foreground listens; the configuration that was typed."""
+
+    def listens() -> bool:
+        if shell.poll() is not None:
+            raise AssertionError(shell.stdout.read() if shell.stdout else "it has ended")
+        with contextlib.suppress(OSError), socket.create_connection((place.door, 1080), 5):
+            return True
+        return False
+
+    wait_for(listens, 300, "it listens")
+    return configuration.read_text()

@@ -16,17 +16,13 @@ import pytest
 
 from tests.debian import Machine, copy_of, run_in, tree
 from tests.e2e.install import mail
-from tests.e2e.install.conftest import EPOCH, made
+from tests.e2e.install.conftest import BUILDER, EPOCH, FRESH, made
 from tests.peers import program
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.timeout(900)
 
 CONFIG = "/etc/greenarrow_proxy/greenarrow_proxy.conf"
-#: What a Debian has that is no more than bootable, and what the package depends on.
-FRESH = ("systemd-sysv", "python3", "adduser", "ca-certificates", "apt-utils")
-#: What builds it.
-BUILDER = ("debhelper", "gcc", "libc6-dev", "python3-dev", "python3-venv", "ca-certificates")
 SUITES = {"12": "bookworm", "13": "trixie"}
 
 
