@@ -9,7 +9,10 @@ from tests.engines import KINDS, VALKEY_9, Watched, shards, watched
 
 
 def hear_nothing_more(group: Watched) -> None:
-    """The replicas stay as they are, while the master goes on: their word to it is wrong from now on."""
+    """The replicas stay as they are, while the master goes on: their word to it is wrong from now on, and none has to be
+    asked before something is written."""
+    for server in group.servers:
+        server.client.config_set("min-replicas-to-write", 0)
     for replica in group.replicas:
         replica.client.config_set("masterauth", "wrong")
     group.master.client.execute_command("CLIENT", "KILL", "TYPE", "replica")
