@@ -32,14 +32,15 @@ MOST_FDS = 250
 _READS_A_TURN = 16
 _SEND_BUFFER = 1 << 20
 
-#: Takes what the other end has said, and the descriptors that came with it, which are the taker's then. Must not wait.
+#: Takes what the other end has said, and the descriptors that came with it, which are the taker's then; fewer than were
+#: sent, if this process has none left for them. Must not wait.
 Take = Callable[[Sequence[Any], list[int]], object]
 
 
 class _Outgoing(NamedTuple):
-    data: bytes
-    fds: tuple[int, ...]
-    own: tuple[int, ...]  # of them, those to be closed when it is gone
+    data: bytes  # b"": it is in the first of the files
+    fds: tuple[int, ...]  # to be closed when it is gone
+    size: int
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -87,15 +88,27 @@ class Seam:
             self._loop.run_callback(self._flush)
 
     def say_with(self, record: Record, fds: Sequence[int]) -> None:
-        """Send it now, with copies of these descriptors, which stay the caller's."""
+        """Send it now, with copies of these descriptors, which stay the caller's.
+
+        Raises:
+            OSError: there is no descriptor left for a copy.
+        """
         if self.closed:
             return
         self._queue_said()
-        copies = tuple([os.dup(fd) for fd in fds])
+        copies: list[int] = []
         data = next(seam.encode([record]))
-        if len(data) > seam.DATAGRAM:
-            data, copies = b"", (_in_memory(data), *copies)
-        self._queue(_Outgoing(data, copies, copies))
+        size = len(data)
+        try:
+            if size > seam.DATAGRAM:
+                copies.append(_in_memory(data))
+                data = b""
+            for fd in fds:
+                copies.append(os.dup(fd))  # noqa: PERF401 - those before one that fails are to be closed
+        except OSError:
+            _close(copies)
+            raise
+        self._queue(_Outgoing(data, tuple(copies), size))
         self._write()
 
     @property
@@ -114,19 +127,24 @@ class Seam:
         if not said:
             return
         for data in seam.encode(said):
-            if len(data) <= seam.DATAGRAM:
-                self._queue(_Outgoing(data, (), ()))
-            else:
+            size = len(data)
+            if size <= seam.DATAGRAM:
+                self._queue(_Outgoing(data, (), size))
+                continue
+            try:
                 fd = _in_memory(data)
-                self._queue(_Outgoing(b"", (fd,), (fd,)))
+            except OSError as error:  # what comes behind it cannot be said without it
+                self._give_up(f"a record of {size} bytes: {os.strerror(error.errno or 0)}")
+                return
+            self._queue(_Outgoing(b"", (fd,), size))
 
     def _queue(self, outgoing: _Outgoing) -> None:
         self._waiting.append(outgoing)
-        self._waits += len(outgoing.data)
+        self._waits += outgoing.size
 
     def _write(self) -> None:
         while self._waiting:
-            data, fds, own = self._waiting[0]
+            data, fds, size = self._waiting[0]
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
             try:
                 self._sock.sendmsg([data or b"\0"], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
@@ -137,10 +155,10 @@ class Seam:
                 self._give_up(os.strerror(error.errno or 0))
                 return
             self._waiting.popleft()
-            self._waits -= len(data)
-            for fd in own:
-                os.close(fd)
-        self._writable.stop()
+            self._waits -= size
+            _close(fds)
+        if not self.closed:
+            self._writable.stop()
 
     def _wait_for_room(self) -> None:
         if self._waits > MOST_WAITING:
@@ -184,10 +202,10 @@ class Seam:
         for level, kind, content in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        if flags & socket.MSG_TRUNC:
             _close(list(fds))
-            raise PeerError("a record of another process of the proxy was cut: too long, or no descriptor is left")
-        return data, list(fds)
+            raise PeerError("a record of another process of the proxy was cut")
+        return data, list(fds)  # MSG_CTRUNC: for some there was no descriptor left; the taker misses them
 
     # ---------------------------------------------------------------- the end
 
@@ -195,13 +213,13 @@ class Seam:
         """What was said and has not left is lost, but for what the kernel takes now."""
         if self.closed:
             return
-        self._queue_said()
         self.closed = True
-        for data, fds, own in self._waiting:
+        self._queue_said()
+        for data, fds, _ in self._waiting:
             with contextlib.suppress(OSError):
                 ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
                 self._sock.sendmsg([data or b"\0"], ancillary, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-            _close(own)
+            _close(fds)
         self._waiting.clear()
         for watcher in (self._readable, self._writable):
             watcher.stop()
@@ -209,6 +227,8 @@ class Seam:
         self._sock.close()
 
     def _give_up(self, why: str) -> None:
+        if self.closed:
+            return
         if why:
             log.note(log.Event.WORKER, log.WARNING, f"the link to another process of the proxy: {why}")
         self.close()

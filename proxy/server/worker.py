@@ -30,7 +30,7 @@ from proxy.model import Endpoint, hold_breath
 from proxy.net.relay import RawSocket
 from proxy.net.seam import Seam
 from proxy.net.turn_meter import TurnMeter
-from proxy.net.turns import Breather
+from proxy.net.turns import Breather, rest
 from proxy.numbering import numbers
 from proxy.protocols import seam
 from proxy.server import figures, orders, process, systemd
@@ -85,7 +85,9 @@ class Handed:
         self._sockets: dict[Endpoint, socket.socket] = {}
 
     def put(self, endpoints: Sequence[Endpoint], fds: Sequence[int]) -> None:
-        for endpoint, fd in zip(endpoints, fds, strict=True):
+        for endpoint, fd in zip(
+            endpoints, fds, strict=False
+        ):  # the last ones are missing if we have no descriptor left
             self._sockets[endpoint] = socket.socket(fileno=fd)
 
     def take(self, endpoint: Endpoint, count: int) -> list[socket.socket]:
@@ -146,6 +148,7 @@ class Worker:
         if self._wiring is None or not hasattr(self._wiring, "services"):
             return 0
         cut = drain(self._services, self._doors, systemd.Notifier({}, 0), self._drain_timeout, replaced=self._replaced)
+        rest()  # those that were cut write their last line
         self._link.say(seam.Tell(orders.PART, self._part_in_full()))
         self._link.say(seam.Tell(orders.DRAINED, pack(cut)))
         self._link.close()
@@ -211,7 +214,7 @@ class Worker:
             body = unpack(order.body) if order.body else None
             act: Any = acts[order.what]
             try:
-                if fds:
+                if order.what in (orders.SOCKETS, orders.NEIGHBOURS):
                     act(body, fds)
                 elif body is None:
                     act()

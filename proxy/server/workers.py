@@ -196,7 +196,11 @@ class Workers:
         asked = [worker for worker in self._workers if worker.serves]
         for worker in asked:
             worker.prepared = None
-            _hand(worker, self._share(worker, opened))
+            try:
+                _hand(worker, self._share(worker, opened))
+            except OSError as error:
+                why = f"worker {worker.number} cannot be given its sockets: {os.strerror(error.errno or 0)}"
+                raise ConfigError(why) from None
             worker.order(orders.PREPARE, plan)
         self._wait_for(lambda worker: worker not in asked or worker.prepared is not None or not worker.serves)
         for worker in asked:
@@ -370,16 +374,12 @@ class Workers:
     # ---------------------------------------------------------------- one worker's life
 
     def _spawn(self, worker: Worker, sockets: dict[Endpoint, socket.socket]) -> None:
-        ours, theirs = pair()
         try:
-            worker.pid = _start(theirs.fileno())
+            ours, pidfd = _started(worker)
         except OSError as error:
-            ours.close()
             self._roll.begun(worker.number, 0, __version__, monotonic())
             self._died(worker, f"cannot be started: {os.strerror(error.errno or 0)}")
             return
-        finally:
-            theirs.close()
         worker.since = monotonic()
         worker.runs += 1
         self._roll.begun(worker.number, worker.pid, __version__, worker.since)
@@ -388,10 +388,12 @@ class Workers:
         worker.gone.clear()
         worker.link = Seam(ours, True, partial(self._take, worker), partial(self._lost, worker))
         worker.branch = self._branches.open(worker.say)
-        pidfd = os.pidfd_open(worker.pid)
         worker.watcher = get_hub().loop.io(pidfd, 1)
         worker.watcher.start(self._exited, worker, pidfd)
-        self._begin(worker, sockets)
+        try:
+            self._begin(worker, sockets)
+        except OSError as error:
+            self._kill(worker, f"cannot be given its sockets: {os.strerror(error.errno or 0)}")
 
     def _begin(self, worker: Worker, sockets: dict[Endpoint, socket.socket]) -> None:
         above = max(self._above, self._roll.highest()) if worker.runs > 1 else self._above
@@ -579,6 +581,27 @@ def _hand(worker: Worker, sockets: dict[Endpoint, socket.socket]) -> None:
     for start in range(0, len(addresses), _SOCKETS_AT_ONCE):
         some = addresses[start : start + _SOCKETS_AT_ONCE]
         worker.say_with(seam.Order(orders.SOCKETS, pack(some)), [sockets[each].fileno() for each in some])
+
+
+def _started(worker: Worker) -> tuple[socket.socket, int]:
+    """Start its process: our end of the link, and a descriptor that tells when it ends.
+
+    Raises:
+        OSError: it cannot be; nothing is left of it.
+    """
+    ours, theirs = pair()
+    try:
+        worker.pid = _start(theirs.fileno())
+        return ours, os.pidfd_open(worker.pid)
+    except OSError:
+        ours.close()
+        if worker.pid:
+            os.kill(worker.pid, signal.SIGKILL)
+            os.waitpid(worker.pid, 0)
+            worker.pid = 0
+        raise
+    finally:
+        theirs.close()
 
 
 def _start(fd: int) -> int:
