@@ -29,6 +29,8 @@ TAKEN_FOR = 600 * MILLISECOND
 _TELL_AGAIN = SECOND
 #: More members than configured are reckoned with for so long after they were seen; so does the store.
 _REMEMBERED = 3600 * SECOND
+#: Throttles that go on alone in one turn, some 13 ms.
+_PARTED_AT_ONCE = 1_000
 #: A limit of which nothing is left is looked at again so soon.
 _NOTHING_LEFT = 500 * MILLISECOND
 #: A moment long ago.
@@ -118,6 +120,8 @@ class Cluster:
         self._here = False  # the last `meet` told the others that we are here, and was answered
         self._here_at = start  # when we last said so, which may have been carried out
         self._coming = False
+        self._to_part: list[Leased] = []  # throttles that are to go on alone, the first ones last
+        self._share_from = start + SHARE
         self._alone_until = start  # the run before this one may have gone on alone
         self._view_sent = self._view_at = 0
         self._seen = self._seen_at = 0  # the most members of late: a store that has lost its memory does not know them
@@ -139,7 +143,7 @@ class Cluster:
             self._forget(former)
         self.throttles[throttle] = Account(tag)
         if self.alone:
-            throttle.go_alone(self.told, max(self._here_at + SHARE, now), now)
+            throttle.go_alone(self.told, self._share_from, now)
         return throttle
 
     def drop(self, throttle: Throttle) -> None:
@@ -162,7 +166,7 @@ class Cluster:
     def relimited(self, throttle: Leased, now: int) -> None:
         """It has other limits, or places."""
         if self.alone:
-            throttle.go_alone(self.told, throttle.alone_since, now)
+            throttle.go_alone(self.told, self._share_from, now)
             self._places_alone(throttle)
 
     def share_of(self, throttle: Leased) -> Effective:
@@ -195,7 +199,9 @@ class Cluster:
         changed: list[Leased] = []
         self._called_at = now
         if not self._here and not self.alone and now >= self._here_at + ALONE:
-            changed += self._go_alone(now)
+            self._go_alone(now)
+        if self._to_part:
+            changed += self._part(now)
         asks = [self._meet(now, identity, changed)]
         if self._may_ask(now):
             asks += self._slots(now, identity)
@@ -300,19 +306,28 @@ class Cluster:
         elif now - self._taken_since >= TAKEN_FOR:
             self.name, self._taken_since = f"{self.name}#{self.run[:6]}", None
 
-    def _go_alone(self, now: int) -> list[Leased]:
+    def _go_alone(self, now: int) -> None:
         self.alone = True
         self.degraded += 1
         self.since = now
-        for throttle in self.throttles:
-            throttle.go_alone(self.told, self._here_at + SHARE, now)
-            self._places_alone(throttle)
-        return list(self.throttles)
+        self._share_from = self._here_at + SHARE
+        self._to_part = [each for each in self.throttles if each not in self.hungry] + list(self.hungry)
+
+    def _part(self, now: int) -> list[Leased]:
+        """Some throttles go on with their shares; those that do not yet have what was leased, and no more."""
+        parted = self._to_part[-_PARTED_AT_ONCE:]
+        del self._to_part[-_PARTED_AT_ONCE:]
+        for throttle in parted:
+            if throttle in self.throttles:
+                throttle.go_alone(self.told, self._share_from, now)
+                self._places_alone(throttle)
+        return parted
 
     def _come_together(self, now: int) -> list[Leased]:
         """We say that we are here: from now on nothing of our share goes."""
         self.alone = False
         self.since = now
+        self._to_part.clear()
         for throttle in self.throttles:
             if throttle.alone_until is not None:
                 self._alone_until = max(self._alone_until, throttle.alone_until)

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 
+from proxy.policy.limits import Limits
 from proxy.settings import Rate
 from proxy.throttling.cluster import Cluster
 from proxy.throttling.flows import Throttle
@@ -15,7 +16,7 @@ from proxy.throttling.manager import Manager
 from proxy.throttling.session import Session
 from proxy.throttling.throttle import Key, Limit
 from tests.unit.throttling.oracle import SECOND
-from tests.unit.throttling.proxies import MS, World, block, jain
+from tests.unit.throttling.proxies import MS, RECEIVER, World, block, jain
 
 MINUTE, HOUR = 60, 3600
 
@@ -113,3 +114,20 @@ def test_a_throttle_that_is_forgotten_is_asked_for_no_more() -> None:
     manager.bye(session, now)
     manager.advance(now + SECOND)
     assert not cluster.throttles
+
+
+def test_thousands_of_throttles_go_on_alone_in_turns() -> None:
+    """And those first that somebody waits under."""
+    now = 10_000 * SECOND
+    cluster = Cluster("p", "r", 2, lambda: "w", now)
+    manager = Manager(1, now, blocks=Limits([block(Rate(600, MINUTE))]), cluster=cluster)
+    for number in range(2_500):
+        manager.admit("mta", 1.0, f"192.0.{number // 250}.{number % 250}", RECEIVER, (), now, False)
+    manager.ask_message("mta", 1.0, "192.0.20.9", RECEIVER, (), now)
+    now += SECOND
+    parted = []
+    for _ in range(3):
+        manager.ask_store(now, lambda key: "")
+        parted.append({throttle.key.source for throttle in cluster.throttles if throttle.alone is not None})
+    assert [len(each) for each in parted] == [1_000, 2_000, 2_501]
+    assert "192.0.20.9" in parted[0]

@@ -95,12 +95,16 @@ MUTANTS = {
 }  # fmt: skip
 
 
+def show(source: str) -> None:
+    for seed in range(4):
+        for accident in (accidents.one_is_parted, accidents.memory_flushed):
+            world = crowd(seed, source=source)
+            world.run(5)
+            accident(world)
+            judge(world)
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_is_caught(name: str) -> None:
     with pytest.raises(Violation):
-        for seed in range(4):
-            for accident in (accidents.one_is_parted, accidents.memory_flushed):
-                world = crowd(seed, source=MUTANTS[name])
-                world.run(5)
-                accident(world)
-                judge(world)
+        show(MUTANTS[name])
