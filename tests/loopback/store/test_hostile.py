@@ -113,19 +113,20 @@ def test_a_cluster_that_sends_us_round_in_circles(connect: Connect) -> None:
         assert fake.asked["EVALSHA"] <= 2 * ROUNDS
 
 
-def test_a_server_of_a_cluster_that_is_no_master_or_too_old(connect: Connect) -> None:
+@pytest.mark.parametrize(
+    ("right", "wrong", "step"),
+    [(b"role:master", b"role:slave", "role"), (b"valkey_version:9", b"valkey_version:6", "version")],
+)
+def test_a_server_of_a_cluster_that_is_no_master_or_too_old(
+    connect: Connect, right: bytes, wrong: bytes, step: str
+) -> None:
     """Whatever the map says of it."""
-    for wrong, step in (
-        (INFO.replace(b"role:master", b"role:slave"), "role"),
-        (INFO.replace(b"9.0", b"6.0"), "version"),
-    ):
-        with Fake(INFO=bulk(wrong)) as fake:
-            host, port = fake.where.split(":")
-            fake.answers["CLUSTER"] = b"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n%b:%d\r\n" % (bulk(host.encode()), int(port))
-            store = connect(f"redis+cluster://{fake.where}")
-            told = wait_for(lambda store=store: one(store).trouble.step == step, 30, "it is told", gevent.sleep)
-            assert told
-            assert fake.asked["EVALSHA"] == 0
+    with Fake(INFO=bulk(INFO.replace(right, wrong))) as fake:
+        host, port = fake.where.split(":")
+        fake.answers["CLUSTER"] = b"*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n%b:%d\r\n" % (bulk(host.encode()), int(port))
+        store = connect(f"redis+cluster://{fake.where}")
+        assert wait_for(lambda: one(store).trouble.step == step, 30, "it is told", gevent.sleep)
+        assert fake.asked["EVALSHA"] == 0
 
 
 def _if_sent(reply: Any) -> Any:
