@@ -6,11 +6,12 @@ to list, to find and to end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from time import monotonic
 from typing import TypeVar
 
 from proxy.config.values import parse_endpoint
+from proxy.control import watching
 from proxy.control.watching import Watching
 from proxy.log import outputs
 from proxy.model import Ending
@@ -94,6 +95,18 @@ class Here:
                 connection.cut(Ending.CLOSED_BY_OPERATOR)
                 return True
         return False
+
+    def log_verbose(self, wanted: Mapping[str, str], seconds: float, id: str) -> None:
+        """Write the steps of these connections into the log for so long, as another process has been told to."""
+        self.watching.begin(wanted, seconds, "", id)
+
+    def log_less(self, id: str | None) -> int:
+        """End one of these, or all; how many there were."""
+        return self.watching.end(id)
+
+    def tell(self, wanted: Mapping[str, str], say: Callable[[list[str]], bool]) -> Callable[[], None]:
+        """See `watching.tell`."""
+        return watching.tell(wanted, say)
 
     def _standing(self) -> Iterator[tuple[HostedConnection, Standing]]:
         """All in turns, but those that have ended meanwhile."""

@@ -23,7 +23,7 @@ from proxy.server import neighbours
 from proxy.server.here import Here
 from proxy.status import parts
 from proxy.status.colleagues import WORKER, Colleagues, Say
-from proxy.status.parts import Details, Part
+from proxy.status.parts import Details, Part, merge
 from proxy.status.rows import ConnectionRow
 
 #: An answer that takes longer is not waited for; seconds.
@@ -44,7 +44,7 @@ class Verbose(Struct):
 class Answering:
     """A worker's answers. Implements `colleagues.Answers`."""
 
-    def __init__(self, here: Here) -> None:
+    def __init__(self, here: Here | Household) -> None:
         self._here = here
         self._until_details = 0
         self._answers: dict[str, Callable[[bytes], Any]] = {
@@ -56,7 +56,7 @@ class Answering:
             "drop_cached": lambda body: here.drop_cached(msgpack.decode(body, type=str)),
             "close": lambda body: here.close(msgpack.decode(body, type=int)),
             "log_verbose": lambda body: self._verbose(msgpack.decode(body, type=Verbose)),
-            "log_less": lambda body: here.watching.end(msgpack.decode(body, type=str | None)),
+            "log_less": lambda body: here.log_less(msgpack.decode(body, type=str | None)),
         }
 
     def part(self) -> bytes:
@@ -81,18 +81,23 @@ class Answering:
             wanted = None
         if what != "trace" or wanted is None:
             return lambda: None
-        return watching.tell(wanted, lambda lines: say(msgpack.encode(lines)))
+        return self._here.tell(wanted, lambda lines: say(msgpack.encode(lines)))
 
     def _verbose(self, verbose: Verbose) -> None:
-        self._here.watching.begin(verbose.wanted, verbose.seconds, "", verbose.id)
+        self._here.log_verbose(verbose.wanted, verbose.seconds, verbose.id)
 
 
 class Everywhere:
-    """All processes, asked by the master, who is one of them."""
+    """All processes, asked by the master, who is one of them.
 
-    def __init__(self, here: Here, colleagues: Callable[[], Colleagues]) -> None:
+    Args:
+        within: seconds; an answer that takes longer is not waited for.
+    """
+
+    def __init__(self, here: Here, colleagues: Callable[[], Colleagues], within: float = WITHIN) -> None:
         self._here = here
         self._colleagues = colleagues
+        self._within = within
 
     @property
     def verbose(self) -> list[watching.Verbose]:
@@ -102,7 +107,7 @@ class Everywhere:
     def parts(self) -> list[Part]:
         """What the others know now; of who does not answer in time, what it has said last."""
         colleagues = self._colleagues()
-        for reply in colleagues.ask("part", b"", WITHIN):
+        for reply in colleagues.ask("part", b"", self._within):
             with contextlib.suppress(msgspec.MsgspecError):
                 colleagues.heard(reply.who, parts.decode(reply.body or b""))
         known = list(colleagues.parts())
@@ -117,7 +122,7 @@ class Everywhere:
         everything = tuple(set[str]().union(*names) for names in zip(here, *(each for each, _ in theirs), strict=True))
         if len(alive) > 1 and any(each != everything for each in alive):
             self._here.expect(*everything)
-            self._colleagues().ask("expect", msgpack.encode(everything), WITHIN)
+            self._colleagues().ask("expect", msgpack.encode(everything), self._within)
 
     def holder(self, source: str, destination: Endpoint) -> int | None:
         """The worker that has the connections between these addresses in mode smtp; None: there is one process."""
@@ -151,9 +156,9 @@ class Everywhere:
         found, silent = self._ask("close", number, bool, lambda: False)
         return Heard(any(found), silent)
 
-    def log_verbose(self, wanted: Mapping[str, str], seconds: float, because: str) -> Heard[None]:
-        """Write the steps of connections into the log, for a time."""
-        verbose = Verbose(self._here.watching.begin(wanted, seconds, because), dict(wanted), seconds)
+    def log_verbose(self, wanted: Mapping[str, str], seconds: float, because: str, id: str = "") -> Heard[None]:
+        """Write the steps of connections into the log, for a time; `id`: see `Watching.begin`."""
+        verbose = Verbose(self._here.watching.begin(wanted, seconds, because, id), dict(wanted), seconds)
         return Heard(None, self._ask("log_verbose", verbose, type(None), lambda: None)[1])
 
     def log_less(self, id: str | None) -> Heard[int]:
@@ -186,7 +191,7 @@ class Everywhere:
         """The answers, ours in front, and who has not answered."""
         answers = [here()]
         silent = []
-        for who, body in self._colleagues().ask(what, msgpack.encode(words), WITHIN):
+        for who, body in self._colleagues().ask(what, msgpack.encode(words), self._within):
             try:
                 answers.append(msgpack.decode(body or b"", type=kind))
             except msgspec.MsgspecError:
@@ -196,6 +201,62 @@ class Everywhere:
 
 def _trouble(details: Details) -> tuple[set[str], set[str]]:
     return set(details.receivers), set(details.sources)
+
+
+class Household:
+    """A process that was replaced, with the workers that it still has, as the one sees it that took its place: what
+    `Here` is of one."""
+
+    def __init__(self, here: Here, colleagues: Callable[[], Colleagues]) -> None:
+        self._here = here
+        self._colleagues = colleagues
+        # Whoever asks us waits, too, and has to hear what the others have said.
+        self._everywhere = Everywhere(here, colleagues, WITHIN / 2)
+
+    def part(self, detailed: bool = True) -> Part:
+        """See `Here`, also for the others."""
+        others = self._everywhere.parts() if detailed else self._colleagues().parts()
+        return merge([self._here.part(detailed), *others])
+
+    def expect(self, receivers: Iterable[str], sources: Iterable[str]) -> None:
+        names = list(receivers), list(sources)
+        self._here.expect(*names)
+        self._colleagues().ask("expect", msgpack.encode(names), WITHIN / 2)
+
+    def connections(self) -> list[ConnectionRow]:
+        return self._everywhere.connections().found
+
+    def events(self) -> list[Recent]:
+        return self._everywhere.events().found
+
+    def logins(self) -> list[Entry]:
+        return self._everywhere.logins().found.entries()
+
+    def drop_cached(self, source: str) -> int:
+        return self._everywhere.drop_cached(source).found
+
+    def close(self, number: int) -> bool:
+        return self._everywhere.close(number).found
+
+    def log_verbose(self, wanted: Mapping[str, str], seconds: float, id: str) -> None:
+        self._everywhere.log_verbose(wanted, seconds, "", id)
+
+    def log_less(self, id: str | None) -> int:
+        return self._everywhere.log_less(id).found
+
+    def tell(self, wanted: Mapping[str, str], say: Callable[[list[str]], bool]) -> Callable[[], None]:
+        ends = [
+            self._here.tell(wanted, say),
+            self._colleagues().follow(
+                "trace", msgpack.encode(dict(wanted)), lambda _, body: say(_decoded(body, list[str]) or [])
+            ),
+        ]
+
+        def end() -> None:
+            for each in ends:
+                each()
+
+        return end
 
 
 def _decoded(body: bytes | None, kind: type[_Found]) -> _Found | None:

@@ -48,7 +48,7 @@ from proxy.server.here import Here
 from proxy.server.listener import ListenError
 from proxy.server.listeners import Doors, Opened, close_all, close_unclaimed
 from proxy.server.orders import Handed, Plan
-from proxy.server.questions import Answering, Everywhere
+from proxy.server.questions import Answering, Everywhere, Household
 from proxy.server.reception import Reception
 from proxy.server.routine import Routine
 from proxy.server.signals import Signals
@@ -453,7 +453,7 @@ class Server:
                 return
             identity = self._wiring.certificates.generated()
             hello = hello_of(self._wiring.incarnation, self._total().highest, identity)
-            answering = Answering(self._here)
+            answering = Answering(Household(self._here, lambda: self._workers))
             upgrade = Upgrade(self._handed(), hello, self._admission, partial(self._asked, answering))
             log.note(log.Event.UPGRADE, log.INFO, "a new program is started to take over")
             try:

@@ -14,7 +14,7 @@ from msgspec import structs
 from proxy.policy.trouble import MOST
 from proxy.stats import MAX_NAMES, OTHER
 from proxy.status.colleagues import LEAVING, MASTER, WORKER, Member
-from proxy.status.parts import Counted, Details, FailingPart, Part, PeerPart, PoolPart, merge
+from proxy.status.parts import Counted, Details, FailingPart, Part, PeerPart, PoolPart, ProcessPart, merge
 
 #: Times of deaths that are remembered of each number.
 _MOST_DEATHS = 16
@@ -49,7 +49,7 @@ class Roll:
         before = self._parts.get(who)
         if part.details is None and before is not None:
             part = structs.replace(part, details=before.details)
-        self._parts[who] = part
+        self._parts[who] = structs.replace(part, processes=_as_one_process(who, member.pid, part.processes))
         self._members[who] = member._replace(heard_at=now)
 
     def died(self, who: int, why: str, now: float) -> None:
@@ -84,6 +84,16 @@ class Roll:
     def highest(self) -> int:
         """The highest number of a connection that any has told of; see `numbering`."""
         return merge(self.parts()).highest
+
+
+def _as_one_process(who: int, pid: int, processes: list[ProcessPart]) -> list[ProcessPart]:
+    """One that was replaced has workers of its own, and is one row with them."""
+    if not processes:
+        return []
+    one = structs.replace(min(processes, key=lambda each: each.number), number=who, pid=pid)
+    for name in ("cpu", "resident", "virtual", "descriptors", "most_descriptors", "open_connections"):
+        setattr(one, name, sum(getattr(each, name) for each in processes))
+    return [one]
 
 
 def remains(part: Part) -> Part:

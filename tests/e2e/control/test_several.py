@@ -233,3 +233,28 @@ def test_the_page_of_several_has_a_table_of_them(world: World) -> None:
     total = found["process_resident_memory_bytes",]
     assert total > 3e6
     assert json.dumps(shown["trouble"]) == "[]"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_leaves_after_an_upgrade_is_in_the_one_view_too(workers: int) -> None:
+    with running(workers) as world:
+        held = [socks5(world.proxy.socks5, world.good.endpoint, SOURCES[0]) for _ in range(4)]
+        before = {row["id"]: row["client"] for row in world.rows("connections")}
+        counted = metrics(world.proxy)["accepted_connections_total", "socks5"]
+        assert (len(before), counted) == (4, 4)
+        world.proxy.upgrade()
+        wait_for(lambda: {row["id"]: row["client"] for row in world.rows("connections")} == before)
+        assert {row["role"] for row in world.rows("workers")} >= {"master", "leaving"}
+        held.append(socks5(world.proxy.socks5, world.good.endpoint, SOURCES[0]))
+        now = {row["id"]: row["client"] for row in world.rows("connections")}
+        assert len(now) == 5
+        assert before.items() <= now.items(), "no number is used twice"
+        assert metrics(world.proxy)["accepted_connections_total", "socks5"] == 5
+        # A view may be a second old.
+        wait_for(lambda: [row["open_connections"] for row in world.rows("listeners", "protocol=socks5")] == [5])
+        for number in before:
+            assert world.ctl("close", "connection", str(number))["ok"]
+        wait_for(lambda: {row["role"] for row in world.rows("workers")} <= {"master", "worker"}, 60.0)
+        assert set(now) - set(before) == {row["id"] for row in world.rows("connections")}
+        for sock in held:
+            sock.close()
