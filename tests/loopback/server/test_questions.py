@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from time import monotonic
+from types import SimpleNamespace
 from typing import Any
 
 import gevent
@@ -17,7 +18,7 @@ from proxy.log.events import Event
 from proxy.log.outputs import Recent
 from proxy.model import Endpoint
 from proxy.server.here import Here
-from proxy.server.questions import Answering, Everywhere, Verbose
+from proxy.server.questions import Answering, Everywhere, Household, Verbose
 from proxy.server.server import Server
 from proxy.stats import Standing
 from proxy.status import parts as known
@@ -359,6 +360,46 @@ def test_parts_of_the_silent_are_those_that_they_said_last(world: World) -> None
     world.colleagues.roll.died(1, "killed", monotonic())
     del world.colleagues.workers[1]
     assert merge(world.everywhere.parts()).counters["bytes_up"] == 5
+
+
+def test_a_process_that_was_replaced_answers_for_its_workers_too(world: World) -> None:
+    """As the one sees it that took its place, which knows it as one worker."""
+    household = Answering(Household(world.master.here, lambda: world.colleagues))
+    colleagues = Colleagues()
+    colleagues.add(65, household)
+    outside: Any = SimpleNamespace(
+        connections=list, close=lambda number: False, trouble=lambda: (set(), set()), expect=lambda *names: None
+    )
+    everywhere = Everywhere(outside, lambda: colleagues)
+    closing = Connection(12, 1.0)
+    world.master.add(Connection(10, 3.0))
+    world.two.add(closing)
+    for number, worker in enumerate((world.master, world.one, world.two), 1):
+        worker.server.services.counters.bytes_up = number
+        worker.server.services.troubles.failed(f"192.0.2.{number}", MX, REFUSED, monotonic())
+    assert [row.id for row in everywhere.connections().found] == [10, 12]
+    assert everywhere.close(12) == (True, ())
+    assert len(closing.endings) == 1
+    for _ in range(2):
+        whole = merge(everywhere.parts())
+        assert whole.counters["bytes_up"] == 6
+        assert len(whole.processes) == 1
+        assert whole.details is not None
+        assert set(whole.details.sources) == {"192.0.2.1", "192.0.2.2", "192.0.2.3"}
+    assert known.decode(household.part()).counters["bytes_up"] == 6
+    household.answer("log_verbose", msgspec.msgpack.encode(Verbose("log7", {}, 60.0)))
+    for worker in (world.master, world.one, world.two):
+        assert [each.id for each in worker.here.watching.verbose] == ["log7"]
+    assert msgspec.msgpack.decode(household.answer("log_less", msgspec.msgpack.encode(None))) == 1
+    assert world.two.here.watching.verbose == []
+    seen: list[str] = []
+    end = household.tell(
+        "trace", msgspec.msgpack.encode({}), lambda body: seen.extend(msgspec.msgpack.decode(body)) is None
+    )
+    step(11, "connects")
+    assert len(seen) == 3, "in one process each of three sees it"
+    end()
+    assert not steps.on
 
 
 def test_verbose_survives_the_link() -> None:

@@ -114,6 +114,15 @@ def test_who_they_are() -> None:
     assert [member.number for member in roll.members()] == [0, 2]
 
 
+def test_one_that_was_replaced_is_one_row_with_its_workers() -> None:
+    roll = roll_of(1)
+    several = [ProcessPart(number, 70 + number, "0", 5.0 + number, 1.5, 10, 20, 3, 100, 2) for number in (2, 0, 1)]
+    roll.heard(1, part(processes=several), 11.0)
+    (one,) = roll.parts()[0].processes
+    assert one == ProcessPart(1, 101, "0", 5.0, 4.5, 30, 60, 9, 300, 6)
+    assert several[0].cpu == 1.5, "what was handed in stays as it is"
+
+
 def test_the_times_of_many_deaths_are_not_all_remembered() -> None:
     roll = roll_of(1)
     for at in range(1000):
