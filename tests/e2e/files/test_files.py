@@ -68,6 +68,7 @@ def test_the_unit_says_what_is_documented() -> None:
     for line in (
         "Description=GreenArrow Proxy",
         "Type=notify",
+        "NotifyAccess=all",
         "ExecStart=/opt/greenarrow/greenarrow_proxy --config-filename=/opt/greenarrow/greenarrow_proxy.conf",
         "ExecReload=/opt/greenarrow/greenarrow_proxy --check-config "
         "--config-filename=/opt/greenarrow/greenarrow_proxy.conf",

@@ -260,6 +260,24 @@ class Deb:
             machine.run("systemctl", "restart", "greenarrow_proxy")
             assert machine.show("greenarrow_proxy", "ActiveState") == "active"
 
+    def test_a_new_process_takes_over_by_sigusr2(self, machine: Machine, place: mail.Place) -> None:
+        """systemd learns who is the main one now; whoever was connected stays so."""
+        old = machine.show("greenarrow_proxy", "MainPID")
+        with socket.create_connection((place.door, 1080), 10) as client:
+            client.sendall(b"\x05\x01\x02")
+            assert client.recv(2) == b"\x05\x02"
+            machine.run("systemctl", "kill", "--signal=USR2", "--kill-whom=main", "greenarrow_proxy")
+            wait_for(lambda: machine.show("greenarrow_proxy", "MainPID") != old, 120, "another main process")
+            mail.by_two_mtas(place, mail.secret_of((machine.root / CONFIG[1:]).read_text()))
+        wait_for(
+            lambda: machine.run("sh", "-c", f"test -e /proc/{old} || echo gone").stdout == "gone\n",
+            60,
+            "the old process has ended",
+        )
+        assert machine.show("greenarrow_proxy", "ActiveState") == "active"
+        assert machine.show("greenarrow_proxy", "NRestarts") == "0"
+        mail.by_two_mtas(place, mail.secret_of((machine.root / CONFIG[1:]).read_text()))
+
     # -- from version to version, and away (last: they change the machine for good)
 
     def test_upgrade_by_apt(self, machine: Machine, package: Path, place: mail.Place, tmp_path: Path) -> None:
