@@ -29,6 +29,7 @@ from proxy.control.looks import look, traced
 from proxy.errors import ConfigError, Mistake
 from proxy.log import lines as log
 from proxy.stats import Limiter
+from proxy.throttling.handover import Frozen
 
 #: Connections at a time of those who may change something, and of the others; who is one too many is closed.
 _MOST = 16
@@ -243,6 +244,8 @@ class ControlDoor:
                 yield look(command.words, arguments, self._house)
         except Mistake as mistake:
             yield commands.refused(mistake.code, str(mistake))
+        except Frozen as error:
+            yield commands.refused("not_now", str(error))
 
     def _change(self, command: Command, arguments: list[str], request: Request, caller: Caller) -> Answer:
         """

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple, Protocol
 
 from gevent import get_hub, getcurrent
 
-from proxy.egress.office import Answer, Office, Slot
+from proxy.egress.office import Answer, Office, Permit, Slot
 from proxy.errors import Throttled
 from proxy.log import lines as log
 from proxy.model import UNNAMED, Names
 from proxy.spans import SPANS
+from proxy.throttling.audit import Mail
 from proxy.throttling.desk import MessageTicket
 from proxy.throttling.flows import Flow, Places, Throttle, Ticket
 from proxy.throttling.manager import Manager
@@ -42,11 +43,19 @@ def clock_ns() -> int:
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
 
 
+def _elsewhere() -> Throttled:
+    return Throttled("another process of the proxy has taken over: ask that one, in a moment", "", 1.0)
+
+
 class Client:
     """Who serves a session's connection, as the admission sees it."""
 
     def deliver(self) -> None:
         """Something waits to be sent to the session; must not wait."""
+        raise NotImplementedError
+
+    def resume(self) -> None:
+        """The manager listens again; must not wait."""
         raise NotImplementedError
 
     def ended(self, reason: End) -> None:
@@ -155,6 +164,8 @@ class Admission(Office):
         manager = self.manager
         if not flows and not manager.blocks:
             return None
+        if self._away is not None:
+            raise _elsewhere()
         answer = manager.admit(owner, weight, source, destination, flows, clock_ns(), rated, names)
         self.settle()
         if isinstance(answer, Places):
@@ -386,6 +397,19 @@ class Admission(Office):
         self.settle()
         return ticket
 
+    def permit(self, places: Places, seconds: float, answer: Answer) -> Permit:
+        """See `Office`."""
+        mail = self.manager.mail(places, clock_ns())
+        self.settle()
+        if not mail.late:
+            return Permit(None, mail)
+        slot = self.ask_slot(places.owner, places.weight, "", "", mail.late, seconds, answer)
+        return Permit(None if slot is None or slot.granted else slot, mail)
+
+    def in_vain(self, mail: Mail) -> None:
+        """See `Office`."""
+        self.manager.in_vain(mail, clock_ns())
+
     def cancel_message(self, ticket: Slot) -> None:
         """See `Office`."""
         assert isinstance(ticket, MessageTicket)
@@ -409,11 +433,30 @@ class Admission(Office):
 
     # ---------------------------------------------------------------- another process decides
 
+    @property
+    def listens_to_sessions(self) -> bool:
+        """Not while another process may be about to take over."""
+        return not self.manager.frozen or self._away is not None
+
+    def thaw(self) -> None:
+        """No other process takes over."""
+        self.manager.thaw(clock_ns())
+        self.settle()
+        for client in list(self.clients.values()):
+            client.resume()
+
     def move(self, away: Elsewhere) -> None:
-        """Who waits here waits there from now on, in the same order; the manager here is frozen for good."""
+        """Who waits here waits there from now on, in the same order; the manager here is frozen for good.
+
+        Who named paths of a session is told to come again: the session is over, and its instance's next one is there.
+        """
         self._away = away
         for ticket in [each for each in self._waiting if each.places is None]:
             ends, seconds, who = self._left_of(ticket)
+            if ticket.flows:
+                self._refused[ticket] = _elsewhere()
+                self._wake([ticket])
+                continue
             answer = partial(self._placed_there, ticket)
             moved = away.ask_place(*ends, seconds, answer, self._keys[ticket], who.rated, who.names)
             if moved is None:
@@ -422,6 +465,9 @@ class Admission(Office):
                 self._moved[ticket] = moved
         for message in [each for each in self._answers if not each.granted]:
             ends, seconds, who = self._left_of(message)
+            if not who.source:  # another slot for a permit of a session
+                self._hub.loop.run_callback(self._answer, message, _elsewhere())
+                continue
             slot = away.ask_slot(*ends, (), seconds, partial(self._answer, message), who.names)
             if slot is None:
                 self._hub.loop.run_callback(self._answer, message)

@@ -164,6 +164,8 @@ class Branch:
                 self._may_wait(self._pass_on, record)
             case seam.Ask():
                 self._ask(record)
+            case seam.Mail():
+                self._mail(record)
             case seam.CancelMessage():
                 if (slot := self._slots.pop(record.id, None) or self._told.pop(record.id, None)) is not None:
                     self._office.cancel_message(slot)
@@ -291,6 +293,19 @@ class Branch:
         self._slots[id] = slot
         if slot.granted:
             self._granted(id, None)
+
+    def _mail(self, record: seam.Mail) -> None:
+        """Of a process that this one has replaced; its connection was there before."""
+        places = self._places.get(record.number)
+        if places is None:
+            self.say(seam.Granted(record.id, 0))
+            return
+        waits = self._office.permit(places, record.seconds, partial(self._granted, record.id)).waits
+        if waits is None:
+            self.say(seam.Granted(record.id, 0))
+        else:
+            assert isinstance(waits, Granted)
+            self._slots[record.id] = waits
 
     def _put_off(self, record: seam.PutOff) -> None:
         slot = self._told.get(record.id)

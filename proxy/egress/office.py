@@ -7,10 +7,11 @@ one's. Whoever serves a connection does not know which it deals with.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from proxy.errors import Throttled
 from proxy.model import UNNAMED, Names
+from proxy.throttling.audit import Mail
 from proxy.throttling.flows import Flow, Places
 
 #: Told once, in the hub: None: it is there, to be used at once; or why there is none. Must not wait.
@@ -23,6 +24,13 @@ class Slot(Protocol):
     @property
     def granted(self) -> bool:
         """The slot is there, and is to be used in the same breath."""
+
+
+class Permit(NamedTuple):
+    """What a MAIL comes to. `waits`: it has to, for a slot; `mail`: what it has used up, if that was seen here."""
+
+    waits: Slot | None
+    mail: Mail | None
 
 
 class Office(Protocol):
@@ -148,6 +156,16 @@ class Office(Protocol):
             there: pass the message on now. The refusal names the throttle (`throttle`) and says when to come back
             (`retry_after`, seconds).
         """
+
+    def permit(self, places: Places, seconds: float, answer: Answer) -> Permit:
+        """A MAIL of a session could go now, on the connection with these places: so its permit has to be good now.
+
+        Args:
+            seconds: the longest to wait for another slot, if it is not. answer: as in `ask_slot`.
+        """
+
+    def in_vain(self, mail: Mail) -> None:
+        """That MAIL of a session was no message, and will be said again elsewhere with the same permit."""
 
     def cancel_message(self, ticket: Slot) -> None:
         """Nobody waits for it any more. A slot that has come and was not told of goes to the next; after the answer

@@ -21,13 +21,14 @@ from typing import Any
 
 from gevent import get_hub, getcurrent
 
-from proxy.egress.office import Answer, Office
+from proxy.egress.office import Answer, Office, Permit
 from proxy.errors import Throttled
 from proxy.model import UNNAMED, Names
 from proxy.policy.limits import Limits
 from proxy.protocols import seam
 from proxy.protocols.seam import Record, ThrottleName, Who
 from proxy.spans import SPANS
+from proxy.throttling.audit import Mail
 from proxy.throttling.flows import Flow, Places, Throttle
 from proxy.throttling.throttle import Key
 
@@ -287,6 +288,20 @@ class Remote(Office):
         else:
             self._say(seam.Ask(slot.id, who, seconds))
         return slot
+
+    def permit(self, places: Places, seconds: float, answer: Answer) -> Permit:
+        """See `Office`. Whoever granted it is asked: the manager of before does not know of those that came
+        later."""
+        slot = RemoteSlot(next(self._numbers), answer, (places.owner, places.weight, "", "", "", ""), 0.0)
+        self._slots[slot.id] = slot
+        if self._is_alone:
+            self._hub.loop.run_callback(self._told, slot, _gone())
+        else:
+            self._say(seam.Mail(slot.id, places.number, seconds))
+        return Permit(slot, None)
+
+    def in_vain(self, mail: Mail) -> None:
+        """See `Office`. What was used up there is not known here."""
 
     def cancel_message(self, ticket: object) -> None:
         """See `Office`."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 
 from proxy.egress.admission import Admission
-from proxy.egress.office import Answer, Office, Slot
+from proxy.egress.office import Answer, Office, Permit, Slot
 from proxy.egress.remote import Lent, Remote, RemoteSlot
 from proxy.errors import Throttled
 from proxy.model import UNNAMED, Names
+from proxy.throttling.audit import Mail
 from proxy.throttling.desk import MessageTicket
 from proxy.throttling.flows import Flow, Places, Ticket
 
@@ -159,6 +160,14 @@ class Switch(Office):
         """See `Office`."""
         ticket = heir_of(ticket)
         return self._with(ticket).put_off(ticket, far)
+
+    def permit(self, places: Places, seconds: float, answer: Answer) -> Permit:
+        """See `Office`."""
+        return (self.away or self.here).permit(places, seconds, answer)
+
+    def in_vain(self, mail: Mail) -> None:
+        """See `Office`."""
+        self.here.in_vain(mail)
 
     # ---------------------------------------------------------------- what became of it
 

@@ -128,6 +128,15 @@ class Reply(Struct, array_like=True, tag=13):
     more: bool = False
 
 
+class Mail(Struct, array_like=True, tag=14):
+    """A MAIL of an instance's session goes on the connection with these places: it is held against its permit, and
+    answered as `Ask`."""
+
+    id: int
+    number: int
+    seconds: float
+
+
 # ---------------------------------------------------------------- a master says
 
 
@@ -206,7 +215,20 @@ class Question(Struct, array_like=True, tag=72):
 
 
 FromWorker: TypeAlias = (
-    Enter | Cancel | Swap | Leave | PassOn | Ask | CancelMessage | PutOff | Replied | Carried | MadeWay | Tell | Reply
+    Enter
+    | Cancel
+    | Swap
+    | Leave
+    | PassOn
+    | Ask
+    | CancelMessage
+    | PutOff
+    | Replied
+    | Carried
+    | MadeWay
+    | Tell
+    | Reply
+    | Mail
 )
 FromMaster: TypeAlias = Placed | Refused | Swapped | Yes | Granted | Wanted | MakeWay | Order | Question
 Record: TypeAlias = FromWorker | FromMaster

@@ -90,8 +90,7 @@ class Upgrade:
                 self._send_estate()
                 self._wait_for(orders.TAKEN, _TAKEN_WITHIN)
             except BaseException:
-                manager.thaw(clock_ns())
-                self._admission.settle()
+                self._admission.thaw()
                 raise
         except BaseException:
             self._end()

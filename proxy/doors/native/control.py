@@ -174,7 +174,7 @@ class Control(Client):
                 self._admission.settle()
             self._speak(_MANY)  # what did not fit before
             self._take_frames()
-            if self._incoming and len(self._outgoing) < QUEUE:
+            if self._incoming and len(self._outgoing) < QUEUE and self._admission.listens_to_sessions:
                 self._acts.act(native.decode(self._incoming.popleft(), native.SESSION_FROM_CLIENT))
                 self._admission.settle()
                 self._count(RECORD)
@@ -225,7 +225,8 @@ class Control(Client):
     def _has_more(self) -> bool:
         """Whether there is something to be sent that the kernel may take at once."""
         session = self._session
-        return not self._outgoing and session is not None and session.parked_records > 0
+        speaks = session is not None and not self._admission.manager.frozen
+        return speaks and not self._outgoing and session is not None and session.parked_records > 0
 
     def _count(self, work: int) -> None:
         """Count work that was done, and let others have their turn when ours is over.
@@ -307,6 +308,10 @@ class Control(Client):
     def deliver(self) -> None:
         """See `admission.Client`: a few words now, the rest in our own turn."""
         self._speak(_A_FEW)
+
+    def resume(self) -> None:
+        """See `admission.Client`."""
+        self._wake()
 
     def _speak(self, most: int) -> None:
         """Send what waits, `most` records of a kind. With the queue full the records stay where they are."""

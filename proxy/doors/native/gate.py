@@ -13,15 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from proxy.egress.admission import Admission, clock_ns
+from proxy.egress.office import Office, Slot
 from proxy.errors import Throttled
 from proxy.model import UNNAMED, Names
 from proxy.throttling.audit import LATE, Mail
-from proxy.throttling.desk import MessageTicket
-from proxy.throttling.flows import Flow, Places
+from proxy.throttling.flows import Places
 
 #: MAILs of a session that may turn out to have been in vain: no receiver takes so many without an answer to the first.
 _MOST_IN_VAIN = 100
+#: Seconds to wait for a slot.
+_LONGEST = LATE / 1_000_000_000
 
 
 class Way(NamedTuple):
@@ -43,14 +44,14 @@ class Gate:
         refusal: why the MAIL that is held will not go on; whoever acts upon it takes it away.
     """
 
-    def __init__(self, admission: Admission, places: Places, way: Way, wake: Callable[[], None]) -> None:
+    def __init__(self, office: Office, places: Places, way: Way, wake: Callable[[], None]) -> None:
         self.refusal: Throttled | None = None
-        self._admission = admission
+        self._office = office
         self._places = places
         self._way = way
         self._wake = wake
-        self._waits: MessageTicket | None = None
-        self._slot: MessageTicket | None = None  # the one under the proxy's own throttles
+        self._waits: Slot | None = None
+        self._slot: Slot | None = None  # the one under the proxy's own throttles
         self._mails: list[Mail] = []
         self._paid_unseen = False
 
@@ -74,46 +75,33 @@ class Gate:
     def in_vain(self) -> None:
         """The connection was dead: the MAILs will be said again elsewhere, with the same permits."""
         for mail in self._mails:
-            self._admission.manager.in_vain(mail, clock_ns())
+            self._office.in_vain(mail)
 
     def leave(self) -> None:
         """The session is over; nobody waits any more."""
         if self._waits is not None:
-            self._admission.cancel_message(self._waits)
+            self._office.cancel_message(self._waits)
             self._waits = None
 
     # ---------------------------------------------------------------- steps; each says whether nothing waits
 
     def _take_slot(self, answer: Callable[[Throttled | None], None]) -> bool:
         """Of the proxy's own throttles."""
-        return self._ask((), self._way, answer)
-
-    def _look_at_permit(self) -> bool:
-        """The MAIL could go now: so its permit has to be good now."""
-        mail = self._admission.manager.mail(self._places, clock_ns())
-        if len(self._mails) < _MOST_IN_VAIN:
-            self._mails.append(mail)
-        self._admission.settle()
-        return not mail.late or self._ask(mail.late, Way("", ""), self._permit_came)
-
-    def _ask(self, flows: tuple[Flow, ...], way: Way, answer: Callable[[Throttled | None], None]) -> bool:
-        places = self._places
-        ticket = self._admission.ask_slot(
-            places.owner,
-            places.weight,
-            way.source,
-            way.destination,
-            flows,
-            LATE / 1_000_000_000,
-            answer,
-            way.names,
+        places, way = self._places, self._way
+        ticket = self._slot = self._office.ask_slot(
+            places.owner, places.weight, way.source, way.destination, (), _LONGEST, answer, way.names
         )
-        if not flows:
-            self._slot = ticket
         if ticket is None or ticket.granted:
             return True
         self._waits = ticket
         return False
+
+    def _look_at_permit(self) -> bool:
+        """The MAIL could go now: so its permit has to be good now."""
+        self._waits, mail = self._office.permit(self._places, _LONGEST, self._permit_came)
+        if mail is not None and len(self._mails) < _MOST_IN_VAIN:
+            self._mails.append(mail)
+        return self._waits is None
 
     def _slot_came(self, refusal: Throttled | None) -> None:
         self._waits = None
@@ -123,7 +111,7 @@ class Gate:
     def _permit_came(self, refusal: Throttled | None) -> None:
         """Meanwhile the slot of the proxy's own throttles has grown old."""
         self._waits = None
-        if refusal is not None or self._admission.put_off(self._slot) or self._take_slot(self._answered):
+        if refusal is not None or self._office.put_off(self._slot) or self._take_slot(self._answered):
             self._answered(refusal)
 
     def _answered(self, refusal: Throttled | None) -> None:

@@ -17,7 +17,7 @@ from proxy.egress import upstream
 from proxy.egress.bring_up import open_receiver
 from proxy.egress.pool import PoolKey
 from proxy.egress.receiver import InClear, Limits, Receiver, StaleSession, Wish, may_do_without
-from proxy.errors import BadCiphers, Overloaded, Step, UnknownPath, UpstreamError
+from proxy.errors import BadCiphers, Draining, Overloaded, Step, UnknownPath, UpstreamError
 from proxy.model import UNNAMED, Endpoint, TlsMode
 from proxy.net.contexts import Profile, client_context
 from proxy.net.tls import Stream
@@ -109,11 +109,14 @@ class Opener:
 
         Raises:
             UnknownPath: not registered by a live session of this run, or for another source address.
+            Draining: or what was said of it waits for the process that takes over.
         """
         request, peer = self._request, self._peer
         if not request.throttles:
             return ()
         manager = self._services.admission.manager
+        if manager.frozen:
+            raise Draining("another process of the proxy takes over")
         session = manager.sessions.get(peer.instance)
         if session is None or session.run != peer.run_id:
             raise UnknownPath("there is no session of this run that could have registered a path")

@@ -75,7 +75,7 @@ class Session:
         self._gate: Gate | None = None
         if tracked and place is not None:
             way = Way(taken.receiver.source, taken.receiver.destination.host, names_of(request, place.flows))
-            self._gate = Gate(services.admission, place, way, link.wake)
+            self._gate = Gate(services.office, place, way, link.wake)
         tracker = self._tracker() if tracked else None
         self.transfer = Transfer(link, taken.receiver, tracker, taken.reused, self._gate, request.probes)
 

@@ -16,6 +16,7 @@ from gevent import socket
 
 from proxy.control import door
 from proxy.server.process import Reserve
+from proxy.throttling.handover import Frozen
 
 
 @pytest.fixture
@@ -171,3 +172,16 @@ def test_who_does_not_take_its_answers_is_given_up_and_looks_no_more(monkeypatch
         with gevent.Timeout(30):
             while not ended or room.control._open:
                 gevent.sleep(0.01)
+
+
+def test_what_the_throttles_cannot_do_now_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process is about to take them over."""
+
+    def frozen(*_: object) -> None:
+        raise Frozen("another process takes over")
+
+    house = SimpleNamespace(end_backoff=frozen, end_by_hand=frozen, is_throttle=lambda name: True)
+    with Room(monkeypatch, house) as room:
+        for words in (("backoff", "end", "one"), ("resume", "throttle", "one")):
+            answer = msgspec.json.decode(ask(room.call(True), *words))
+            assert (answer["code"], answer["error"]) == ("not_now", "another process takes over")
