@@ -85,15 +85,20 @@ class Handed:
         self._sockets: dict[Endpoint, socket.socket] = {}
 
     def put(self, endpoints: Sequence[Endpoint], fds: Sequence[int]) -> None:
-        for endpoint, fd in zip(
-            endpoints, fds, strict=False
-        ):  # the last ones are missing if we have no descriptor left
+        # The last ones are missing if we have no descriptor left for them.
+        for endpoint, fd in zip(endpoints, fds, strict=False):
             self._sockets[endpoint] = socket.socket(fileno=fd)
 
     def take(self, endpoint: Endpoint, count: int) -> list[socket.socket]:
-        """See `listeners.Handed`."""
+        """See `listeners.Handed`. A socket of our own would be another one.
+
+        Raises:
+            ListenError: it has not come.
+        """
         found = self._sockets.pop(endpoint, None)
-        return [] if found is None else [found]
+        if found is None:
+            raise ListenError(f"cannot listen on {endpoint}: a worker has no descriptor left for its socket")
+        return [found]
 
     def close(self) -> None:
         """Those that nobody has taken."""
