@@ -22,6 +22,8 @@ local DONE, LATE, ASKED, TAKEN = 0, 1, 2, 3
 -- Who wants slots and does not come for them is waited for so long. A limit whose debt is paid is kept so long.
 local PATIENCE = 300000
 local KEEP = 600000
+-- That is said anew once a minute, in microseconds.
+local SAID = 60000000
 -- Who comes from another store, or from none, has nothing left of it after so long.
 local ELSEWHERE = 600000
 -- Members that are not heard of any more are forgotten; how long the members' key and places are kept, in ms.
@@ -63,9 +65,8 @@ end
 local function members(fields)
   local found = {}
   for name, value in pairs(fields) do
-    local id = string.match(name, '^m:(.*)$')
-    if id then
-      found[id] = value
+    if string.sub(name, 1, 2) == 'm:' then
+      found[string.sub(name, 3)] = value
     end
   end
   return found
@@ -148,12 +149,13 @@ end
 -- Who else waits here, and the least that one of them has had.
 local function rivals(fields, id, now)
   local count, least = 0, nil
-  for other, value in pairs(members(fields)) do
-    local each = split(value, 0)
-    if other ~= id and each[2] > now then
-      count = count + 1
-      if not least or each[1] < least then
-        least = each[1]
+  local mine = 'm:' .. id
+  for name, value in pairs(fields) do
+    if string.sub(name, 1, 2) == 'm:' and name ~= mine then
+      local had, til = string.match(value, '^(%d+) (%d+)$')
+      if tonumber(til) > now then
+        count = count + 1
+        least = math.min(least or tonumber(had), tonumber(had))
       end
     end
   end
@@ -189,11 +191,13 @@ local function slots(time)
     windows[i] = {tat = tat, interval = interval, tau = (burst - 1) * interval}
   end
   -- Turns: who has had least comes first, and nobody is waited for beyond half of the time ahead.
-  local mine = fields[1]['m:' .. id]
-  local record = mine and split(mine, 0) or {0, 0}
+  local mine, had, til = fields[1]['m:' .. id], 0, 0
+  if mine then
+    had, til = string.match(mine, '^(%d+) (%d+)$')
+    had, til = tonumber(had), tonumber(til)
+  end
   local count, least = rivals(fields[1], id, now)
-  local had = record[1]
-  if least and record[2] <= now then
+  if least and til <= now then
     had = math.max(had, least)
   end
   local quota = math.max(1, math.floor(ahead / windows[1].interval / (count + 1)))
@@ -235,15 +239,30 @@ local function slots(time)
     reply[#reply + 1] = n
   end
   reply[3] = wait
+  -- Where nothing has changed nothing is written, but that this one waits.
+  local record = given < most and whole(had) .. ' ' .. whole(now + wait + PATIENCE)
   for i, key in ipairs(KEYS) do
-    local window = windows[i]
-    redis.call('HSET', key, 'tat', whole(window.tat), 'last', whole(now), 'word', word, 'interval',
-      whole(window.interval))
-    redis.call('PEXPIRE', key, whole(math.max(0, window.tat - now) / 1000 + KEEP))
+    local window, state = windows[i], fields[i]
+    local same = tonumber(state.interval) == window.interval  -- else time is paid with another one from now on
+    if given > 0 or state.word ~= word or not same then
+      local words = {'tat', whole(window.tat), 'last', whole(now), 'word', word, 'interval', whole(window.interval)}
+      if tonumber(state.said or 0) + SAID < now or not same then
+        words[9], words[10] = 'said', whole(now)
+      end
+      if record and i == 1 then
+        words[#words + 1] = 'm:' .. id
+        words[#words + 1] = record
+      end
+      redis.call('HSET', key, unpack(words))
+      if words[9] == 'said' then
+        local debt = ahead + window.tau + window.interval + SAID
+        redis.call('PEXPIRE', key, whole(math.max(debt, window.tat - now + SAID) / 1000 + KEEP))
+      end
+    elseif record and i == 1 then
+      redis.call('HSET', key, 'm:' .. id, record)
+    end
   end
-  if given < most then
-    redis.call('HSET', KEYS[1], 'm:' .. id, whole(had) .. ' ' .. whole(now + wait + PATIENCE))
-  elseif mine then
+  if not record and mine then
     redis.call('HDEL', KEYS[1], 'm:' .. id)
   end
   return reply

@@ -164,7 +164,7 @@ SCRIPTS: dict[str, tuple[str, Accident, int]] = {
         accidents.memory_flushed,
         SOME,
     ),
-    "too_short_a_time_to_live": (changed("/ 1000 + KEEP)", "/ 10000)"), accidents.nothing, SOME),
+    "too_short_a_time_to_live": (changed("/ 1000 + KEEP)", "/ 1000000)"), accidents.nothing, SOME),
     "debt_forgiven_by_another_interval": (
         changed("return now + math.ceil((tat - now) * (new / old)) + 1", "return now"),
         accidents.one_is_parted,
