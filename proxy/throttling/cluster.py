@@ -36,7 +36,7 @@ _NOTHING_LEFT = 500 * MILLISECOND
 #: A moment long ago.
 _LONG_AGO = 10**15
 
-MEMBERS = b"{ga}:members"
+MEMBERS = b"{ga:}:members"
 _DONE, _LATE, _ASKED, _TAKEN = 0, 1, 2, 3
 
 

@@ -78,7 +78,7 @@ def test_a_call_that_is_carried_out_late_changes_nothing() -> None:
     world.run(5)
     store, before = world.store, world.store.snapshot()[0]
     late = (world.now + store.ahead) // 1000 - 1
-    members, limit, places = b"{ga}:members", b"{ga:yahoo:192.0.2.1}:m:60", b"{ga:yahoo:192.0.2.1}:m:p"
+    members, limit, places = cluster.MEMBERS, b"{ga:yahoo:192.0.2.1}:m:60", b"{ga:yahoo:192.0.2.1}:m:p"
     word = before[limit][b"word"]
     home = before[members][b"home"]
     calls: list[tuple[bytes, tuple[bytes | int, ...]]] = [
@@ -97,7 +97,7 @@ def test_who_is_one_too_many_has_no_share_before_all_know_of_it() -> None:
     store = World(1, []).store
 
     def meet(name: str) -> int:
-        reply = store.run([b"{ga}:members"], (b"meet", name.encode(), b"r", b"here", 0, b"h", b"w", b"", 2, 0))
+        reply = store.run([cluster.MEMBERS], (b"meet", name.encode(), b"r", b"here", 0, b"h", b"w", b"", 2, 0))
         members = dict(zip(reply[3::4], reply[6::4], strict=True))
         return members[name.encode()]
 
