@@ -57,6 +57,7 @@ check: $(READY)
 bench: $(READY)
 	@$(BIN)/python bench/run.py
 	@$(BIN)/python bench/sharing.py
+	@$(BIN)/python bench/workers.py
 
 bench-stalls: $(READY)
 	@ulimit -n $$(ulimit -H -n); $(BIN)/python bench/stalls.py
