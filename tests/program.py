@@ -74,6 +74,7 @@ class Proxy:
         exit_code: what it must end with.
         clean: whether it must end without an internal error.
         shared: let every user read the file (for a program that `before` makes unprivileged).
+        program: what is started instead of the program itself.
 
     Attributes:
         lines: what it wrote on both outputs, without line ends and timestamps, in the order in which it was read.
@@ -95,6 +96,7 @@ class Proxy:
         exit_code: int = 0,
         clean: bool = True,
         shared: bool = False,
+        program: Path = ROOT / "greenarrow_proxy.py",
     ) -> None:
         self.lines: list[str] = []
         self.stdout_lines: list[str] = []
@@ -109,6 +111,7 @@ class Proxy:
         self._before = before
         self._pass_fds = pass_fds
         self._stdout = stdout
+        self._program = program
         self._ready = ready
         self._clean = clean
         self._mode = 0o644 if shared else 0o600
@@ -124,7 +127,7 @@ class Proxy:
 
     def __enter__(self) -> Proxy:
         self._write(self._text)
-        command = [sys.executable, str(ROOT / "greenarrow_proxy.py"), f"--config-filename={self.path}", *self._flags]
+        command = [sys.executable, str(self._program), f"--config-filename={self.path}", *self._flags]
         if self._before:
             command = ["bash", "-c", f'{self._before}; exec "$@"', "bash", *command]
         environ = {

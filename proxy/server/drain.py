@@ -5,7 +5,7 @@ Whether it ends, and what is to be closed of the process itself, is the server's
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from math import inf
 from time import monotonic
 from typing import Protocol
@@ -14,7 +14,7 @@ import gevent
 
 from proxy.errors import Draining
 from proxy.log import lines as log
-from proxy.model import Ending
+from proxy.model import Ending, Endpoint
 from proxy.server import systemd
 from proxy.server.listeners import Doors
 from proxy.services import Leaving, Services
@@ -29,7 +29,7 @@ _STOPPING = "the proxy is shutting down"
 class Others(Protocol):
     """Processes that end with this one."""
 
-    def finish(self, timeout: float, replaced: bool) -> None:
+    def finish(self, timeout: float, replaced: bool, ours: Collection[tuple[Endpoint, int]]) -> None:
         """They take nothing new, and end when what they have is over, or after `timeout`."""
 
     def all_gone(self) -> bool: ...
@@ -42,7 +42,7 @@ class Others(Protocol):
 class Nobody:
     """There are none."""
 
-    def finish(self, timeout: float, replaced: bool) -> None:
+    def finish(self, timeout: float, replaced: bool, ours: Collection[tuple[Endpoint, int]]) -> None:
         """See `Others`."""
 
     def all_gone(self) -> bool:
@@ -64,6 +64,7 @@ def drain(
     others: Others | None = None,
     replaced: bool = False,
     hurry: Callable[[], float] = lambda: inf,
+    ours: Collection[tuple[Endpoint, int]] = (),
 ) -> int:
     """Accept nothing more and wait for what is open.
 
@@ -71,6 +72,7 @@ def drain(
         timeout: seconds after which the rest is reset. others: None: we are one of them, and say nothing.
         hurry: until when at the most, on the monotonic clock, if that has become earlier.
         replaced: another process takes what is new, so that nobody needs to be hurried; the doors are its own.
+        ours: but for these, by their configured addresses and numbers.
 
     Returns:
         How many connections of clients had to be reset.
@@ -79,10 +81,10 @@ def drain(
     others = Nobody() if others is None else others
     notifier.stopping("draining", 3 * _EXTEND_EVERY)
     if replaced:
-        doors.leave()
+        doors.leave({endpoint for endpoint, index in ours if index == 0})
     else:
         doors.finish()
-    others.finish(timeout, replaced)
+    others.finish(timeout, replaced, ours)
     end = monotonic() + timeout
     _ask_to_leave(services, timeout, end, replaced)
     open_now = doors.open_connections() + others.open_connections()

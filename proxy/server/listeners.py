@@ -10,7 +10,7 @@ stands in the queue of one is not lost when its worker dies, since the next one 
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
@@ -172,11 +172,14 @@ class Doors:
             for index, sock in enumerate(kept.sockets):
                 yield endpoint, index, sock
 
-    def leave(self) -> None:
-        """Another process listens on the same sockets: what stands in their queues is its own."""
-        for listener in self._listeners.values():
+    def leave(self, ours: Collection[Endpoint] = ()) -> None:
+        """Another process listens on the same sockets: what stands in their queues is its own, but for `ours`."""
+        for endpoint, listener in self._listeners.items():
             self._closed.append(listener.door)
-            listener.close()
+            if endpoint in ours:
+                listener.finish()
+            else:
+                listener.close()
         for kept in self._kept.values():
             close_all({kept.door.endpoint: kept.sockets})
         self._listeners.clear()

@@ -253,8 +253,8 @@ class Server:
             hello = predecessor.hello
             predecessor.settle = self._admission.settle
             predecessor.heard = self._workers.adopt(predecessor.link, hello.pid, hello.version, predecessor.held)
-            predecessor.taken()
             predecessor.close_unclaimed()
+            predecessor.taken()
         close_unclaimed(self._inherited)
 
     def _prepare(self, loaded: Loaded, breathe: Breathe) -> _Prepared:
@@ -533,7 +533,10 @@ class Server:
         self._settled.wait()  # a reload that is just putting new doors in force: they would be left open
         settings, replaced = self.services.settings, self._replaced is not None
         timeout = settings.upgrade_timeout if replaced else settings.drain_timeout
-        cut = drain(self.services, self._doors, self._notifier, timeout, self._workers, replaced, lambda: self._hurry)
+        ours = self._replaced.unused if self._replaced is not None else ()
+        cut = drain(
+            self.services, self._doors, self._notifier, timeout, self._workers, replaced, lambda: self._hurry, ours
+        )
         rest()
         self.close()
         log.note(log.Event.STOP, log.INFO, "stopped", reset_connections=cut)

@@ -51,6 +51,7 @@ class Predecessor:
         self.settle: Callable[[], object] = lambda: None
         self._sockets: dict[tuple[str, Endpoint], dict[int, socket.socket]] = {}
         self._control: tuple[str, socket.socket] | None = None
+        self._unused: list[Handed] = []
         self._reader = Reader()
         self._unreadable = ""
         self._manager: Manager | None = None
@@ -81,8 +82,7 @@ class Predecessor:
         if found is None:
             return []
         sockets = [found[index] for index in sorted(found)]
-        for surplus in sockets[count:]:
-            surplus.close()
+        self._give_back(endpoint, {index: found[index] for index in sorted(found)[count:]})
         return [*sockets[:count], *(sockets[0].dup() for _ in range(count - len(sockets)))]
 
     def control(self, path: str) -> socket.socket | None:
@@ -96,11 +96,16 @@ class Predecessor:
         """Sockets that our configuration does not name: nobody shall hang in their queues."""
         for (_, endpoint), found in self._sockets.items():
             log.note(log.Event.LISTEN, log.INFO, f"{endpoint} is not in the configuration any more")
-            for sock in found.values():
-                sock.close()
+            self._give_back(endpoint, found)
         self._sockets.clear()
         if self._control is not None:
             self._control[1].close()
+
+    def _give_back(self, endpoint: Endpoint, sockets: dict[int, socket.socket]) -> None:
+        """It serves those who stand in their queues, and closes them."""
+        for index, sock in sockets.items():
+            sock.close()
+            self._unused.append(Handed("door", endpoint.host, endpoint.port, index))
 
     # ---------------------------------------------------------------- its throttles
 
@@ -118,19 +123,21 @@ class Predecessor:
             for chunk in self._early:
                 manager.adopt_meanwhile(chunk, self.held, clock_ns())
         except Unreadable as error:
-            raise ConfigError(f"what the running program hands over cannot be read: {error}; restart instead") from None
+            raise ConfigError(_unreadable(error)) from None
 
     def taken(self) -> None:
         """We are the master from now on."""
-        self.link.say(seam.Order(orders.TAKEN))
+        self.link.say(seam.Order(orders.TAKEN, msgpack.encode(self._unused)))
 
     # ---------------------------------------------------------------- steps
 
     def _wait_for(self, what: str) -> None:
         with gevent.Timeout(_WITHIN, ConfigError(f"the running program did not send {what} within {_WITHIN:.0f} s")):
-            while what not in self._got:
+            while True:
                 if self._unreadable:
                     raise ConfigError(self._unreadable)
+                if what in self._got:
+                    return
                 if self._gone:
                     raise ConfigError("the running program has ended in the middle of the upgrade")
                 self._news.wait()
@@ -142,7 +149,7 @@ class Predecessor:
                 if not isinstance(record, seam.Tell) or not self._understand(record, fds):
                     self.heard(record)
             except (Unreadable, MsgspecError) as error:
-                self._unreadable = f"what the running program hands over cannot be read: {error}; restart instead"
+                self._unreadable = self._unreadable or _unreadable(error)
             except Exception as error:
                 log.internal_error("what the running program says", error)
         self._news.set()
@@ -178,6 +185,10 @@ class Predecessor:
         self._gone = True
         self._news.set()
         self.lost()
+
+
+def _unreadable(error: Exception) -> str:
+    return f"what the running program hands over cannot be read: {error}; restart instead"
 
 
 def of_environment() -> Predecessor | None:

@@ -23,6 +23,7 @@ from proxy import __version__
 from proxy.egress.admission import Admission, clock_ns
 from proxy.egress.remote import Remote
 from proxy.log import lines as log
+from proxy.model import Endpoint
 from proxy.net.seam import Seam, pair
 from proxy.net.turns import Breather
 from proxy.protocols import seam
@@ -53,6 +54,10 @@ class Upgrade:
         admission: whose manager is handed over.
         taken: called when the new process is ready, with the link on which it is the master; must not wait.
         asked: called for each question and order of the new master.
+
+    Attributes:
+        unused: doors, each with its number, that the new process does not listen on: who stands in their queues is
+            still ours.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class Upgrade:
         self._gone = ""  # why there is no new process (any more)
         self._remote: Remote | None = None
         self.pid = 0
+        self.unused: frozenset[tuple[Endpoint, int]] = frozenset()
         self.link: Seam | None = None
         self._watcher: Any = None
 
@@ -163,12 +169,18 @@ class Upgrade:
         for record in records:
             try:
                 if isinstance(record, seam.Order) and record.what in (orders.READY, orders.TAKEN):
+                    self._note_unused(record.body)
                     self._heard.append(record.what)
                     self._news.set()
                 elif self._remote is None or not self._remote.hear(record):
                     self._asked(record)
             except Exception as error:  # the other records are not to be lost
                 log.internal_error("a record of the new master", error)
+
+    def _note_unused(self, body: bytes) -> None:
+        if body:
+            handed = msgpack.decode(body, type=list[Handed])
+            self.unused = frozenset([(Endpoint(each.host, each.port), each.index) for each in handed])
 
     def _lost(self) -> None:
         self.link = None

@@ -123,6 +123,7 @@ class Worker:
         self._prepared: tuple[Prepared, Opened, Plan] | None = None
         self._end = Event()
         self._drain_timeout, self._replaced = 0.0, False
+        self._own: list[tuple[Endpoint, int]] = []  # doors that nobody else listens on
         self._told: dict[int, Any] = {}  # what the master follows: how it ends
         self._reception = Reception(
             services=lambda: self._services,
@@ -152,7 +153,14 @@ class Worker:
         self._end.wait()
         if self._wiring is None or not hasattr(self._wiring, "services"):
             return 0
-        cut = drain(self._services, self._doors, systemd.Notifier({}, 0), self._drain_timeout, replaced=self._replaced)
+        cut = drain(
+            self._services,
+            self._doors,
+            systemd.Notifier({}, 0),
+            self._drain_timeout,
+            replaced=self._replaced,
+            ours=self._own,
+        )
         rest()  # those that were cut write their last line
         self._link.say(seam.Tell(orders.PART, self._part_in_full()))
         self._link.say(seam.Tell(orders.DRAINED, pack(cut)))
@@ -324,8 +332,9 @@ class Worker:
             close_all(prepared[1])
         self._handed.close()
 
-    def _leave(self, how: tuple[float, bool]) -> None:
-        self._drain_timeout, self._replaced = how
+    def _leave(self, how: tuple[float, bool, list[Endpoint]]) -> None:
+        self._drain_timeout, self._replaced, own = how
+        self._own = [(endpoint, 0) for endpoint in own]
         self._end.set()
 
     # ---------------------------------------------------------------- what it says of itself

@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -272,11 +272,12 @@ class Workers:
 
     # ---------------------------------------------------------------- the end
 
-    def finish(self, timeout: float, replaced: bool) -> None:
+    def finish(self, timeout: float, replaced: bool, ours: Collection[tuple[Endpoint, int]] = ()) -> None:
         """They take nothing new, and end when what they have is over, or after `timeout`; see `drain.drain`."""
         self._ends = True
         for worker in self._everybody():
-            worker.order(orders.DRAIN, (timeout, replaced))
+            own = [endpoint for endpoint, index in ours if index == worker.number - 1]
+            worker.order(orders.DRAIN, (timeout, replaced, own))
 
     def open_connections(self, now: bool = True) -> int:
         """Of clients.

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import pytest
 
 from tests.clients import Smtp, socks5
 from tests.mx import Mx
-from tests.program import Proxy
+from tests.program import ROOT, Proxy
 from tests.unit.throttling.oracle import SECOND, Rule
 from tests.waiting import wait_for
 from tests.witness import Witness
@@ -194,6 +197,89 @@ def test_a_new_program_that_hangs_is_given_up_when_it_is_killed(workers: str) ->
         if lives(proxy.pid) and not proxy.matching("the new program has taken over"):
             with socks5(proxy.socks5, mx.endpoint, "127.0.0.5") as sock:
                 Smtp(sock).quit()
+
+
+#: A program of another version: it is this one, and `spoil` is done to it.
+OTHER = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2))
+import greenarrow_proxy
+from proxy.protocols import seam
+from proxy.server import succession
+from proxy.throttling import estate
+
+def dies(of, name, after):
+    original = getattr(of, name)
+    def die(*args, **more):
+        if after:
+            original(*args, **more)
+        os.kill(os.getpid(), signal.SIGKILL)
+    setattr(of, name, die)
+
+{spoil}
+if __name__ == "__main__":
+    sys.exit(greenarrow_proxy.main())
+"""
+KILLED = "the new program has ended: signal SIGKILL"
+#: What the new program does, and what is said of it: by the old one, and by itself.
+STEPS = [
+    ("dies(succession.Predecessor, 'greet', False)", KILLED, ""),
+    ("dies(succession.Predecessor, 'greet', True)", KILLED, ""),
+    ("dies(succession.Predecessor, 'take_over', False)", KILLED, ""),
+    ("dies(succession.Reader, 'feed', False)", KILLED, ""),
+    ("dies(succession.Predecessor, 'take_over', True)", KILLED, ""),
+    ("dies(succession.Predecessor, 'taken', False)", KILLED, ""),
+    ("seam.VERSION = 99", "exit code 78", "hands over in form 1, and this one takes 99: restart instead"),
+    ("estate.MAJOR = 2", "exit code 78", "its format is 1.0, and this program knows 2.0; restart instead"),
+]
+
+
+@WORKERS
+def test_a_new_program_that_fails_at_any_step_changes_nothing(workers: str, tmp_path: Path) -> None:
+    """Who has a place keeps it, who waits goes on waiting, nobody is refused; and the next one may do better."""
+    program = tmp_path / "another.py"
+    program.write_text(OTHER.format(root=str(ROOT), spoil=""))
+    block = "throttle one {\n    max_concurrent_connections 1\n    wait 60s\n}\n"
+    with Mx() as mx, Proxy(settings(workers, block), program=program) as proxy, ThreadPoolExecutor() as pool:
+        old = proxy.pid
+        first = socks5(proxy.socks5, mx.endpoint, "127.0.0.5")
+        for spoil, why, says in STEPS:
+            second = pool.submit(socks5, proxy.socks5, mx.endpoint, "127.0.0.5")
+            wait_for(lambda: proxy.throttles() and proxy.throttles()[0]["waiting"] == 1, what="it waits")
+            program.write_text(OTHER.format(root=str(ROOT), spoil=spoil))
+            mark = len(proxy.lines)
+            proxy.signal(signal.SIGUSR2)
+            proxy.wait_line(rf"ERROR upgrade: .*{why}.*; this one goes on as before", 60, mark)
+            if says:
+                proxy.wait_line(says, 10, mark)
+            wait_for(lambda: not others_of(proxy), 30, f"no process is left over by {spoil}")  # type: ignore[misc]
+            assert (proxy.throttles()[0]["used"], proxy.throttles()[0]["waiting"]) == (1, 1)
+            assert not second.done()
+            Smtp(first).quit()
+            first.close()
+            first = second.result(60)
+        Smtp(first).quit()
+        first.close()
+        program.write_text(OTHER.format(root=str(ROOT), spoil=""))
+        assert proxy.upgrade() == old
+        with socks5(proxy.socks5, mx.endpoint, "127.0.0.5") as sock:
+            Smtp(sock).quit()
+        wait_for(lambda: not lives(old), 60, "the old one ends")
+
+
+def test_an_upgrade_may_change_the_number_of_workers() -> None:
+    """Those who stand in the queue of a socket that the new one has no use for are served by the old one."""
+    witness = Witness()
+    with Mx(witness.script) as mx, Proxy(settings("2")) as proxy, load(proxy, mx, 6) as running:
+        for workers in ("1", "2", "3", "2"):
+            proxy.path.write_text(re.sub(r"(?m)^workers .*$", f"workers {workers}", proxy.path.read_text()))
+            so_far, old = running.sent, proxy.upgrade()
+            wait_for(lambda so_far=so_far: running.wrong or running.sent > so_far + 12, 60, "mail goes on")  # type: ignore[misc]
+            wait_for(lambda old=old: running.wrong or not lives(old), 60, "the old process ends")  # type: ignore[misc]
+        running.end()
+        assert not running.wrong
+        assert len(witness.mails()) == running.sent
 
 
 def lives(pid: int) -> bool:
