@@ -9,8 +9,8 @@ from tests.engines import KINDS, VALKEY_9, Watched, shards, watched
 
 
 def hear_nothing_more(group: Watched) -> None:
-    """The replicas stay as they are, while the master goes on: their word to it is wrong from now on, and none has to be
-    asked before something is written."""
+    """The replicas stay as they are, and the master goes on: their word to it is wrong from now on, and it need not ask
+    any of them before it writes."""
     for server in group.servers:
         server.client.config_set("min-replicas-to-write", 0)
     for replica in group.replicas:
