@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.clients import socks5
 from tests.debian import Machine, copy_of, run_in, tree
 from tests.e2e.install import mail
 from tests.e2e.install.conftest import BUILDER, EPOCH, FRESH, made
 from tests.peers import program
+from tests.sinks import Raw
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.timeout(900)
@@ -84,6 +86,11 @@ def machine(request: pytest.FixtureRequest, package: Path, place: mail.Place) ->
         assert package.name in text
         machine.sh("cd /root; " + place.fill_in(text))
         yield machine
+
+
+def echo_lines(sock: socket.socket) -> None:
+    while line := sock.recv(100):
+        sock.sendall(line)
 
 
 class Deb:
@@ -298,7 +305,14 @@ class Deb:
         (repository / "Packages").write_text(index)
         (machine.root / "root" / "only.list").write_text("deb [trusted=yes] file:/srv/repository ./\n")
         only = "-o Dir::Etc::sourcelist=/root/only.list -o Dir::Etc::sourceparts=-"
-        machine.sh(f"apt-get {only} update && apt-get {only} --yes upgrade")
+        with (  # the new version takes over, and nobody is cut off
+            Raw(echo_lines) as mx,
+            socks5((place.door, 1080), mx.endpoint, password=mail.secret_of(configuration)) as client,
+        ):
+            machine.sh(f"apt-get {only} update && apt-get {only} --yes upgrade")
+            assert "upgrade: the new program has taken over" in machine.journal("greenarrow_proxy")
+            client.sendall(b"still here\r\n")
+            assert client.recv(100) == b"still here\r\n"
 
         assert machine.run("dpkg-query", "-W", "-f", "${Version}", "greenarrow-proxy").stdout == self._version(package)
         assert self._running_version(machine, place) != "0.0.1"
