@@ -27,7 +27,7 @@ BUSY, IDLE = 60 * MILLISECOND, 100 * MILLISECOND
 TAKEN_FOR = 600 * MILLISECOND
 #: Places that are used are told again so often though nothing has changed.
 _TELL_AGAIN = SECOND
-#: More members than configured are reckoned with for so long after they were seen; so does the store.
+#: Members that a store does not know, since it has lost its memory, are reckoned with for so long after they were seen.
 _REMEMBERED = 3600 * SECOND
 #: Throttles that go on alone in one turn, some 13 ms.
 _PARTED_AT_ONCE = 1_000
@@ -124,7 +124,8 @@ class Cluster:
         self._share_from = start + SHARE
         self._alone_until = start  # the run before this one may have gone on alone
         self._view_sent = self._view_at = 0
-        self._seen = self._seen_at = 0  # the most members of late: a store that has lost its memory does not know them
+        self._seen = self._seen_at = 0  # the members of late, under this word
+        self._seen_word = b""
         self._called_at = start - SECOND
         self._taken_since: int | None = None
         self._leaving = False
@@ -290,8 +291,9 @@ class Cluster:
             self.trouble = ""
             self._view_sent, self._view_at = sent, received
             self.view = tuple(_members(value[3:]))
-            if len(self.view) >= self._seen or sent - self._seen_at > _REMEMBERED:
-                self._seen, self._seen_at = len(self.view), sent
+            # A store that remembers us knows who has left; one that does not may know less than we.
+            if word == self._seen_word or len(self.view) >= self._seen or sent - self._seen_at > _REMEMBERED:
+                self._seen, self._seen_at, self._seen_word = len(self.view), sent, word
             self.told = next((member.told for member in self.view if member.name == self.name), 0)
         elif verdict == _TAKEN:
             self._taken(sent)

@@ -131,3 +131,17 @@ def test_thousands_of_throttles_go_on_alone_in_turns() -> None:
         parted.append({throttle.key.source for throttle in cluster.throttles if throttle.alone is not None})
     assert [len(each) for each in parted] == [1_000, 2_000, 2_501]
     assert "192.0.20.9" in parted[0]
+
+
+def test_who_has_left_in_order_leaves_its_part_to_the_others() -> None:
+    """Three where two are configured are three; when one has said that it goes, they are two again."""
+    world = World(8, [block(Rate(600, MINUTE))], proxies=3, members=2)
+    world.run(5)
+    assert all(proxy.cluster.total == 3 for proxy in world.proxies)
+    world.proxies[2].cluster.leave()
+    world.run(1)
+    world.proxies[2].kill()
+    world.run(60)
+    assert all(proxy.cluster.total == 2 for proxy in world.proxies[:2])
+    assert len(world.sent(world.now - 10 * SECOND)) >= 0.95 * 100
+    world.judge(600, MINUTE)
