@@ -292,6 +292,26 @@ def test_init_start_status_reload_restart_stop(service: Service) -> None:
     assert service.do("reload").returncode == 7
 
 
+def test_init_upgrades_without_a_break_and_knows_the_new_process(service: Service) -> None:
+    assert service.do("upgrade").returncode == 7
+    service.configure("127.0.0.1:0")
+    assert service.do("start").returncode == 0
+    first = service.pid
+    done = service.do("upgrade")
+    assert (done.returncode, done.stdout) == (0, f"greenarrow_proxy: upgraded (pid {service.pid})\n")
+    second = service.pid
+    assert second != first
+    assert service.do("status").returncode == 0
+    good = service.config.read_text()
+    service.config.write_text("listen nonsense\n")
+    assert service.do("upgrade").returncode == 6
+    assert (service.do("status").returncode, service.pid) == (0, second)
+    service.config.write_text(good)
+    assert service.do("reload").returncode == 0
+    service.wait_for_log(" reload: ")
+    assert service.do("stop").stdout == "greenarrow_proxy: stopped\n"
+
+
 def test_init_refuses_a_bad_configuration(service: Service) -> None:
     service.config.write_text("listen nonsense\n")
     assert service.do("start").returncode == 6
@@ -358,7 +378,7 @@ def test_init_is_not_fooled_by_the_number_of_another_process(service: Service) -
 def test_init_usage() -> None:
     done = run("sh", INIT, "dance")
     assert done.returncode == 2
-    assert "start|stop|restart|try-restart|reload|force-reload|status" in done.stderr
+    assert "start|stop|restart|try-restart|reload|force-reload|upgrade|status" in done.stderr
 
 
 def test_the_unit_makes_the_directory_of_the_sample_s_control_socket():
