@@ -45,6 +45,7 @@ class Neighbours:
         self._ways = [socket.socket(fileno=fd) for fd in ways]
         self._inbox = socket.socket(fileno=inbox)
         self._take = take
+        self._stays = False
         self._watcher: Any = get_hub().loop.io(inbox, 1)
 
     def begin(self) -> None:
@@ -54,7 +55,7 @@ class Neighbours:
     def pass_on(self, source: str, destination: Endpoint, passed: object, fd: int) -> bool:
         """See `services.Neighbours`."""
         to = holder(source, destination, len(self._ways))
-        if to == self._own:
+        if to == self._own or self._stays:
             return False
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         data = pickle.dumps(passed, pickle.HIGHEST_PROTOCOL)
@@ -63,6 +64,10 @@ class Neighbours:
         except OSError:
             return False
         return True
+
+    def stay(self) -> None:
+        """Pass nobody on any more: the others end, too, and perhaps before they would read it."""
+        self._stays = True
 
     def close(self) -> None:
         """Take nobody over any more, but who is in the inbox: the next one in our place does that."""

@@ -151,6 +151,9 @@ class Worker:
         process.forbid_core_dumps()
         gevent.spawn(self._obey_forever)
         self._end.wait()
+        if self._neighbours is not None:
+            self._neighbours.stay()
+            rest()  # whoever is in our inbox is served here
         if self._wiring is None or not hasattr(self._wiring, "services"):
             return 0
         cut = drain(
