@@ -26,6 +26,10 @@ PYTEST_ARGS ?=
 # The tests wait for kernels, peers and processes most of the time: several run beside each other on one core.
 WORKERS ?= $(shell echo $$(( 3 * $$(nproc) )))
 
+# Tests of one process that are run with two workers, too: sharing, limits, doors, ends.
+WITH_WORKERS = $(addprefix tests/e2e/,sharing/test_sharing_throttles.py smtp/test_limits.py smtp/test_ends.py \
+	doors/test_redirect.py doors/test_half_close.py doors/test_sources.py)
+
 .PHONY: help demo demo-cluster test check bench bench-quick bench-stalls bench-handshakes soak deb pex wheels lock run clean
 .DEFAULT_GOAL := help
 
@@ -48,6 +52,7 @@ test: $(READY)
 	@tests/fetch_smtp_sink.sh
 	@tests/fetch_node_peers.sh
 	@$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadscope $(PYTEST_ARGS)
+	@PROXY_TEST_WORKERS=2 $(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) $(WITH_WORKERS)
 
 check: $(READY)
 	@$(BIN)/ruff format --check .
