@@ -451,6 +451,7 @@ class Admission(Office):
         Who named paths of a session is told to come again: the session is over, and its instance's next one is there.
         """
         self._away = away
+        self.manager.retire()
         for ticket in [each for each in self._waiting if each.places is None]:
             ends, seconds, who = self._left_of(ticket)
             if ticket.flows:

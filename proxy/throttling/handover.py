@@ -10,7 +10,7 @@ The process that goes::
     manager.freeze(now)
     for chunk in manager.gather(now, breathe):
         send(chunk)
-    # "ready": it stays frozen; else manager.thaw(now), and nothing has happened
+    # it has taken over: manager.retire(); else manager.thaw(now), and nothing has happened
     for chunk in manager.meanwhile():
         send(chunk)                           # sockets that were closed in between, permits that were used, ...
 
@@ -43,6 +43,7 @@ to be held against the permits of the new one, which grants them: `mail` with th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import SupportsIndex
 
 from proxy.throttling.adopting import Adopting, Former
 from proxy.throttling.audit import Gathered, Spent
@@ -73,6 +74,16 @@ THAWED = 500
 
 class Frozen(Exception):
     """Not now: this manager is about to be replaced."""
+
+
+class _Nowhere(list[Callable[[int], object]]):
+    """Calls that nobody will ever make."""
+
+    def append(self, call: Callable[[int], object]) -> None:
+        pass
+
+    def insert(self, at: SupportsIndex, call: Callable[[int], object]) -> None:
+        pass
 
 
 class Handover(Requests):
@@ -126,6 +137,10 @@ class Handover(Requests):
             raise ValueError("what has happened since it was gathered would be lost")
         self._audit.gathered = Gathered()
         return Gathering(self, self.sessions.values(), now, breathe).chunks()
+
+    def retire(self) -> None:
+        """Another one goes on, for good: what is said to this one is told (`meanwhile`), and not kept."""
+        self._held = _Nowhere()
 
     def meanwhile(self) -> list[bytes]:
         """What has happened since it was frozen, or since this was last asked for, that was not in it: chunks."""

@@ -98,6 +98,8 @@ def test_an_open_connection_goes_on_in_the_old_process(workers: str) -> None:
         second = proxy.upgrade()
         assert lives(first)
         wait_for(lambda: proxy.open_connections("socks5") == 1, 30, "it is shown by the new one")
+        rows = proxy.page()["workers"]
+        assert [row["open_connections"] for row in rows if row["role"] == "leaving"] == [1], "with those of its own"
         smtp.sendmail("a@a.example", ["b@b.example"], "Subject: x\r\n\r\nhello\r\n")
         smtp.quit()
         sock.close()
@@ -197,6 +199,42 @@ def test_a_new_program_that_hangs_is_given_up_when_it_is_killed(workers: str) ->
         if lives(proxy.pid) and not proxy.matching("the new program has taken over"):
             with socks5(proxy.socks5, mx.endpoint, "127.0.0.5") as sock:
                 Smtp(sock).quit()
+
+
+@WORKERS
+def test_many_in_a_row_leave_one_process_and_its_descriptors(workers: str) -> None:
+    with Proxy(settings(workers)) as proxy:
+        descriptors = []
+        for _ in range(5):
+            old = proxy.upgrade()
+            wait_for(lambda old=old: not lives(old), 60, "the old process ends")  # type: ignore[misc]
+            wait_for(lambda: len(proxy.page()["workers"]) == (1 if workers == "1" else 3), 30, "all of them serve")
+            wait_for(lambda: not descriptors or proxy.fds() <= descriptors[0], 30, f"no more than {descriptors}")
+            descriptors.append(proxy.fds())
+        wait_for(lambda: not [pid for pid in others_of(proxy) if pid != proxy.pid], 30, "nobody else")
+
+
+def test_idle_tls_connections_hear_quit() -> None:
+    """The old processes keep none; the new ones make their own."""
+    many = 100
+    more = "mode smtp\nsmtp_tls required\nsource all {\n    ip 127.0.0.5\n    ehlo client.example\n}\n"
+    for name in ("max_cached", "max_cached_per_destination"):
+        more += f"reuse_connections_{name} {many}\n"
+    with Mx(starttls=True) as mx, Proxy(settings("2", more)) as proxy:
+        clients = [Smtp(socks5(proxy.socks5, mx.endpoint, "127.0.0.5")) for _ in range(many)]
+        for client in clients:
+            client.ehlo()
+            assert client.mail("a@a.example")[0] == 250
+        for client in clients:
+            client.rset()
+            client.quit()
+        wait_for(lambda: proxy.page()["pool"]["held"] == many, 60, "all of them are held open")
+        old = proxy.upgrade()
+        wait_for(lambda: not lives(old), 60, "the old process ends")
+        wait_for(lambda: mx.open == 0, 60, "all have been closed")
+        held = [session for session in mx.sessions if session.encrypted]
+        assert len(held) == many
+        assert all(session.commands[-1].upper().startswith(b"QUIT") for session in held)
 
 
 #: A program of another version: it is this one, and `spoil` is done to it.

@@ -39,7 +39,7 @@ instance shares {{
 }}
 source shared {{
     ip {FREE}
-    ehlo mta.example.org
+    ehlo client.example
 }}
 throttle one {{
     source {LIMITED}
@@ -185,6 +185,7 @@ def drill(upgrades: int) -> None:
         limited.check(Rule(40, 1, latest=SECOND // 10), wait_for_places=True)
         got = Counter(each.content for mx in (free, narrow) for each in mx.messages if each.accepted)
         assert got == books.sent
+        assert proxy.matching("reused=yes"), "connections were shared"
 
 
 def test_three_upgrades_under_the_load_of_all_doors() -> None:

@@ -133,3 +133,12 @@ def test_sessions_are_not_listened_to_until_it_is_known_who_goes_on(two: Two) ->
     assert resumed
     two.change()
     assert two.here.listens_to_sessions, "to a BYE"
+
+
+def test_what_is_said_to_one_that_is_gone_is_told_and_not_kept(two: Two) -> None:
+    two.change()
+    for _ in range(100):
+        two.old.demand(two.session, 0, 1, 0, 0, 0, 0, clock_ns())
+    two.here.leave(two.places)
+    assert two.old._held == []
+    assert len(two.old.meanwhile()) == 1, "its place"
