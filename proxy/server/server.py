@@ -113,6 +113,7 @@ class Server:
         self._zone: tzinfo = UTC  # whose calendar days count
         self._stops = 0
         self._stop = Event()
+        self._begun = Event()  # the first settings are in force
         self._settled = Event()  # no reload is going on
         self._settled.set()
         self._notifier = systemd.Notifier(os.environ, os.getpid())
@@ -211,6 +212,7 @@ class Server:
             except ConfigError:
                 self._workers.kill()
                 raise
+        self._begun.set()
         _tell_doubts(self._first, hold_breath)
         self._wiring.watch_addresses()
         process.log_what_the_hub_catches(self._wiring.counters)
@@ -383,7 +385,8 @@ class Server:
         self._leases.use(wanted, settings)
 
     def _report(self) -> None:
-        """SIGUSR1: with what the workers know now."""
+        """SIGUSR1: with what the workers know now; during the start, when there is something to know."""
+        self._begun.wait()
         self._everywhere.parts()
         self._routine.report()
 
