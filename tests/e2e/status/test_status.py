@@ -376,7 +376,8 @@ def test_what_alerts_and_dashboard_look_at_exists(proxy):
         for selector in selectors(expression)
     }
     assert len(wanted) >= 30
-    assert wanted <= set(known), wanted - set(known)
+    of_a_store = {each for each in wanted if each.startswith("greenarrow_proxy_store_")}  # there with one, see there
+    assert wanted - of_a_store <= set(known), wanted - set(known)
 
 
 def test_the_documented_alerts_are_those_of_the_file():

@@ -90,9 +90,9 @@ import os, sys
 from proxy.model import Endpoint
 from proxy.server.systemd import Inherited
 inherited = Inherited(os.environ, os.getpid())
-taken = inherited.take(Endpoint("127.0.0.1", int(sys.argv[1])))
-assert inherited.take(Endpoint("127.0.0.1", int(sys.argv[1]))) is None
-assert inherited.take(Endpoint("127.0.0.9", 1)) is None
+(taken,) = inherited.take(Endpoint("127.0.0.1", int(sys.argv[1])), 1)
+assert inherited.take(Endpoint("127.0.0.1", int(sys.argv[1])), 1) == []
+assert inherited.take(Endpoint("127.0.0.9", 1), 1) == []
 assert not taken.getblocking() and not taken.get_inheritable()
 print(inherited.left(), inherited.unusable, taken.accept()[0].recv(5))
 inherited.close()

@@ -116,7 +116,7 @@ def test_what_counts_by_itself():
         ("source 192.0.2.1/8", "is not a network such as"),
         ("per source, nothing", "`nothing` stands alone"),
         ("per everything", "is not source, receiver or nothing"),
-        ("scope cluster", "not available in this version"),
+        ("scope cluster", "throttle_store"),
         ("domain 192.0.2.1", "is not a domain"),
         ("domain *.example.com", "is not a domain"),
         ("domain localhost", "is not a domain"),
