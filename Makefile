@@ -5,7 +5,7 @@
 #   make test         all tests but the slow ones
 #   make check        formatting, lint, types
 #   make bench-quick  a few minutes: a first look at the cost against HAProxy and others
-#   make bench        the full tables of docs/performance.md
+#   make bench        the full tables of docs/performance/tables.md
 #   make bench-stalls the longest stall of an innocent connection under each attack
 #   make bench-handshakes what others wait beside 200 handshakes a second, and how many one and two threads make
 #   make soak         the slow tests: leaks, long fuzzing

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The benchmark: `make bench` (everything), `make bench-quick` (about two minutes). See docs/performance.md.
+"""The benchmark: `make bench` (everything), `make bench-quick` (about two minutes). See docs/performance/method.md.
 
 Only the order of things is here: which workloads, how many rounds, who goes first, where the results are written.
 """
@@ -19,7 +19,7 @@ from harness.workload import Workload
 from harness.workloads import QUICK, QUICK_CANDIDATES, WORKLOADS
 
 RESULTS = machine.BENCH / "results"
-DOCUMENT = machine.ROOT / "docs" / "performance.md"
+DOCUMENT = machine.ROOT / "docs" / "performance" / "tables.md"
 
 
 def say(text: str) -> None:
@@ -33,7 +33,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workloads", help=f"comma-separated, of: {', '.join(WORKLOADS)}")
     parser.add_argument("--candidates", help=f"comma-separated, of: {', '.join(CANDIDATES)}")
     parser.add_argument("--label", help="name of the files in bench/results (default: full, or quick)")
-    parser.add_argument("--docs", action="store_true", help="put the tables into docs/performance.md (full runs do)")
+    parser.add_argument("--docs", action="store_true", help="put the tables into docs/performance/ (full runs do)")
     parser.add_argument("--report-only", action="store_true", help="measure nothing, write tables and plot anew")
     return parser.parse_args()
 

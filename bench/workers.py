@@ -34,7 +34,7 @@ sys.path.insert(0, str(machine.ROOT))
 
 from tests.program import Proxy
 
-DOCUMENT = machine.ROOT / "docs" / "performance.md"
+DOCUMENT = machine.ROOT / "docs" / "performance" / "tables.md"
 BEGIN, END = "<!-- bench: begin, written by bench/workers.py -->", "<!-- bench: end, workers -->"
 CORES = machine.Cores()
 GOAL = 1.10

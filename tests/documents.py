@@ -14,7 +14,7 @@ def texts() -> list[Path]:
         ROOT / "README.md",
         ROOT / "CHANGES.md",
         ROOT / "tests" / "README.md",
-        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "docs").rglob("*.md")),
     ]
 
 

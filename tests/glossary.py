@@ -81,7 +81,9 @@ def link(text: str, where: str) -> str:
 
 def place_of(document: Path) -> str:
     """The glossary as a link from this document."""
-    return "docs/glossary.md" if document.parent == documents.ROOT else "glossary.md"
+    if document.parent == documents.ROOT:
+        return "docs/glossary.md"
+    return "glossary.md" if document.parent.name == "docs" else "../glossary.md"
 
 
 if __name__ == "__main__":

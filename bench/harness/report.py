@@ -1,4 +1,4 @@
-"""The run as a person reads it: Markdown tables, and the same tables put into docs/performance.md."""
+"""The run as a person reads it: Markdown tables, and the same tables put into docs/performance/tables.md."""
 
 from __future__ import annotations
 
