@@ -7,6 +7,8 @@ from time import monotonic
 from proxy.doors.presence import HALF_CLOSED
 from proxy.doors.record import Visit
 from proxy.egress import upstream
+from proxy.egress.asking import wait_for_place
+from proxy.egress.office import Applicant
 from proxy.errors import Overloaded, PeerError
 from proxy.model import Endpoint, Route
 from proxy.net.relay import RawSocket
@@ -96,4 +98,5 @@ def _take_place(visit: Visit, instance: str, source: str, destination: Endpoint)
     weight = services.access.weight_of(instance)
     seconds = place_within(visit.answer_within())
     with visit.while_client_stays(0.0):
-        visit.place = services.office.enter(owner, weight, source, destination.host, (), seconds)
+        who = Applicant(owner, weight, source, destination.host)
+        visit.place = wait_for_place(services.office, who, seconds)

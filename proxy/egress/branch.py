@@ -17,7 +17,8 @@ from typing import Any
 import gevent
 from gevent import get_hub
 
-from proxy.egress.remote import RemoteSlot, name_of, who_of
+from proxy.egress.lent import name_of
+from proxy.egress.remote import RemoteSlot, applicant_of
 from proxy.egress.switch import Switch, heir_of
 from proxy.errors import Throttled
 from proxy.protocols import seam
@@ -205,19 +206,9 @@ class Branch:
     # ---------------------------------------------------------------- places
 
     def _enter(self, record: seam.Enter) -> None:
-        owner, weight, source, destination, names = who_of(record.who)
-        id = record.id
-        answer = self._office.ask_place(
-            owner,
-            weight,
-            source,
-            destination,
-            record.seconds,
-            partial(self._placed, id),
-            (self, record.key) if record.key else None,
-            record.rated,
-            names,
-        )
+        id, key = record.id, (self, record.key) if record.key else None
+        who = applicant_of(record.who, record.rated)
+        answer = self._office.ask_place(who, record.seconds, partial(self._placed, id), key)
         if isinstance(answer, Ticket | int):
             self._tickets[id] = answer
         elif answer is None:
@@ -264,9 +255,8 @@ class Branch:
         self._office.leave(self._forget(number))
 
     def _swap(self, record: seam.Swap) -> None:
-        owner, weight, source, destination, names = who_of(record.who)
         old = self._places.get(record.number)
-        may, new = self._office.swap(old, owner, weight, source, destination, (), record.rated, names)
+        may, new = self._office.swap(old, applicant_of(record.who, record.rated))
         if not may:
             self.say(seam.Swapped(record.id, False))
             return
@@ -283,10 +273,8 @@ class Branch:
     # ---------------------------------------------------------------- messages
 
     def _ask(self, record: seam.Ask) -> None:
-        owner, weight, source, destination, names = who_of(record.who)
         id = record.id
-        answer = partial(self._granted, id)
-        slot = self._office.ask_slot(owner, weight, source, destination, (), record.seconds, answer, names)
+        slot = self._office.ask_slot(applicant_of(record.who), record.seconds, partial(self._granted, id))
         if slot is None:
             self.say(seam.Granted(id, 0))
             return

@@ -15,7 +15,8 @@ from typing import Any
 import gevent
 
 import proxy.store
-from proxy.egress.admission import Admission, clock_ns
+from proxy.egress.admission import Admission
+from proxy.egress.clock import clock_ns
 from proxy.log import lines as log
 from proxy.settings import Settings
 from proxy.spans import SPANS

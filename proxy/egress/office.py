@@ -12,10 +12,47 @@ from typing import NamedTuple, Protocol
 from proxy.errors import Throttled
 from proxy.model import UNNAMED, Names
 from proxy.throttling.audit import Mail
-from proxy.throttling.flows import Flow, Places
+from proxy.throttling.flows import Flow, Places, Ticket
 
 #: Told once, in the hub: None: it is there, to be used at once; or why there is none. Must not wait.
 Answer = Callable[[Throttled | None], None]
+#: Told once, in the hub: why there are no places, or the places (None: none are needed). Must not wait.
+PlaceAnswer = Callable[[Throttled | None, Places | None], object]
+
+
+class Applicant:
+    """Who asks for places or slots, and for which receiver; the same for every call of one client. Never changed.
+
+    Args:
+        owner: instance name, else the client's address; one that has a session shares its turns with it.
+        weight: as the operator has set it.
+        source, destination: addresses in canonical form; the proxy's own throttles that match them apply. None does
+            without a source.
+        flows: a session's paths, whose throttles apply, too.
+        rated: whether a connection counts against the rates of the proxy's own throttles; not if its messages do, each
+            by `ask_slot`.
+        names: what the client says of its receiver.
+    """
+
+    __slots__ = ("destination", "flows", "names", "owner", "rated", "source", "weight")
+
+    def __init__(
+        self,
+        owner: str,
+        weight: float,
+        source: str,
+        destination: str,
+        flows: tuple[Flow, ...] = (),
+        rated: bool = True,
+        names: Names = UNNAMED,
+    ) -> None:
+        self.owner = owner
+        self.weight = weight
+        self.source = source
+        self.destination = destination
+        self.flows = flows
+        self.rated = rated
+        self.names = names
 
 
 class Slot(Protocol):
@@ -34,53 +71,33 @@ class Permit(NamedTuple):
 
 
 class Office(Protocol):
-    """All calls but `enter`, `swap`, `pass_on`, `message` and `put_off` return at once."""
+    """All calls but `swap`, `pass_on` and `put_off` return at once."""
 
     # ---------------------------------------------------------------- places
 
     @property
     def limited(self) -> bool:
-        """Whether the proxy has throttles of its own: without, `enter` need not be called."""
+        """Whether the proxy has throttles of its own: without, `ask_place` need not be called."""
 
-    def enter(
-        self,
-        owner: str,
-        weight: float,
-        source: str,
-        destination: str,
-        flows: tuple[Flow, ...],
-        seconds: float,
-        key: Hashable = None,
-        rated: bool = True,
-        names: Names = UNNAMED,
-    ) -> Places | None:
-        """Wait in fair order for a place under every throttle that applies; None: none does.
+    def ask_place(
+        self, who: Applicant, seconds: float, answer: PlaceAnswer, key: Hashable
+    ) -> Places | Ticket | int | None:
+        """Ask for a place under every throttle that applies, in fair order. See `asking.wait_for_place`, too.
 
         Args:
-            owner: instance name, else the client's address.
-            source, destination: addresses in canonical form.
-            flows: a session's paths, whose throttles apply, too.
             seconds: the longest to wait; the proxy's own throttles may say less.
+            answer: not called if they are there at once, nor after `cancel_place`.
             key: of the cached connection that would do; see `pass_on`.
-            rated: whether the connection counts against the rates of the proxy's own throttles; not if its messages do,
-                each by `message` or `ask_slot`.
-            names: what the client says of its receiver.
 
-        Raises:
-            Throttled: not in time; says which throttle, and when to come back.
+        Returns:
+            None: none applies. The places; or a ticket.
         """
 
-    def swap(
-        self,
-        old: Places | None,
-        owner: str,
-        weight: float,
-        source: str,
-        destination: str,
-        flows: tuple[Flow, ...],
-        rated: bool = True,
-        names: Names = UNNAMED,
-    ) -> tuple[bool, Places | None]:
+    def cancel_place(self, ticket: Ticket | int) -> None:
+        """Nobody waits for it any more, whether it was given meanwhile or not; after the answer this changes
+        nothing."""
+
+    def swap(self, old: Places | None, who: Applicant) -> tuple[bool, Places | None]:
         """A cached connection changes its user: its places for those of the new one, in one call. Whoever is thrown out
         of it has to give back the old ones.
 
@@ -106,48 +123,11 @@ class Office(Protocol):
 
     # ---------------------------------------------------------------- messages
 
-    def message(
-        self,
-        owner: str,
-        weight: float,
-        source: str,
-        destination: str,
-        flows: tuple[Flow, ...],
-        seconds: float,
-        waits: Callable[[], object] = lambda: None,
-        names: Names = UNNAMED,
-    ) -> Slot | None:
-        """Wait for `ask_slot` in the running greenlet.
+    def ask_slot(self, who: Applicant, seconds: float, answer: Answer) -> Slot | None:
+        """Ask for the slot of one message that the proxy is to pass on, in fair order with all instances' demand. See
+        `asking.wait_for_slot`, too.
 
         Args:
-            waits: called when the slot is not there at once; must not wait.
-
-        Returns:
-            None: nothing limits the message. Else a ticket for `put_off`, if the message does not go at once.
-
-        Raises:
-            Throttled: not in time.
-        """
-
-    def ask_slot(
-        self,
-        owner: str,
-        weight: float,
-        source: str,
-        destination: str,
-        flows: tuple[Flow, ...],
-        seconds: float,
-        answer: Answer,
-        names: Names = UNNAMED,
-    ) -> Slot | None:
-        """Ask for the slot of one message that the proxy is to pass on, in fair order with all instances' demand.
-
-        Args:
-            owner: instance name, else the client's address; one that has a session shares its turns with it.
-            weight: as the operator has set it.
-            source, destination, names: canonical addresses, and what the client says: the proxy's own throttles that
-                match them apply; none without a source.
-            flows: a session's paths, whose throttles apply, too.
             seconds: the longest to wait; the proxy's own throttles may say less.
             answer: see `Answer`. Not called if the slot is there at once, nor after `cancel_message`.
 

@@ -7,16 +7,15 @@ the other one by the manager (`Handover.meanwhile`). Who waits asks anew there, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 
 from proxy.egress.admission import Admission
-from proxy.egress.office import Answer, Office, Permit, Slot
-from proxy.egress.remote import Lent, Remote, RemoteSlot
-from proxy.errors import Throttled
-from proxy.model import UNNAMED, Names
+from proxy.egress.lent import Lent
+from proxy.egress.office import Answer, Applicant, Office, Permit, PlaceAnswer, Slot
+from proxy.egress.remote import Remote, RemoteSlot
 from proxy.throttling.audit import Mail
 from proxy.throttling.desk import MessageTicket
-from proxy.throttling.flows import Flow, Places, Ticket
+from proxy.throttling.flows import Places, Ticket
 
 
 class Switch(Office):
@@ -40,38 +39,25 @@ class Switch(Office):
     @property
     def limited(self) -> bool:
         """See `Office`."""
-        return self.here.limited
+        return bool(self.here.manager.blocks)
 
-    def enter(
-        self,
-        owner: str,
-        weight: float,
-        source: str,
-        destination: str,
-        flows: tuple[Flow, ...],
-        seconds: float,
-        key: Hashable = None,
-        rated: bool = True,
-        names: Names = UNNAMED,
-    ) -> Places | None:
+    def ask_place(
+        self, who: Applicant, seconds: float, answer: PlaceAnswer, key: Hashable
+    ) -> Places | Ticket | int | None:
         """See `Office`."""
-        office = self.away or self.here
-        return office.enter(owner, weight, source, destination, flows, seconds, key, rated, names)
+        return (self.away or self.here).ask_place(who, seconds, answer, key)
 
-    def swap(
-        self,
-        old: Places | None,
-        owner: str,
-        weight: float,
-        source: str,
-        destination: str,
-        flows: tuple[Flow, ...],
-        rated: bool = True,
-        names: Names = UNNAMED,
-    ) -> tuple[bool, Places | None]:
+    def cancel_place(self, ticket: Ticket | int) -> None:
+        """See `Office`."""
+        if isinstance(ticket, Ticket):
+            self.here.cancel_place(ticket)
+        elif self.away is not None:
+            self.away.cancel_place(ticket)
+
+    def swap(self, old: Places | None, who: Applicant) -> tuple[bool, Places | None]:
         """See `Office`."""
         office = self.here if old is not None else self.away or self.here
-        return self._of(old, office).swap(old, owner, weight, source, destination, flows, rated, names)
+        return self._of(old, office).swap(old, who)
 
     def leave(self, places: Places | None) -> None:
         """See `Office`."""
@@ -89,68 +75,11 @@ class Switch(Office):
         """See `Office`."""
         return self._of(places, self.here).pass_on(places, key)
 
-    def ask_place(
-        self,
-        owner: str,
-        weight: float,
-        source: str,
-        destination: str,
-        seconds: float,
-        answer: Callable[[Throttled | None, Places | None], object],
-        key: Hashable,
-        rated: bool,
-        names: Names,
-    ) -> Places | Ticket | int | None:
-        """`enter` without a greenlet.
-
-        Args:
-            answer: told why there are none, or the places; not called if they are there at once, nor after
-                `cancel_place`.
-
-        Returns:
-            None: no throttle applies. The places; or a ticket.
-        """
-        office = self.away or self.here
-        return office.ask_place(owner, weight, source, destination, seconds, answer, key, rated, names)
-
-    def cancel_place(self, ticket: Ticket | int) -> None:
-        """Nobody waits for it any more; after the answer this changes nothing."""
-        if isinstance(ticket, Ticket):
-            self.here.cancel_place(ticket)
-        elif self.away is not None:
-            self.away.cancel_place(ticket)
-
     # ---------------------------------------------------------------- messages
 
-    def message(
-        self,
-        owner: str,
-        weight: float,
-        source: str,
-        destination: str,
-        flows: tuple[Flow, ...],
-        seconds: float,
-        waits: Callable[[], object] = lambda: None,
-        names: Names = UNNAMED,
-    ) -> Slot | None:
+    def ask_slot(self, who: Applicant, seconds: float, answer: Answer) -> MessageTicket | RemoteSlot | None:
         """See `Office`."""
-        office = self.away or self.here
-        return office.message(owner, weight, source, destination, flows, seconds, waits, names)
-
-    def ask_slot(
-        self,
-        owner: str,
-        weight: float,
-        source: str,
-        destination: str,
-        flows: tuple[Flow, ...],
-        seconds: float,
-        answer: Answer,
-        names: Names = UNNAMED,
-    ) -> MessageTicket | RemoteSlot | None:
-        """See `Office`."""
-        office = self.away or self.here
-        return office.ask_slot(owner, weight, source, destination, flows, seconds, answer, names)
+        return (self.away or self.here).ask_slot(who, seconds, answer)
 
     def cancel_message(self, ticket: Slot) -> None:
         """See `Office`."""

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from proxy.config.includes import INCLUDE
 from proxy.config.load import Loaded
 from proxy.config.rules import listeners
-from proxy.egress.admission import clock_ns
+from proxy.egress.clock import clock_ns
 from proxy.model import Breathe, Endpoint, hold_breath
 from proxy.net import contexts, identities
 from proxy.net.addresses import own_addresses

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from proxy.egress.admission import clock_ns
+from proxy.egress.clock import clock_ns
 from proxy.log import outputs
 from proxy.numbering import numbers
 from proxy.server.listeners import Doors

@@ -28,8 +28,9 @@ from proxy import __version__
 from proxy.config.in_force import Row, digest
 from proxy.config.load import Loaded
 from proxy.control import door as control
-from proxy.egress.admission import Admission, clock_ns
+from proxy.egress.admission import Admission
 from proxy.egress.branch import Branches
+from proxy.egress.clock import clock_ns
 from proxy.egress.leases import Leases, make_cluster
 from proxy.egress.office import Office
 from proxy.egress.remote import Remote

@@ -10,7 +10,7 @@ from proxy.config.in_force import Row
 from proxy.control.explain import Rules, explained
 from proxy.control.house import Heard
 from proxy.egress import upstream
-from proxy.egress.admission import clock_ns
+from proxy.egress.clock import clock_ns
 from proxy.model import Endpoint
 from proxy.net.addresses import own_addresses
 from proxy.net.turns import rest

@@ -15,7 +15,7 @@ import gevent
 from gevent.event import Event
 from msgspec import MsgspecError, msgpack
 
-from proxy.egress.admission import clock_ns
+from proxy.egress.clock import clock_ns
 from proxy.errors import ConfigError
 from proxy.log import lines as log
 from proxy.model import Endpoint

@@ -20,7 +20,8 @@ from gevent.event import Event
 from msgspec import msgpack
 
 from proxy import __version__
-from proxy.egress.admission import Admission, clock_ns
+from proxy.egress.admission import Admission
+from proxy.egress.clock import clock_ns
 from proxy.egress.remote import Remote
 from proxy.log import lines as log
 from proxy.model import Endpoint

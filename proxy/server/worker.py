@@ -20,7 +20,8 @@ from gevent.queue import Queue
 
 from proxy.doors import front
 from proxy.doors.passing import Passed
-from proxy.egress.admission import Admission, clock_ns
+from proxy.egress.admission import Admission
+from proxy.egress.clock import clock_ns
 from proxy.egress.office import Office
 from proxy.egress.remote import Remote
 from proxy.errors import ConfigError

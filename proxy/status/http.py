@@ -24,7 +24,7 @@ from gevent.lock import RLock
 from gevent.pywsgi import WSGIHandler, WSGIServer
 
 from proxy import __version__
-from proxy.egress.admission import clock_ns
+from proxy.egress.clock import clock_ns
 from proxy.errors import ClientNotAllowed, PeerError, ProxyError
 from proxy.log import lines as log
 from proxy.model import Endpoint, canonical_ip

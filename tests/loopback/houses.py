@@ -9,10 +9,13 @@ from types import SimpleNamespace
 
 import gevent
 
-from proxy.egress.admission import Admission, clock_ns
+from proxy.egress.admission import Admission
+from proxy.egress.asking import wait_for_place
 from proxy.egress.branch import Branches
 from proxy.egress.bring_up import open_receiver
+from proxy.egress.clock import clock_ns
 from proxy.egress.keeper import Keeper
+from proxy.egress.office import Applicant
 from proxy.egress.pool import PoolKey
 from proxy.egress.receiver import Limits, Wish
 from proxy.egress.remote import Remote
@@ -82,16 +85,16 @@ class House:
 
     def waits(self):
         """How many wait for places."""
-        return len(self.admission._waiting)
+        return self.admission.waiters.for_places
 
     def who(self, key, owner):
-        return owner, 1.0, key.source, key.destination.host, ()
+        return Applicant(owner, 1.0, key.source, key.destination.host)
 
     def open(self, key, owner="a", seconds=5.0):
         """As an OPEN is served: cached, or waited for, or fresh."""
 
         def swap(kept):
-            may, places = self.admission.swap(kept.place, *self.who(key, owner))
+            may, places = self.admission.swap(kept.place, self.who(key, owner))
             if may:
                 kept.place = places
             return may
@@ -103,7 +106,7 @@ class House:
 
         receiver = self.keeper.take(key, swap)
         if receiver is None:
-            places = self.admission.enter(*self.who(key, owner), seconds, key)
+            places = wait_for_place(self.admission, self.who(key, owner), seconds, key)
             receiver = self.keeper.take(key, move_in, with_places=True) if places is not None else None
         if receiver is None:
             wish = Wish(key.ehlo_name, key.tls, key.tls_server_name)
@@ -177,7 +180,7 @@ class Elsewhere(House):
         return office
 
     def waits(self):
-        return len(self.branches.office.here._waiting)
+        return self.branches.office.here.waiters.for_places
 
     def close(self):
         for receiver in list(self.out):
@@ -185,8 +188,8 @@ class Elsewhere(House):
         self.keeper.drain()
         until(lambda: self.keeper.cached == 0, what="nothing is held")
         until(lambda: not len(self.branch), what="the places are back")
-        assert not self.admission._held
-        assert not self.admission._wanted
+        assert not self.admission._loans._held
+        assert not self.admission._loans._wanted
         assert not self.admission._asked
         super().close()
         self.worker.close()

@@ -22,7 +22,8 @@ from proxy.doors.native import control_frames
 from proxy.doors.native.control_acts import Acts, SessionOver
 from proxy.doors.native.control_queue import Outgoing
 from proxy.doors.native.entrance import Guest, check_still_welcome
-from proxy.egress.admission import Admission, Client, clock_ns
+from proxy.egress.admission import Admission, Client
+from proxy.egress.clock import clock_ns
 from proxy.errors import GOODBYES, NameInUse, NoPong, ProxyError, Refused, Replaced
 from proxy.log import lines as log
 from proxy.model import Ending

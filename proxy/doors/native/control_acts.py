@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from proxy.doors.native import control_frames
 from proxy.doors.native.control_frames import MAX_CACHED
 from proxy.doors.native.receiver_names import names_of
-from proxy.egress.admission import clock_ns
+from proxy.egress.clock import clock_ns
 from proxy.errors import Refused
 from proxy.policy.turns import RECORD
 from proxy.protocols.native import frames as native

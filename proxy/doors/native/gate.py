@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from proxy.egress.office import Office, Slot
+from proxy.egress.office import Applicant, Office, Slot
 from proxy.errors import Throttled
 from proxy.model import UNNAMED, Names
 from proxy.throttling.audit import LATE, Mail
@@ -48,7 +48,7 @@ class Gate:
         self.refusal: Throttled | None = None
         self._office = office
         self._places = places
-        self._way = way
+        self._who = Applicant(places.owner, places.weight, way.source, way.destination, (), False, way.names)
         self._wake = wake
         self._waits: Slot | None = None
         self._slot: Slot | None = None  # the one under the proxy's own throttles
@@ -87,10 +87,7 @@ class Gate:
 
     def _take_slot(self, answer: Callable[[Throttled | None], None]) -> bool:
         """Of the proxy's own throttles."""
-        places, way = self._places, self._way
-        ticket = self._slot = self._office.ask_slot(
-            places.owner, places.weight, way.source, way.destination, (), _LONGEST, answer, way.names
-        )
+        ticket = self._slot = self._office.ask_slot(self._who, _LONGEST, answer)
         if ticket is None or ticket.granted:
             return True
         self._waits = ticket

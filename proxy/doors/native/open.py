@@ -14,7 +14,9 @@ from typing import NamedTuple
 from proxy.doors.native.entrance import Guest
 from proxy.doors.native.receiver_names import host_name, names_of
 from proxy.egress import upstream
+from proxy.egress.asking import wait_for_place
 from proxy.egress.bring_up import open_receiver
+from proxy.egress.office import Applicant
 from proxy.egress.pool import PoolKey
 from proxy.egress.receiver import InClear, Limits, Receiver, StaleSession, Wish, may_do_without
 from proxy.errors import BadCiphers, Draining, Overloaded, Step, UnknownPath, UpstreamError
@@ -37,8 +39,6 @@ _SESSION_ONE_OF_MANY = 15.0
 Attempts = list[tuple[m.Address, UpstreamError]]
 #: Told of each connection that did not come to be: its source, its destination, and why.
 Tell = Callable[[str, Endpoint, UpstreamError], None]
-#: Owner, weight, source, destination and paths, as `Admission` wants them.
-_Who = tuple[str, float, str, str, tuple[Flow, ...]]
 
 
 class Taken(NamedTuple):
@@ -172,18 +172,20 @@ class Opener:
         """Shared or fresh, with its places."""
         services, request, instance = self._services, self._request, self._peer.instance
         key = self._key(source, destination, wish)
-        who = (
+        who = Applicant(
             instance or self._guest.client.host,
             services.access.weight_of(instance),
             source,
             destination.host,
             self._flows,
+            self._rated,
+            self._names,
         )
         may_share = request.reuse and request.ehlo_name is not None and not request.fresh
         patience = self._share(left) / 2
         if may_share and (kept := self._kept(key, lambda kept: self._swap(kept, who), patience)) is not None:
             return kept
-        places = services.admission.enter(*who, self._share(left), key if may_share else None, self._rated, self._names)
+        places = wait_for_place(services.admission, who, self._share(left), key if may_share else None)
         if may_share and places is not None:  # perhaps it had to be waited for, and came with a connection
             try:
                 kept = self._kept(key, lambda kept: self._move_in(kept, places), self._share(left) / 2, True)
@@ -217,9 +219,9 @@ class Opener:
         services.counters.reused += 1
         return Taken(receiver, key, True)
 
-    def _swap(self, kept: Receiver, who: _Who) -> bool:
+    def _swap(self, kept: Receiver, who: Applicant) -> bool:
         """Its places for those of this path, if these are free."""
-        may, places = self._services.admission.swap(kept.place, *who, self._rated, self._names)
+        may, places = self._services.admission.swap(kept.place, who)
         if may:
             kept.place = places
         return may
@@ -231,7 +233,7 @@ class Opener:
         return True
 
     def _fresh(
-        self, wish: Wish, source: str, destination: Endpoint, left: int, who: _Who, places: Places | None
+        self, wish: Wish, source: str, destination: Endpoint, left: int, who: Applicant, places: Places | None
     ) -> Receiver:
         """A new connection, which has these places, or those of the connection in clear that took its turn."""
         services, limits = self._services, self._limits(left)
@@ -248,7 +250,7 @@ class Opener:
                 services.broken_tls.failed(destination, error.reason, monotonic())
             self._tell(source, destination, error)
             seconds = limits.ends_at - monotonic()
-            places = asked_with = services.admission.enter(*who, seconds, None, self._rated, self._names)
+            places = asked_with = wait_for_place(services.admission, who, seconds)
 
         services.gauges.outgoing += 1
         try:

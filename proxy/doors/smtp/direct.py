@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from proxy.doors.smtp.egress import Line, Preview, TlsAtOnce
 from proxy.egress import upstream
+from proxy.egress.asking import wait_for_place, wait_for_slot
 from proxy.egress.bring_up import BringUp, connect_receiver, open_receiver
-from proxy.egress.office import Slot
+from proxy.egress.office import Applicant, Slot
 from proxy.egress.pool import PoolKey
 from proxy.egress.receiver import InClear, Limits, Receiver, StaleSession, Wish, may_do_without, may_try_again
 from proxy.errors import Overloaded, Throttled, UpstreamError
@@ -56,7 +57,7 @@ class Direct:
     ) -> None:
         self._services = services
         self._terms = terms
-        self._who = (owner, weight, terms.source, terms.destination.host, ())
+        self._who = Applicant(owner, weight, terms.source, terms.destination.host, rated=False)
         self._bound = sock
         self._slot: Slot | None = None  # the last one
         self._wished = Wish(None, terms.tls)  # see `_settle`
@@ -167,7 +168,7 @@ class Direct:
     def slot(self, waits: Callable[[], None]) -> None:
         """See `Egress`."""
         self._answer_by = monotonic() + _ANSWER_WITHIN
-        self._slot = self._services.office.message(*self._who, _ANSWER_WITHIN, waits)
+        self._slot = wait_for_slot(self._services.office, self._who, _ANSWER_WITHIN, waits)
 
     def redeem(self) -> bool:
         """See `Egress`."""
@@ -268,7 +269,7 @@ class Direct:
     def _enter(self, seconds: float, name: str | None) -> Places | None:
         """A place under the proxy's throttles, whose rates count messages here."""
         key = self._key(name, self._tls) if name is not None else None
-        return self._services.office.enter(*self._who, max(seconds, 0.001), key, rated=False)
+        return wait_for_place(self._services.office, self._who, max(seconds, 0.001), key)
 
     def _enter_now(self) -> Places | None:
         """The same, if it need not be waited for.
@@ -276,7 +277,7 @@ class Direct:
         Raises:
             Throttled: it would have to.
         """
-        may, places = self._services.office.swap(None, *self._who, rated=False)
+        may, places = self._services.office.swap(None, self._who)
         if not may:
             raise Throttled("no place is free", "", 0.0)
         return places
@@ -303,7 +304,7 @@ class Direct:
 
     def _swap(self, kept: Receiver) -> bool:
         """Its places for ours, if these are free."""
-        may, places = self._services.office.swap(kept.place, *self._who, rated=False)
+        may, places = self._services.office.swap(kept.place, self._who)
         if may:
             kept.place = places
         return may

@@ -9,9 +9,11 @@ from typing import ClassVar
 import gevent
 import pytest
 
-from proxy.egress.admission import Admission, Client, clock_ns
+from proxy.egress.admission import Admission, Client
+from proxy.egress.asking import wait_for_place, wait_for_slot
+from proxy.egress.clock import clock_ns
+from proxy.egress.office import Applicant
 from proxy.errors import Throttled
-from proxy.model import UNNAMED
 from proxy.policy.limits import Limits
 from proxy.settings import BackoffSettings
 from proxy.throttling.flows import Places, Throttle
@@ -59,13 +61,13 @@ class Office(Admission):
         return True
 
     def ask(self, owner="a", seconds=20.0, key=None):
-        return self.enter(owner, 1.0, SOURCE, DESTINATION, (), seconds, key)
+        return wait_for_place(self, Applicant(owner, 1.0, SOURCE, DESTINATION), seconds, key)
 
     def waits(self, *args, **options):
         """A greenlet that stands in the line."""
-        size = len(self._waiting)
+        size = self.waiters.for_places
         greenlet = gevent.spawn(self.ask, *args, **options)
-        wait_for(lambda: len(self._waiting) > size, pause=gevent.sleep)
+        wait_for(lambda: self.waiters.for_places > size, pause=gevent.sleep)
         return greenlet
 
 
@@ -94,8 +96,8 @@ def test_one_after_the_other():
         assert isinstance(held, Places)
         assert all(not other.ready() for other in greenlets.values())
     office.leave(held)
-    assert not office._waiting
-    assert not office._awaited
+    assert not office.waiters.for_places
+    assert not office.waiters._awaited
 
 
 def test_time_is_up_by_the_shorter_of_client_and_block():
@@ -173,7 +175,7 @@ def test_a_wake_up_that_comes_late_wakes_nobody_else():
         return "slept"
 
     greenlet = gevent.spawn(ask_and_sleep)
-    wait_for(lambda: office._waiting, pause=gevent.sleep)
+    wait_for(lambda: office.waiters.for_places, pause=gevent.sleep)
     gevent.get_hub().loop.run_callback(greenlet.throw, ZeroDivisionError)
     office.leave(held)  # it is to be woken, but by then it waits for something else
     assert greenlet.get(timeout=30) == "slept"
@@ -226,15 +228,16 @@ class Messages(Office):
 
     def order(self, owner, seconds=20.0):
         answer = lambda refusal: self.answers.append((owner, refusal))  # noqa: E731
-        ticket = self.ask_slot(owner, 1.0, SOURCE, DESTINATION, (), seconds, answer, UNNAMED)
-        return ticket if ticket in self._answers else None
+        ticket = self.ask_slot(Applicant(owner, 1.0, SOURCE, DESTINATION), seconds, answer)
+        return None if ticket is None or ticket.granted else ticket
 
     def send(self, owner, seconds=20.0):
-        self.message(owner, 1.0, SOURCE, DESTINATION, (), seconds)
+        wait_for_slot(self, Applicant(owner, 1.0, SOURCE, DESTINATION), seconds, lambda: None)
         return "sent"
 
     def is_empty(self):
-        return not self._answers and not len(self._deadlines) and not self._waiting and not self._refused
+        waiters = self.waiters
+        return not waiters.for_slots and not waiters.for_places and not len(waiters.deadlines)
 
 
 def test_messages_wait_for_their_slots_in_greenlets_and_without():
@@ -303,7 +306,7 @@ def test_called_off_between_the_slot_and_its_being_told():
 
     # The timer's own settling comes behind: the answer stands in line behind the cancelling.
     office.manager.advance = advance_and_cancel
-    wait_for(lambda: not office._answers, pause=gevent.sleep)
+    wait_for(lambda: not office.waiters.for_slots, pause=gevent.sleep)
     gevent.sleep(0.01)
     assert office.answers == []
     assert office.is_empty()
@@ -316,9 +319,9 @@ def test_many_whose_time_is_up_together_are_told_in_turns(monkeypatch):
     time_out = office._time_out
 
     def counted(now):
-        before = len(office._deadlines)
+        before = len(office.waiters.deadlines)
         time_out(now)
-        turns.append(before - len(office._deadlines))
+        turns.append(before - len(office.waiters.deadlines))
 
     monkeypatch.setattr(office, "_time_out", counted)
     greenlets = [gevent.spawn(office.ask, f"owner{index % 7}") for index in range(100)]

@@ -11,8 +11,11 @@ import gevent
 import pytest
 from gevent import sleep
 
-from proxy.egress.admission import Admission, clock_ns
+from proxy.egress.admission import Admission
+from proxy.egress.asking import wait_for_place
 from proxy.egress.branch import Branches
+from proxy.egress.clock import clock_ns
+from proxy.egress.office import Applicant
 from proxy.egress.remote import Remote
 from proxy.egress.switch import Switch
 from proxy.errors import Throttled
@@ -49,7 +52,7 @@ class House:
     def enter(self, worker: SimpleNamespace, seconds: float) -> None:
         def run() -> None:
             try:
-                places = worker.remote.enter("a", 1.0, "127.0.0.1", "127.0.0.2", (), seconds)
+                places = wait_for_place(worker.remote, Applicant("a", 1.0, "127.0.0.1", "127.0.0.2"), seconds)
                 assert places is not None
                 self.throttles |= {each for own in worker.branch._places.values() for each in own.throttles}
                 worker.held.append(places)
@@ -75,7 +78,7 @@ class House:
                 worker.remote.leave(worker.held.pop())
         until(lambda: not any(len(worker.branch) for worker in self.workers), what="all places are back")
         until(lambda: not self.used(), what="the manager has them")
-        assert not any(worker.remote._held or worker.remote._asked for worker in self.workers)
+        assert not any(worker.remote._loans._held or worker.remote._asked for worker in self.workers)
         for worker in self.workers:
             worker.link.close()
             worker.master.close()
@@ -97,7 +100,7 @@ def test_a_random_walk(seed):
             dice.choice(list(worker.waiting)).kill(block=False)  # also while its answer is under way
         elif step < 0.8 and worker.held:
             places = worker.held.pop()
-            may, new = worker.remote.swap(places, "b", 1.0, "127.0.0.1", "127.0.0.3", ())
+            may, new = worker.remote.swap(places, Applicant("b", 1.0, "127.0.0.1", "127.0.0.3"))
             worker.held.append(new if may else places)
         else:
             for _ in range(dice.randrange(4)):
@@ -126,5 +129,5 @@ def test_a_worker_that_is_gone_in_the_middle_of_a_walk_leaves_nothing(seed):
         house.enter(alive, 20.0)
     until(lambda: len(alive.held) == CAP, what="the other one has all places")
     assert house.used() == CAP
-    dead.remote._held.clear()
+    dead.remote._loans._held.clear()
     house.close()

@@ -9,9 +9,10 @@ from typing import Any
 import gevent
 import pytest
 
-from proxy.egress import admission, remote
 from proxy.egress.admission import Admission
 from proxy.egress.branch import Branches
+from proxy.egress.clock import clock_ns
+from proxy.egress.office import Applicant
 from proxy.egress.remote import Remote, RemoteSlot
 from proxy.egress.switch import Switch
 from proxy.policy.limits import Limits
@@ -21,25 +22,22 @@ from proxy.throttling.desk import MessageTicket
 from proxy.throttling.manager import Manager
 from proxy.throttling.throttle import LATENESS, MILLISECOND, SECOND
 
-WHO: Any = ("a", 1.0, "127.0.0.1", "127.0.0.2", ())
+WHO = Applicant("a", 1.0, "127.0.0.1", "127.0.0.2")
 
 
 class Clock:
     """What both ends take for the time."""
 
     def __init__(self) -> None:
-        self.now = admission.clock_ns()
+        self.now = clock_ns()
 
     def __call__(self) -> int:
         return self.now
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(admission, "clock_ns", clock)
-    monkeypatch.setattr(remote, "_now", clock)
-    return clock
+def clock() -> Clock:
+    return Clock()
 
 
 class Ends:
@@ -57,12 +55,12 @@ class Ends:
         )
         self.limits = Limits((block,))
         self.clock = clock
-        self.admission = Admission(Manager(1, clock(), False, self.limits), lambda *missing: False)
+        self.admission = Admission(Manager(1, clock(), False, self.limits), lambda *missing: False, clock)
         self.switch = Switch(self.admission)
         self.to_master: list[Any] = []
         self.to_worker: list[Any] = []
         self.branch = Branches(self.switch).open(self.to_worker.append)
-        self.remote = Remote(self.to_master.append, lambda: self.limits, lambda throttle, count: 0)
+        self.remote = Remote(self.to_master.append, lambda: self.limits, lambda throttle, count: 0, clock)
         clock.now += 5 * SECOND  # the dead time of a start
 
     def up(self) -> list[Any]:
@@ -90,7 +88,7 @@ def ends(clock: Clock) -> Iterator[Ends]:
 
 def test_a_slot_that_comes_in_time_is_used_at_once(ends: Ends) -> None:
     told: list[Any] = []
-    ends.remote.ask_slot(*WHO, 60.0, told.append)
+    ends.remote.ask_slot(WHO, 60.0, told.append)
     ends.up()
     ends.down()
     assert told == [None]
@@ -99,7 +97,7 @@ def test_a_slot_that_comes_in_time_is_used_at_once(ends: Ends) -> None:
 
 def test_a_slot_that_comes_late_is_put_off_before_it_is_used(ends: Ends, clock: Clock) -> None:
     told: list[Any] = []
-    slot = ends.remote.ask_slot(*WHO, 60.0, told.append)
+    slot = ends.remote.ask_slot(WHO, 60.0, told.append)
     ends.up()
     clock.now += 3 * SECOND // 10
     ends.down()
@@ -112,7 +110,7 @@ def test_a_slot_that_comes_late_is_put_off_before_it_is_used(ends: Ends, clock: 
     assert slot.last == clock.now - MILLISECOND + LATENESS  # as of the moment at which it was put off
 
     told.clear()
-    ends.remote.ask_slot(*WHO, 60.0, told.append)  # the next one comes an interval after it
+    ends.remote.ask_slot(WHO, 60.0, told.append)  # the next one comes an interval after it
     ends.up()
     ends.down()
     assert not told
@@ -129,7 +127,7 @@ def test_a_slot_that_comes_late_is_put_off_before_it_is_used(ends: Ends, clock: 
 
 def test_a_slot_that_comes_late_again_and_again_is_used_at_last(ends: Ends, clock: Clock) -> None:
     told: list[Any] = []
-    ends.remote.ask_slot(*WHO, 60.0, told.append)
+    ends.remote.ask_slot(WHO, 60.0, told.append)
     ends.up()
     for _ in range(3):
         clock.now += 3 * LATENESS
@@ -143,7 +141,7 @@ def test_a_slot_that_comes_late_again_and_again_is_used_at_last(ends: Ends, cloc
 
 def test_a_slot_that_comes_much_too_late_is_asked_for_again(ends: Ends, clock: Clock) -> None:
     told: list[Any] = []
-    ends.remote.ask_slot(*WHO, 60.0, told.append)
+    ends.remote.ask_slot(WHO, 60.0, told.append)
     ends.up()
     clock.now += 2 * SECOND
     ends.down()
@@ -157,7 +155,7 @@ def test_a_slot_that_comes_much_too_late_is_asked_for_again(ends: Ends, clock: C
 
 def test_who_calls_off_while_it_is_put_off_is_told_nothing(ends: Ends, clock: Clock) -> None:
     told: list[Any] = []
-    slot = ends.remote.ask_slot(*WHO, 60.0, told.append)
+    slot = ends.remote.ask_slot(WHO, 60.0, told.append)
     ends.up()
     clock.now += 3 * SECOND // 10
     ends.down()
@@ -172,10 +170,10 @@ def test_a_slot_of_who_waited_over_a_change_is_the_new_manager_s(ends: Ends, clo
     """It is told with its last moment, and put off there."""
     ends.admission.manager.freeze(clock())
     told: list[Any] = []
-    slot = ends.remote.ask_slot(*WHO, 60.0, told.append)
+    slot = ends.remote.ask_slot(WHO, 60.0, told.append)
     ends.up()
     asked: list[Any] = []
-    away = Remote(asked.append, lambda: ends.limits, lambda throttle, count: 0)
+    away = Remote(asked.append, lambda: ends.limits, lambda throttle, count: 0, clock)
     ends.switch.hand_over(away)
     assert [type(each) for each in asked] == [seam.Ask]
     away.hear(seam.Granted(asked[0].id, clock.now + 7))

@@ -11,7 +11,7 @@ import threading
 import gevent
 import pytest
 
-from proxy.egress.admission import clock_ns
+from proxy.egress.clock import clock_ns
 from proxy.errors import Throttled
 from proxy.model import Discard
 from proxy.policy.limits import Limits

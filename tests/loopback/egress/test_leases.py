@@ -9,9 +9,11 @@ import gevent
 import pytest
 
 from proxy.config.store import parse_store
-from proxy.egress.admission import Admission, clock_ns
+from proxy.egress.admission import Admission
+from proxy.egress.asking import wait_for_place, wait_for_slot
+from proxy.egress.clock import clock_ns
 from proxy.egress.leases import Leases
-from proxy.model import UNNAMED
+from proxy.egress.office import Applicant
 from proxy.net.relay import make_engine
 from proxy.policy.limits import Limits
 from proxy.settings import Rate, ThrottleSettings
@@ -68,7 +70,7 @@ class Proxy:
 
     def _send(self) -> None:
         while True:
-            self.admission.message(self.name, 1.0, LEAVING, RECEIVER, (), 3600.0, names=UNNAMED)
+            wait_for_slot(self.admission, Applicant(self.name, 1.0, LEAVING, RECEIVER), 3600.0, lambda: None)
             self.sent.append(clock_ns())
 
     def close(self) -> None:
@@ -122,7 +124,7 @@ def test_places_go_where_they_are_wanted(server, proxies):
 
     def opens(proxy, into):
         while True:
-            into.append(proxy.admission.enter("mta", 1.0, LEAVING, RECEIVER, (), 3600.0))
+            into.append(wait_for_place(proxy.admission, Applicant("mta", 1.0, LEAVING, RECEIVER), 3600.0))
 
     a.senders = [gevent.spawn(opens, a, open_a)]
     assert wait_for(lambda: len(open_a) >= 7)  # one is kept for the other

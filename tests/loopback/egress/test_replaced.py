@@ -10,8 +10,11 @@ import gevent
 import pytest
 
 from proxy.doors.native.gate import Gate, Way
-from proxy.egress.admission import Admission, clock_ns
+from proxy.egress.admission import Admission
+from proxy.egress.asking import wait_for_place
 from proxy.egress.branch import Branches
+from proxy.egress.clock import clock_ns
+from proxy.egress.office import Applicant
 from proxy.egress.remote import Remote
 from proxy.egress.switch import Switch
 from proxy.errors import Throttled
@@ -99,7 +102,7 @@ def test_who_waits_for_places_of_a_path_is_told_to_come_again(two: Two) -> None:
 
     def wait() -> None:
         try:
-            two.here.enter("a", 1.0, WAY.source, WAY.destination, two.places.flows, 60.0)
+            wait_for_place(two.here, Applicant("a", 1.0, WAY.source, WAY.destination, two.places.flows), 60.0)
         except Throttled as error:
             said.append(error)
 
@@ -111,7 +114,7 @@ def test_who_waits_for_places_of_a_path_is_told_to_come_again(two: Two) -> None:
     greenlet.join(10)
     assert "has taken over" in str(said[0])
     with pytest.raises(Throttled, match="has taken over"):
-        two.here.enter("a", 1.0, WAY.source, WAY.destination, two.places.flows, 60.0)
+        wait_for_place(two.here, Applicant("a", 1.0, WAY.source, WAY.destination, two.places.flows), 60.0)
 
 
 def test_sessions_are_not_listened_to_until_it_is_known_who_goes_on(two: Two) -> None:

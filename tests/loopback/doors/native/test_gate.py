@@ -13,7 +13,8 @@ import pytest
 from proxy.doors.native.gate import Gate, Way
 from proxy.doors.native.link import ClientGone, Link
 from proxy.doors.native.transfer import Transfer
-from proxy.egress.admission import Admission, clock_ns
+from proxy.egress.admission import Admission
+from proxy.egress.clock import clock_ns
 from proxy.errors import Throttled
 from proxy.net.relay import Engine
 from proxy.net.tls import PlainStream
@@ -311,7 +312,7 @@ def test_the_gate_asks_the_manager_and_gives_everything_back(admit):
     assert not gate.mail(), "said again: late again"
     gate.leave()
     assert not gate.closed
-    assert not admission._answers
+    assert not admission.waiters.for_slots
     assert manager.unpermitted == 0
 
 
@@ -369,7 +370,7 @@ def test_what_is_not_understood_takes_one_slot(admit):
     assert it.gate.unseen()
     assert not it.gate.mail(), "the hour's only one is gone"
     it.gate.leave()
-    assert not it.admission._answers
+    assert not it.admission.waiters.for_slots
 
 
 def test_a_permit_that_lapses_while_its_mail_waits_for_the_block_is_late(admit):

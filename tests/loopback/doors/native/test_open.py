@@ -17,6 +17,7 @@ from proxy.errors import BadServerName, SourceNotAllowed, Step, Throttled, Upstr
 from proxy.model import Endpoint, TlsMode, hold_breath
 from proxy.protocols.native import messages as m
 from proxy.server.server import Server
+from proxy.throttling.flows import Ticket
 from tests import program
 from tests.loopback.net.relays import tcp_pair
 from tests.mx import Mx, close, garbage, mute, say, stall
@@ -39,14 +40,14 @@ class House:
         self.told: list[tuple[str, Endpoint, UpstreamError]] = []
         self.entered: list[object] = []
         self.taken: list[room.Taken] = []
-        enter = self.services.admission.enter
+        enter = self.services.admission.ask_place
 
         def counted(*arguments, **more):
             self.entered.append(None)
             self.entered[-1] = enter(*arguments, **more)
             return self.entered[-1]
 
-        self.services.admission.enter = counted
+        self.services.admission.ask_place = counted
 
     def open(self, *destinations, attempts=None, **more):
         """OPEN; what it came to."""
@@ -204,7 +205,7 @@ def test_the_connection_in_clear_takes_its_own_turn(make, monkeypatch, script, s
         taken = house.open(mx.endpoint, **OPPORTUNISTIC)
         first, second = house.entered
         assert first is not second
-        assert taken.receiver.place is second
+        assert taken.receiver.place is (second.places if isinstance(second, Ticket) else second)
         assert (taken.receiver.tls, taken.in_clear.cause) == (None, "handshake")
         assert (mx.connects, mx.running <= 2) == (2, True)
         assert [error.step for _, _, error in house.told] == [step]
@@ -214,19 +215,19 @@ def test_the_connection_in_clear_takes_its_own_turn(make, monkeypatch, script, s
 
 def test_no_turn_in_time_is_no_connection(make):
     house = make(BLOCK.replace("5s", "100ms"))
-    enter = house.services.admission.enter
+    enter = house.services.admission.ask_place
 
     def full_the_second_time(*arguments, **more):
         if house.entered:
             raise Throttled("later", "narrow", 1.0)
         return enter(*arguments, **more)
 
-    house.services.admission.enter = full_the_second_time
+    house.services.admission.ask_place = full_the_second_time
     with Mx({"tls": no_tls}, starttls=True) as mx:
         with pytest.raises(Throttled):
             house.open(mx.endpoint, **OPPORTUNISTIC)
         assert mx.connects == 1
-        house.services.admission.enter = enter
+        house.services.admission.ask_place = enter
         house.close(house.open(mx.endpoint, ehlo_name=None))  # the place of the first was given back
 
 

@@ -44,8 +44,8 @@ def test_slot_place_and_connection_of_a_mail_are_in_time_together(monkeypatch):
         nonlocal now
         now += seconds
 
-    def message(*who_and_seconds):
-        asked.append(who_and_seconds[-2])
+    def ask_slot(who, seconds, answer):
+        asked.append(seconds)
         later(200.0)
 
     def enter(self, seconds, name):
@@ -59,7 +59,7 @@ def test_slot_place_and_connection_of_a_mail_are_in_time_together(monkeypatch):
     services = one._services
     services.settings.reuse_connections = False
     services.access = SimpleNamespace(check_route=lambda *_: None)
-    services.office = SimpleNamespace(message=message)
+    services.office = SimpleNamespace(ask_slot=ask_slot)
     monkeypatch.setattr(Direct, "_settle", lambda self, seconds: None)
     monkeypatch.setattr(Direct, "_enter", enter)
     monkeypatch.setattr(Direct, "_fresh", fresh)
