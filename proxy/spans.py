@@ -24,18 +24,22 @@ class Histogram:
         bounds: upper ends of the classes, in order; what is larger than all has a class of its own.
 
     Attributes:
-        counts: of each class, one more than bounds. total: the sum of all observations.
+        counts: of each class, one more than bounds. total: the sum of all observations. first: the lowest bound.
     """
 
-    __slots__ = ("bounds", "counts", "total")
+    __slots__ = ("bounds", "counts", "first", "total")
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = tuple(bounds)
+        self.first = self.bounds[0]
         self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
 
     def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
+        if value <= self.first:  # nearly every turn of the hub, and there are a few in each session
+            self.counts[0] += 1
+        else:
+            self.counts[bisect_left(self.bounds, value)] += 1
         self.total += value
 
 

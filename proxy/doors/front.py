@@ -8,7 +8,6 @@ logged as one line.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from gevent import sleep
@@ -49,39 +48,41 @@ def serve(
         refusal: the proxy is full or shuts down: do the handshake, then say this instead of connecting.
     """
     visit = Visit(services, door, sock, address)
-    if services.access.client_allowed(visit.client.host, door.protocol):
-        _guarded(visit, lambda: _run(visit, refusal))
-    else:
+    if not services.access.client_allowed(visit.client.host, door.protocol):
         visit.failed(ClientNotAllowed(f"{visit.client.host} is not in allow_from"))
+        visit.leave()
+        return
+    try:
+        _run(visit, refusal)
+    except Exception as error:
+        _fail(visit, error)
+    finally:
         visit.leave()
 
 
 def go_on(services: Services, door: Door, sock: RawSocket, passed: Passed) -> None:
     """Serve a client of mode smtp that another worker has passed on. Never raises."""
     visit = taken_over(services, door, sock, passed)
-
-    def run() -> None:
+    try:
         watch_over(services.engine, sock)
         services.engine.watch(sock.fileno(), visit.miss)
         visit.missed = True
         _mediate(visit, passed.handshake, passed.source, passed.destination)
-
-    _guarded(visit, run)
-
-
-def _guarded(visit: Visit, run: Callable[[], None]) -> None:
-    services = visit.services
-    try:
-        run()
-    except ProxyError as error:
-        visit.failed(error)
-        visit.tell(error)
-    except OSError:
-        services.counters.refused.count("client_gone")
     except Exception as error:
-        visit.broken(error)
+        _fail(visit, error)
     finally:
         visit.leave()
+
+
+def _fail(visit: Visit, error: Exception) -> None:
+    """What ended the way to a relay: told to the client; only counted, where the client is gone; or a bug of ours."""
+    if isinstance(error, ProxyError):
+        visit.failed(error)
+        visit.tell(error)
+    elif isinstance(error, OSError):
+        visit.services.counters.refused.count("client_gone")
+    else:
+        visit.broken(error)
 
 
 def _run(visit: Visit, refusal: ProxyError | None) -> None:
@@ -97,17 +98,18 @@ def _run(visit: Visit, refusal: ProxyError | None) -> None:
         visit.services.counters.probes += 1
         visit.now("request", "gone without a request")
         return
-    visit.services.newcomers.leave(visit)
-    visit.destination = request.route.destination
+    services, route = visit.services, request.route
+    services.newcomers.leave(visit)
+    visit.destination = route.destination
     visit.now("request", "asks for its receiver")
     if refusal is not None:
         raise refusal
-    visit.services.engine.watch(visit.socket.fileno(), visit.miss)
-    if visit.services.via is not None:
-        _go_through(visit, visit.services.via, handshake, request.route)
+    services.engine.watch(visit.socket.fileno(), visit.miss)
+    if services.via is not None:
+        _go_through(visit, services.via, handshake, route)
         return
-    source, destination = check_route(visit, request.route)
-    modes = visit.services.modes
+    source, destination = check_route(visit, route)
+    modes = services.modes
     if modes.any_smtp and modes.is_smtp(visit.instance, visit.door.configured, destination):
         if not pass_on(visit, handshake, source, destination):
             _mediate(visit, handshake, source, destination)

@@ -7,9 +7,8 @@ has not gets a second, in which a receiver that is at hand answers.
 
 from __future__ import annotations
 
-import contextlib
 from _socket import MSG_PEEK
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from select import EPOLLERR, EPOLLHUP, EPOLLRDHUP
 from typing import Any
 
@@ -23,57 +22,11 @@ HALF_CLOSED = 1.0
 _RESET = EPOLLERR | EPOLLHUP
 
 
-class _Watch:
-    """One wait."""
+class Presence:
+    """A client that goes away ends what is waited for within (`with Presence(...):`).
 
-    def __init__(self, has_said_more: Callable[[], bool], half_closed: float, thrown: type[Exception]) -> None:
-        self._has_said_more = has_said_more
-        self._half_closed = half_closed
-        self._thrown = thrown
-        self._greenlet: Any = getcurrent()
-        self._loop: Any = get_hub().loop
-        self._timer: Any = None
-        self._waiting = True
-
-    def event(self, events: int) -> None:
-        """Of the client; called in the hub."""
-        if not (events & GONE and self._waiting):
-            return
-        if events & _RESET:
-            self._greenlet.throw(self._thrown())
-        elif self._timer is None:
-            self._timer = self._loop.timer(self._half_closed)
-            self._timer.start(self._leave)
-
-    def _leave(self) -> None:
-        if self._waiting and not self._has_said_more():
-            self._greenlet.throw(self._thrown())
-
-    def over(self) -> None:
-        self._waiting = False
-        if self._timer is not None:
-            self._timer.close()
-
-
-def _is_waiting(sock: RawSocket) -> bool:
-    try:
-        return bool(sock.recv(1, MSG_PEEK))
-    except OSError:
-        return False
-
-
-@contextlib.contextmanager
-def while_client_stays(
-    engine: Engine,
-    sock: RawSocket,
-    early: bytes,
-    half_closed: float = HALF_CLOSED,
-    thrown: type[Exception] = ConnectionResetError,
-    noted: Callable[[int], None] | None = None,
-    missed: bool = True,
-    more: Callable[[], bool] | None = None,
-) -> Iterator[None]:
-    """A client that goes away ends what is waited for within.
+    One is made for every connect and hardly ever has anything to do, so all that it costs is itself: it looks at
+    nothing, and makes nothing, until an event tells of an end.
 
     Args:
         sock: the client's, registered with the engine.
@@ -85,20 +38,71 @@ def while_client_stays(
     Raises:
         `thrown`: the client is gone.
     """
-    has_said_more = more or (lambda: _is_waiting(sock))
-    watch, fd = _Watch(lambda: bool(early) or has_said_more(), half_closed, thrown), sock.fileno()
 
-    def event(events: int) -> None:
-        if noted is not None:
-            noted(events)
-        watch.event(events)
+    __slots__ = (
+        *("_early", "_engine", "_fd", "_greenlet", "_half_closed", "_missed", "_more", "_noted", "_sock", "_thrown"),
+        *("_timer", "_waiting"),
+    )
 
-    engine.watch(fd, event)
-    # With its request, so no event will tell; matters only to who has to wait.
-    if missed and has_gone(sock):
-        get_hub().loop.run_callback(event, EPOLLRDHUP)
+    def __init__(
+        self,
+        engine: Engine,
+        sock: RawSocket,
+        early: bytes,
+        half_closed: float = HALF_CLOSED,
+        thrown: type[Exception] = ConnectionResetError,
+        noted: Callable[[int], None] | None = None,
+        missed: bool = True,
+        more: Callable[[], bool] | None = None,
+    ) -> None:
+        self._engine = engine
+        self._sock = sock
+        self._early = early
+        self._half_closed = half_closed
+        self._thrown = thrown
+        self._noted = noted
+        self._missed = missed
+        self._more = more
+        self._fd: int = sock.fileno()
+        self._greenlet: Any = None
+        self._timer: Any = None
+        self._waiting = True
+
+    def __enter__(self) -> None:
+        self._greenlet = getcurrent()
+        self._engine.watch(self._fd, self.event)
+        # With its request, so no event will tell; matters only to who has to wait.
+        if self._missed and has_gone(self._sock):
+            get_hub().loop.run_callback(self.event, EPOLLRDHUP)
+
+    def __exit__(self, *_: object) -> None:
+        self._waiting = False
+        if self._timer is not None:
+            self._timer.close()
+        self._engine.watch(self._fd, self._noted)
+
+    def event(self, events: int) -> None:
+        """Of the client; called in the hub."""
+        if self._noted is not None:
+            self._noted(events)
+        if not (events & GONE and self._waiting):
+            return
+        if events & _RESET:
+            self._greenlet.throw(self._thrown())
+        elif self._timer is None:
+            self._timer = get_hub().loop.timer(self._half_closed)
+            self._timer.start(self._leave)
+
+    def _leave(self) -> None:
+        if self._waiting and not self._has_said_more():
+            self._greenlet.throw(self._thrown())
+
+    def _has_said_more(self) -> bool:
+        return bool(self._early) or (self._more() if self._more is not None else _is_waiting(self._sock))
+
+
+def _is_waiting(sock: RawSocket) -> bool:
     try:
-        yield
-    finally:
-        watch.over()
-        engine.watch(fd, noted)
+        return bool(sock.recv(1, MSG_PEEK))
+    except OSError:
+        return False

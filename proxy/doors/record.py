@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 from _socket import SHUT_RDWR
-from contextlib import AbstractContextManager
 from time import monotonic
 from typing import Any
 
-from proxy.doors.presence import while_client_stays
+from proxy.doors.presence import Presence
 from proxy.doors.smtp import visit as smtp
 from proxy.egress import upstream
 from proxy.errors import ProxyError
@@ -121,16 +120,22 @@ class Visit:
         """An event of the client that nobody acts upon now."""
         self.missed = True
 
-    def while_client_stays(self, half_closed: float) -> AbstractContextManager[None]:
-        """See `presence`.
+    def while_client_stays(self, half_closed: float) -> Presence:
+        """See `Presence`.
 
         Raises:
             OSError: the client is gone.
         """
         early = self.handshake.trailing if self.handshake is not None else b""
         more = None if self.stream is None else self.has_said_more
-        return while_client_stays(
-            self.services.engine, self.socket, early, half_closed, noted=self.miss, missed=self.missed, more=more
+        return Presence(
+            self.services.engine,
+            self.socket,
+            early,
+            half_closed,
+            noted=self.miss,
+            missed=self.missed,
+            more=more,
         )
 
     def has_said_more(self) -> bool:
@@ -161,11 +166,13 @@ class Visit:
 
     def ended(self, ending: Ending, up: int, down: int) -> None:
         """The relay is over; called from the hub, must not wait."""
-        services = self.services
-        reply = refusal(self.reply) if self.reply else ""
-        ending = ending.after(reply)
-        services.troubles.over(self.source, self.destination, reply, not reply and down > 0, monotonic())
-        seconds = monotonic() - self.started
+        services, now = self.services, monotonic()
+        reply = ""
+        if self.reply:
+            reply = refusal(self.reply)
+            ending = ending.after(reply)
+        services.troubles.over(self.source, self.destination, reply, not reply and down > 0, now)
+        seconds = now - self.started
         services.counters.over(ending, self.instance, self.source, up, down, seconds)
         services.gauges.outgoing -= 1
         self.forget_end()
@@ -173,7 +180,8 @@ class Visit:
             services.office.leave(self.place)
         self.door.open_connections -= 1
         del services.instances.connections[self]
-        self.now("over", f"over: {ending}, {up} bytes up, {down} bytes down {reply}".rstrip())
+        if steps.on:
+            self.now("over", f"over: {ending}, {up} bytes up, {down} bytes down {reply}".rstrip())
         log.connection(
             self.number,
             self.instance,

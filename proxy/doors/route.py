@@ -25,9 +25,10 @@ def check_route(visit: Visit, route: Route) -> tuple[str, Endpoint]:
     destination = visit.destination = route.destination
     instance = visit.instance = visit.instance or visit.instance_of_address()
     try:
-        wanted = route.source or named_source(visit, destination)
-        listener = visit.door.configured
-        source = upstream.source_for(services.access, instance, visit.socket, wanted, destination, listener)
+        source = route.source or named_source(visit, destination)
+        if source is None:
+            listener = visit.door.configured
+            source = upstream.source_for(services.access, instance, visit.socket, None, destination, listener)
     except Overloaded:
         services.keeper.shed(1)
         raise
@@ -73,15 +74,15 @@ def connect(visit: Visit, source: str, destination: Endpoint) -> int:
         ProxyError: refused or failed.
     """
     services = visit.services
-    settings = services.settings
-    asked_at = monotonic()
+    left = visit.answer_within()
     if services.office.limited:
         visit.now("place", "wants a place under the throttles")
+        asked_at = monotonic()
         _take_place(visit, visit.instance, source, destination)
+        left -= monotonic() - asked_at
     visit.now("connect", "connects")
     sock = visit.upstream or bind(visit, source)
-    left = asked_at + visit.answer_within() - monotonic()
-    timeout = min(settings.connect_timeout, upstream.LONGEST_CONNECT, left)
+    timeout = min(services.settings.connect_timeout, upstream.LONGEST_CONNECT, left)
     begun = None if services.gauges.ends is None else visit.note_end
     with visit.while_client_stays(HALF_CLOSED):
         return upstream.connect(services.engine, sock, source, destination, timeout, begun)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from proxy.doors.carriage import Carriage
-from proxy.doors.presence import while_client_stays
+from proxy.doors.presence import Presence
 from proxy.egress.via import CalledOff, Channel, Via
 from proxy.model import Ending, Route
 from proxy.net.relay import RawSocket
@@ -59,13 +59,13 @@ class Through(Carriage):
         """Ask the other proxy; a client that goes away meanwhile calls it off.
 
         Args:
-            early: what the client sent behind its handshake. more: see `while_client_stays`.
+            early: what the client sent behind its handshake. more: see `Presence`.
 
         Raises:
             ProxyError: no. OSError: the client is gone.
         """
         try:
-            with while_client_stays(self._services.engine, self._client, early, thrown=CalledOff, more=more):
+            with Presence(self._services.engine, self._client, early, thrown=CalledOff, more=more):
                 return self._via.open(self._request)
         except CalledOff:
             raise ConnectionResetError from None

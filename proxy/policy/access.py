@@ -237,7 +237,8 @@ class Access:
         """
         if reason := self._destination_verdict(destination.host, destination.port):
             raise DestinationNotAllowed(reason)
-        self._refuse_own_listener(destination)
+        if destination.port in self._own_ports:
+            self._refuse_own_listener(destination)
 
     def check_route(self, instance: str, source: str | None, destination: Endpoint) -> None:
         """Source, families and destination of one connection.
@@ -247,11 +248,12 @@ class Access:
                 `destination_port`, a denied range (also as the IPv4 address inside an IPv6 one), this proxy itself.
         """
         self._grant_route(instance, source, destination)
-        self._refuse_own_listener(destination)
+        if destination.port in self._own_ports:
+            self._refuse_own_listener(destination)
 
     def _refuse_own_listener(self, endpoint: Endpoint) -> None:
-        """Not remembered: the addresses of this machine may change."""
-        if endpoint.port in self._own_ports and self._is_own_listener(endpoint):
+        """For a port of ours. Not remembered: the addresses of this machine may change."""
+        if self._is_own_listener(endpoint):
             raise DestinationNotAllowed(f"{endpoint} is this proxy itself")
 
     def _is_own_listener(self, endpoint: Endpoint) -> bool:

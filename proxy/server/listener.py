@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sys
 from _socket import SOCK_STREAM
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -28,6 +29,9 @@ _IP_FREEBIND, _IPV6_FREEBIND = 15, 78  # linux/in.h, linux/in6.h; no privilege i
 _THIS_CONNECTION_ONLY = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EINTR, errno.EPERM})
 #: So many of them running are the listener's all the same: a packet filter may say EPERM for ever.
 _FAILURES_A_TURN = 64
+#: Connections accepted in one turn of the loop at the most, and turns running after which that becomes twice as many.
+_MOST_A_TURN = 64
+_FULL_TURNS = 4
 
 #: Takes an accepted, non-blocking socket; must not raise or wait. False: there is no memory to serve it now.
 Admit = Callable[["Listener", RawSocket, tuple[Any, ...]], bool]
@@ -120,8 +124,6 @@ class Listener(StreamServer):  # type: ignore[misc]
         spare: gives descriptors that are held back, if this listener may have one of them when there is no other.
     """
 
-    max_accept = 64
-
     def __init__(
         self, sock: socket.socket, door: Door, admit: Admit, accept_failed: Callable[[Listener, OSError], None]
     ) -> None:
@@ -129,6 +131,9 @@ class Listener(StreamServer):  # type: ignore[misc]
         self._pause: float = self.min_delay  # not `delay`: the base class resets that after each `do_read`
         self._admit = admit
         self._accept_failed = accept_failed
+        self._at_once = 1  # let in in one turn
+        self._full = 0  # turns running in which so many came
+        self._turn = 0  # of the loop, in which we accepted last
         self.spare: Callable[[], AbstractContextManager[None]] | None = None
         sock.setblocking(False)
         self._family = int(sock.family)
@@ -140,6 +145,29 @@ class Listener(StreamServer):  # type: ignore[misc]
     def set_options(self, idle_timeout: float) -> None:
         """What accepted sockets inherit and a reload may change."""
         keep_alive(self.socket, idle_timeout)
+
+    def _do_read(self) -> None:
+        """Somebody has come: in the place of the base class's method, which always asks until there is nobody left.
+
+        That answer costs more than an accept that finds somebody, and the loop calls again while somebody waits. So
+        one is let in; after some turns running in which that was not enough, two, then four ...
+        """
+        turn: int = self.loop.iteration
+        if turn != self._turn + 1:
+            self._at_once, self._full = 1, 0
+        self._turn = turn
+        try:
+            for _ in range(self._at_once):
+                accepted = self.do_read()
+                if accepted is None:
+                    self._at_once, self._full = 1, 0
+                    return
+                self.do_handle(*accepted)
+            self._full += 1
+            if self._full == _FULL_TURNS:
+                self._at_once, self._full = min(2 * self._at_once, _MOST_A_TURN), 0
+        except Exception:  # a bug of ours: it must not cost the watcher
+            self.loop.handle_error(self, *sys.exc_info())
 
     def do_read(self) -> tuple[int, tuple[Any, ...]] | None:
         """Accept one connection; None when there is none, or after an error."""
@@ -167,8 +195,7 @@ class Listener(StreamServer):  # type: ignore[misc]
         with self.spare():
             return accept()
 
-    def do_handle(self, *args: Any) -> None:
-        fd, address = args
+    def do_handle(self, fd: int, address: tuple[Any, ...]) -> None:
         sock = RawSocket(self._family, SOCK_STREAM, 0, fd)
         sock.setblocking(False)
         if not self._admit(self, sock, address):

@@ -140,6 +140,9 @@ class Reception:
         door = listener.door
         if door.protocol == STATUS:
             return self._serve_status(door, sock, address)
+        if self._places_left > 0 and not self._waiting:  # as `_may_enter`, and nearly always
+            self._places_left -= 1
+            return self._serve(door, sock, address)
         if not self._waiting and self._may_enter():
             return self._serve(door, sock, address)
         if self._shared and len(self._waiting) < _MOST_WAITING:

@@ -136,7 +136,7 @@ class Server:
         self._predecessor = predecessor
         self._inherited = systemd.Inherited(os.environ, os.getpid())
         self._reception = Reception(
-            services=lambda: self.services,
+            services=lambda: self._wiring.services,
             open_connections=lambda: self._doors.open_connections(),
             serve_status=lambda *connection: self._status.admit(*connection),
             ask=lambda count: self._workers.seating.want(0, count),

@@ -12,7 +12,7 @@ import gevent
 import pytest
 
 from proxy.doors import presence
-from proxy.doors.presence import while_client_stays
+from proxy.doors.presence import Presence
 
 SHORT, LONG = 0.001, 3600.0
 
@@ -35,9 +35,9 @@ class House:
         self.noted: list[int] = []
 
     def stays(self, early: bytes = b"", half_closed: float = SHORT, **words: Any) -> Any:
-        """`while_client_stays`, of a client whose events are told by `event`."""
+        """`Presence`, of a client whose events are told by `event`."""
         words = {"missed": False, "noted": self.noted.append, **words}
-        return while_client_stays(self.engine, self.sock, early, half_closed, **words)
+        return Presence(self.engine, self.sock, early, half_closed, **words)
 
     def event(self, events: int) -> None:
         """In the hub, as the engine has it."""

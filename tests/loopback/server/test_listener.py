@@ -83,6 +83,43 @@ def test_a_burst_is_accepted_completely(opened):
         client.close()
 
 
+class Counting:
+    """In the place of the listening socket: counts how often it was asked, and how often in vain."""
+
+    def __init__(self, real):
+        self._real = real
+        self.asked = self.in_vain = 0
+
+    def __getattr__(self, name):
+        return getattr(self._real, name)
+
+    def _accept(self):
+        self.asked += 1
+        try:
+            return self._real._accept()
+        except BlockingIOError:
+            self.in_vain += 1
+            raise
+
+
+def test_who_comes_alone_costs_one_accept_and_a_burst_few_in_vain(opened):
+    counting = opened.listener.socket = Counting(opened.listener.socket)
+    clients = []
+    for count in range(1, 9):
+        clients.append(dial(opened))
+        until(lambda count=count: len(opened.accepted) == count, what="accepted")
+    assert (counting.asked, counting.in_vain) == (8, 0)
+    opened.listener.stop_accepting()
+    clients += [dial(opened) for _ in range(300)]
+    turn = gevent.get_hub().loop.iteration
+    opened.listener.start_accepting()
+    until(lambda: len(opened.accepted) == 308, what="300 accepted")
+    assert gevent.get_hub().loop.iteration - turn < 40, "it takes more and more in a turn"
+    assert counting.in_vain <= 1
+    for client in clients:
+        client.close()
+
+
 def test_ipv6_listeners_do_not_serve_ipv4():
     six = Opened(Endpoint("::", 0))
     try:
@@ -165,7 +202,7 @@ def test_each_pause_is_longer_until_an_accept_succeeds(opened):
         return real_timer(0.0, *more)
 
     opened.listener.socket = Failing(opened.listener.socket, [errno.EMFILE] * 9)
-    with mock.patch.object(opened.listener, "loop", mock.Mock(wraps=opened.listener.loop, timer=timer)):
+    with mock.patch.object(opened.listener, "loop", mock.Mock(wraps=opened.listener.loop, timer=timer, iteration=0)):
         with dial(opened):
             until(lambda: opened.accepted, what="accepted")
         assert pauses == [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1, 1]
