@@ -12,14 +12,13 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from harness import builds, machine, plot, report
+from harness import builds, machine, plot, report, summary
 from harness.candidates import CANDIDATES, Candidate, Unavailable
 from harness.measure import Bench, Sample, version_of
 from harness.workload import Workload
 from harness.workloads import QUICK, QUICK_CANDIDATES, WORKLOADS
 
 RESULTS = machine.BENCH / "results"
-DOCUMENT = machine.ROOT / "docs" / "performance" / "tables.md"
 
 
 def say(text: str) -> None:
@@ -33,8 +32,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workloads", help=f"comma-separated, of: {', '.join(WORKLOADS)}")
     parser.add_argument("--candidates", help=f"comma-separated, of: {', '.join(CANDIDATES)}")
     parser.add_argument("--label", help="name of the files in bench/results (default: full, or quick)")
-    parser.add_argument("--docs", action="store_true", help="put the tables into docs/performance/ (full runs do)")
+    parser.add_argument(
+        "--docs",
+        action="store_true",
+        help="put the tables into the documents (full runs do)",
+    )
     parser.add_argument("--report-only", action="store_true", help="measure nothing, write tables and plot anew")
+    parser.add_argument("--reference", action="store_true", help="later runs are compared with what this one found")
     return parser.parse_args()
 
 
@@ -108,7 +112,7 @@ def write(label: str, blocks: dict[str, Any], into_docs: bool) -> None:
     (RESULTS / f"{label}.md").write_text(text)
     (RESULTS / f"{label}.svg").write_text(plot.svg(blocks))
     if into_docs:
-        report.put_into(DOCUMENT, text)
+        report.put_into_documents(blocks)
 
 
 def load(label: str) -> dict[str, Any]:
@@ -138,6 +142,8 @@ def main() -> int:
                     blocks[workload.name] = measure(bench, workload, candidates, min(workload.rounds, limit))
                     write(label, blocks, into_docs)
     write(label, blocks, into_docs)
+    if options.reference:
+        summary.keep_as_reference(blocks)
     print((RESULTS / f"{label}.md").read_text())
     return 0
 

@@ -41,10 +41,13 @@ def build_generator() -> None:
         return
     compiler = shutil.which("gcc") or shutil.which("cc")
     if not compiler:
-        raise BuildError("no C compiler: apt-get install gcc libc6-dev")
+        raise BuildError("no C compiler: apt-get install gcc libc6-dev libssl-dev")
     BUILD.mkdir(exist_ok=True)
     files = [str(source) for source in sources if source.suffix == ".c"]
-    _run([compiler, "-O2", "-std=gnu11", "-Wall", "-Wextra", "-o", str(GENERATOR), *files, "-lm"], BENCH)
+    _run(
+        [compiler, "-O2", "-std=gnu11", "-Wall", "-Wextra", "-o", str(GENERATOR), *files, "-lm", "-lssl", "-lcrypto"],
+        BENCH,
+    )
 
 
 def find_cargo() -> str | None:

@@ -14,6 +14,7 @@ from harness import builds
 from harness.machine import BENCH, ROOT
 
 SINK = "127.0.4.1:2525"
+TLS_SINK = "127.0.4.2:2525"
 SECRET = "a-secret-that-only-the-benchmark-knows"
 _FIRST_PORT = 5100  # below the range of ephemeral ports, ten for each candidate
 _OFFSETS = {"proxy": 0, "socks": 1, "native": 2, "redis": 3, "tls": 0}
@@ -60,13 +61,17 @@ class Candidate:
         kind = self.door_kinds[0] if kind == "any" else kind
         if kind not in self.door_kinds:
             return None
-        arguments = {"proxy": ("--handshake", "v2"), "socks": ("--handshake", "socks5", *self._socks_arguments)}
+        arguments = {
+            "proxy": ("--handshake", "v2", *(("--starttls",) if self.variant == "starttls" else ())),
+            "socks": ("--handshake", "socks5", *self._socks_arguments),
+            "native": ("--handshake", "native"),
+        }
         return Door(f"127.0.0.1:{self.door_port(kind)}", arguments.get(kind, ()))
 
     @property
     def for_generator(self) -> bool:
         """Whether the C generator can talk to it."""
-        return self.command is None or bool({"proxy", "socks"} & set(self.door_kinds))
+        return bool({"proxy", "socks", "native"} & set(self.door_kinds))
 
     @property
     def reader(self) -> list[str]:
@@ -184,9 +189,19 @@ _MANY_KEPT["MORE"] += "reuse_connections_max_cached 2000\nreuse_connections_max_
 #: The generator's sources, and what it says in EHLO: with that name a source's connections are shared.
 _NAMED = "".join(f"source s{n} {{\n  ip 127.0.2.{n}\n  ehlo mta1.sender.example.com\n}}\n" for n in range(1, 17))
 _SMTP_OWN = _QUIET | {"MORE": "mode smtp\n"}
-_SHARING = "reuse_connections_max_messages 1000000\nreuse_connections_max_cached_per_destination 100\n"
+#: Nothing is closed while other candidates have their turn, and nobody finds the shelf full.
+_SHARING = "".join(
+    f"reuse_connections_{limit}\n"
+    for limit in (
+        "max_messages 1000000",
+        "max_cached_per_destination 4000",
+        "max_cached 4000",
+        "max_idle 1h",
+        "max_age 1h",
+    )
+)
 _SMTP = _QUIET | {"MORE": f"mode smtp\n{_SHARING}{_NAMED}"}
-_PYTHON = {"GREENARROW_PROXY_RELAY": "python"}
+_PYTHON = {"GREENARROW_PROXY_PURE": "1", "GREENARROW_PROXY_RELAY": "python"}
 _PLAIN = {"OPTIONS": "", "BIND": ""}
 _SPLICE = {"OPTIONS": "option splice-auto", "BIND": ""}
 _TCPLOG = {"OPTIONS": f"option tcplog\n    log {SINK} local0", "BIND": ""}
@@ -205,15 +220,35 @@ _TABLE = (
     ("dante", "Dante", _dante, ("socks",), {}, ("danted", "-v"), False),
     ("classic", "classic gevent (two greenlets, sendall)", _classic, _BOTH, {}, (), False),
     ("redis", "redis INCR", _redis, ("redis",), {}, ("redis-server", "--version"), False),
+    ("core", "the throttle core alone", None, (), {}, (), False),
     ("direct", "no proxy", None, _BOTH, {}, (), False),
 )
 
+#: Doors of rows that have not all of their program's: the first one is what the generator takes.
+_DOORS = {
+    "channel-socks": ("socks",),
+    "channel-socks-python": ("socks",),
+    "channel-warm": ("native",),
+    "channel-warm-python": ("native",),
+}
+
 #: Rows that are our proxy (or a peer) again: name, title, who, settings, what the driver does differently.
 _VARIANTS = (
-    ("greenarrow-python", "GreenArrow Proxy, Python relay", "greenarrow", _QUIET, ""),
-    ("greenarrow-python-log", "GreenArrow Proxy, Python relay, log_connections all", "greenarrow-log", _LOGGING, ""),
+    ("greenarrow-python", "GreenArrow Proxy, pure Python", "greenarrow", _QUIET, ""),
+    ("greenarrow-python-log", "GreenArrow Proxy, pure Python, log_connections all", "greenarrow-log", _LOGGING, ""),
+    ("core-python", "the throttle core alone, pure Python", "core", {}, ""),
     ("smtp-own", "mode smtp, a connection of its own each", "greenarrow", _SMTP_OWN, ""),
     ("smtp-shared", "mode smtp, shared connections", "greenarrow", _SMTP, ""),
+    ("smtp-own-python", "mode smtp, a connection of its own each, pure Python", "greenarrow", _SMTP_OWN, ""),
+    ("smtp-shared-python", "mode smtp, shared connections, pure Python", "greenarrow", _SMTP, ""),
+    ("kept", "GreenArrow Proxy", "greenarrow", _SMTP, ""),
+    ("kept-python", "GreenArrow Proxy, pure Python", "greenarrow", _SMTP, ""),
+    ("channel-socks", "SOCKS5 with password and BIND", "greenarrow", _QUIET, ""),
+    ("channel-socks-python", "SOCKS5 with password and BIND, pure Python", "greenarrow", _QUIET, ""),
+    ("channel-warm", "a warm native channel", "greenarrow", _QUIET, ""),
+    ("channel-warm-python", "a warm native channel, pure Python", "greenarrow", _QUIET, ""),
+    ("starttls-haproxy", "HAProxy, the MTA's own handshake", "haproxy", _PLAIN, "starttls"),
+    ("starttls-tcp", "mode tcp, the MTA's own handshake", "greenarrow", _QUIET, "starttls"),
     ("native-socks", "SOCKS5 with password and BIND", "greenarrow", _QUIET, "socks"),
     ("native-fresh", "native, a fresh channel each", "greenarrow", _QUIET, "fresh"),
     ("native-warm", "native, a warm channel", "greenarrow", _QUIET, "warm"),
@@ -252,6 +287,7 @@ def _candidates() -> dict[str, Candidate]:
             settings=settings,
             variant=variant,
             environ=environ,
+            door_kinds=_DOORS.get(name, found[base].door_kinds),
         )
     return found
 

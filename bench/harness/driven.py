@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import os
 import subprocess
 from functools import partial
 from typing import Any
 
-from harness import native_driver, permit_driver, smtp_driver
-from harness.candidates import SECRET
-from harness.machine import pinned
+from harness import authenticated, native_driver, smtp_driver
+from harness.builds import GENERATOR
+from harness.candidates import project_python
+from harness.machine import BENCH, ROOT, pinned
 from harness.measure import Bench, Running
 from harness.usage import process_cpu
 
+_CLIENTS = 50
 _PERMITS = 400_000
 _PERMITS_QUICK = 100_000
 
@@ -38,30 +42,31 @@ def driven_sessions(bench: Bench, running: Running) -> dict[str, Any]:
 
 def permits(bench: Bench, running: Running, depth: int) -> dict[str, Any]:
     """Permits asked for by 50 clients, `depth` in flight each."""
-    driver = {"redis": _redis_increments, "greenarrow": _native_permits}.get(running.candidate.name)
-    return driver(bench, running, depth) if driver else {"failed": "no driver for it"}
+    driver = _redis_increments if running.candidate.name == "redis" else _native_permits
+    return driver(bench, running, depth)
 
 
 def _native_permits(bench: Bench, running: Running, depth: int) -> dict[str, Any]:
     """Sessions over plain TCP, as redis has it; each asks for its next permits when it has the last ones."""
-    assert running.pid is not None
-    address = "127.0.0.1", running.candidate.door_port("native")
-    names = [f"permits-{number}" for number in range(50)]
-    with permit_driver.Fleet(address, SECRET, names) as fleet:
-        before = process_cpu(running.pid)
-        granted, seconds, times = permit_driver.closed_loop(fleet, 1.5 if bench.quick else 4.0, depth)
-        spent = process_cpu(running.pid) - before
-        all_of_them = sum(member.granted for member in fleet.members)
-    times.sort()
-    return {
-        "units": granted,
-        "unit": "permit",
-        "errors": 0,
-        "units_per_second": granted / seconds,
-        "cpu_us_per_unit": spent * 1e6 / all_of_them,
-        "permit_p50_us": times[len(times) // 2] * 1e6,
-        "permit_p99_us": times[len(times) * 99 // 100] * 1e6,
-    }
+    seconds = 1.5 if bench.quick else 3.0
+    command = [str(GENERATOR), "permits", "--core", str(bench.cores.load), "--watch", str(running.pid)]
+    command += ["--messages", str(depth), "--seconds", str(seconds)]
+    with authenticated.sessions(running.candidate, _CLIENTS) as sessions:
+        fds, incarnations = zip(*sessions, strict=True)
+        command += ["--fds", ",".join(map(str, fds)), "--incarnations", ",".join(map(str, incarnations))]
+        return bench.run_generator(command, running, fds)
+
+
+def core(bench: Bench, running: Running) -> dict[str, Any]:
+    """A permit without any network, in a process of its own."""
+    program = [project_python(), str(BENCH / "throttle_core.py"), "--permit"]
+    environ = os.environ | dict(running.candidate.environ)
+    done = subprocess.run(
+        pinned(bench.cores.proxy, program), capture_output=True, text=True, env=environ, cwd=ROOT, check=False
+    )
+    if done.returncode:
+        return {"failed": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "it said nothing"}
+    return {"unit": "permit", "errors": 0, **json.loads(done.stdout)}
 
 
 def _redis_increments(bench: Bench, running: Running, depth: int) -> dict[str, Any]:
@@ -69,7 +74,20 @@ def _redis_increments(bench: Bench, running: Running, depth: int) -> dict[str, A
     assert running.pid is not None
     count = _PERMITS_QUICK if bench.quick else _PERMITS
     port = str(running.candidate.door_port("redis"))
-    command = ["redis-benchmark", "-p", port, "-t", "incr", "-c", "50", "-n", str(count), "-P", str(depth), "--csv"]
+    command = [
+        "redis-benchmark",
+        "-p",
+        port,
+        "-t",
+        "incr",
+        "-c",
+        str(_CLIENTS),
+        "-n",
+        str(count),
+        "-P",
+        str(depth),
+        "--csv",
+    ]
     before = process_cpu(running.pid)
     done = subprocess.run(pinned(bench.cores.load, command), capture_output=True, text=True, check=False)
     spent = process_cpu(running.pid) - before

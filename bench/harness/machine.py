@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import resource
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,12 +88,22 @@ def commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else "")
 
 
+@functools.cache
+def form() -> str:
+    """What of our program is compiled, in its own words, as the interpreter of the benchmark runs it."""
+    python = ROOT / ".venv" / "bin" / "python"
+    command = [str(python) if python.exists() else sys.executable, str(ROOT / "greenarrow_proxy.py"), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    words = done.stdout.strip()
+    return words[words.find("(") + 1 : -1] if words.endswith(")") else words or "unknown"
+
+
 def facts() -> dict[str, object]:
     """What a reader needs to know to believe the figures, or to doubt them."""
     return {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "commit": commit(),
-        "relay": "compiled" if list((ROOT / "proxy").rglob("*.so")) else "pure Python",
+        "form": form(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "kernel": platform.release(),

@@ -9,11 +9,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from harness import authenticated
 from harness.builds import GENERATOR
-from harness.candidates import SINK, Candidate, Unavailable
+from harness.candidates import SINK, TLS_SINK, Candidate, Unavailable, certificate
 from harness.machine import BUILD, ROOT, Cores, pinned
 from harness.workload import Workload
 
@@ -134,7 +135,25 @@ class Bench:
             if process.stdout.readline().strip() != "ready":
                 raise SystemExit(f"bench: {name} does not start")
 
-    def candidate(self, candidate: Candidate, fresh: bool = False) -> Running:
+    def tls_sink(self) -> tuple[str, int]:
+        """An MX that offers STARTTLS, with a key on P-256."""
+        if "tls-sink" not in self._helpers:
+            directory = BUILD / "run" / "tls-sink"
+            directory.mkdir(parents=True, exist_ok=True)
+            key, shown = certificate(directory)
+            command = [str(GENERATOR), "sink", "--target", TLS_SINK, "--certificate", str(shown), "--key", str(key)]
+            self.helper("tls-sink", command)
+        host, port = TLS_SINK.split(":")
+        return host, int(port)
+
+    def _sink_of(self, workload: Workload) -> subprocess.Popen[str]:
+        if workload.sink == TLS_SINK:
+            self.tls_sink()
+            return self._helpers["tls-sink"]
+        assert self._sink is not None
+        return self._sink
+
+    def candidate(self, candidate: Candidate, fresh: bool = False, sink: str = SINK) -> Running:
         """The running candidate, started and warmed up when needed.
 
         Raises:
@@ -146,7 +165,9 @@ class Bench:
         if candidate.name not in self._running:
             running = self._running[candidate.name] = Running(candidate, self.cores)
             if candidate.for_generator:
-                warm_up = Workload("warm-up", "", "load", ("--connections", "50", "--sessions", "300"), (), ())
+                warm_up = Workload(
+                    "warm-up", "", "load", ("--connections", "50", "--sessions", "300"), (), (), sink=sink
+                )
                 self.generate(warm_up, running, warm_up.arguments)
         return self._running[candidate.name]
 
@@ -154,16 +175,24 @@ class Bench:
         door = running.candidate.door(workload.door)
         if door is None:
             raise Unavailable(f"it has no {workload.door} door")
-        assert self._sink is not None
-        command = [str(GENERATOR), workload.mode, "--target", SINK, "--proxy", door.address, *door.arguments]
-        command += ["--core", str(self.cores.load), "--sink-pid", str(self._sink.pid), *arguments]
+        command = [str(GENERATOR), workload.mode, "--target", workload.sink, "--proxy", door.address, *door.arguments]
+        command += ["--core", str(self.cores.load), "--sink-pid", str(self._sink_of(workload).pid), *arguments]
         return command + (["--watch", str(running.pid)] if running.pid else [])
 
     def generate(self, workload: Workload, running: Running, arguments: tuple[str, ...]) -> Sample:
         """One run of the generator against one candidate."""
         command = self.generator_command(workload, running, arguments)
+        if "native" not in command:
+            return self.run_generator(command, running)
+        with authenticated.channels(running.candidate, int(arguments[arguments.index("--connections") + 1])) as fds:
+            return self.run_generator([*command, "--fds", ",".join(map(str, fds))], running, fds)
+
+    def run_generator(self, command: list[str], running: Running, fds: Sequence[int] = ()) -> Sample:
+        """Run it with these descriptors; its report."""
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_SAMPLE_TIMEOUT, check=False)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=_SAMPLE_TIMEOUT, check=False, pass_fds=fds
+            )
         except subprocess.TimeoutExpired:
             return {"failed": f"no end within {_SAMPLE_TIMEOUT:.0f} s"}
         if done.returncode:
@@ -202,7 +231,7 @@ class Bench:
         Raises:
             Unavailable: the candidate cannot be had here at all.
         """
-        running = self.candidate(candidate, workload.fresh)
+        running = self.candidate(candidate, workload.fresh, workload.sink)
         if workload.measure:
             return workload.measure(self, running)
         beside = workload.beside(self, running) if workload.beside else self.idle_relays(workload, running)

@@ -13,16 +13,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from harness import candidates, smtp_driver
+from harness import smtp_driver
 from harness.candidates import SECRET
-from harness.machine import BENCH, BUILD, ROOT
+from harness.machine import ROOT
 from harness.measure import Bench, Running
 
 sys.path.insert(0, str(ROOT))
 
 from greenarrow_proxy_client import Limits, ProxiedSMTP, Session
 
-_TLS_SINK = ("127.0.4.2", 2525)
 _EHLO = "mta1.sender.example.com"
 _SENDER, _RECIPIENT = "bounce-1234567@sender.example.com", ["recipient@example.net"]
 _BODY = smtp_driver.MESSAGE[: -len(b".\r\n")]
@@ -64,7 +63,7 @@ def sharing(bench: Bench, running: Running) -> dict[str, Any]:
     destination = smtp_driver.sink_address()
     tls = "none"
     if variant.startswith("tls"):
-        destination, tls = _tls_sink(bench), "required"
+        destination, tls = bench.tls_sink(), "required"
     with session_with(running) as session:
         work = sender(session, destination, tls, keep=variant.endswith("kept"))
         return smtp_driver.drive(running.pid, bench.quick, work)
@@ -97,16 +96,6 @@ def sender(session: Session, destination: tuple[str, int], tls: str, keep: bool)
 
 def _open(session: Session, destination: tuple[str, int], tls: str, source: str, reuse: bool = True) -> ProxiedSMTP:
     return session.smtp([destination], _EHLO, source_ip=source, tls=tls, reuse=reuse)
-
-
-def _tls_sink(bench: Bench) -> tuple[str, int]:
-    directory = BUILD / "run" / "tls-sink"
-    directory.mkdir(parents=True, exist_ok=True)
-    key, shown = candidates.certificate(directory)
-    script = str(BENCH / "peers" / "tls_sink.py")
-    host, port = _TLS_SINK
-    bench.helper("tls-sink", [candidates.project_python(), script, host, str(port), str(shown), str(key)])
-    return _TLS_SINK
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The run as a person reads it: Markdown tables, and the same tables put into docs/performance/tables.md."""
+"""The run as a person reads it: Markdown tables, and the same tables put into the documents."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness import analysis, sizing
+from harness import analysis, sizing, summary
 from harness.candidates import CANDIDATES
-from harness.machine import facts
-from harness.targets import TARGETS, Target
+from harness.machine import ROOT, facts
 from harness.workload import Metric, Workload
 from harness.workloads import WORKLOADS
 
-BEGIN = "<!-- bench: begin, written by bench/run.py -->"
-END = "<!-- bench: end -->"
+FIRST_PAGE = ROOT / "docs" / "performance.md"
+TABLES = ROOT / "docs" / "performance" / "tables.md"
 
 
 def _title(name: str) -> str:
@@ -55,7 +54,7 @@ def _rows(workload: Workload, block: Mapping[str, Any]) -> list[str]:
 def _provenance(block: Mapping[str, Any]) -> str:
     machine = block["machine"]
     return (
-        f"{len(block['rounds'])} rounds, {machine['date']}, revision {machine['commit']}, {machine['relay']} relay, "
+        f"{len(block['rounds'])} rounds, {machine['date']}, revision {machine['commit']}, {machine.get('form', 'unknown')}, "
         f"load average before {machine['load_average_before']}."
     )
 
@@ -77,54 +76,56 @@ def workload_table(name: str, block: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _target_row(target: Target, block: Mapping[str, Any]) -> str | None:
-    def cells(who: str, limit: float | None) -> list[str]:
-        figure = analysis.ratio(block["rounds"], who, target.against, target.key) if who else None
-        if figure is None:
-            return ["-", "-"]
-        if limit is None:
-            return [_ratio_cell(figure), "-"]
-        met = figure.median >= limit if target.at_least else figure.median <= limit
-        return [_ratio_cell(figure), f"{'≥' if target.at_least else '≤'} {limit:.2f} {'met' if met else '**missed**'}"]
-
-    compiled = cells(target.ours, target.stretch if target.python else target.limit)
-    python = cells(target.python, target.limit)
-    if compiled == python == ["-", "-"]:
-        return None
-    return f"| {' | '.join([target.title, _title(target.against), *python, *compiled])} |"
-
-
-def targets_table(blocks: Mapping[str, Any]) -> str:
-    rows = [_target_row(target, blocks[target.workload]) for target in TARGETS if target.workload in blocks]
-    lines = [
-        "### Ours against the goals",
-        "",
-        "| measure | ours ÷ | Python relay | goal | compiled relay | goal |",
-        "|---|---|---|---|---|---|",
-        *[row for row in rows if row],
-    ]
-    return "\n".join(lines) if any(rows) else ""
-
-
 def _machine_line(blocks: Mapping[str, Any]) -> str:
     machine = next(iter(blocks.values()), {"machine": facts()})["machine"]
     peers = "; ".join(sorted({text for block in blocks.values() for text in block["versions"].values()}))
     return (
         f"Machine: {machine['processor']}, {machine['cores']} cores, Linux {machine['kernel']}, "
-        f"Python {machine['python']}. Peers: {peers or 'none with a version'}.\n"
+        f"Python {machine['python']}; ours: {machine.get('form', 'unknown')}. Peers: {peers or 'none with a version'}.\n"
         "Median (lowest-highest) of the rounds; ratios are taken within a round; ≈ marks an effect under "
         f"{analysis.NOISE:.0%}, which is noise."
     )
 
 
-def markdown(blocks: Mapping[str, Any]) -> str:
-    ordered = {name: blocks[name] for name in WORKLOADS if name in blocks}
-    parts = [_machine_line(ordered), targets_table(ordered), sizing.section(ordered), sizing.growth(ordered)]
+def _ordered(blocks: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: blocks[name] for name in WORKLOADS if name in blocks}
+
+
+def costs(blocks: Mapping[str, Any]) -> str:
+    """What each thing costs, and on what machine."""
+    ordered = _ordered(blocks)
+    return f"{summary.costs(ordered)}\n\n{_machine_line(ordered)}\n"
+
+
+def tables(blocks: Mapping[str, Any]) -> str:
+    """All that stands behind the first page."""
+    ordered = _ordered(blocks)
+    parts = [_machine_line(ordered), summary.changes(ordered), sizing.section(ordered), sizing.growth(ordered)]
     parts += [workload_table(name, block) for name, block in ordered.items()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def put_into(document: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
+def markdown(blocks: Mapping[str, Any]) -> str:
+    """The whole run in one text: the goals first."""
+    ordered = _ordered(blocks)
+    return (
+        f"### Goals\n\n{summary.goals(ordered)}\n\n### What it costs\n\n{summary.costs(ordered)}\n\n{tables(ordered)}"
+    )
+
+
+def put_into_documents(blocks: Mapping[str, Any]) -> None:
+    """Costs and goals into the first page, everything else behind it."""
+    ordered = _ordered(blocks)
+    for document, part, text in (
+        (FIRST_PAGE, "costs", costs(ordered)),
+        (FIRST_PAGE, "goals", summary.goals(ordered) + "\n"),
+        (TABLES, "tables", tables(ordered)),
+    ):
+        begin, end = f"<!-- bench: begin, {part}, written by bench/run.py -->", f"<!-- bench: end, {part} -->"
+        put_into(document, text, begin, end)
+
+
+def put_into(document: Path, text: str, begin: str, end: str) -> None:
     """Replaces what stands between the markers.
 
     Raises:

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from harness.candidates import SINK
+
 #: Who relays a session, in the order of the tables.
 RELAYS = (
     "greenarrow",
@@ -50,6 +52,7 @@ class Workload:
     candidates: tuple[str, ...] = RELAYS
     baseline: str = "haproxy"
     door: str = "any"
+    sink: str = SINK  # whom the generator's mail is for
     fresh: bool = False  # a new process for each sample: memory
     idle_relays: int = 0  # held open beside the load
     rounds: int = 3  # at most

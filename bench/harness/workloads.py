@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from harness import driven, native_driver, tail
-from harness.candidates import CANDIDATES
+from harness.candidates import CANDIDATES, TLS_SINK
 from harness.workload import Metric, Workload
 
 CPU_SESSION = Metric("cpu_us_per_unit", "CPU µs a session", 1, 1)
@@ -23,12 +23,17 @@ SESSION_P99 = Metric("session_p99_us", "p99 ms", 0.001, 2)
 SESSION_MAX = Metric("session_max_us", "longest ms", 0.001, 2)
 TRIP_P50 = Metric("round_trip_p50_us", "p50 µs", 1, 0)
 TRIP_P99 = Metric("round_trip_p99_us", "p99 µs", 1, 0)
+CPU_DELIVERY = Metric("with_own_tls_us_per_unit", "CPU µs a session, the MTA's handshake in it", 1, 1)
+OWN_TLS = Metric("own_tls_us_per_unit", "of it the MTA's handshake", 1, 1)
 CPU_PERMIT = Metric("cpu_us_per_unit", "CPU µs a permit", 1, 2)
 PERMITS = Metric("units_per_second", "permits/s", 1, 0, True)
 PERMIT_P50 = Metric("permit_p50_us", "p50 µs", 1, 0)
 PERMIT_P99 = Metric("permit_p99_us", "p99 µs", 1, 0)
 MEMORY = Metric("kb_per_connection", "KB a relay", 1, 2)
 KERNEL_MEMORY = Metric("slab_kb_per_connection", "kernel KB, all sockets", 1, 1)
+KEPT_MEMORY = Metric("kb_per_kept", "KB a kept connection", 1, 2)
+KEPT = Metric("kept", "kept")
+MX_CONNECTS = Metric("mx_connections_per_unit", "connects at the MX a session", 1, 3)
 IDLE_CPU = Metric("idle_cpu_percent", "CPU % while idle", 1, 2)
 
 MAIN = 5
@@ -37,6 +42,10 @@ MAIN = 5
 LOOPS = ("greenarrow", "greenarrow-python", "haproxy", "haproxy-splice", "tokio")
 MODES = ("greenarrow", "smtp-own", "smtp-shared", "haproxy")
 SMALL = ("greenarrow", "greenarrow-python", "haproxy", "tokio", "direct")
+
+
+#: What mode smtp changes at the MX is shown beside what it costs.
+_DIALOGUE = (CPU_SESSION, MX_CONNECTS, SESSIONS, SESSION_P50, SESSION_P99, MACHINE)
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -88,7 +97,7 @@ def _idle(name: str, count: int, candidates: tuple[str, ...]) -> Workload:
         metrics,
         candidates,
         fresh=True,
-        rounds=2 if count > 5000 else 1,
+        rounds=MAIN if count > 5000 else 1,  # the goal is about the larger number
     )
 
 
@@ -120,9 +129,10 @@ def _permits(depth: int, title: str) -> Workload:
         (),
         (),
         (CPU_PERMIT, PERMITS, PERMIT_P50, PERMIT_P99),
-        ("greenarrow", "redis"),
+        ("greenarrow", "greenarrow-python", "redis"),
         "redis",
         measure=partial(driven.permits, depth=depth),
+        rounds=MAIN,
     )
 
 
@@ -149,15 +159,35 @@ WORKLOADS = {
         _sessions(
             "smtp1",
             "mode smtp beside mode tcp and HAProxy: 20 sessions at a time, 1 message of 20 KB each",
-            "--connections 20",
-            candidates=MODES,
+            "--connections 20 --warm-up 400",
+            metrics=_DIALOGUE,
+            candidates=(*MODES, "greenarrow-python", "smtp-own-python", "smtp-shared-python"),
             rounds=MAIN,
         ),
         _sessions(
             "smtp5",
             "the same, 5 messages each",
-            "--connections 20 --messages 5",
+            "--connections 20 --warm-up 400 --messages 5",
+            metrics=_DIALOGUE,
             candidates=MODES,
+            rounds=3,
+        ),
+        _sessions(
+            "smtptls",
+            "an MX with STARTTLS: 20 sessions at a time, 1 message of 20 KB each",
+            "--connections 20 --warm-up 400",
+            candidates=("smtp-shared", "smtp-shared-python", "smtp-own", "starttls-tcp", "starttls-haproxy"),
+            baseline="starttls-haproxy",
+            sink=TLS_SINK,
+            metrics=(CPU_DELIVERY, OWN_TLS, CPU_SESSION, MX_CONNECTS, SESSIONS, SESSION_P50, SESSION_P99),
+            rounds=MAIN,
+        ),
+        _sessions(
+            "channel",
+            "20 sessions at a time through the authenticated doors, 1 message of 20 KB each",
+            "--connections 20",
+            candidates=("channel-socks", "channel-warm", "channel-socks-python", "channel-warm-python"),
+            baseline="channel-socks",
             rounds=MAIN,
         ),
         _sessions(
@@ -211,7 +241,19 @@ WORKLOADS = {
             2000,
             ("greenarrow", "greenarrow-python", "haproxy", "nginx", "tokio", "dante", "classic", "direct"),
         ),
-        _idle("idle9k", 9000, ("greenarrow", "greenarrow-python", "haproxy", "nginx", "tokio", "direct")),
+        _idle("idle9k", 9000, ("greenarrow", "greenarrow-python", "haproxy", "tokio", "direct")),
+        Workload(
+            "kept2k",
+            "2,000 connections that are kept without a client (mode smtp)",
+            "idle",
+            _words("--connections 2000 --seconds 1 --release"),
+            _words("--connections 2000 --seconds 1 --release"),
+            (KEPT_MEMORY, KEPT),
+            ("kept", "kept-python"),
+            "kept",
+            fresh=True,
+            rounds=2,
+        ),
         _growth(100),
         _growth(1000),
         _growth(9000),
@@ -256,11 +298,23 @@ WORKLOADS = {
         ),
         _permits(1, "permits one by one, 50 clients"),
         _permits(16, "permits, 50 clients, 16 in flight each"),
+        Workload(
+            "core",
+            "a permit in the throttle core: 5 sessions, 3,500/s, no network",
+            "",
+            (),
+            (),
+            (CPU_PERMIT, PERMITS),
+            ("core", "core-python"),
+            "core",
+            measure=driven.core,
+            rounds=MAIN,
+        ),
     )
 }
 
-QUICK = ("sess1", "sess1+log", "socks", "pp100", "bulk", "idle2k", "native", "smtp1", "smtp5")
+QUICK = ("sess1", "sess1+log", "socks", "pp100", "bulk", "idle2k", "channel", "smtp1", "smtptls", "permits1", "core")
 QUICK_CANDIDATES = (
     *("greenarrow", "greenarrow-python", "greenarrow-log", "haproxy", "haproxy-tcplog", "tokio", "dante"),
-    *("native-socks", "native-warm", "smtp-own", "smtp-shared"),
+    *("channel-socks", "channel-warm", "smtp-own", "smtp-shared", "starttls-haproxy", "redis", "core"),
 )

@@ -11,9 +11,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { MAX_WATCHED = 64, EVENTS_PER_WAIT = 256, CHUNK = 256 * 1024 };
+enum { MAX_WATCHED = 64, MAX_FDS = 1024, EVENTS_PER_WAIT = 256, CHUNK = 256 * 1024 };
 
-enum handshake { HS_NONE, HS_V1, HS_V2, HS_SOCKS5 };
+enum handshake { HS_NONE, HS_V1, HS_V2, HS_SOCKS5, HS_NATIVE };
 
 /* The command line, see usage() in main.c. */
 struct options {
@@ -28,6 +28,8 @@ struct options {
     int connections;
     long sessions;                 /* end after so many; 0: by time */
     double seconds;
+    long warm_up;                  /* load: sessions before anything is measured, closed loop */
+    bool release;                  /* idle: the clients leave, what is kept without them is measured too */
     double rate;                   /* open loop: sessions (load) or questions (pingpong) a second; 0: closed loop */
     int messages;                  /* a session */
     size_t message_bytes;
@@ -36,6 +38,10 @@ struct options {
     bool download;                 /* bulk from the sink to the client */
     int watched[MAX_WATCHED], watched_count; /* roots of the process trees whose CPU and memory are reported */
     int sink_pid;
+    const char *certificate, *key; /* the sink's, PEM files; NULL: no STARTTLS */
+    int fds[MAX_FDS], fd_count;    /* native: connections that come authenticated; a session of SMTP takes one */
+    uint32_t incarnations[MAX_FDS]; /* permits: of each of these sessions */
+    bool starttls;                 /* the client does STARTTLS itself, through the proxy */
 };
 extern struct options opt;
 
@@ -53,18 +59,23 @@ double slab_kb(void);                                 /* kernel objects, sockets
 _Noreturn void die(const char *what);
 
 /* --- sink.c --- */
+struct sink_counts { long messages; long long octets; long connections, handshakes; };  /* octets with the final dots */
 _Noreturn void run_sink(void);
 
 /* --- session.c --- */
 enum goal { GOAL_MAIL, GOAL_PARK };                   /* what a session does after EHLO: send mail and leave, or wait */
 
 enum step {
-    FREE, CONNECTING, SOCKS_METHOD, SOCKS_PASSWORD, SOCKS_BIND, SOCKS_CONNECT,
-    GREETING, EHLO, MAIL, RCPT, DATA, BODY, RSET, QUIT, PARKED, NOOP, UPLOAD, DOWNLOAD,
+    FREE, CONNECTING, OPENING, ENDING, SOCKS_METHOD, SOCKS_PASSWORD, SOCKS_BIND, SOCKS_CONNECT,
+    GREETING, EHLO, STARTTLS, SHAKING, MAIL, RCPT, DATA, BODY, RSET, QUIT, PARKED, NOOP, UPLOAD, DOWNLOAD,
 };
 
 struct session {
     int fd;
+    unsigned char head[5]; /* native: of the frame that comes; ... */
+    int head_octets;
+    size_t frame_left;     /* ... octets of its payload that are still to come */
+    struct ssl_st *tls;    /* the MTA's own, with the receiver; NULL: in clear */
     enum step step;
     int replies_due;       /* complete SMTP replies still expected in this step; SOCKS: octets */
     int column;            /* in the current reply line */
@@ -88,10 +99,15 @@ extern struct totals {
 void sessions_init(enum goal goal);
 void session_start(struct session *s, double began);   /* `began` may lie in the past: open loop */
 void session_ask(struct session *s, double asked);     /* NOOP on a parked session */
+void session_quit(struct session *s);                  /* on a parked session */
 void session_bulk(struct session *s, int64_t bytes);   /* on a parked session, the direction is opt.download */
 bool wait_events(double timeout);                      /* handles what is there; false: nothing came */
 extern void (*on_free)(struct session *s);             /* a session has ended */
 extern void (*on_answer)(struct session *s);           /* a NOOP has been answered */
+
+/* --- permits.c --- */
+void permits_begin(void);                              /* has the clients ask, and warms up */
+long permits_run(double seconds);                      /* how many came */
 
 void sample_add(struct samples *s, double microseconds);
 double sample_at(struct samples *s, double fraction);  /* sorts */

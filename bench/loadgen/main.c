@@ -1,6 +1,7 @@
 /* main.c - options, the load patterns, and the JSON report. */
 #define _GNU_SOURCE
 #include "loadgen.h"
+#include "tls.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -23,20 +24,27 @@ static struct session *sessions;
 
 _Noreturn static void usage(void)
 {
-    fputs("usage: loadgen sink|load|pingpong|bulk|idle OPTIONS\n"
+    fputs("usage: loadgen sink|load|pingpong|bulk|idle|permits OPTIONS\n"
           "  --target IP:PORT        the sink (127.0.4.1:2525)\n"
           "  --proxy IP:PORT         connect here instead (default: straight to the target)\n"
-          "  --handshake none|v1|v2|socks5\n"
+          "  --handshake none|v1|v2|socks5|native\n"
           "  --user NAME --password WORD, --bind     SOCKS5: log in; name the source by BIND first\n"
+          "  --fds N[,N]             native: channels, permits: sessions, that are authenticated; inherited\n"
+          "  --incarnations N[,N]    permits: of these sessions\n"
           "  --connections N         concurrent ones\n"
           "  --sessions N | --seconds T\n"
           "  --rate R                open loop: sessions (load) or questions (pingpong) a second\n"
+          "  --warm-up N             load: so many sessions first, unmeasured\n"
+          "  --release               idle: then the clients leave, and what the proxy keeps is measured\n"
           "  --messages N --bytes N --pipelining     of a session\n"
+          "  --starttls              load: the client encrypts, through the proxy\n"
           "  --megabytes N --download                bulk\n"
+          "  --certificate FILE --key FILE           sink: offer STARTTLS\n"
           "  --watch PID[,PID]       process trees to report on; --sink-pid PID\n"
           "  --core N                run on this core only\n"
           "load: sessions that send mail. pingpong: NOOPs on open sessions. bulk: octets one way. idle: open, then\n"
-          "hold for --seconds (0: until standard input ends). One JSON object on standard output.\n",
+          "hold for --seconds (0: until standard input ends). permits: sessions that ask for --messages permits, and again.\n"
+          "One JSON object on standard output.\n",
           stderr);
     exit(64);
 }
@@ -58,8 +66,8 @@ static struct sockaddr_in parse_address(const char *text)
 
 static enum handshake parse_handshake(const char *name)
 {
-    static const char *const names[] = {"none", "v1", "v2", "socks5"};
-    for (int i = 0; i < 4; i++)
+    static const char *const names[] = {"none", "v1", "v2", "socks5", "native"};
+    for (int i = 0; i < 5; i++)
         if (!strcmp(name, names[i]))
             return (enum handshake)i;
     usage();
@@ -69,6 +77,19 @@ static void parse_watched(char *list)
 {
     for (char *word = strtok(list, ","); word && opt.watched_count < MAX_WATCHED; word = strtok(NULL, ","))
         opt.watched[opt.watched_count++] = atoi(word);
+}
+
+static void parse_fds(char *list)
+{
+    for (char *word = strtok(list, ","); word && opt.fd_count < MAX_FDS; word = strtok(NULL, ","))
+        opt.fds[opt.fd_count++] = atoi(word);
+}
+
+static void parse_incarnations(char *list)
+{
+    int count = 0;
+    for (char *word = strtok(list, ","); word && count < MAX_FDS; word = strtok(NULL, ","))
+        opt.incarnations[count++] = (uint32_t)strtoul(word, NULL, 10);
 }
 
 static void run_on_core(size_t core)
@@ -83,13 +104,17 @@ static void run_on_core(size_t core)
 static void parse_options(int argc, char **argv)
 {
     enum { TARGET = 256, PROXY, HANDSHAKE, USER, PASSWORD, BIND, CONNECTIONS, SESSIONS, SECONDS, RATE, MESSAGES, BYTES,
-           PIPELINING, MEGABYTES, DOWN, WATCH, SINK_PID, CORE };
+           PIPELINING, MEGABYTES, DOWN, WATCH, SINK_PID, CORE, CERTIFICATE, KEY, ENCRYPT,
+           FDS, INCARNATIONS, WARM_UP, RELEASE };
     static const struct option table[] = {
         {"target", 1, 0, TARGET}, {"proxy", 1, 0, PROXY}, {"handshake", 1, 0, HANDSHAKE}, {"user", 1, 0, USER},
         {"password", 1, 0, PASSWORD}, {"bind", 0, 0, BIND}, {"connections", 1, 0, CONNECTIONS},
         {"sessions", 1, 0, SESSIONS}, {"seconds", 1, 0, SECONDS}, {"rate", 1, 0, RATE}, {"messages", 1, 0, MESSAGES},
         {"bytes", 1, 0, BYTES}, {"pipelining", 0, 0, PIPELINING}, {"megabytes", 1, 0, MEGABYTES},
-        {"download", 0, 0, DOWN}, {"watch", 1, 0, WATCH}, {"sink-pid", 1, 0, SINK_PID}, {"core", 1, 0, CORE}, {0},
+        {"download", 0, 0, DOWN}, {"watch", 1, 0, WATCH}, {"sink-pid", 1, 0, SINK_PID}, {"core", 1, 0, CORE},
+        {"certificate", 1, 0, CERTIFICATE}, {"key", 1, 0, KEY}, {"starttls", 0, 0, ENCRYPT},
+        {"fds", 1, 0, FDS}, {"incarnations", 1, 0, INCARNATIONS}, {"warm-up", 1, 0, WARM_UP},
+        {"release", 0, 0, RELEASE}, {0},
     };
     opt.target = parse_address("127.0.4.1:2525");
     inet_pton(AF_INET, "127.0.2.1", &opt.first_source);
@@ -114,8 +139,17 @@ static void parse_options(int argc, char **argv)
         case WATCH: parse_watched(optarg); break;
         case SINK_PID: opt.sink_pid = atoi(optarg); break;
         case CORE: run_on_core((size_t)atoi(optarg)); break;
+        case CERTIFICATE: opt.certificate = optarg; break;
+        case KEY: opt.key = optarg; break;
+        case WARM_UP: opt.warm_up = atol(optarg); break;
+        case RELEASE: opt.release = true; break;
+        case FDS: parse_fds(optarg); break;
+        case INCARNATIONS: parse_incarnations(optarg); break;
+        case ENCRYPT: opt.starttls = true; break;
         default: usage();
         }
+    if (!opt.certificate != !opt.key || (opt.handshake == HS_NATIVE && opt.fd_count < opt.connections))
+        usage();
     if (!opt.proxy.sin_family)
         opt.proxy = opt.target;
     if (opt.user && !opt.password)
@@ -155,10 +189,56 @@ static void report(const char *mode, const char *unit, double units, struct mark
            cpu / seconds, to.sink.cpu - from.sink.cpu, to.self - from.self, to.proxy.processes, to.proxy.rss_kb);
 }
 
+/* What the client's own handshakes cost, and what a session then costs both. */
+static void report_own_tls(double seconds, double proxy)
+{
+    double per_unit = totals.done > 0 ? 1e6 / (double)totals.done : 0;
+    printf(", \"own_tls_us_per_unit\": %.3f, \"with_own_tls_us_per_unit\": %.3f", seconds * per_unit,
+           (seconds + proxy) * per_unit);
+}
+
 static void report_latency(const char *name, struct samples *s)
 {
     printf(", \"%s_p50_us\": %.1f, \"%s_p99_us\": %.1f, \"%s_max_us\": %.1f", name, sample_at(s, 0.5), name,
            sample_at(s, 0.99), name, sample_at(s, 1.0));
+}
+
+/* --- what the sink says of it --- */
+
+/* Asks the sink itself, past the proxy. */
+static struct sink_counts ask_sink(void)
+{
+    struct sink_counts counts;
+    char line[256];
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    if (fd < 0 || connect(fd, (struct sockaddr *)&opt.target, sizeof opt.target))
+        die("the sink");
+    FILE *sink = fdopen(fd, "r+");
+    if (!sink || !fgets(line, sizeof line, sink))
+        die("the sink's greeting");
+    fputs("STAT\r\n", sink);
+    fflush(sink);
+    if (!fgets(line, sizeof line, sink) || sscanf(line, "250 %ld %lld %ld %ld", &counts.messages, &counts.octets,
+                                                  &counts.connections, &counts.handshakes) != 4)
+        die("the sink's counts");
+    fclose(sink);
+    return counts;
+}
+
+/* Every message that a client was told is accepted must be there, whole, and none twice. */
+static void check_sink(struct sink_counts from, struct sink_counts to)
+{
+    long messages = to.messages - from.messages;
+    long long octets = to.octets - from.octets, wanted = totals.messages * (long long)(opt.message_bytes + 3);
+    if (totals.errors == 0 && (messages != totals.messages || octets != wanted)) {
+        fprintf(stderr, "loadgen: the sink has %ld messages of %lld octets, sent were %ld of %lld\n", messages, octets,
+                totals.messages, wanted);
+        exit(1);
+    }
+    double sessions_done = totals.done ? (double)totals.done : 1;
+    printf(", \"messages\": %ld, \"mx_connections_per_unit\": %.3f, \"mx_handshakes_per_unit\": %.3f", messages,
+           (double)(to.connections - from.connections) / sessions_done,
+           (double)(to.handshakes - from.handshakes) / sessions_done);
 }
 
 /* --- bringing many sessions up --- */
@@ -244,10 +324,25 @@ static void open_loop(void)
     }
 }
 
+static void warm_up(void)
+{
+    long wanted = opt.sessions;
+    opt.sessions = opt.warm_up;
+    closed_loop();
+    opt.sessions = wanted;
+    if (totals.errors)
+        fprintf(stderr, "loadgen: %ld errors in the warm-up\n", totals.errors);
+    totals = (struct totals){0};
+}
+
 static void run_load(void)
 {
     sessions_init(GOAL_MAIL);
     sessions = calloc((size_t)opt.connections, sizeof *sessions);
+    if (opt.warm_up)
+        warm_up();
+    struct sink_counts accepted = ask_sink();
+    double handshakes = tls_seconds;
     struct mark from = take_mark(false);
     end_time = from.time + opt.seconds;
     if (opt.rate > 0)
@@ -256,7 +351,8 @@ static void run_load(void)
         closed_loop();
     struct mark to = take_mark(false);
     report("load", "session", (double)totals.done, from, to);
-    printf(", \"messages\": %ld", totals.messages);
+    check_sink(accepted, ask_sink());
+    report_own_tls(tls_seconds - handshakes, to.proxy.cpu - from.proxy.cpu);
     report_latency("session", &totals.session_us);
     report_latency("setup", &totals.setup_us);
 }
@@ -324,6 +420,18 @@ static void run_bulk(void)
     report("bulk", "MB", (double)totals.done * (double)share / 1e6, from, to);
 }
 
+/* --- permits --- */
+
+static void run_permits(void)
+{
+    permits_begin();
+    struct mark from = take_mark(false);
+    long permits = permits_run(opt.seconds);
+    struct mark to = take_mark(false);
+    report("permits", "permit", (double)permits, from, to);
+    report_latency("permit", &totals.round_trip_us);
+}
+
 /* --- idle --- */
 
 static void hold_until_input_ends(void)
@@ -334,8 +442,26 @@ static void hold_until_input_ends(void)
         ;
 }
 
+/* All clients say QUIT; what the proxy then holds for them are connections to the MX that it keeps. */
+static void release_all(struct mark before, long connections)
+{
+    for (int i = 0; i < opt.connections; i++)
+        if (sessions[i].step == PARKED)
+            session_quit(&sessions[i]);
+    for (double last = now(); totals.active && now() - last < STALL;)
+        if (wait_events(0.1))
+            last = now();
+    totals.errors += totals.active;
+    for (double end = now() + opt.seconds; now() < end;)
+        wait_events(end - now());
+    struct mark after = take_mark(true);
+    printf(", \"kept\": %ld, \"kb_per_kept\": %.3f", connections,
+           (after.proxy.pss_kb - before.proxy.pss_kb) / (connections ? (double)connections : 1));
+}
+
 static void run_idle(void)
 {
+    long connections = opt.release ? ask_sink().connections : 0;
     struct mark before = take_mark(true);
     open_all();
     struct mark opened = take_mark(true);
@@ -353,6 +479,8 @@ static void run_idle(void)
            (held.proxy.pss_kb - before.proxy.pss_kb) / units, (held.proxy.rss_kb - before.proxy.rss_kb) / units,
            (held.slab - before.slab) / units, before.proxy.pss_kb, held.proxy.pss_kb,
            (held.proxy.cpu - opened.proxy.cpu) / (held.time - opened.time) * 100);
+    if (opt.release)
+        release_all(before, ask_sink().connections - connections);
 }
 
 static void allow_many_files(void)
@@ -381,6 +509,8 @@ int main(int argc, char **argv)
         run_bulk();
     else if (!strcmp(mode, "idle"))
         run_idle();
+    else if (!strcmp(mode, "permits"))
+        run_permits();
     else
         usage();
     if (strcmp(mode, "idle") || opt.seconds > 0)

@@ -5,6 +5,8 @@
  */
 #define _GNU_SOURCE
 #include "loadgen.h"
+#include "native.h"
+#include "tls.h"
 
 #include <arpa/inet.h>
 #include <errno.h>
@@ -21,7 +23,8 @@ static int epoll_fd;
 static enum goal goal;
 static char buffer[CHUNK];
 static char filler[CHUNK];   /* bulk upload */
-static char *message;        /* message_bytes of text and the final dot */
+static char *message;        /* message_bytes of text and the final dot; on a channel, its frame's header stands before */
+static int free_channels[MAX_FDS], free_channel_count;
 
 struct totals totals;
 void (*on_free)(struct session *s);
@@ -52,23 +55,6 @@ double sample_at(struct samples *s, double fraction)
     return s->value[(size_t)(fraction * (double)(s->count - 1) + 0.5)];
 }
 
-void sessions_init(enum goal what)
-{
-    static const char line[] = "The quick brown fox jumps over the lazy dog, again and again and once more.\r\n";
-    static const char dot[] = ".\r\n";
-    goal = what;
-    epoll_fd = epoll_create1(0);
-    memset(filler, 'x', sizeof filler);
-    message = malloc(opt.message_bytes + sizeof line + sizeof dot);
-    if (!message)
-        die("memory");
-    size_t length = 0;
-    for (; length < opt.message_bytes; length += sizeof line - 1)
-        memcpy(message + length, line, sizeof line - 1);
-    opt.message_bytes = length;
-    memcpy(message + length, dot, sizeof dot - 1);
-}
-
 static void watch(struct session *s, int operation, uint32_t events)
 {
     struct epoll_event event = {.events = events, .data.ptr = s};
@@ -76,9 +62,61 @@ static void watch(struct session *s, int operation, uint32_t events)
         die("epoll_ctl");
 }
 
+/* Channels are open before the first session and stay open behind the last one. */
+static void take_over_channels(void)
+{
+    if (opt.message_bytes > FRAME_ROOM - FRAME_HEAD - 3) {
+        fputs("loadgen: a message goes through a channel in one frame of 64 KB at most\n", stderr);
+        exit(64);
+    }
+    for (int i = 0; i < opt.fd_count; i++) {
+        struct epoll_event event = {.events = 0};
+        if (epoll_ctl(epoll_fd, EPOLL_CTL_ADD, opt.fds[i], &event))
+            die("a channel");
+        free_channels[free_channel_count++] = opt.fds[i];
+    }
+}
+
+void sessions_init(enum goal what)
+{
+    static const char line[] = "The quick brown fox jumps over the lazy dog, again and again and once more.\r\n";
+    static const char dot[] = ".\r\n";
+    goal = what;
+    epoll_fd = epoll_create1(0);
+    if (opt.starttls)
+        tls_client();
+    memset(filler, 'x', sizeof filler);
+    message = malloc(FRAME_HEAD + opt.message_bytes + sizeof line + sizeof dot);
+    if (!message)
+        die("memory");
+    message += FRAME_HEAD;
+    size_t length = 0;
+    for (; length < opt.message_bytes; length += sizeof line - 1)
+        memcpy(message + length, line, sizeof line - 1);
+    opt.message_bytes = length;
+    memcpy(message + length, dot, sizeof dot - 1);
+    frame_head((unsigned char *)message - FRAME_HEAD, F_DATA, length + sizeof dot - 1);
+    if (opt.handshake == HS_NATIVE)
+        take_over_channels();
+}
+
+static void give_channel_back(struct session *s, bool good)
+{
+    if (!good) {
+        fprintf(stderr, "loadgen: a channel failed at step %d, frame 0x%02x\n", s->step, s->head[4]);
+        exit(1);
+    }
+    free_channels[free_channel_count++] = s->fd;
+}
+
 static void finish(struct session *s, bool good)
 {
-    close(s->fd);
+    tls_free(s->tls);
+    s->tls = NULL;
+    if (opt.handshake == HS_NATIVE)
+        give_channel_back(s, good);
+    else
+        close(s->fd);
     s->step = FREE;
     totals.active--;
     if (good) {
@@ -96,7 +134,7 @@ static void finish(struct session *s, bool good)
 static bool put(struct session *s, const char *data, size_t length)
 {
     while (length) {
-        ssize_t sent = send(s->fd, data, length, MSG_NOSIGNAL);
+        ssize_t sent = s->tls ? tls_send(s->tls, data, length) : send(s->fd, data, length, MSG_NOSIGNAL);
         if (sent < 0 && errno != EAGAIN) {
             finish(s, false);
             return false;
@@ -115,11 +153,20 @@ static bool put(struct session *s, const char *data, size_t length)
     return true;
 }
 
+/* A command, on a channel in a frame of its own. */
 static void ask(struct session *s, enum step step, const char *text, int replies)
 {
+    size_t length = strlen(text);
+    char framed[FRAME_HEAD + 256];
     s->step = step;
     s->replies_due = replies;
-    put(s, text, strlen(text));
+    if (opt.handshake != HS_NATIVE) {
+        put(s, text, length);
+        return;
+    }
+    frame_head((unsigned char *)framed, F_DATA, length);
+    memcpy(framed + FRAME_HEAD, text, length);
+    put(s, framed, FRAME_HEAD + length);
 }
 
 static void ask_octets(struct session *s, enum step step, const void *data, size_t length, int octets_due)
@@ -198,8 +245,37 @@ static void connected(struct session *s)
     case HS_V1: proxy_v1(s); break;
     case HS_V2: proxy_v2(s); break;
     case HS_SOCKS5: socks_method(s); break;
-    case HS_NONE: s->step = GREETING; s->replies_due = 1; break;
+    case HS_NONE: case HS_NATIVE: s->step = GREETING; s->replies_due = 1; break;
     }
+}
+
+/* What stands for connect and handshake on a channel. */
+static void open_channel(struct session *s)
+{
+    char from[INET_ADDRSTRLEN], to[INET_ADDRSTRLEN];
+    struct in_addr source = source_of();
+    struct frame f;
+    inet_ntop(AF_INET, &source, from, sizeof from);
+    inet_ntop(AF_INET, &opt.target.sin_addr, to, sizeof to);
+    frame_begin(&f, F_OPEN);
+    frame_array(&f, 2);
+    frame_text(&f, from);
+    frame_array(&f, 1);
+    frame_array(&f, 2);
+    frame_text(&f, to);
+    frame_uint(&f, ntohs(opt.target.sin_port));
+    frame_end(&f);
+    ask_octets(s, OPENING, f.octets, f.length, 0);
+}
+
+static void end_on_channel(struct session *s)
+{
+    struct frame f;
+    frame_begin(&f, F_END);
+    frame_array(&f, 1);
+    frame_bool(&f, false);
+    frame_end(&f);
+    ask_octets(s, ENDING, f.octets, f.length, 0);
 }
 
 /* SOCKS5 replies have known lengths: the handshake goes on when the octets are there and say success. */
@@ -236,6 +312,12 @@ static void next_message(struct session *s)
         ask(s, MAIL, MAIL_LINE, 1);
 }
 
+static void send_message(struct session *s)
+{
+    size_t head = opt.handshake == HS_NATIVE ? FRAME_HEAD : 0;
+    ask_octets(s, BODY, message - head, head + opt.message_bytes + 3, 1);
+}
+
 static void message_accepted(struct session *s)
 {
     totals.messages++;
@@ -243,6 +325,22 @@ static void message_accepted(struct session *s)
         ask(s, RSET, "RSET\r\n", 1);
     else
         ask(s, QUIT, "QUIT\r\n", 1);
+}
+
+static void say_ehlo(struct session *s)
+{
+    ask(s, EHLO, "EHLO mta1.sender.example.com\r\n", 1);
+}
+
+/* A flight of the handshake, or the last one: then the dialogue begins anew (RFC 3207 section 4.2). */
+static void shake(struct session *s)
+{
+    s->step = SHAKING;
+    enum shaking state = tls_shake(s->tls);
+    if (state == TLS_FAILED)
+        finish(s, false);
+    else if (state == TLS_DONE)
+        say_ehlo(s);
 }
 
 /* All replies to the last question are in. */
@@ -255,21 +353,34 @@ static void advance(struct session *s)
     switch (s->step) {
     case GREETING:
         sample_add(&totals.setup_us, (now() - s->began) * 1e6);
-        ask(s, EHLO, "EHLO mta1.sender.example.com\r\n", 1);
+        say_ehlo(s);
         break;
     case EHLO:
+        if (opt.starttls && !s->tls) {
+            ask(s, STARTTLS, "STARTTLS\r\n", 1);
+            break;
+        }
         totals.ready++;
         if (goal == GOAL_PARK)
             s->step = PARKED;
         else
             next_message(s);
         break;
+    case STARTTLS:
+        s->tls = tls_new(s->fd);
+        shake(s);
+        break;
     case MAIL: ask(s, RCPT, RCPT_LINE, 1); break;
     case RCPT: ask(s, DATA, DATA_LINE, 1); break;
-    case DATA: ask_octets(s, BODY, message, opt.message_bytes + 3, 1); break;
+    case DATA: send_message(s); break;
     case BODY: message_accepted(s); break;
     case RSET: next_message(s); break;
-    case QUIT: finish(s, true); break;
+    case QUIT:
+        if (opt.handshake == HS_NATIVE)
+            end_on_channel(s);
+        else
+            finish(s, true);
+        break;
     case NOOP:
         s->step = PARKED;
         totals.round_trips++;
@@ -298,6 +409,45 @@ static void smtp_octets(struct session *s, const char *data, ssize_t length)
             if (s->step == FREE || s->step == CONNECTING)
                 return;
         }
+    }
+}
+
+/* --- channels --- */
+
+/* A frame has come whole; what DATA carries was taken before. False: the session is over. */
+static bool frame_came(struct session *s)
+{
+    s->head_octets = 0;
+    switch (s->head[4]) {
+    case F_DATA: case F_EOF: return true;
+    case F_OPENED:
+        s->step = GREETING;
+        s->replies_due = 1;
+        return true;
+    default:
+        finish(s, s->head[4] == F_ENDED && s->step == ENDING);
+        return false;
+    }
+}
+
+static void framed_octets(struct session *s, const char *data, size_t length)
+{
+    while (length) {
+        if (s->head_octets < FRAME_HEAD) {
+            s->head[s->head_octets++] = (unsigned char)*data++;
+            length--;
+            if (s->head_octets < FRAME_HEAD)
+                continue;
+            s->frame_left = frame_length(s->head);
+        }
+        size_t piece = s->frame_left < length ? s->frame_left : length;
+        if (s->head[4] == F_DATA)
+            smtp_octets(s, data, (ssize_t)piece);
+        data += piece;
+        length -= piece;
+        s->frame_left -= piece;
+        if (s->frame_left == 0 && !frame_came(s))
+            return;
     }
 }
 
@@ -332,8 +482,21 @@ void session_bulk(struct session *s, int64_t bytes)
 
 /* --- events --- */
 
+static void session_on_channel(struct session *s, double began)
+{
+    *s = (struct session){.fd = free_channels[--free_channel_count], .began = began};
+    totals.started++;
+    totals.active++;
+    watch(s, EPOLL_CTL_MOD, EPOLLIN);
+    open_channel(s);
+}
+
 void session_start(struct session *s, double began)
 {
+    if (opt.handshake == HS_NATIVE) {
+        session_on_channel(s, began);
+        return;
+    }
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK, 0), on = 1;
     if (fd < 0)
         die("socket");
@@ -353,14 +516,33 @@ void session_start(struct session *s, double began)
         die("connect");
 }
 
+void session_quit(struct session *s)
+{
+    ask(s, QUIT, "QUIT\r\n", 1);
+}
+
 void session_ask(struct session *s, double asked)
 {
     s->asked = asked;
     ask(s, NOOP, "NOOP\r\n", 1);
 }
 
+/* Reads all that is there: what OpenSSL holds back shows no event. */
+static void receive_tls(struct session *s)
+{
+    ssize_t got = 1;
+    while (s->tls && (got = tls_recv(s->tls, buffer, sizeof buffer)) > 0)
+        smtp_octets(s, buffer, got);
+    if (s->tls && (got == 0 || errno != EAGAIN))
+        finish(s, false);
+}
+
 static void receive(struct session *s)
 {
+    if (s->tls) {
+        receive_tls(s);
+        return;
+    }
     if (s->step == DOWNLOAD) {
         ssize_t got = recv(s->fd, NULL, 1 << 20, MSG_TRUNC);  /* discard in the kernel, see sink.c */
         if (got > 0)
@@ -381,6 +563,8 @@ static void receive(struct session *s)
         finish(s, false);  /* a reply in pieces: no peer does that on loopback */
     else if (socks)
         socks_answer(s, buffer);
+    else if (opt.handshake == HS_NATIVE)
+        framed_octets(s, buffer, (size_t)got);
     else
         smtp_octets(s, buffer, got);
 }
@@ -392,6 +576,10 @@ static void on_event(struct session *s, uint32_t events)
             finish(s, false);
         else
             connected(s);
+        return;
+    }
+    if (s->step == SHAKING) {
+        shake(s);
         return;
     }
     if (events & EPOLLOUT) {
@@ -413,7 +601,7 @@ bool wait_events(double timeout)
     int count = epoll_pwait2(epoll_fd, events, EVENTS_PER_WAIT, timeout > 0 ? &t : &(struct timespec){0}, NULL);
     for (int i = 0; i < count; i++) {
         struct session *s = events[i].data.ptr;
-        if (s->step != FREE)
+        if (s && s->step != FREE)
             on_event(s, events[i].events);
     }
     return count > 0;

@@ -1,11 +1,13 @@
 /* sink.c - the MX of the benchmark: one process, one thread, answers SMTP and keeps nothing.
  *
- * Beside SMTP it knows two words of its own for bulk transfers: `BULK` (from here on swallow octets uncounted, copied
- * nowhere) and `DOWN n` (send n octets, then close). It also swallows UDP datagrams on its port: a place for a peer to
- * send its syslog lines to.
+ * Beside SMTP it knows words of its own: for bulk transfers `BULK` (from here on swallow octets uncounted, copied
+ * nowhere) and `DOWN n` (send n octets, then close), and `STAT`, which tells what it has accepted so far, for whoever
+ * wants to know that nothing was lost on the way. With a certificate it offers STARTTLS. It also swallows UDP datagrams
+ * on its port: a place for a peer to send its syslog lines to.
  */
 #define _GNU_SOURCE
 #include "loadgen.h"
+#include "tls.h"
 
 #include <errno.h>
 #include <netinet/tcp.h>
@@ -17,10 +19,11 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum reading { COMMANDS, MESSAGE, SWALLOW, SENDING };
+enum reading { COMMANDS, MESSAGE, SWALLOW, SENDING, HANDSHAKE };
 
 struct connection {
     int fd;
+    struct ssl_st *tls;    /* NULL: in clear */
     enum reading reading;
     size_t line_length;
     char line[512];
@@ -30,6 +33,7 @@ struct connection {
 
 static int epoll_fd;
 static char buffer[CHUNK];
+static struct sink_counts accepted;  /* all there ever was */
 
 static void watch(struct connection *c, int operation, uint32_t events)
 {
@@ -40,13 +44,18 @@ static void watch(struct connection *c, int operation, uint32_t events)
 
 static void drop(struct connection *c)
 {
+    tls_free(c->tls);
     close(c->fd);
     free(c);
 }
 
 static void say(struct connection *c, const char *text)
 {
-    send(c->fd, text, strlen(text), MSG_NOSIGNAL);  /* short, and the client waits for it: the buffer has room */
+    /* short, and the client waits for it: the buffer has room */
+    if (c->tls)
+        tls_send(c->tls, text, strlen(text));
+    else
+        send(c->fd, text, strlen(text), MSG_NOSIGNAL);
 }
 
 static void accept_all(int listener)
@@ -56,6 +65,7 @@ static void accept_all(int listener)
         if (!c)
             die("memory");
         c->fd = fd;
+        accepted.connections++;
         watch(c, EPOLL_CTL_ADD, EPOLLIN);
         say(c, "220 sink.example.net ESMTP\r\n");
     }
@@ -76,6 +86,8 @@ static bool send_more(struct connection *c)
     drop(c);
     return false;
 }
+
+#define EHLO_REPLY(more) "250-sink.example.net\r\n250-PIPELINING\r\n" more "250-8BITMIME\r\n250 SIZE 52428800\r\n"
 
 /* Looks for the end mark; returns how many octets belong to the message. */
 static size_t message_octets(struct connection *c, const char *data, size_t length)
@@ -100,13 +112,28 @@ static size_t message_octets(struct connection *c, const char *data, size_t leng
     return length;
 }
 
+static void tell_counts(struct connection *c)
+{
+    char text[128];
+    accepted.connections--;  /* who asks does not count */
+    snprintf(text, sizeof text, "250 %ld %lld %ld %ld\r\n", accepted.messages, accepted.octets, accepted.connections,
+             accepted.handshakes);
+    say(c, text);
+}
+
 /* Answers one whole command line. False: the connection is gone. */
 static bool command(struct connection *c)
 {
     c->line[c->line_length] = 0;
     c->line_length = 0;
     if (!strncasecmp(c->line, "EHLO", 4)) {
-        say(c, "250-sink.example.net\r\n250-PIPELINING\r\n250-8BITMIME\r\n250 SIZE 52428800\r\n");
+        say(c, opt.certificate && !c->tls ? EHLO_REPLY("250-STARTTLS\r\n") : EHLO_REPLY(""));
+    } else if (!strncasecmp(c->line, "STARTTLS", 8) && opt.certificate && !c->tls) {
+        say(c, "220 2.0.0 Go ahead\r\n");
+        c->tls = tls_new(c->fd);
+        c->reading = HANDSHAKE;
+    } else if (!strncasecmp(c->line, "STAT", 4)) {
+        tell_counts(c);
     } else if (!strncasecmp(c->line, "DATA", 4)) {
         c->reading = MESSAGE;
         c->matched = 2;  /* the command's own CR LF counts: an empty message is just ". CR LF" */
@@ -132,12 +159,15 @@ static bool command(struct connection *c)
 /* Takes what was received. False: the connection is gone. */
 static bool take(struct connection *c, const char *data, size_t length)
 {
-    while (length && c->reading != SWALLOW && c->reading != SENDING) {
+    while (length && (c->reading == COMMANDS || c->reading == MESSAGE)) {
         size_t used;
         if (c->reading == MESSAGE) {
             used = message_octets(c, data, length);
-            if (c->reading == COMMANDS)
+            accepted.octets += (long long)used;
+            if (c->reading == COMMANDS) {
+                accepted.messages++;
                 say(c, "250 2.0.0 Ok: queued\r\n");
+            }
         } else {
             const char *end = memchr(data, '\n', length);
             used = end ? (size_t)(end - data) + 1 : length;
@@ -156,8 +186,38 @@ static bool take(struct connection *c, const char *data, size_t length)
     return true;
 }
 
+static void shake(struct connection *c)
+{
+    enum shaking state = tls_shake(c->tls);
+    if (state == TLS_FAILED) {
+        drop(c);
+    } else if (state == TLS_DONE) {
+        accepted.handshakes++;
+        c->reading = COMMANDS;
+    }
+}
+
+/* Reads all that is there: what OpenSSL holds back shows no event. */
+static void read_tls(struct connection *c)
+{
+    ssize_t got;
+    while ((got = tls_recv(c->tls, buffer, sizeof buffer)) > 0)
+        if (!take(c, buffer, (size_t)got))
+            return;
+    if (got == 0 || errno != EAGAIN)
+        drop(c);
+}
+
 static void on_event(struct connection *c, uint32_t events)
 {
+    if (c->reading == HANDSHAKE) {
+        shake(c);
+        return;
+    }
+    if (c->tls) {
+        read_tls(c);
+        return;
+    }
     if (c->reading == SENDING) {
         if (events & (EPOLLERR | EPOLLHUP))
             drop(c);
@@ -188,6 +248,8 @@ void run_sink(void)
 {
     struct connection listener = {.fd = bound_socket(SOCK_STREAM)}, datagrams = {.fd = bound_socket(SOCK_DGRAM)};
     epoll_fd = epoll_create1(0);
+    if (opt.certificate)
+        tls_server(opt.certificate, opt.key);
     if (listen(listener.fd, 8192))
         die("sink: listen");
     watch(&listener, EPOLL_CTL_ADD, EPOLLIN);
