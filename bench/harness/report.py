@@ -51,10 +51,14 @@ def _rows(workload: Workload, block: Mapping[str, Any]) -> list[str]:
     return rows
 
 
+def _form(machine: Mapping[str, Any]) -> str:
+    return str(machine.get("form", "form unknown"))
+
+
 def _provenance(block: Mapping[str, Any]) -> str:
     machine = block["machine"]
     return (
-        f"{len(block['rounds'])} rounds, {machine['date']}, revision {machine['commit']}, {machine.get('form', 'unknown')}, "
+        f"{len(block['rounds'])} rounds, {machine['date']}, revision {machine['commit']}, {_form(machine)}, "
         f"load average before {machine['load_average_before']}."
     )
 
@@ -81,7 +85,7 @@ def _machine_line(blocks: Mapping[str, Any]) -> str:
     peers = "; ".join(sorted({text for block in blocks.values() for text in block["versions"].values()}))
     return (
         f"Machine: {machine['processor']}, {machine['cores']} cores, Linux {machine['kernel']}, "
-        f"Python {machine['python']}; ours: {machine.get('form', 'unknown')}. Peers: {peers or 'none with a version'}.\n"
+        f"Python {machine['python']}; ours: {_form(machine)}. Peers: {peers or 'none with a version'}.\n"
         "Median (lowest-highest) of the rounds; ratios are taken within a round; ≈ marks an effect under "
         f"{analysis.NOISE:.0%}, which is noise."
     )
