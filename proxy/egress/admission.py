@@ -297,46 +297,48 @@ class Admission(Office):
         self._settling = True
         manager = self.manager
         try:
-            while True:
-                admitted, ready, ended = manager.take_admitted(), manager.take_ready(), manager.take_ended()
-                if admitted:
-                    self.waiters.wake(admitted)
-                granted = manager.take_granted()
-                for ticket in granted:
-                    self.waiters.tell(ticket)
-                blocked = manager.take_blocked()
-                for throttle in blocked:
-                    # In a pause a place that is given up is nobody's.
-                    while throttle.line is not None and throttle.full() and not throttle.closed_until:
-                        if not self._make_way(throttle, throttle.used + throttle.line.size - throttle.cap):
-                            break
-                for session in ready:
-                    client = self.clients.get(session)
-                    if client is not None:
-                        client.deliver()
-                for session in ended:
-                    client = self.clients.pop(session, None)
-                    if client is not None and session.end is not None:
-                        client.ended(session.end)
-                if not (admitted or granted or ready or ended or blocked):
-                    break
+            while manager.has_news:
+                self._carry_out(manager)
             if self.settled is not None:
                 self.settled()
             if self.handed_over is not None:
                 self.handed_over()
-            for remark in manager.take_notices():
-                self._tell(remark)
+            if manager.has_notices:
+                for remark in manager.take_notices():
+                    self._tell(remark)
         finally:
             self._settling = False
         self._arm()
+
+    def _carry_out(self, manager: Manager) -> None:
+        admitted = manager.take_admitted()
+        if admitted:
+            self.waiters.wake(admitted)
+        for ticket in manager.take_granted():
+            self.waiters.tell(ticket)
+        for throttle in manager.take_blocked():
+            # In a pause a place that is given up is nobody's.
+            while throttle.line is not None and throttle.full() and not throttle.closed_until:
+                if not self._make_way(throttle, throttle.used + throttle.line.size - throttle.cap):
+                    break
+        for session in manager.take_ready():
+            client = self.clients.get(session)
+            if client is not None:
+                client.deliver()
+        for session in manager.take_ended():
+            client = self.clients.pop(session, None)
+            if client is not None and session.end is not None:
+                client.ended(session.end)
 
     def _tell(self, remark: Remark) -> None:
         level, reply = log.INFO if remark.calm else log.WARNING, {"reply": remark.reply} if remark.reply else {}
         log.note(log.Event.THROTTLE, level, remark.detail, notice=remark.notice, instance=remark.instance, **reply)
 
     def _arm(self) -> None:
+        first, armed_for = self.waiters.deadlines.next_wakeup(), self._armed_for
+        if armed_for is not None and (first is None or first >= armed_for) and not self.manager.wakes_before(armed_for):
+            return  # nearly always: nothing has become due earlier
         due = self.manager.next_wakeup()
-        first = self.waiters.deadlines.next_wakeup()
         if first is not None and (due is None or first < due):
             due = first
         if due is None or (self._armed_for is not None and self._armed_for <= due):

@@ -57,8 +57,7 @@ class Dispenser(Queues):
         if flow.queued is not None:
             return
         slot, decider = path.earliest(now)
-        if flow.want == 1 and slot <= now + path.horizon and self._alone(flow, now):
-            self._give_alone(flow, slot, decider, now)
+        if slot <= now + path.horizon and self._alone(flow, now) and self._give_alone(flow, slot, decider, now):
             return
         throttle = decider or path.throttles[0]
         self._join(flow)
@@ -73,18 +72,32 @@ class Dispenser(Queues):
         for throttle in flow.path.throttles:
             if throttle.slots is not None:
                 return False
-        return flow.receiver.may_receive(now)
+        return flow.receiver.may_receive(now) and not self.queues_always
 
-    def _give_alone(self, flow: Flow, slot: int, decider: Throttle | None, now: int) -> None:
-        """All that `flow` wants is one slot, which is near, and nobody waits for it: no queue is needed."""
-        for throttle in flow.path.throttles:
+    def _give_alone(self, flow: Flow, slot: int, decider: Throttle | None, now: int) -> bool:
+        """Serve `flow`, which is alone and whose next slot is near, without a queue: that would come to the same.
+
+        Returns:
+            False: what it wants is not one slot, nor a row of slots that are all near. Nothing has changed.
+        """
+        path, want = flow.path, flow.want
+        throttles, step = path.throttles, 0
+        if want > 1 and decider is not None:
+            step = decider.row(slot) if len(throttles) == 1 and flow.open is None and not flow.fine else 0
+            if not step or slot + (want - 1) * step > now + path.horizon:
+                return False
+        for throttle in throttles:
             self.idle.add(throttle)
-            if decider is not None:
-                throttle.take_slot(slot)
         if decider is None:
             self._give_freely(flow, now)
+        elif step:
+            decider.take_row(slot, want)
+            self._give_row(flow, slot, want, step)
         else:
+            for throttle in throttles:
+                throttle.take_slot(slot)
             self._give(flow, slot)
+        return True
 
     def unpark(self, receiver: Receiver, now: int) -> None:
         """`receiver` may receive again."""

@@ -128,6 +128,10 @@ class Leased(Throttle):
         self._house.hungry[self] = None
         return max(self.expected, moment + _LOOK_AGAIN)
 
+    def row(self, slot: int) -> int:
+        """The store's slots are as they come."""
+        return 0
+
     def fits(self, moment: int) -> int | None:
         """The first time from `moment` on, which may be to come, at which there is a slot; None: not known."""
         if self.barred:

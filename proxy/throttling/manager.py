@@ -23,7 +23,7 @@ from proxy.throttling.flows import Throttle
 from proxy.throttling.handover import Handover
 from proxy.throttling.overrides import Override
 from proxy.throttling.registry import Remark
-from proxy.throttling.wheel import Wheel
+from proxy.throttling.wheel import NEVER, Bell, Wheel
 
 
 class Manager(Handover):
@@ -62,6 +62,9 @@ class Manager(Handover):
             self.overrides.wheel,
             self._former,
         )
+        self._bell = Bell()
+        for wheel in self._wheels:
+            wheel.bell = self._bell
 
     def end_backoff(self, name: str, now: int) -> int | None:
         """End the back-offs of a block by hand; of how many throttles. None: there is no such block."""
@@ -165,16 +168,38 @@ class Manager(Handover):
         """When `advance` is due, in nanoseconds; in the past: at once; None: not before the next call."""
         if self._held is not None:
             return 0 if self._thawing else None
-        if (
+        if self._in_the_middle():
+            return 0
+        due = min([due for wheel in self._wheels if (due := wheel.next_wakeup()) is not None], default=None)
+        self._bell.due = NEVER if due is None else due
+        return due
+
+    def wakes_before(self, moment: int) -> bool:
+        """Whether `next_wakeup` may be before `moment`: no costs no look at the wheels, yes may be too cautious."""
+        if self._held is not None:
+            return self._thawing
+        return self._bell.due < moment or self._in_the_middle()
+
+    def _in_the_middle(self) -> bool:
+        """Whether there is work that is not finished."""
+        return bool(
             self._departed
             or self._stretching
             or self._registry.teller
             or self._registry.unfinished
             or self._dispenser.unfinished
             or self.blocks.stale
-        ):
-            return 0
-        return min([due for wheel in self._wheels if (due := wheel.next_wakeup()) is not None], default=None)
+        )
+
+    @property
+    def has_notices(self) -> bool:
+        return bool(self._registry.remarks or self._audit.remarks or self.blocks.backoffs.remarks)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether one of `take_ready`, `take_admitted`, `take_granted`, `take_blocked`, `take_ended` has something."""
+        book, dispenser = self._book, self._dispenser
+        return bool(dispenser.touched or book.admitted or self._desk.granted or book.blocked or self._ended)
 
     def take_notices(self) -> list[Remark]:
         remarks: list[Remark] = []

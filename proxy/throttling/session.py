@@ -158,7 +158,7 @@ class Session(Receiver):
     @property
     def has_words(self) -> bool:
         """Whether anything waits to be sent."""
-        return bool(self.pongs or self.ping_due is not None or self.parked_records)
+        return bool(self.runs or self.pongs or self.ping_due is not None or self.limits or self.caps)
 
     def pinged(self, t: int, now: int) -> None:
         self.ping_t = t
@@ -179,6 +179,8 @@ class Session(Receiver):
 
     def backlog(self, id: int, ram: int, bounce: int, disk: int) -> None:
         """The latest figures of one path; the session's are the sums."""
+        if not (ram or bounce or disk or id in self.backlogs):
+            return
         old = self.backlogs.pop(id, 0)
         self.ram += ram - (old >> 64)
         self.bounce += bounce - (old >> 32 & _WORD)
@@ -212,29 +214,32 @@ class Session(Receiver):
             sent: told of each run that leaves, and of its slack.
             owes: whether the limits of a path are still to be told by somebody else; None: those of no path.
         """
-        pongs, self.pongs = self.pongs, []
         ping, self.ping_due = self.ping_due, None
-        limits, self.limits = _split(self.limits, most)
-        caps, self.caps = _split(self.caps, most)
         sent_at = now // MICROSECOND * MICROSECOND
-        grants = []
+        pongs: list[PongRecord] = []
+        limits: dict[Flow, None] = {}
+        caps: list[tuple[int, int]] = []
+        grants: list[GrantRecord] = []
+        if self.pongs:
+            pongs, self.pongs = _held(self.pongs, sent_at), []
+        if self.limits:
+            limits, self.limits = _split(self.limits, most)
+        if self.caps:
+            first, self.caps = _split(self.caps, most)
+            caps = list(first.items())
         if owes is not None:
             self._limits_first(limits, owes)
-        for run in self._take_runs(most):
-            flow, slack = run.flow, run.flow.path.slack
-            sent(run, slack, now)
-            offset, step = (run.first - sent_at) // MICROSECOND, run.step // MICROSECOND
-            grants.append(GrantRecord(flow.id, run.n, offset, step, slack // MICROSECOND))
-        hold = (sent_at - self.ping_at) // MICROSECOND if self.ping_t is not None else 0
-        return Output(
-            _held(pongs, sent_at),
-            ping,
-            [self._limit(flow, now) for flow in limits],
-            self.ping_t or 0,
-            max(0, hold),
-            grants,
-            list(caps.items()),
-        )
+        if self.runs:
+            for run in self._take_runs(most):
+                flow, slack = run.flow, run.flow.path.slack
+                sent(run, slack, now)
+                offset, step = (run.first - sent_at) // MICROSECOND, run.step // MICROSECOND
+                grants.append(GrantRecord(flow.id, run.n, offset, step, slack // MICROSECOND))
+        told = [self._limit(flow, now) for flow in limits] if limits else []
+        if self.ping_t is None:
+            return Output(pongs, ping, told, 0, 0, grants, caps)
+        hold = max(0, sent_at - self.ping_at) // MICROSECOND
+        return Output(pongs, ping, told, self.ping_t, hold, grants, caps)
 
     def answer(self, now: int) -> Output:
         """Nothing but answers to pings."""

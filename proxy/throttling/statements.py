@@ -162,8 +162,11 @@ class Statements(Attendance):
     # --- what is sent ---
 
     def take_ready(self) -> list[Session]:
-        ready, self._dispenser.touched = self._dispenser.touched, {}
-        return [session for session in ready if isinstance(session, Session) and session.end is None]
+        touched = self._dispenser.touched
+        if not touched:
+            return []
+        self._dispenser.touched = {}
+        return [session for session in touched if isinstance(session, Session) and session.end is None]
 
     def take(self, session: Session, now: int, most: int = DELIVERY) -> Output:
         """What is to be sent to `session`, `most` records of a kind; `now` must not be after the moment of sending.

@@ -324,6 +324,22 @@ class Meter:
             tat = window.tat
             window.tat = (tat if tat > slot else slot) + window.interval
 
+    def row(self, slot: int) -> int:
+        """Nanoseconds from each slot to the next, if those from `slot` on, which is `earliest`, are evenly spaced.
+
+        0: they are not, or nobody knows: part of a burst is left, several windows take turns.
+        """
+        if len(self.windows) != 1:
+            return 0
+        window = self.windows[0]
+        return window.interval if not window.tau or slot == window.tat - window.tau else 0
+
+    def take_row(self, slot: int, n: int) -> None:
+        """As `take_slot` for each of the `n` slots of a row."""
+        self.taken += n
+        window = self.windows[0]
+        window.tat = (window.tat if window.tat > slot else slot) + n * window.interval
+
     def put_off(self, slot: int, late: int) -> None:
         """A slot that was given out is used as if it were the later `slot`, by `late`: those to come are put off.
 

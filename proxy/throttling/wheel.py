@@ -20,14 +20,30 @@ _PIECE = 1_000
 _LOOKS = 8
 
 
+#: Later than anything is due.
+NEVER = 2**63 - 1
+
+
+class Bell:
+    """For who looks after several wheels: `due` is never later than the first of them fires, and may be earlier."""
+
+    __slots__ = ("due",)
+
+    def __init__(self) -> None:
+        self.due = NEVER
+
+
 class Wheel(Generic[Item]):
     """Items by due time.
 
     Args:
         tick_ns: width of a bucket in nanoseconds.
+
+    Attributes:
+        bell: set to whatever is armed before it.
     """
 
-    __slots__ = ("_bucket_of", "_buckets", "_live", "_order", "_tick")
+    __slots__ = ("_bucket_of", "_buckets", "_live", "_order", "_tick", "bell")
 
     def __init__(self, tick_ns: int) -> None:
         self._tick = tick_ns
@@ -35,6 +51,7 @@ class Wheel(Generic[Item]):
         self._buckets: dict[int, list[list[Item]]] = {}  # in pieces, see `_PIECE`
         self._live: dict[int, int] = {}  # bucket → items that are really in it: moved ones leave a stale entry behind
         self._order: list[int] = []
+        self.bell = Bell()
 
     def __len__(self) -> int:
         return len(self._bucket_of)
@@ -52,6 +69,9 @@ class Wheel(Generic[Item]):
         if old is not None:
             self._live[old] -= 1
         piece[item] = index
+        due, bell = index * self._tick, self.bell
+        if due < bell.due:
+            bell.due = due
         bucket = self._buckets.get(index)
         if bucket is None:
             self._buckets[index] = [[item]]

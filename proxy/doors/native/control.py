@@ -1,9 +1,10 @@
 """One instance's session: its life, its turns and its queues, frames in and frames out.
 
-The greenlet reads; the manager's words are written by whoever made it speak, without waiting. What the kernel does not
-take is queued, at most 16 frames; beyond that the records stay parked in the session, it gets no permits, and nothing
-that it says is acted upon: who does not read is not listened to. Pings go before all else, both ways. A session also
-hands out the key with which its channels authenticate in one flight, and announces the certificates they may show.
+What is short and usual is acted upon in the hub as it comes, one read for each event; the greenlet does what may take
+longer, or has to wait. The manager's words are written by whoever made it speak, without waiting. What the kernel does
+not take is queued, at most 16 frames; beyond that the records stay parked in the session, it gets no permits, and
+nothing that it says is acted upon: who does not read is not listened to. Pings go before all else, both ways. A session
+also hands out the key with which its channels authenticate in one flight, and announces the certificates they may show.
 What a message of the instance leads to is `control_acts`'.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable
+from select import EPOLLIN
 from time import monotonic
 from typing import Any
 
@@ -28,6 +30,7 @@ from proxy.errors import GOODBYES, NameInUse, NoPong, ProxyError, Refused, Repla
 from proxy.log import lines as log
 from proxy.model import Ending
 from proxy.net.conversation import farewell, rest_for
+from proxy.net.relay import UNSURE
 from proxy.net.turns import TurnOver
 from proxy.policy.turns import READ, RECORD
 from proxy.protocols.native import frames as native
@@ -45,6 +48,10 @@ QUEUE = 16
 #: Frames that are taken in ahead of their turn, and how many of them before they are answered.
 _URGENT = frozenset((s.Ping.TYPE, s.Pong.TYPE))
 _URGENT_AT_ONCE = 16
+#: Frames that are acted upon in the hub, so many for one event, and how long they may be: some hundred records at most.
+_BRIEF = frozenset((s.Ping.TYPE, s.Pong.TYPE, s.Demand.TYPE, s.Return.TYPE, s.Outcome.TYPE))
+_IN_THE_HUB = 16
+_SHORT = 512
 #: Records of a kind that are sent at once when somebody else made the manager speak, and in our own turn.
 _A_FEW, _MANY = 50, 100
 
@@ -79,6 +86,10 @@ class Control(Client):
         self._holds_name = False
         self._greenlet: Any = None
         self._waiting = False
+        self._raised: BaseException | None = None  # in the hub; for our greenlet
+        self._missed = True  # events may have gone by that nobody acted upon: only a read that finds nothing is proof
+        self._dry = False  # all was read that had come, and an event will tell of more
+        self._incarnation = current().incarnation
 
     @property
     def instance(self) -> str:
@@ -196,15 +207,19 @@ class Control(Client):
         Raises:
             SessionOver: the client closed. OSError.
         """
+        if self._dry:
+            return False
         try:
             data = self._stream.recv(_READ_SIZE)
         except TurnOver:
             self._turn.end()
             return False
         except BlockingIOError:
+            self._missed, self._dry = False, True
             return False
         if not data:
             raise SessionOver
+        self._dry = not self._missed and self._stream.drained
         self._decoder.receive(data)
         return True
 
@@ -223,21 +238,73 @@ class Control(Client):
         if urgent:
             self._admission.settle()
 
+    # ---------------------------------------------------------------- in the hub
+
+    def _event(self, events: int) -> None:
+        """An event of the socket, while our greenlet waits."""
+        self._turn.begin(monotonic())
+        self._dry = False
+        try:
+            if events & UNSURE:  # no other event will tell of it
+                self._missed = True
+            elif self._at_rest() and not (events & EPOLLIN and self._step()):
+                return
+        except BaseException as error:
+            self._raised = error
+        self._greenlet.switch()
+
+    def _at_rest(self) -> bool:
+        """Whether nothing is left of what came or was said before."""
+        return not (
+            self._congested
+            or self._incoming
+            or self._outgoing.waits
+            or self._recheck
+            or self._doom is not None
+            or not self._admission.listens_to_sessions
+        )
+
+    def _step(self) -> bool:
+        """The usual case: one read, and in it what is quickly done.
+
+        Returns:
+            whether the greenlet has to look around: there may be more to read, or what came is for it.
+
+        Raises:
+            As `_listen`.
+        """
+        if not self._receive():
+            return self._turn.over
+        decoder, acts, left = self._decoder, self._acts, _IN_THE_HUB
+        while (frame := decoder.next_frame()) is not None:
+            kind, payload = frame
+            if kind not in _BRIEF or len(payload) > _SHORT or not left or self._turn.over:
+                self._incoming.append((kind, bytes(payload)))
+                return True
+            left -= 1
+            acts.act(native.decode(frame, native.SESSION_FROM_CLIENT))
+        self._admission.settle()
+        return self._turn.over or not self._dry
+
+    # ---------------------------------------------------------------- small things of the greenlet
+
     def _has_more(self) -> bool:
         """Whether there is something to be sent that the kernel may take at once."""
         session = self._session
-        speaks = session is not None and not self._admission.manager.frozen
-        return speaks and not self._outgoing and session is not None and session.parked_records > 0
+        if session is None or not session.parked_records or self._outgoing.waits:
+            return False
+        return not self._admission.manager.frozen
 
     def _count(self, work: int) -> None:
-        """Count work that was done, and let others have their turn when ours is over.
+        """Count work that was done, and let others have their turn when ours is over, unless this is the hub.
 
         Raises:
             ProxyError, SessionOver: the session has ended meanwhile.
         """
-        if not self._turn.spend(work, monotonic()):
+        if not self._turn.spend(work, monotonic()) and not self._waiting:
             self._admission.settle()
             rest_for(self._turn)
+            self._missed, self._dry = True, False
         if self._doom is not None:
             raise self._doom
 
@@ -320,9 +387,10 @@ class Control(Client):
         if session is None or session.end is not None or len(self._outgoing) >= QUEUE or not session.has_words:
             return
         output = self._admission.manager.take(session, clock_ns(), most)
-        incarnation = self._current().incarnation
-        self._outgoing.add_first(control_frames.urgent_frames(output, incarnation))
-        self._queue(control_frames.frames(output, incarnation))
+        urgent = control_frames.urgent_frames(output, self._incarnation)
+        if urgent:
+            self._outgoing.add_first(urgent)
+        self._queue(control_frames.frames(output, self._incarnation))
         if self._has_more():
             self._wake()  # the rest in our own greenlet, where others get their turn
 
@@ -361,6 +429,8 @@ class Control(Client):
         session = self._session
         if session is None or session.end is not None:
             return
+        if not (outgoing.waits or self._congested or self._leaving):
+            return  # nearly always
         full = self._leaving or len(outgoing) >= QUEUE or (self._congested and len(outgoing) > 0)
         if full != self._congested:
             self._congested = full
@@ -370,22 +440,29 @@ class Control(Client):
     # ---------------------------------------------------------------- small things
 
     def _wait(self) -> None:
-        """Until the socket has an event, or somebody wakes us."""
+        """Until there is something that the hub does not do, or somebody wakes us.
+
+        Raises:
+            Whatever went wrong in the hub.
+        """
         fd = self._stream.socket.fileno()
-        self._engine.watch(fd, self._greenlet.switch)
+        self._engine.watch(fd, self._event)
         self._waiting = True
         try:
             get_hub().switch()
         finally:
             self._waiting = False
             self._engine.watch(fd, None)
-            self._turn.begin(monotonic())
+        raised, self._raised = self._raised, None
+        if raised is not None:
+            raise raised
 
     def _wake(self) -> None:
         get_hub().loop.run_callback(self._resume)
 
     def _resume(self) -> None:
         if self._waiting:  # by now it may wait for something else
+            self._turn.begin(monotonic())
             self._greenlet.switch()
 
     def _log(self, level: int, message: str, **fields: object) -> None:

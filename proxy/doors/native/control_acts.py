@@ -47,6 +47,7 @@ class Acts:
         count: Callable[[int], None],
     ) -> None:
         self._current = current
+        self._incarnation = current().incarnation
         self._instance = instance
         self._session = session
         self._manager = current().admission.manager
@@ -60,17 +61,15 @@ class Acts:
             SessionOver: it said BYE.
         """
         session, manager = self._session, self._manager
-        if message.incarnation != self._current().incarnation:
+        if message.incarnation != self._incarnation:
             return  # of a proxy that is no more
         now = clock_ns()
-        if isinstance(message, s.Ping):
+        if isinstance(message, s.Demand):
+            self._demand(message.records, now)
+        elif isinstance(message, s.Ping):
             manager.ping(session, message.t, now)
         elif isinstance(message, s.Pong):
             manager.pong(session, message.t, message.hold_us, now)
-        elif isinstance(message, s.Demand):
-            for want in self._slowly(message.records):
-                figures = (want.want, want.got_cum, want.ram, want.bounce, want.disk)
-                manager.demand(session, want.id, *figures, clock_ns(), want.lapsed_cum)
         elif isinstance(message, s.Return):
             for run in self._slowly(message.records):
                 manager.give_back(session, run.id, run.first, run.n, clock_ns())
@@ -84,6 +83,14 @@ class Acts:
         elif isinstance(message, s.Bye):
             manager.bye(session, now)
             raise SessionOver
+
+    def _demand(self, records: list[s.Want], now: int) -> None:
+        """Nearly all that is ever said, and nearly always it is one record."""
+        demand, session = self._manager.demand, self._session
+        for want in records:
+            demand(session, want.id, want.want, want.got_cum, want.ram, want.bounce, want.disk, now, want.lapsed_cum)
+            self._count(RECORD)
+            now = clock_ns()
 
     def _slowly(self, records: Sequence[Record]) -> Iterator[Record]:
         """The records; the turn may end after each."""

@@ -12,7 +12,7 @@ from proxy.protocols.native import frames as native
 from proxy.protocols.native import messages as m
 from proxy.protocols.native import session_messages as s
 from proxy.throttling.limits import BackoffRule, Mode, Part
-from proxy.throttling.session import GrantRecord, LimitRecord, Output
+from proxy.throttling.session import LimitRecord, Output
 from proxy.throttling.throttle import SECOND, Limit
 
 #: Grants of at most 30 bytes, and entries of CACHED of at most 376, that fit in a frame.
@@ -52,6 +52,8 @@ def _limit(rate: s.Rate) -> Limit:
 
 def urgent_frames(output: Output, incarnation: int) -> list[bytes]:
     """Answers to pings, and our own ping: before whatever else waits."""
+    if not output.pongs and output.ping is None:
+        return []
     frames = [native.encode(s.Pong(incarnation, pong.t, pong.hold_us)) for pong in output.pongs]
     if output.ping is not None:
         frames.append(native.encode(s.Ping(incarnation, output.ping)))
@@ -60,22 +62,33 @@ def urgent_frames(output: Output, incarnation: int) -> list[bytes]:
 
 def frames(output: Output, incarnation: int) -> list[bytes]:
     """The rest of what a session is to be sent."""
-    limits = [_path_limit(record) for record in output.limits]
-    grants = [_grant(record, output) for record in output.grants]
-    caps = [s.Share(*cap) for cap in output.caps]
+    made: list[bytes] = []
+    if output.limits:
+        limits = [_path_limit(record) for record in output.limits]
+        made += _fitting(lambda part: s.Limit(incarnation, part), limits, _MAX_LIMITS)
+    if output.grants:
+        made += _grants(output, incarnation)
+    if output.caps:
+        caps = [s.Share(*cap) for cap in output.caps]
+        made += _fitting(lambda part: s.Cap(incarnation, part), caps, MAX_RECORDS)
+    return made
+
+
+def _grants(output: Output, incarnation: int) -> list[bytes]:
+    """Each with the end of its use on the client's own clock, which its ping told.
+
+    Most of what a session is sent are these: without a record of the protocol each, see `frames.encode_fields`.
+    """
     ping_t, hold_us = output.ping_t, output.hold_us
-    return [
-        *_fitting(lambda part: s.Limit(incarnation, part), limits, _MAX_LIMITS),
-        *_fitting(lambda part: s.Grant(incarnation, ping_t, hold_us, part), grants, MAX_RECORDS),
-        *_fitting(lambda part: s.Cap(incarnation, part), caps, MAX_RECORDS),
+    at = ping_t + hold_us
+    grants = [
+        (id, n, offset_us, step_us, min(max(1, at + offset_us + slack_us), _LATEST))
+        for id, n, offset_us, step_us, slack_us in output.grants
     ]
-
-
-def _grant(record: GrantRecord, output: Output) -> s.SlotGrant:
-    """With the end of its use on the client's own clock, which its ping told."""
-    id, n, offset_us, step_us, slack_us = record
-    use_by = output.ping_t + output.hold_us + offset_us + slack_us
-    return s.SlotGrant(id, n, offset_us, step_us, min(max(1, use_by), _LATEST))
+    return [
+        native.encode_fields(s.Grant.TYPE, (incarnation, ping_t, hold_us, grants[first : first + MAX_RECORDS]))
+        for first in range(0, len(grants), MAX_RECORDS)
+    ]
 
 
 def refusals(reasons: dict[int, str], incarnation: int) -> list[bytes]:

@@ -14,11 +14,19 @@ from typing import Protocol
 class Stream(Protocol):
     """As much of a stream as is used here."""
 
+    @property
+    def unsent(self) -> bool:
+        """Whether the stream itself holds bytes."""
+
     def send(self, data: bytes) -> int:
         """Take some of it, at least one byte. Raises: BlockingIOError: nothing now. OSError."""
 
     def flush(self) -> None:
         """Pass on what the stream itself holds. Raises: BlockingIOError, OSError."""
+
+
+#: Frames that go in one call together are this long at most, but for a single one: a call costs more than copying them.
+_TOGETHER = 16384
 
 
 class Outgoing:
@@ -31,6 +39,11 @@ class Outgoing:
 
     def __len__(self) -> int:
         return len(self._frames)
+
+    @property
+    def waits(self) -> bool:
+        """Whether anything is not gone, here or in the stream."""
+        return bool(self._frames) or self._stream.unsent
 
     def add(self, frames: Iterable[bytes]) -> None:
         """Behind all others."""
@@ -52,13 +65,31 @@ class Outgoing:
         stream, frames = self._stream, self._frames
         try:
             while frames:
-                frame = frames[0]
-                sent = stream.send(frame)
-                self._begun = sent < len(frame)
-                if self._begun:
-                    frames[0] = frame[sent:]
-                else:
-                    frames.popleft()
-            stream.flush()
+                self._gone(stream.send(frames[0] if len(frames) == 1 else self._together()))
+            if stream.unsent:
+                stream.flush()
         except BlockingIOError:
             pass
+
+    def _together(self) -> bytes:
+        """The first frames, as many as go in one call."""
+        chosen: list[bytes] = []
+        size = 0
+        for frame in self._frames:
+            size += len(frame)
+            if chosen and size > _TOGETHER:
+                break
+            chosen.append(frame)
+        return b"".join(chosen)
+
+    def _gone(self, sent: int) -> None:
+        """So many bytes of the first frames have been taken."""
+        frames = self._frames
+        while sent:
+            frame = frames.popleft()
+            if sent < len(frame):
+                frames.appendleft(frame[sent:])
+                self._begun = True
+                return
+            sent -= len(frame)
+            self._begun = False

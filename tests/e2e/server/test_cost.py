@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 
 from tests.clients import DOORS, exactly, v2
+from tests.independent_client import PING, PONG, session
 from tests.load import Load, Receiver, Session, descriptors
+from tests.mta import clock
 from tests.peers import missing, program
 from tests.program import Proxy
 from tests.sinks import GREETING
@@ -29,6 +31,7 @@ except ImportError:
 else:
     ENGINES = ["python", "compiled"]
 
+REG, DEMAND, GRANT = 0x23, 0x24, 0x28
 SESSIONS = 40
 EXCHANGES = 20
 RELAYS = 2000
@@ -47,6 +50,11 @@ SHARED = {
 BOUND = {"proxy_v2": 20, "socks5": 20 + 3 + 4 + 1}
 #: One step one way is a read and a write.
 BOUND_STEP = 2.1
+#: A permit that is asked for alone is a read and a write: no timer, no look for more that finds nothing. In a turn of
+#: the loop for it alone the loop's epoll and the engine's are asked, once each.
+PERMITS, ASKERS = 200, 10
+BOUND_PERMIT = 2.1
+BOUND_PERMIT_EPOLL = 2.3
 
 #: Bytes that the process grows by for an idle relay, all that is kept of it included.
 BOUND_MEMORY = {"python": 1800, "compiled": 1300}
@@ -58,13 +66,13 @@ def engine(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def running(engine: str) -> Proxy:
-    return Proxy("auth_timeout 60s\n", environ={"GREENARROW_PROXY_RELAY": engine})
+def running(engine: str, more: str = "") -> Proxy:
+    return Proxy(f"auth_timeout 60s\n{more}", environ={"GREENARROW_PROXY_RELAY": engine})
 
 
 @contextlib.contextmanager
-def traced(proxy: Proxy, tmp_path: Path) -> Iterator[dict[str, int]]:
-    """The system calls of the program within the block, by name; filled in when it ends."""
+def traced(proxy: Proxy, tmp_path: Path, shared: frozenset[str] = frozenset(SHARED)) -> Iterator[dict[str, int]]:
+    """The system calls of the program within the block, by name, but for the shared ones; filled in when it ends."""
     strace = program("strace")
     report = tmp_path / "calls"
     command = [strace, "-f", "-c", "-o", str(report), "-p", str(proxy.pid)]
@@ -82,7 +90,7 @@ def traced(proxy: Proxy, tmp_path: Path) -> Iterator[dict[str, int]]:
         tracer.stderr.close()
     for line in report.read_text().splitlines():
         match = re.fullmatch(r"\s*[\d.]+\s+[\d.]+\s+\d+\s+(\d+)(?:\s+\d+)?\s+(\w+)", line)
-        if match and match[2] != "total" and match[2] not in SHARED:
+        if match and match[2] != "total" and match[2] not in shared:
             calls[match[2]] = int(match[1])
 
 
@@ -110,6 +118,57 @@ def test_system_calls_of_a_session_and_of_a_step(engine: str, door: str, tmp_pat
     print(f"\n{engine}, {door}: {session:.1f} system calls a session, {step:.2f} a step, {bare}")
     assert session <= BOUND[door], bare
     assert step <= BOUND_STEP, talk
+
+
+@pytest.mark.parametrize(("at_once", "tls"), [(1, False), (16, False), (1, True)])
+def test_system_calls_and_turns_of_a_permit(engine: str, at_once: int, tls: bool, tmp_path: Path) -> None:
+    """Several ask before the first looks for its answer: so none is there again before the program looks for more."""
+    with running(engine, "" if tls else "listen_tls no\n") as proxy, contextlib.ExitStack() as stack:
+        askers = [stack.enter_context(Asker(proxy, f"mta-{number}", tls)) for number in range(ASKERS)]
+        with traced(proxy, tmp_path, frozenset(SHARED) - {"epoll_wait"}) as calls:
+            for _ in range(PERMITS // ASKERS):
+                for asker in askers:
+                    asker.ask(at_once)
+                for asker in askers:
+                    asker.await_grant()
+    epolls = calls.pop("epoll_wait", 0) / PERMITS
+    permit = (sum(calls.values()) - 2 * sum(asker.pings for asker in askers)) / PERMITS
+    print(f"\n{engine}, {at_once} at a time: {permit:.2f} system calls, {epolls:.2f} looks of the loop, {calls}")
+    assert permit <= BOUND_PERMIT, calls
+    assert epolls <= BOUND_PERMIT_EPOLL
+
+
+class Asker:
+    """An instance with one path that nobody else uses."""
+
+    def __init__(self, proxy: Proxy, name: str, tls: bool) -> None:
+        self.pings = 0
+        self._granted = self._wanted = 0
+        self._peer = peer = session(proxy.native, instance=name, run_id=os.urandom(16), tls=tls)
+        self._incarnation = peer.welcome[1]
+        peer.say(PING, self._incarnation, clock() // 1000)
+        peer.say(REG, self._incarnation, [[1, "127.0.0.5", [[name, [[1_000_000, 1, 1]]]]]])
+        self.ask(1)
+        self.await_grant()
+
+    def __enter__(self) -> Asker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._peer.sock.close()
+
+    def ask(self, want: int) -> None:
+        self._wanted += want
+        self._peer.say(DEMAND, self._incarnation, [[1, want, self._granted, 0]])
+
+    def await_grant(self) -> None:
+        while self._granted < self._wanted:
+            kind, fields = self._peer.hear()
+            if kind == GRANT:
+                self._granted += sum(n for _, n, *_ in fields[3])
+            elif kind == PING:
+                self.pings += 1
+                self._peer.say(PONG, self._incarnation, fields[1], 0)
 
 
 def watches(proxy: Proxy) -> list[int]:

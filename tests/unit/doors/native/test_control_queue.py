@@ -15,9 +15,12 @@ class Kernel:
     def __init__(self, room: int = 0) -> None:
         self.room = room
         self.taken = b""
+        self.calls = 0
         self.flushed = 0
+        self.unsent = False
 
     def send(self, data: bytes) -> int:
+        self.calls += 1
         if self.room == 0:
             raise BlockingIOError
         part = data[: self.room]
@@ -34,9 +37,25 @@ def test_frames_leave_in_order_and_the_stream_is_flushed() -> None:
     outgoing = Outgoing(kernel)
     outgoing.add([b"one", b"two"])
     outgoing.add([b"three"])
-    assert len(outgoing) == 3
+    assert (len(outgoing), outgoing.waits) == (3, True)
     outgoing.flush()
-    assert (kernel.taken, len(outgoing), kernel.flushed) == (b"onetwothree", 0, 1)
+    assert (kernel.taken, len(outgoing), kernel.flushed) == (b"onetwothree", 0, 0)
+    assert not outgoing.waits
+    kernel.unsent = True
+    assert outgoing.waits
+    outgoing.flush()
+    assert kernel.flushed == 1
+
+
+def test_short_frames_go_in_one_call_and_a_long_one_by_itself() -> None:
+    kernel = Kernel(10**6)
+    outgoing = Outgoing(kernel)
+    outgoing.add([b"x" * 100] * 16)
+    outgoing.flush()
+    assert (len(kernel.taken), kernel.calls) == (1600, 1)
+    outgoing.add([b"y" * 60_000, b"z", b"z"])
+    outgoing.flush()
+    assert (len(kernel.taken), kernel.calls) == (61_602, 3)
 
 
 def test_what_is_urgent_overtakes_all_but_a_frame_that_is_half_gone() -> None:
