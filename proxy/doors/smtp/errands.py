@@ -156,7 +156,7 @@ class Errands:
         if receiver is None or not receiver.readable:
             return
         try:
-            data = receiver.read(_UNASKED_SIZE, self.stream.turn)
+            data = receiver.read(_UNASKED_SIZE, self.stream.turn, 0)
         except OSError:
             data = b""
         if data:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from gevent import get_hub
 
 from proxy.doors.smtp.books import Books
@@ -57,12 +59,16 @@ class Holding:
         self._wires.detach()
         self.line = None
 
-    def wait(self) -> None:
+    def wait(self, step: Callable[[], bool]) -> None:
         """Until something happens. An idle client's connection may meanwhile be taken by who waits for one, and is for
-        all after a while."""
+        all after a while.
+
+        Args:
+            step: what the hub does while the client is not idle, see `Wires.wait`.
+        """
         mediator, line = self._mediator, self.line
         if line is None or not mediator.idle:
-            self._wires.wait()
+            self._wires.wait(step)
             return
         self.egress.lend(line, self._take)
         self._lent = True

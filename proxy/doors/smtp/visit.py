@@ -1,21 +1,21 @@
 """One client of mode smtp, from the answer to its request to its closing log line: does what the dialogue wants.
 
 Runs in the greenlet that `front` was served in. It moves bytes between the dialogue (`protocols.smtp.mediator`) and the
-two sockets (`wire`), goes on the `errands` that the dialogue sends it on, and waits for nothing else. What is read from
-one side is bounded by what the other has not taken. The connection to a receiver is `holding`'s; counters and log,
-`books`'s.
+two sockets (`wire`), goes on the `errands` that the dialogue sends it on, and waits for nothing else. Within a message,
+where nothing has to be had, the hub moves the bytes by itself (`_step`), and the greenlet sleeps until there is
+something to decide. What is read from one side is bounded by what the other has not taken. The connection to a receiver
+is `holding`'s; counters and log, `books`'s.
 """
 
 from __future__ import annotations
 
-import contextlib
 from time import monotonic
 
 from proxy.doors.smtp.books import Books, Facts
 from proxy.doors.smtp.egress import Egress, Line, Preview, TlsAtOnce
 from proxy.doors.smtp.errands import Errands
 from proxy.doors.smtp.holding import Holding
-from proxy.doors.smtp.wire import ClientGone, Wires
+from proxy.doors.smtp.wire import ClientGone, End, Wires
 from proxy.errors import PeerError
 from proxy.log import lines as log
 from proxy.model import Ending
@@ -34,8 +34,8 @@ from proxy.stats import Fate
 #: Read of a message at a time, and of commands and replies, each of which is looked at.
 _MESSAGE_SIZE = 65536
 _LINES_SIZE = 4096
-#: Work for some bytes of those, as `policy.turns` counts.
-_BYTES_A_UNIT = 16
+#: Work for so many bytes of those, as `policy.turns` counts.
+_COST = _LINES_SIZE // 16
 #: Seconds for which a session or a MAIL's slot is waited for on behalf of a client that has closed its sending side and
 #: said no message: who has died, or has given up, looks like this, and must not keep a place or a turn from others.
 _HOPELESS = 1.0
@@ -160,32 +160,61 @@ class Visit:
         Raises:
             ClientGone, OSError: the client is gone.
         """
-        mediator = self._mediator
+        mediator, wires = self._mediator, self._wires
         while True:
-            self._send()
+            self._go_on()
             if mediator.want is Want.END:
                 return
             if mediator.want is not None:
                 self._errands.run(mediator.want)
             elif self._turn.over:
                 rest_for(self._turn)
-            elif not self._move() and not self._turn.over:
+            elif not wires.doom:
                 self._wait()
-            if self._wires.doom:
+            if wires.doom:
                 raise ClientGone("to be cut off")
 
     def _wait(self) -> None:
-        """Until something happens.
+        """Until something happens that is our business.
 
         Raises:
-            OSError: the client is gone.
+            ClientGone, OSError: the client is gone.
         """
         receiver = self._wires.receiver
         if self._prober is not None and receiver is not None and receiver.blocked:
-            self._prober.wait(self._moved, self._holding.wait)
+            self._prober.wait(self._moved, self._await_step)
         else:
-            self._holding.wait()
+            self._await_step()
         self._turn.begin(monotonic())
+
+    def _await_step(self) -> None:
+        self._holding.wait(self._step)
+
+    def _step(self) -> bool:
+        """An event of either side, in the hub: within a message bytes move there. Whether the greenlet is needed.
+
+        Raises:
+            ClientGone, OSError: the client is gone.
+        """
+        mediator, turn, receiver = self._mediator, self._turn, self._wires.receiver
+        turn.begin(monotonic())
+        self._go_on()
+        if mediator.want is not None or turn.over:
+            return True
+        if self._prober is not None and receiver is not None and receiver.blocked:
+            return True
+        return mediator.idle  # its connection is to be lent
+
+    def _go_on(self) -> None:
+        """Move bytes as long as there are any, and nothing else is wanted. Does not wait.
+
+        Raises:
+            ClientGone, OSError: the client is gone.
+        """
+        mediator, turn = self._mediator, self._turn
+        self._send()
+        while mediator.want is None and not turn.over and self._move():
+            self._send()
 
     def _send(self) -> None:
         """Hand on what has piled up.
@@ -194,16 +223,22 @@ class Visit:
             OSError: the client is gone.
         """
         mediator, wires = self._mediator, self._wires
-        if mediator.to_receiver:
-            pieces, mediator.to_receiver = mediator.to_receiver, []
+        pieces = mediator.to_receiver
+        if pieces:
+            mediator.to_receiver = []
             if wires.receiver is not None:
-                self._books.up += sum(map(len, pieces))
-                with contextlib.suppress(OSError):  # reading it tells more
-                    wires.receiver.write(pieces)
-        if mediator.to_client:
-            pieces, mediator.to_client = mediator.to_client, []
-            self._books.down += sum(map(len, pieces))
-            wires.client.write(pieces)
+                data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+                self._books.up += len(data)
+                try:  # noqa: SIM105 - each write comes by here
+                    wires.receiver.write(data)
+                except OSError:  # reading it tells more
+                    pass
+        pieces = mediator.to_client
+        if pieces:
+            mediator.to_client = []
+            data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            self._books.down += len(data)
+            wires.client.write(data)
 
     def _move(self) -> bool:
         """Read from either side what the other takes; whether anything came.
@@ -217,11 +252,13 @@ class Visit:
             client.push()
         if receiver is not None:
             if receiver.blocked:
-                with contextlib.suppress(OSError):
+                try:  # noqa: SIM105
                     receiver.push()
+                except OSError:
+                    pass
             if receiver.readable and not client.blocked:
-                moved = self._read_receiver()
-        if mediator.want is None and mediator.reads_client and client.readable:
+                moved = self._read_receiver(receiver)
+        if client.readable and mediator.want is None and mediator.reads_client:
             size = _MESSAGE_SIZE if mediator.state is State.DATA else _LINES_SIZE
             if receiver is None or not receiver.blocked:
                 moved |= self._read_client(size)
@@ -231,13 +268,12 @@ class Visit:
 
     def _read_client(self, size: int) -> bool:
         try:
-            data = self._wires.client.read(size, self._turn)
+            data = self._wires.client.read(size, self._turn, _COST if size == _LINES_SIZE else 0)
         except PeerError as error:  # of the protocol that its bytes come in
             self.breach = error
             raise ClientGone("it has broken its protocol") from None
         if data is None:
             return False
-        self._spend(size, data)
         if data:
             self._mediator.client(data)
         else:
@@ -265,26 +301,20 @@ class Visit:
             return _HOPELESS
         return None if mediator.state is State.HELD else self._services.settings.half_close_timeout
 
-    def _read_receiver(self) -> bool:
-        mediator, receiver = self._mediator, self._wires.receiver
-        assert receiver is not None
+    def _read_receiver(self, receiver: End) -> bool:
+        mediator = self._mediator
         if mediator.death is not None:
             return False
         try:
-            data = receiver.read(_LINES_SIZE, self._turn)
+            data = receiver.read(_LINES_SIZE, self._turn, _COST)
         except OSError:
             self._receiver_done(True)
             return True
         if data:
-            self._spend(_LINES_SIZE, data)
             mediator.receiver(data)
         elif data is not None:
             self._receiver_done(False)
         return data is not None
-
-    def _spend(self, size: int, data: bytes) -> None:
-        if size == _LINES_SIZE:
-            self._turn.spend(len(data) // _BYTES_A_UNIT, monotonic())
 
     def _receiver_done(self, reset: bool) -> None:
         mediator = self._mediator

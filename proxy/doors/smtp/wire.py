@@ -43,45 +43,39 @@ class End:
     Attributes:
         readable: there may be something to read.
         broken: it was reset; what was sent will not arrive.
+        blocked: it has not taken all that it was given.
         moved: bytes read and taken by the stream.
     """
 
     def __init__(self, engine: Engine, stream: LineStream, happened: Callable[[End, int], None]) -> None:
         self.stream = stream
         self.readable = True
-        self._unsure = False
         self.broken = False
+        self.blocked = False
         self.moved = 0
+        self._unsure = False
         self._engine = engine
         self._happened = happened
         self._unsent = b""
-        self._blocked = False
-
-    @property
-    def fd(self) -> int:
-        return self.stream.socket.fileno()
-
-    @property
-    def blocked(self) -> bool:
-        """It has not taken all that it was given."""
-        return self._blocked
 
     def watch(self) -> None:
         """Note events from now on; those of before may have gone by."""
         self.readable = True
-        self._engine.watch(self.fd, self._event)
+        self._engine.watch(self.stream.socket.fileno(), self._event)
 
     def unwatch(self) -> None:
         """Somebody else has the socket now."""
-        self._engine.watch(self.fd, None)
+        self._engine.watch(self.stream.socket.fileno(), None)
 
-    def read(self, size: int, turn: Turn) -> bytes | None:
+    def read(self, size: int, turn: Turn, cost: int) -> bytes | None:
         """What there is now; b"" at the end, None: nothing, or the turn is over.
+
+        Args:
+            cost: units of the turn for a read that brings `size` bytes, beside those of the read itself.
 
         Raises:
             OSError: the connection is broken.
         """
-        turn.spend(READ, monotonic())
         try:
             data = self.stream.recv(size)
         except TurnOver:
@@ -89,20 +83,23 @@ class End:
             return None
         except BlockingIOError:
             self.readable = self._unsure = False
+            turn.spend(READ, monotonic())
             return None
-        self.moved += len(data)
+        taken = len(data)
+        turn.spend(READ + cost * taken // size, monotonic())
+        self.moved += taken
         self.readable = self._unsure or not self.stream.drained
         if self.stream.unsent:  # TLS has something to say of its own
-            self._blocked = True
+            self.blocked = True
         return data
 
-    def write(self, pieces: list[bytes]) -> None:
+    def write(self, data: bytes) -> None:
         """Hand on as much as is taken now; the rest follows by `push`.
 
         Raises:
             OSError: the connection is broken.
         """
-        self._unsent = b"".join([self._unsent, *pieces]) if self._unsent or len(pieces) != 1 else pieces[0]
+        self._unsent = self._unsent + data if self._unsent else data
         self.push()
 
     def push(self) -> None:
@@ -111,27 +108,30 @@ class End:
         Raises:
             OSError: the connection is broken.
         """
-        self._blocked = True
+        stream, unsent = self.stream, self._unsent
+        self.blocked = True
         try:
-            while self._unsent:
-                sent = self.stream.send(self._unsent)
+            while unsent:
+                sent = stream.send(unsent)
                 self.moved += sent
-                self._unsent = self._unsent[sent:]
-            if self.stream.unsent:
-                self.stream.flush()
-            self._blocked = self.stream.unsent
+                self._unsent = unsent = unsent[sent:] if sent < len(unsent) else b""
+            if stream.unsent:
+                stream.flush()
+            self.blocked = stream.unsent
         except BlockingIOError:
             pass
 
     def take_unsent(self) -> bytes:
         """What was not taken; the caller sends it."""
-        unsent, self._unsent, self._blocked = self._unsent, b"", False
+        unsent, self._unsent, self.blocked = self._unsent, b"", False
         return unsent
 
     def _event(self, events: int) -> None:
         self.readable = True
-        self._unsure = self._unsure or bool(events & UNSURE)  # a short read need not be the last one
-        self.broken = self.broken or bool(events & _RESET)
+        if events & UNSURE:  # a short read need not be the last one
+            self._unsure = True
+            if events & _RESET:
+                self.broken = True
         self._happened(self, events)
 
 
@@ -150,6 +150,8 @@ class Wires:
         self._greenlet: Any = getcurrent()
         self._hub: Any = get_hub()
         self._waiting = False
+        self._step: Callable[[], bool] | None = None  # while it waits
+        self._trouble: Exception | None = None  # what came of that
         self._hear: Callable[[], float | None] | None = None  # while an errand is under way
         self._timer: Any = None
         self.client.watch()
@@ -170,14 +172,22 @@ class Wires:
         self.client.stream = stream
         self.client.watch()
 
-    def wait(self) -> None:
-        """Until either end has an event, or somebody wakes us."""
-        self._waiting = True
+    def wait(self, step: Callable[[], bool] | None = None) -> None:
+        """Until either end has an event, or somebody wakes us.
+
+        Args:
+            step: called in the hub for an event: whether we are needed for what came of it; we go on waiting if not.
+                Must not wait. What it raises is raised here.
+        """
+        self._waiting, self._step = True, step
         try:
             if not self.doom:
                 self._hub.switch()
         finally:
-            self._waiting = False
+            self._waiting, self._step = False, None
+        trouble, self._trouble = self._trouble, None
+        if trouble is not None:
+            raise trouble
 
     def wake(self) -> None:
         """Let the greenlet look around; must not wait."""
@@ -219,9 +229,17 @@ class Wires:
 
     def _happened(self, end: End, events: int) -> None:
         if self._waiting:
-            self._greenlet.switch()
+            if self._step is None or self._needed(self._step):
+                self._greenlet.switch()
         elif end is self.client and self._hear is not None:
             self._overhear(self._hear, events)
+
+    def _needed(self, step: Callable[[], bool]) -> bool:
+        try:
+            return step()
+        except Exception as error:
+            self._trouble = error
+            return True
 
     def _overhear(self, hear: Callable[[], float | None], events: int) -> None:
         why: ProxyError = ClientGone("the client has closed")
