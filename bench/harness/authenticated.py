@@ -11,7 +11,6 @@ import socket
 import sys
 from collections.abc import Iterator
 
-from harness.candidates import SECRET, Candidate
 from harness.machine import ROOT
 
 sys.path.insert(0, str(ROOT))
@@ -26,15 +25,11 @@ _READ = 65536
 _MESSAGES_A_SECOND = 1_000_000
 
 
-def _address(candidate: Candidate) -> tuple[str, int]:
-    return "127.0.0.1", candidate.door_port("native")
-
-
-def _channel(address: tuple[str, int], run_id: bytes) -> socket.socket:
+def _channel(address: tuple[str, int], secret: str, run_id: bytes) -> socket.socket:
     sock = socket.create_connection(address, _TIMEOUT)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     handshake = ClientHandshake(
-        m.Kind.CHANNEL, "bench", SECRET.encode(), run_id=run_id, nonce=os.urandom(32), certificate=NO_CERTIFICATE
+        m.Kind.CHANNEL, "bench", secret.encode(), run_id=run_id, nonce=os.urandom(32), certificate=NO_CERTIFICATE
     )
     out = handshake.start()
     while handshake.welcome is None:
@@ -45,18 +40,18 @@ def _channel(address: tuple[str, int], run_id: bytes) -> socket.socket:
 
 
 @contextlib.contextmanager
-def channels(candidate: Candidate, count: int) -> Iterator[list[int]]:
+def channels(address: tuple[str, int], secret: str, count: int) -> Iterator[list[int]]:
     """Warm channels that no session stands beside; their descriptors."""
     run_id = os.urandom(16)
     with contextlib.ExitStack() as stack:
-        opened = [stack.enter_context(_channel(_address(candidate), run_id)) for _ in range(count)]
+        opened = [stack.enter_context(_channel(address, secret, run_id)) for _ in range(count)]
         yield [sock.fileno() for sock in opened]
 
 
 @contextlib.contextmanager
-def sessions(candidate: Candidate, count: int) -> Iterator[list[tuple[int, int]]]:
+def sessions(address: tuple[str, int], secret: str, count: int) -> Iterator[list[tuple[int, int]]]:
     """Sessions with a path 0 whose permits are there at once; descriptor and incarnation of each."""
-    with Fleet(_address(candidate), SECRET, [f"permits-{number}" for number in range(count)]) as fleet:
+    with Fleet(address, secret, [f"permits-{number}" for number in range(count)]) as fleet:
         for number, member in enumerate(fleet.members):
             fleet.register(member, [(0, f"own-{number}", _MESSAGES_A_SECOND, 1)])
         fleet.until(lambda: not any(member.decoder.unread for member in fleet.members))

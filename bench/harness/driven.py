@@ -16,7 +16,7 @@ from typing import Any
 
 from harness import authenticated, native_driver, smtp_driver
 from harness.builds import GENERATOR
-from harness.candidates import project_python
+from harness.candidates import SECRET, project_python
 from harness.machine import BENCH, ROOT, pinned
 from harness.measure import Bench, Running
 from harness.usage import process_cpu
@@ -51,7 +51,8 @@ def _native_permits(bench: Bench, running: Running, depth: int) -> dict[str, Any
     seconds = 1.5 if bench.quick else 3.0
     command = [str(GENERATOR), "permits", "--core", str(bench.cores.load), "--watch", str(running.pid)]
     command += ["--messages", str(depth), "--seconds", str(seconds)]
-    with authenticated.sessions(running.candidate, _CLIENTS) as sessions:
+    address = "127.0.0.1", running.candidate.door_port("native")
+    with authenticated.sessions(address, SECRET, _CLIENTS) as sessions:
         fds, incarnations = zip(*sessions, strict=True)
         command += ["--fds", ",".join(map(str, fds)), "--incarnations", ",".join(map(str, incarnations))]
         return bench.run_generator(command, running, fds)

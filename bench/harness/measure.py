@@ -14,7 +14,7 @@ from typing import Any
 
 from harness import authenticated
 from harness.builds import GENERATOR
-from harness.candidates import SINK, TLS_SINK, Candidate, Unavailable, certificate
+from harness.candidates import SECRET, SINK, TLS_SINK, Candidate, Unavailable, certificate
 from harness.machine import BUILD, ROOT, Cores, pinned
 from harness.workload import Workload
 
@@ -184,7 +184,8 @@ class Bench:
         command = self.generator_command(workload, running, arguments)
         if "native" not in command:
             return self.run_generator(command, running)
-        with authenticated.channels(running.candidate, int(arguments[arguments.index("--connections") + 1])) as fds:
+        count = int(arguments[arguments.index("--connections") + 1])
+        with authenticated.channels(("127.0.0.1", running.candidate.door_port("native")), SECRET, count) as fds:
             return self.run_generator([*command, "--fds", ",".join(map(str, fds))], running, fds)
 
     def run_generator(self, command: list[str], running: Running, fds: Sequence[int] = ()) -> Sample:

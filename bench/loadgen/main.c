@@ -332,6 +332,8 @@ static void warm_up(void)
     opt.sessions = wanted;
     if (totals.errors)
         fprintf(stderr, "loadgen: %ld errors in the warm-up\n", totals.errors);
+    free(totals.session_us.value);
+    free(totals.setup_us.value);
     totals = (struct totals){0};
 }
 
