@@ -13,7 +13,7 @@ from time import monotonic
 
 from proxy.log import lines as log
 from proxy.model import owner_of
-from proxy.net.alarm import Alarm
+from proxy.net.alarm import TimeIsUp
 from proxy.net.relay import RawSocket
 from proxy.policy.budget import SLOW_ANSWER
 from proxy.services import Services
@@ -41,8 +41,8 @@ def wrong_secret(services: Services, who: Hashable, sock: RawSocket, host: str) 
         while who in services.slowed:
             if services.engine.wait(sock.fileno()) & (EPOLLHUP | EPOLLERR):
                 return
-    except Alarm as fired:
-        if fired is not alarm:
+    except TimeIsUp as fired:
+        if fired.alarm is not alarm:
             raise
     finally:
         alarm.cancel()

@@ -6,6 +6,8 @@ All of it is under one deadline, and whatever was decided stands in the connecti
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
+from hashlib import sha256
 from ssl import CERT_NONE
 from time import monotonic
 
@@ -16,7 +18,7 @@ from proxy.doors.secure import begin_tls, first_bytes
 from proxy.errors import BadCredentials, ClientNotAllowed, HandshakeTimeout, PeerError
 from proxy.model import Accepted, BindSource, Connect, Endpoint, Event, Handshake, HealthCheck, Login
 from proxy.net import redirect
-from proxy.net.alarm import Alarm
+from proxy.net.alarm import TimeIsUp
 from proxy.net.conversation import watch_over
 from proxy.policy.certificates import client_names
 from proxy.protocols.proxy_protocol import ProxyProtocol
@@ -80,8 +82,8 @@ def greet(visit: Visit) -> Connect | None:
                 return None
             else:
                 visit.write(handshake.send(_verdict(visit, event)))
-    except Alarm as fired:
-        if fired is not alarm:
+    except TimeIsUp as fired:
+        if fired.alarm is not alarm:
             raise
         begun = first or visit.stream is not None
         raise HandshakeTimeout("the handshake was not finished within auth_timeout" if begun else SILENT) from None
@@ -132,7 +134,7 @@ def _verdict(visit: Visit, event: Event) -> Accepted:
     """
     services = visit.services
     if event.__class__ is Login:
-        visit.instance = _authenticate(visit, event)
+        _authenticate(visit, event)
     elif event.__class__ is BindSource:
         source = visit.source = event.source
         instance = visit.instance or visit.instance_of_address()
@@ -141,12 +143,17 @@ def _verdict(visit: Visit, event: Event) -> Accepted:
         if services.via is None:
             # Bound now, since only here can the client be told that the source is wrong; the connect uses it.
             bind(visit, source)
-        return Accepted(Endpoint(source, 0))
+        return _leaves_from(source)
     return _YES
 
 
-def _authenticate(visit: Visit, login: Login) -> str:
-    """The instance's name. Wrong secrets cost an address its budget, and time when that is used up.
+@lru_cache(maxsize=4096)
+def _leaves_from(source: str) -> Accepted:
+    return Accepted(Endpoint(source, 0))
+
+
+def _authenticate(visit: Visit, login: Login) -> None:
+    """Whether it is who it says. Wrong secrets cost an address its budget, and time when that is used up.
 
     A right one is never slowed: behind one NAT address there may be a good instance beside a bad one.
 
@@ -154,13 +161,12 @@ def _authenticate(visit: Visit, login: Login) -> str:
         BadCredentials: no.
     """
     services, host = visit.services, visit.client.host
-    instance, visit.source_name = services.access.names_of(login.instance)
+    visit.instance, visit.source_name = services.access.names_of(login.instance)  # for the log line, whatever it is
+    digest = sha256(login.secret).digest()
     try:
-        visit.instance = services.access.authenticate(login._replace(instance=instance), host)
-        services.instances.logins.proven(visit.instance, host, login.secret, monotonic())
-        visit.now("request", "has proven its name")
-        return visit.instance
+        services.access.authenticate(visit.instance, digest, host)
     except BadCredentials:
-        visit.instance = instance  # what it claims to be: for the log line
         wrong_secret(services, visit, visit.socket, host)
         raise
+    services.instances.logins.shown(visit.instance, host, digest, monotonic())
+    visit.now("request", "has proven its name")

@@ -28,7 +28,7 @@ from time import monotonic
 from proxy.errors import Overloaded, SourceMissing, Step, UpstreamError
 from proxy.model import Endpoint
 from proxy.net.addresses import own_addresses
-from proxy.net.alarm import Alarm
+from proxy.net.alarm import TimeIsUp
 from proxy.net.conversation import watch_over
 from proxy.net.relay import TCP_NODELAY, Engine, RawSocket
 from proxy.policy.access import Access
@@ -108,8 +108,8 @@ def connect(
         alarm = engine.alarms.start(timeout)
         try:
             number, events = _await(engine, sock, destination)
-        except Alarm as fired:
-            if fired is not alarm:
+        except TimeIsUp as fired:
+            if fired.alarm is not alarm:
                 raise
             number = errno.ETIMEDOUT
         finally:

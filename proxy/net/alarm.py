@@ -15,12 +15,20 @@ from gevent import getcurrent
 TICK = 0.1
 
 
-class Alarm(BaseException):
-    """One deadline of the greenlet that made it; thrown into it when it passes, as `gevent.Timeout` is.
+class TimeIsUp(BaseException):
+    """A deadline has passed: thrown into the greenlet that set it, as `gevent.Timeout` is.
 
-    Not an Exception, so that no `except Exception` on the way takes it for an error. Whoever catches it compares it
-    with its own: another's must go on.
+    Not an Exception, so that no `except Exception` on the way takes it for an error. Whoever catches it compares
+    `alarm` with its own: another's must go on.
     """
+
+    def __init__(self, alarm: Alarm) -> None:
+        super().__init__()
+        self.alarm = alarm
+
+
+class Alarm:
+    """One deadline of the greenlet that made it."""
 
     __slots__ = ("_bucket", "greenlet")
 
@@ -63,7 +71,7 @@ class Alarms:
             bucket = self._buckets[tick]
             while bucket:  # what a greenlet lets out ends this call; the next one goes on
                 alarm, _ = bucket.popitem()
-                alarm.greenlet.throw(alarm)
+                alarm.greenlet.throw(TimeIsUp(alarm))
             del self._buckets[tick]
         if not self._buckets:
             self._running = False

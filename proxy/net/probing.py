@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from time import monotonic
 
-from proxy.net.alarm import Alarm
+from proxy.net.alarm import TimeIsUp
 from proxy.net.relay import Engine
 from proxy.policy.idleness import PROBE_AFTER, Standstill
 
@@ -38,8 +38,8 @@ class Prober:
         alarm = self._alarms.start(left)
         try:
             wait()
-        except Alarm as fired:
-            if fired is not alarm:
+        except TimeIsUp as fired:
+            if fired.alarm is not alarm:
                 raise
         finally:
             alarm.cancel()

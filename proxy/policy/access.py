@@ -17,7 +17,7 @@ from hashlib import sha256
 from typing import Literal
 
 from proxy.errors import BadCredentials, ClientNotAllowed, DestinationNotAllowed, FamilyMismatch, SourceNotAllowed
-from proxy.model import Breathe, Endpoint, Login, canonical_ip, hold_breath
+from proxy.model import Breathe, Endpoint, canonical_ip, hold_breath
 from proxy.policy.networks import Networks, forms, is_translated, parse
 from proxy.policy.sources import Sources, address_or_unknown, split_user
 from proxy.settings import InstanceSettings, Settings
@@ -104,24 +104,23 @@ class Access:
         """
         return self._source_names.address(name, destination)
 
-    def authenticate(self, login: Login, client: str | None = None) -> str:
-        """The instance's name, if the secret proves it. Takes the same time for every failure.
+    def authenticate(self, instance: str, shown: bytes, client: str | None = None) -> None:
+        """Whether a secret proves this name. Takes the same time for every failure.
 
         Args:
-            login: name (without that of a source) and secret as the client showed them.
-            client: the client's address, held against the block's `allow_from`; None: do not look at it.
+            instance: as the client named itself, without the name of a source.
+            shown: the SHA-256 digest of the secret that it showed.
+            client: its address, held against the block's `allow_from`; None: do not look at it.
 
         Raises:
             BadCredentials: the same words whatever was wrong.
         """
-        digests = self._own_digests.get(login.instance) or self._digests
-        shown = sha256(login.secret).digest()
+        digests = self._own_digests.get(instance) or self._digests
         proven = not digests and self._settings.socks5_auth == "none"
         for digest in digests:
             proven |= hmac.compare_digest(shown, digest)
-        if not proven or (client is not None and not self.instance_allowed(login.instance, client)):
+        if not proven or (client is not None and not self.instance_allowed(instance, client)):
             raise BadCredentials("unknown instance or wrong secret")
-        return login.instance
 
     def instance_of_certificate(self, names: Sequence[str], client: str) -> str:
         """Which instance a client is that has proven a certificate: the first of its names that a block has, else the

@@ -63,7 +63,11 @@ class Logins:
 
     def proven(self, instance: str, host: str, secret: bytes, now: float) -> None:
         """A client from `host` is this instance, by this secret."""
-        self._enter(_Key(instance, host, sha256(secret).digest()), 1, now)
+        self.shown(instance, host, sha256(secret).digest(), now)
+
+    def shown(self, instance: str, host: str, digest: bytes, now: float) -> None:
+        """The same for the SHA-256 digest of the secret."""
+        self._enter(_Key(instance, host, digest), 1, now)
 
     def entries(self) -> list[Entry]:
         """All of it, who came last in the last place."""

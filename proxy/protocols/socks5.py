@@ -11,6 +11,7 @@ What does not belong here: who may log in, leave from where or go where (`access
 from __future__ import annotations
 
 import enum
+from functools import lru_cache
 from typing import NoReturn
 
 from proxy.errors import AddressTypeNotSupported, CommandNotSupported, PeerError
@@ -24,9 +25,9 @@ from proxy.model import (
     Negotiation,
     Reply,
     Route,
-    canonical_ip,
     ip_from_bytes,
     ip_to_bytes,
+    packed_ip,
 )
 
 _VERSION = 5
@@ -41,6 +42,9 @@ _IPV6 = 4
 #: Length of a request with a literal address: 4 bytes of head, the address, 2 bytes of port.
 _REQUEST_LENGTH = {_IPV4: 10, _IPV6: 22}
 _NOBODY = {_IPV4: bytes(6), _IPV6: bytes(18)}
+_SUCCESS = {_IPV4: bytes((_VERSION, 0, 0, _IPV4)), _IPV6: bytes((_VERSION, 0, 0, _IPV6))}
+_METHOD = {_NO_LOGIN: bytes((_VERSION, _NO_LOGIN)), _PASSWORD: bytes((_VERSION, _PASSWORD))}
+_NEGOTIATION = Negotiation()
 _NO_METHOD = b"\x05\xff"
 _LOGIN_ACCEPTED = b"\x01\x00"
 _LOGIN_REFUSED = b"\x01\x01"
@@ -127,7 +131,7 @@ class Socks5:
             return _LOGIN_ACCEPTED
         else:
             self._state = _State.LOGIN if self._method == _PASSWORD else _State.REQUEST
-            return bytes((_VERSION, self._method))
+            return _METHOD[self._method]
         return self._success(reply.local)
 
     def _read_methods(self) -> Event | None:
@@ -145,7 +149,7 @@ class Socks5:
             self._method = _PASSWORD
         elif self._require_auth or _NO_LOGIN not in methods:
             raise PeerError("the client offers no login method that this proxy accepts")
-        return Negotiation()
+        return _NEGOTIATION
 
     def _read_login(self) -> Event | None:
         """VER ULEN UNAME PLEN PASSWD (RFC 1929 section 2)."""
@@ -177,19 +181,18 @@ class Socks5:
         self._address_type = address_type
         if len(buffer) < length:
             return None
-        return self._request(command, ip_from_bytes(buffer[4 : length - 2]), length)
+        return self._request(command, buffer[4:length], length)
 
-    def _request(self, command: int, host: str, length: int) -> Event:
-        """A whole request of this length for an address."""
-        buffer = self._buffer
+    def _request(self, command: int, packed: bytes, length: int) -> Event:
+        """A whole request of this length, for an address and a port in network order."""
         self._bytes_used = length
         if command == _CONNECT:
-            return Connect(Route(self._source, Endpoint(host, buffer[length - 2] << 8 | buffer[length - 1])))
+            return _connect(self._source, packed)
         if command != _BIND:
             _refuse_command()
         if self._source is not None:
             raise PeerError("a second BIND on one connection")
-        return BindSource(host)
+        return _bind_source(packed[:-2])
 
     def _read_other_request(self, command: int, address_type: int) -> Event | None:
         """A name, or what is none: wait for all of it. A name that is an IP address in text form is that address.
@@ -206,13 +209,13 @@ class Socks5:
             return None
         name_end = 5 + buffer[4]
         try:
-            host = canonical_ip(buffer[5:name_end].decode("ascii"))
+            packed = packed_ip(buffer[5:name_end].decode("ascii"))
         except ValueError:
             if command not in (_CONNECT, _BIND):
                 _refuse_command()
             raise AddressTypeNotSupported("this proxy does not resolve domain names: ask with an IP address") from None
-        self._address_type = _IPV6 if ":" in host else _IPV4
-        return self._request(command, host, name_end + 2)
+        self._address_type = _IPV4 if len(packed) == 4 else _IPV6
+        return self._request(command, packed + buffer[name_end : name_end + 2], name_end + 2)
 
     def _success(self, local: Endpoint | None) -> bytes:
         """REP 00 with the local endpoint, in the address type that was asked with.
@@ -222,13 +225,13 @@ class Socks5:
         """
         address_type = self._address_type
         if local is None:
-            return bytes((_VERSION, 0, 0, address_type)) + _NOBODY[address_type]
+            return _SUCCESS[address_type] + _NOBODY[address_type]
         packed = ip_to_bytes(local.host)
         if address_type == _IPV6:
             packed = packed if len(packed) == 16 else _MAPPED_PREFIX + packed
         elif len(packed) == 16:
             packed = bytes(4)
-        return bytes((_VERSION, 0, 0, address_type)) + packed + local.port.to_bytes(2, "big")
+        return _SUCCESS[address_type] + packed + local.port.to_bytes(2, "big")
 
     def _refusal(self, socks_reply: int) -> bytes:
         """What the protocol can say in this state; nothing to a peer that does not speak SOCKS5 or said nothing."""
@@ -239,6 +242,17 @@ class Socks5:
         if state is _State.LOGIN:
             return _LOGIN_REFUSED
         return _NO_METHOD if state is _State.METHODS and self._buffer[:1] == b"\x05" else b""
+
+
+@lru_cache(maxsize=4096)
+def _connect(source: str | None, packed: bytes) -> Connect:
+    """Remembered, since an MTA comes back to an MX; open relays share one object, too."""
+    return Connect(Route(source, Endpoint(ip_from_bytes(packed[:-2]), packed[-2] << 8 | packed[-1])))
+
+
+@lru_cache(maxsize=4096)
+def _bind_source(packed: bytes) -> BindSource:
+    return BindSource(ip_from_bytes(packed))
 
 
 def _instance_name(raw: bytes) -> str:

@@ -17,7 +17,7 @@ from proxy.doors.smtp.visit import Visit
 from proxy.egress import upstream
 from proxy.errors import PeerError
 from proxy.model import Ending, Endpoint
-from proxy.net.alarm import Alarm
+from proxy.net.alarm import TimeIsUp
 from proxy.net.conversation import receive, send_all
 from proxy.net.framed import FramedStream
 from proxy.net.probing import Prober
@@ -134,8 +134,8 @@ def await_end(engine: Engine, stream: FramedStream, seconds: float) -> None:
             while stream.word is None:  # EOF came before END
                 stream.next_session()
                 receive(engine, stream)
-    except Alarm as fired:
-        if fired is not alarm:
+    except TimeIsUp as fired:
+        if fired.alarm is not alarm:
             raise
         raise ClientGone("no END within half_close_timeout") from None
     except OSError:

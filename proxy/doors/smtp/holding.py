@@ -10,7 +10,7 @@ from proxy.doors.smtp.books import Books
 from proxy.doors.smtp.egress import Egress, Line, Preview
 from proxy.doors.smtp.wire import Wires
 from proxy.model import Discard
-from proxy.net.alarm import Alarm
+from proxy.net.alarm import TimeIsUp
 from proxy.protocols.smtp.mediator import Mediator
 from proxy.protocols.smtp.states import State, Want
 from proxy.services import Services
@@ -76,8 +76,8 @@ class Holding:
         try:
             if not self._taken:
                 self._wires.wait()
-        except Alarm as fired:
-            if fired is not alarm:
+        except TimeIsUp as fired:
+            if fired.alarm is not alarm:
                 raise
             self._taken = True
         finally:

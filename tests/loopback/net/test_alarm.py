@@ -9,7 +9,7 @@ import pytest
 from gevent import get_hub
 from greenlet import greenlet
 
-from proxy.net.alarm import Alarm, Alarms
+from proxy.net.alarm import Alarms, TimeIsUp
 from tests.waiting import wait_for
 
 
@@ -25,8 +25,8 @@ def sleeper(alarms: Alarms, seconds: float, told: list[bool]) -> None:
     alarm = alarms.start(seconds)
     try:
         gevent.sleep(30)
-    except Alarm as fired:
-        told.append(fired is alarm)
+    except TimeIsUp as fired:
+        told.append(fired.alarm is alarm)
     finally:
         alarm.cancel()
 
@@ -42,7 +42,7 @@ def test_never_too_early(alarms: Alarms) -> None:
     loop = get_hub().loop
     alarms.start(0.25)
     begun = loop.now()
-    with pytest.raises(Alarm):
+    with pytest.raises(TimeIsUp):
         gevent.sleep(30)
     loop.update_now()
     assert loop.now() - begun >= 0.25

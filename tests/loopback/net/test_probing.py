@@ -9,7 +9,7 @@ import pytest
 from gevent.event import Event
 
 from proxy.net import probing
-from proxy.net.alarm import Alarm
+from proxy.net.alarm import TimeIsUp
 from proxy.net.probing import Prober
 from proxy.net.relay import Engine
 from proxy.policy import idleness
@@ -41,9 +41,9 @@ def test_another_alarm_goes_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(idleness, "PROBE_AFTER", 60.0)
     alarm = engine.alarms.start(0.0)
     try:
-        with pytest.raises(Alarm) as caught:
+        with pytest.raises(TimeIsUp) as caught:
             Prober(engine, lambda: None).wait(7, lambda: gevent.sleep(30))
-        assert caught.value is alarm
+        assert caught.value.alarm is alarm
     finally:
         alarm.cancel()
 

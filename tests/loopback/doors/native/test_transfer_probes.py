@@ -10,7 +10,7 @@ import pytest
 from proxy.doors.native import link as channel_link
 from proxy.doors.native import transfer as channel_transfer
 from proxy.net import probing
-from proxy.net.alarm import Alarm
+from proxy.net.alarm import Alarm, TimeIsUp
 from proxy.policy.idleness import PROBE_AFTER
 from proxy.protocols.native import messages as m
 from tests.loopback.doors.native.test_transfer_steps import END, MAIL, Gated, Steps
@@ -48,7 +48,7 @@ class Waits:
             what = left.popleft() if left else lambda: end(steps)
             if what is RING:
                 self.now += self.armed[-1]
-                raise next(iter(self._bucket))
+                raise TimeIsUp(next(iter(self._bucket)))
             if callable(what):
                 what()
             else:
