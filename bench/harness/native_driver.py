@@ -66,7 +66,7 @@ def sharing(bench: Bench, running: Running) -> dict[str, Any]:
         destination, tls = bench.tls_sink(), "required"
     with session_with(running) as session:
         work = sender(session, destination, tls, keep=variant.endswith("kept"))
-        return smtp_driver.drive(running.pid, bench.quick, work)
+        return smtp_driver.drive(running.pid, bench.quick, work, destination)
 
 
 def sharing_beside_kept(bench: Bench, running: Running) -> dict[str, Any]:

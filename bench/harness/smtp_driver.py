@@ -132,8 +132,21 @@ def unverified_tls() -> ssl.SSLContext:
     return context
 
 
-def drive(pid: int, quick: bool, work: Callable[[], None]) -> dict[str, Any]:
-    """Has threads do `work` again and again; the sample, with a unit for each time that it returned."""
+def accepted(sink: tuple[str, int]) -> int:
+    """Messages that a sink of the generator has taken so far; it is asked past the proxy."""
+    with socket.create_connection(sink, _TIMEOUT) as stream, stream.makefile("rb") as lines:
+        lines.readline()
+        stream.sendall(b"STAT\r\n")
+        return int(lines.readline().split()[1])
+
+
+def drive(pid: int, quick: bool, work: Callable[[], None], sink: tuple[str, int] | None = None) -> dict[str, Any]:
+    """Have threads do `work` again and again; the sample, with a unit for each time that it returned.
+
+    Each `work` is a message, which `sink` must have (None: the one in clear).
+    """
+    sink = sink or sink_address()
+    had = accepted(sink)
     end = time.monotonic() + (_SECONDS_QUICK if quick else _SECONDS)
     waits: list[float] = []
     errors: list[str] = []
@@ -156,6 +169,8 @@ def drive(pid: int, quick: bool, work: Callable[[], None]) -> dict[str, Any]:
     spent, seconds = process_cpu(pid) - before, time.monotonic() - began
     if errors or not waits:
         return {"failed": errors[0] if errors else "nothing was done"}
+    if (came := accepted(sink) - had) != len(waits):
+        return {"failed": f"the sink has {came} of {len(waits)} messages"}
     waits.sort()
     return {
         "unit": "session",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 from harness import authenticated
 
-from tests import certificates
+from tests import certificates, peers
 from tests.program import SECRET, Address, Proxy
 
 LOADGEN = Path(__file__).parents[3] / "bench" / "loadgen"
@@ -25,9 +23,9 @@ NAMED = "".join(f"source s{n} {{\n  ip 127.0.2.{n}\n  ehlo mta1.sender.example.c
 
 @pytest.fixture(scope="module")
 def loadgen(tmp_path_factory) -> str:
-    compiler = shutil.which("gcc")
-    if not compiler or not Path("/usr/include/openssl/ssl.h").exists():
-        pytest.skip("apt-get install gcc libc6-dev libssl-dev")
+    compiler = peers.program("gcc")
+    if not Path("/usr/include/openssl/ssl.h").exists():
+        peers.missing("apt-get install libssl-dev")
     program = tmp_path_factory.mktemp("loadgen") / "loadgen"
     checks = ["-O1", "-g", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     sources = [str(source) for source in sorted(LOADGEN.glob("*.c"))]
@@ -39,8 +37,7 @@ def loadgen(tmp_path_factory) -> str:
 @contextlib.contextmanager
 def sink(loadgen: str, host: str = SINK, *more: str) -> Iterator[str]:
     """Where it listens."""
-    with socket.create_server((host, 0)) as free:  # nobody else uses this address
-        target = f"{host}:{free.getsockname()[1]}"
+    target = f"{host}:{peers.free_port(host)}"
     process = subprocess.Popen([loadgen, "sink", "--target", target, *more], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
