@@ -7,8 +7,6 @@ worker 1, and those of the master end in 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 
 def step_for(workers: int) -> int:
     """The step of a program with so many workers; 1: there is one process only."""
@@ -20,14 +18,15 @@ def step_for(workers: int) -> int:
 LEFT_OUT = 10_000
 
 
-class Numbers(Iterator[int]):
-    """`next(numbers)`; `last`: what that was."""
+class Numbers:
+    """`last`: the one that was given out last."""
 
     def __init__(self) -> None:
         self.last = 0
         self._step = 1
 
-    def __next__(self) -> int:
+    def take(self) -> int:
+        """The next one."""
         self.last += self._step
         return self.last
 

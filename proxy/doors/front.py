@@ -15,7 +15,7 @@ from gevent import sleep
 from proxy.doors.carriage import Carriage
 from proxy.doors.passing import Passed, pass_on, taken_over
 from proxy.doors.presence import HALF_CLOSED
-from proxy.doors.record import Visit
+from proxy.doors.record import NO_SOCKET, Visit
 from proxy.doors.request import greet
 from proxy.doors.route import check_route, connect, named_source
 from proxy.doors.smtp import visit as smtp
@@ -174,7 +174,7 @@ def _hand_over(visit: Visit, handshake: Handshake, upstream_events: int) -> None
     visit.now("relay", "connected: relayed from now on")
     visit.relayed = True
     visit.handshake = None
-    del visit.socket, visit.upstream  # this record lives as long as the relay, and there may be many
+    visit.socket, visit.upstream = NO_SOCKET, None  # the record lives as long as the relay, and there may be many
     services.counters.fresh += 1
     timeout = services.settings.idle_timeout
     services.engine.join(client, receiver, visit, timeout, early, True, visit.missed, upstream_events)

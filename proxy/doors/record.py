@@ -29,6 +29,9 @@ from proxy.stats import Standing
 from proxy.throttling.flows import Places
 
 _READ_SIZE = 4096
+#: A closed one, in the place of a client's that the relay has.
+NO_SOCKET = RawSocket()
+NO_SOCKET.close()
 
 
 class Visit:
@@ -52,7 +55,7 @@ class Visit:
         self.socket = sock
         self.client = Endpoint(address[0], address[1])
         self.handshake: Handshake | None = None
-        self.number = number or next(numbers)
+        self.number = number or numbers.take()
         self.started = monotonic()
         self.instance = ""
         self.source = ""
@@ -271,5 +274,5 @@ class Visit:
         if self.hosted is not None:
             self.hosted.cut(ending)
         elif not self.services.engine.abort(self, ending):
-            with contextlib.suppress(OSError, AttributeError):  # closed, or the engine's, while it was looked for
+            with contextlib.suppress(OSError):  # closed, or the engine's, while it was looked for
                 self.socket.shutdown(SHUT_RDWR)

@@ -189,7 +189,7 @@ class StatusDoor:
     def _refuse(self, client: Endpoint, error: ProxyError) -> None:
         """Count and log a no."""
         self._house.services().counters.refused.count(error.code)
-        log.refused(next(numbers), "", "status", client, "", None, 0.0, error)
+        log.refused(numbers.take(), "", "status", client, "", None, 0.0, error)
 
     def _talk(self, sock: Any, address: tuple[Any, ...]) -> None:
         file = sock.makefile("rb", -1)

@@ -219,7 +219,7 @@ class Channel:
             ProxyError: the channel is over; the client broke the protocol or is gone.
         """
         services, link = self._current(), self._link
-        started, number = monotonic(), next(numbers)
+        started, number = monotonic(), numbers.take()
         attempts: Attempts = []
         if link.decoder.unread:
             raise _Impatient

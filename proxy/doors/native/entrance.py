@@ -62,7 +62,7 @@ def enter(
         None: nobody came in.
     """
     client = Endpoint(address[0], address[1])
-    number = next(numbers)
+    number = numbers.take()
     services.counters.accepted.count(door.protocol)
     entrance = _Entrance(services, client, sock)
     started = monotonic()
