@@ -1,7 +1,7 @@
 """Packaging of the program; the client library is packaged by client/setup.py.
 
-The relay's compiled twin is built where a compiler is there, and left out otherwise, with a word on stderr;
-`greenarrow_proxy --version` says which one runs.
+The compiled twins of the relay and of the search for the end of a message are built where a compiler is there, and left
+out otherwise, with a word on stderr; `greenarrow_proxy --version` says which relay runs.
 """
 
 import re
@@ -15,7 +15,10 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "proxy" / "__init__.py").read_text(encoding="utf-8"))[1]
-FAST_RELAY = "proxy/net/_fastrelay.pyx"
+TWINS = {
+    "proxy.net._fastrelay": "proxy/net/_fastrelay.pyx",
+    "proxy.protocols.smtp._fastdots": "proxy/protocols/smtp/_fastdots.pyx",
+}
 
 
 class FreshBuild(build_py):
@@ -28,22 +31,22 @@ class FreshBuild(build_py):
 
 
 class OptionalRelay(build_ext):
-    """The program runs without its compiled relay, too; a build that goes without says so."""
+    """The program runs without its compiled twins, too; a build that goes without says so."""
 
     def run(self) -> None:
         super().run()
         for extension in self.extensions:
             if not Path(self.get_ext_fullpath(extension.name)).exists():
-                print(f"warning: {extension.name} was not compiled: the relay will run as Python code", file=sys.stderr)
+                print(f"warning: {extension.name} was not compiled: its twin in Python will run", file=sys.stderr)
 
 
 def extensions() -> list[Extension]:
     try:
         from Cython.Build import cythonize
     except ImportError:
-        print("warning: no Cython here: the relay will run as Python code", file=sys.stderr)
+        print("warning: no Cython here: twins in Python will run", file=sys.stderr)
         return []
-    built = cythonize([Extension("proxy.net._fastrelay", [FAST_RELAY])], language_level=3)
+    built = cythonize([Extension(name, [source]) for name, source in TWINS.items()], language_level=3)
     for extension in built:
         extension.optional = True  # only now: cythonize forgets it
     return built
