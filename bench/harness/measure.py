@@ -177,6 +177,7 @@ class Bench:
             raise Unavailable(f"it has no {workload.door} door")
         command = [str(GENERATOR), workload.mode, "--target", workload.sink, "--proxy", door.address, *door.arguments]
         command += ["--core", str(self.cores.load), "--sink-pid", str(self._sink_of(workload).pid), *arguments]
+        command += ["--beside"] if workload.beside else []
         return command + (["--watch", str(running.pid)] if running.pid else [])
 
     def generate(self, workload: Workload, running: Running, arguments: tuple[str, ...]) -> Sample:

@@ -29,6 +29,7 @@ struct options {
     long sessions;                 /* end after so many; 0: by time */
     double seconds;
     long warm_up;                  /* load: sessions before anything is measured, closed loop */
+    bool beside;                   /* load: others send to the sink too */
     bool release;                  /* idle: the clients leave, what is kept without them is measured too */
     double rate;                   /* open loop: sessions (load) or questions (pingpong) a second; 0: closed loop */
     int messages;                  /* a session */
