@@ -49,8 +49,7 @@ def _fastest() -> Callable[[bytes], int]:
         from proxy.protocols.smtp import _fastdots
     except ImportError:
         return scan
-    found: Callable[[bytes], int] = _fastdots.scan
-    return found
+    return _fastdots.scan
 
 
 #: The one that is used.

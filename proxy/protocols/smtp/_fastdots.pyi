@@ -1,0 +1,3 @@
+"""Types of the compiled search; what it does stands in `dots`."""
+
+def scan(data: bytes) -> int: ...
