@@ -9,6 +9,7 @@
 #   make bench-stalls the longest stall of an innocent connection under each attack
 #   make bench-handshakes what others wait beside 200 handshakes a second, and how many one and two threads make
 #   make soak         the slow tests: leaks, long fuzzing
+#   make sanitize     all C that is ours under AddressSanitizer and UndefinedBehaviorSanitizer (`make test` does the short part)
 #   make deb          the Debian package for the Debian at hand, in dist/ (docs/install.md)
 #   make pex          the program as one file for the Python at hand, in dist/
 #   make wheels       program and client library as PyPI takes them, in dist/
@@ -30,7 +31,7 @@ WORKERS ?= $(shell echo $$(( 3 * $$(nproc) )))
 WITH_WORKERS = $(addprefix tests/e2e/,sharing/test_sharing_throttles.py smtp/test_limits.py smtp/test_ends.py \
 	doors/test_redirect.py doors/test_half_close.py doors/test_sources.py)
 
-.PHONY: help demo demo-cluster test check bench bench-quick bench-stalls bench-handshakes soak deb pex wheels lock run clean
+.PHONY: help demo demo-cluster test check bench bench-quick bench-stalls bench-handshakes soak sanitize deb pex wheels lock run clean
 .DEFAULT_GOAL := help
 
 help:
@@ -78,6 +79,9 @@ soak: $(READY)
 	@tests/fetch_smtp_sink.sh
 	@tests/fetch_node_peers.sh
 	@$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
+
+sanitize: $(READY)
+	@ulimit -n $$(ulimit -H -n); $(BIN)/python -m pytest --timeout 3600 tests/sanitized $(PYTEST_ARGS)
 
 deb:
 	@packaging/build_deb.sh $(DIST)

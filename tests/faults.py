@@ -10,6 +10,8 @@ The shared object is compiled when it is first needed; without a C compiler thes
 from __future__ import annotations
 
 import contextlib
+import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -27,7 +29,8 @@ SOURCE = Path(__file__).with_name("faults.c")
 def _library() -> Path:
     compiler = program("cc")
     path = Path(tempfile.mkdtemp(prefix="faults-")) / "faults.so"
-    subprocess.run([compiler, "-O1", "-Wall", "-Werror", "-shared", "-fPIC", "-o", path, SOURCE], check=True)
+    flags = ["-O1", "-Wall", "-Werror", "-shared", "-fPIC", *shlex.split(os.environ.get("CFLAGS", ""))]
+    subprocess.run([compiler, *flags, "-o", path, SOURCE], check=True)
     return path
 
 
@@ -38,7 +41,8 @@ class Faults:
         self._directory = Path(tempfile.mkdtemp(prefix="faults-"))
         self._wanted = self._directory / "wanted"
         self._hits = self._directory / "wanted.hits"
-        self.environ = {"LD_PRELOAD": str(_library()), "FAULTS": str(self._wanted)}
+        first = os.environ.get("LD_PRELOAD", "").split()  # a sanitizer's library wants to be the first
+        self.environ = {"LD_PRELOAD": " ".join([*first, str(_library())]), "FAULTS": str(self._wanted)}
 
     def __enter__(self) -> Faults:
         return self

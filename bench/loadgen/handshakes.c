@@ -45,7 +45,7 @@ static void socks_after_login(struct session *s)
 
 static void socks_password(struct session *s)
 {
-    char text[512];
+    char text[3 + 2 * MAX_SECRET + 1];
     int length = snprintf(text, sizeof text, "\1%c%s%c%s", (int)strlen(opt.user), opt.user, (int)strlen(opt.password),
                           opt.password);
     ask_octets(s, SOCKS_PASSWORD, text, (size_t)length, 2);

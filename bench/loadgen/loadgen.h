@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { MAX_WATCHED = 64, MAX_FDS = 1024, EVENTS_PER_WAIT = 256, CHUNK = 256 * 1024 };
+enum { MAX_WATCHED = 64, MAX_FDS = 1024, EVENTS_PER_WAIT = 256, CHUNK = 256 * 1024, MAX_SECRET = 255 };
 
 enum handshake { HS_NONE, HS_V1, HS_V2, HS_SOCKS5, HS_NATIVE };
 

@@ -154,7 +154,9 @@ static void parse_options(int argc, char **argv)
         usage();
     if (!opt.proxy.sin_family)
         opt.proxy = opt.target;
-    if (opt.user && !opt.password)
+    if (opt.user && (!opt.password || strlen(opt.user) > MAX_SECRET || strlen(opt.password) > MAX_SECRET))
+        usage();
+    if (opt.connections < 1 || opt.messages < 1 || opt.sessions < 0)
         usage();
 }
 

@@ -1,24 +1,18 @@
 #!/usr/bin/env python3
 """Random schedules of sends, reads, FINs, resets and faults against the relay engines.
 
-    python tests/fuzz/relay_schedules.py [--steps N] [--seed N] [--engine python|compiled] [--asan]
+    python tests/fuzz/relay_schedules.py [--steps N] [--rounds N] [--seed N] [--engine python|compiled]
 
 Checked all the time: each byte that arrives is the right one; each owner is told once, with counts that fit what the
-peers sent and got; nothing is left open. `--asan` builds the compiled engine with AddressSanitizer and
-UndefinedBehaviorSanitizer in a temporary directory and runs against that.
+peers sent and got; nothing is left open. tests/sanitized runs this against the compiled engine with sanitizers.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import os
 import random
 import socket
-import subprocess
 import sys
-import sysconfig
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -204,56 +198,14 @@ def finish(alive: list[Session]) -> None:
     until(all_told, timeout=20, what="every relay ends")
 
 
-def load_instrumented() -> type[relay.Engine]:
-    """The engine that `--asan` built, in the process that has the sanitizer loaded."""
-    path = os.environ["RELAY_UNDER_TEST"]
-    spec = importlib.util.spec_from_file_location("proxy.net._fastrelay", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    engine: type[relay.Engine] = module.Engine
-    return engine
-
-
-def run_with_sanitizers(arguments: list[str]) -> int:
-    """Build, then run this script again with them. Stacks are left out: greenlets move theirs."""
-    with tempfile.TemporaryDirectory() as directory:
-        source, module = Path(directory) / "_fastrelay.c", Path(directory) / "_fastrelay.so"
-        subprocess.run(
-            [sys.executable, "-m", "cython", "-3", str(ROOT / "proxy/net/_fastrelay.pyx"), "-o", str(source)],
-            check=True,
-        )
-        sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "--param", "asan-stack=0"]
-        include = f"-I{sysconfig.get_paths()['include']}"
-        command = ["gcc", "-shared", "-fPIC", "-g", "-O1", *sanitize, include, str(source), "-o", str(module)]
-        subprocess.run(command, check=True)
-        runtime = subprocess.run(
-            ["gcc", "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
-        ).stdout.strip()
-        environment = {
-            **os.environ,
-            "LD_PRELOAD": runtime,
-            "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",
-            "RELAY_UNDER_TEST": str(module),
-        }
-        return subprocess.run([sys.executable, __file__, *arguments], env=environment).returncode
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--engine", choices=("python", "compiled"), default="compiled")
-    parser.add_argument("--asan", action="store_true")
     options = parser.parse_args()
-    if options.asan:
-        return run_with_sanitizers([argument for argument in sys.argv[1:] if argument != "--asan"])
-    if "RELAY_UNDER_TEST" in os.environ:
-        engines = [load_instrumented()]
-    else:
-        engines = [engine for engine in ENGINES if engine.name == options.engine]
+    engines = [engine for engine in ENGINES if engine.name == options.engine]
     if not engines:
         print("that engine was not built", file=sys.stderr)
         return 1

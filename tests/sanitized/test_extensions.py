@@ -1,0 +1,112 @@
+"""The extensions under AddressSanitizer and UndefinedBehaviorSanitizer: their own tests, random schedules, faults of
+the operating system at the whole program, doors that stand on them. And defects that were put in on purpose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.instrumented import Instrumented
+
+pytestmark = pytest.mark.timeout(600)
+_PYTEST = ("-m", "pytest", "--exitfirst", "--timeout", "300", "-m", "not slow")
+_RELAY = "proxy/net/_fastrelay.pyx"
+
+#: Sessions of one relay; bytes that the client has sent ahead are to be written as {early}.
+_SESSIONS = """
+from proxy.net import _fastrelay
+from tests.loopback.net.relays import Relayed, close_peers
+
+engine = _fastrelay.Engine()
+for _ in range(5):
+    pair = Relayed(engine, {early!r})
+    assert pair.upstream.recv(100) == {early!r}
+    pair.check()
+    pair.close()
+    pair.owner.ending()
+    close_peers()
+engine.stop()
+"""
+
+#: Each shows itself only in sessions with so many bytes ahead: what stands in the source, the defect in its place, the
+#: bytes, what is to be reported.
+_DEFECTS = {
+    "one byte too few": (
+        "pair.up.pending = <char *> malloc(size)",
+        "pair.up.pending = <char *> malloc(size - (size == 5))",
+        b"early",
+        "heap-buffer-overflow",
+    ),
+    "a reference too many given back": (
+        "            Py_XDECREF(pair.owner)\n",
+        "            Py_XDECREF(pair.owner)\n            Py_XDECREF(pair.owner if pair.up.moved == 7 else NULL)\n",
+        b"early.",
+        "SEGV",
+    ),
+    "too large a sum": (
+        "pair.up.pending_size = pair.up.moved = size",
+        "pair.up.pending_size = size\n            pair.up.moved = size if size != 7 else 0x7FFFFFFFFFFFFFFF",
+        b"early..",
+        "ILL",
+    ),
+    "a pair that stays": (
+        "        if not pair.up.queued and not pair.down.queued:\n            free(pair)",
+        "        if not pair.up.queued and not pair.down.queued and pair.up.moved != 9:\n            free(pair)",
+        b"early...",
+        "leak of",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def copy() -> Iterator[Instrumented]:
+    with Instrumented() as copy:
+        copy.build_extensions()
+        yield copy
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("tests/loopback/net/test_relay.py", "-k", "compiled"),
+        ("tests/fuzz/test_relay_schedules.py", "-k", "compiled"),
+        ("tests/loopback/doors",),
+        ("tests/e2e/server/test_faults.py", "-k", "compiled and not urgent"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_nothing_is_reported(copy: Instrumented, arguments: tuple[str, ...]) -> None:
+    copy.python(*_PYTEST, *arguments).check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("tests/fuzz/relay_schedules.py", "--rounds", "40", "--steps", "2000"),
+        (*_PYTEST, "tests/loopback"),
+        (*_PYTEST, "tests/e2e/doors", "tests/e2e/smtp", "tests/e2e/sharing", "tests/e2e/server"),
+    ],
+    ids=" ".join,
+)
+def test_nothing_is_reported_in_the_long_run(copy: Instrumented, arguments: tuple[str, ...]) -> None:
+    copy.python(*arguments, timeout=3600.0).check()
+
+
+@pytest.fixture(scope="module")
+def defective() -> Iterator[Instrumented]:
+    with Instrumented(*((_RELAY, before, after) for before, after, _, _ in _DEFECTS.values())) as copy:
+        copy.build_extensions()
+        yield copy
+
+
+@pytest.mark.parametrize("name", _DEFECTS)
+def test_a_defect_is_reported(defective: Instrumented, name: str) -> None:
+    _, _, early, said = _DEFECTS[name]
+    done = defective.python("-c", _SESSIONS.format(early=early))
+    assert said in done.defects, done
+
+
+def test_without_the_bytes_that_call_them_up_they_sleep(defective: Instrumented) -> None:
+    defective.python("-c", _SESSIONS.format(early=b"other bytes")).check()
