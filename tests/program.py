@@ -26,6 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from tests import forms
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[1]
@@ -130,11 +131,7 @@ class Proxy:
         command = [sys.executable, str(self._program), f"--config-filename={self.path}", *self._flags]
         if self._before:
             command = ["bash", "-c", f'{self._before}; exec "$@"', "bash", *command]
-        environ = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith("GREENARROW_PROXY_") or name == "GREENARROW_PROXY_RELAY"  # which engine
-        }
+        environ = forms.environ()
         if "PROXY_TEST_WORKERS" in os.environ:  # run any test with several processes
             environ["GREENARROW_PROXY_WORKERS"] = os.environ["PROXY_TEST_WORKERS"]
         for name in ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "JOURNAL_STREAM"):

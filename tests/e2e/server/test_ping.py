@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import subprocess
@@ -11,6 +10,7 @@ from collections.abc import Callable
 
 import pytest
 
+from tests import forms
 from tests import independent_client as mta
 from tests.program import ROOT, SECRET, Proxy
 from tests.sinks import Raw, closed_port, greet
@@ -21,7 +21,7 @@ OWN = "mta-own-has-a-secret-of-its-own-and-no-other"
 def ping(address: tuple[str, int] | str, *flags: str, secret: str = SECRET) -> tuple[int, list[str], list[str]]:
     """Exit code, lines of stdout, lines of stderr."""
     text = address if isinstance(address, str) else "{}:{}".format(*address)
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("GREENARROW_PROXY_")}
+    environ = forms.environ()
     result = subprocess.run(
         [sys.executable, str(ROOT / "greenarrow_proxy.py"), f"--ping={text}", *flags],
         env=environ | ({"GREENARROW_PROXY_AUTH_SHARED_SECRET": secret} if secret else {}),

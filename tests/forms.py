@@ -1,0 +1,27 @@
+"""The two forms of the program, compiled and as Python code, and which of them a run of the tests is for.
+
+`make test` runs all tests on the compiled form, and then on Python code (GREENARROW_PROXY_PURE=1) those that depend on
+the form at all: not what is marked `either_form`. The programs that tests start are of the form of the run.
+"""
+
+from __future__ import annotations
+
+import os
+
+PURE = "GREENARROW_PROXY_PURE"
+#: The program's variables that choose what it is made of. Of all others it knows nothing but what a test says.
+_CHOOSING = (PURE, "GREENARROW_PROXY_RELAY")
+
+
+def environ() -> dict[str, str]:
+    """For a program under test: our own, without the program's settings, with what chooses its form."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("GREENARROW_PROXY_") or name in _CHOOSING
+    }
+
+
+def pure() -> bool:
+    """Whether this run is for Python code."""
+    return bool(os.environ.get(PURE))
