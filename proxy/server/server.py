@@ -2,7 +2,8 @@
 
 `run` is the whole life from the first socket to the exit code. A reload builds everything that can fail before it
 changes anything: it is all or nothing. Accepted connections are `reception`'s, watching for signals is `signals`', what
-is read of certificates `certificates`', how clients take leave `drain`'s, what is done now and then `routine`'s.
+is read of certificates `certificates`', how clients take leave `drain`'s, what is done now and then `routine`'s, and
+what becomes of this process when another one takes over `replacement`'s.
 """
 
 from __future__ import annotations
@@ -15,25 +16,21 @@ from contextlib import AbstractContextManager
 from dataclasses import fields
 from datetime import UTC, datetime, tzinfo
 from functools import partial
-from math import inf
 from time import monotonic
 from typing import NamedTuple
 
 import gevent
-import gevent.socket
 from gevent.event import Event
 from gevent.lock import Semaphore
 
 from proxy import __version__
 from proxy.config.in_force import Row, digest
 from proxy.config.load import Loaded
-from proxy.control import door as control
 from proxy.egress.admission import Admission
 from proxy.egress.branch import Branches
 from proxy.egress.clock import clock_ns
 from proxy.egress.leases import Leases, make_cluster
 from proxy.egress.office import Office
-from proxy.egress.remote import Remote
 from proxy.egress.switch import Switch
 from proxy.errors import ConfigError
 from proxy.log import lines as log
@@ -42,8 +39,8 @@ from proxy.model import Breathe, Endpoint, hold_breath, let_go
 from proxy.net.turn_meter import TurnMeter
 from proxy.net.turns import Breather, rest
 from proxy.numbering import numbers, step_for
-from proxy.protocols import seam
-from proxy.server import calendar, check_config, figures, findings, orders, process, systemd, wiring
+from proxy.server import calendar, check_config, control_socket, figures, findings, process, systemd, wiring
+from proxy.server.control_socket import ControlSocket
 from proxy.server.drain import drain
 from proxy.server.here import Here
 from proxy.server.listener import ListenError
@@ -51,11 +48,11 @@ from proxy.server.listeners import Doors, Opened, close_all, close_unclaimed
 from proxy.server.orders import Handed, Plan
 from proxy.server.questions import Answering, Everywhere, Household
 from proxy.server.reception import Reception
+from proxy.server.replacement import Replacement
 from proxy.server.routine import Routine
 from proxy.server.signals import Signals
 from proxy.server.steering import Steering
 from proxy.server.succession import Predecessor
-from proxy.server.upgrade import Failed, Upgrade, hello_of
 from proxy.server.vitals import Vitals
 from proxy.server.wiring import Wiring
 from proxy.server.workers import Workers, count_of
@@ -63,7 +60,6 @@ from proxy.services import Services
 from proxy.settings import Settings
 from proxy.spans import SPANS
 from proxy.stats import Snapshot
-from proxy.status import parts
 from proxy.status.http import House, InForce, ReloadFailure, StatusDoor
 from proxy.status.parts import Part, merge
 from proxy.store import store
@@ -105,35 +101,32 @@ class Server:
     def __init__(self, load: Load, loaded: Loaded, predecessor: Predecessor | None = None) -> None:
         settings = loaded.settings
         self._load = load
+        self._first = loaded
+        self._predecessor = predecessor
         self._descriptors = process.raise_descriptor_limit()
         self._reserve = process.Reserve()
-        self._wiring = Wiring(settings, self._reserve.lent, partial(self._office, settings))
-        self._admission = self._wiring.admission
-        self._store: store.Store | None = None
-        self._leases = Leases(self._admission)
-        self._zone: tzinfo = UTC  # whose calendar days count
         self._stops = 0
         self._stop = Event()
         self._begun = Event()  # the first settings are in force
         self._settled = Event()  # no reload is going on
         self._settled.set()
-        self._notifier = systemd.Notifier(os.environ, os.getpid())
-        self._routine = Routine(
-            lambda: self.services, self.snapshot, self._turn_day, lambda: self._status.tick(), self._notifier
-        )
-        stop = self._stop_soon
-        self._signals = Signals(
-            at_once={signal.SIGTERM: stop, signal.SIGINT: stop},
-            in_turn={
-                signal.SIGHUP: self._reload,
-                signal.SIGUSR1: self._report,
-                signal.SIGUSR2: self._upgrade,
-            },
-        )
+        self._reloading = Semaphore()
+        self._reload_failure: ReloadFailure | None = None
+        self._in_force: InForce
+        self._zone: tzinfo = UTC  # whose calendar days count
+        self._wiring = Wiring(settings, self._reserve.lent, partial(self._office, settings))
+        self._admission = self._wiring.admission
+        self._store: store.Store | None = None
+        self._leases = Leases(self._admission)
         self._vitals = Vitals(0, self._reserve.lent)
-        self._here = here = Here(lambda: self.services, self._part)
-        self._everywhere = Everywhere(here, lambda: self._workers)
-        self._predecessor = predecessor
+        self._here = Here(lambda: self.services, self._part)
+        self._everywhere = Everywhere(self._here, lambda: self._workers.colleagues)
+        self._make_doors(count_of(settings))
+        self._make_views()
+        self._make_signals()
+
+    def _make_doors(self, workers: int) -> None:
+        """Where clients come in, and who serves them."""
         self._inherited = systemd.Inherited(os.environ, os.getpid())
         self._reception = Reception(
             services=lambda: self._wiring.services,
@@ -141,16 +134,15 @@ class Server:
             serve_status=lambda *connection: self._status.admit(*connection),
             ask=lambda count: self._workers.seating.want(0, count),
         )
-        count = count_of(settings)
         self._doors = Doors(
             self._reception.admit,
             self._reception.accept_failed,
             self._reserve.lent,
-            predecessor or self._inherited,
-            count,
+            self._predecessor or self._inherited,
+            workers,
         )
         self._workers = Workers(
-            count,
+            workers,
             self._wiring.incarnation,
             self._branches,
             self._doors.kept,
@@ -158,6 +150,9 @@ class Server:
             self._reception,
             self._wiring.budget,
         )
+
+    def _make_views(self) -> None:
+        """Where the program is looked at and steered from."""
         self._status = self._status_door()
         self._steering = Steering(
             lambda: self.services,
@@ -168,13 +163,22 @@ class Server:
             self._stop.set,
             self._reserve.lent,
         )
-        self._control: control.ControlDoor | None = None
-        self._reloading = Semaphore()
-        self._reload_failure: ReloadFailure | None = None
-        self._in_force: InForce
-        self._first = loaded
-        self._replaced: Upgrade | None = None  # by whom
-        self._hurry = inf
+        predecessor = self._predecessor
+        self._control = ControlSocket(
+            self._steering, self._reserve.lent, predecessor.control if predecessor is not None else lambda path: None
+        )
+
+    def _make_signals(self) -> None:
+        """What others tell the process, and what it does by itself."""
+        self._notifier = systemd.Notifier(os.environ, os.getpid())
+        self._routine = Routine(lambda: self.services, self.snapshot, self._turn_day, self._status.tick, self._notifier)
+        answering = Answering(Household(self._here, lambda: self._workers.colleagues))
+        self._replacement = Replacement(self._wiring, self._switch, answering, self._total)
+        stop = self._stop_soon
+        self._signals = Signals(
+            at_once={signal.SIGTERM: stop, signal.SIGINT: stop},
+            in_turn={signal.SIGHUP: self._reload, signal.SIGUSR1: self._report, signal.SIGUSR2: self._upgrade},
+        )
 
     def _office(self, settings: Settings, parts: Wiring) -> tuple[Office, Admission]:
         cluster = make_cluster(settings, socket.gethostname())
@@ -268,8 +272,7 @@ class Server:
         """
         settings = loaded.settings
         store_tls = self._wiring.certificates.of_store(loaded)
-        gid = self._control_gid(settings)
-        control_socket = self._control_socket(settings, gid)
+        control = self._control.prepare(settings)
         opened: Opened = {}
         try:
             opened = self._doors.open_missing(settings, breathe)
@@ -280,12 +283,11 @@ class Server:
         except BaseException:
             self._workers.abort()
             close_all(opened)
-            if control_socket is not None:
-                control_socket.close()
+            control.close()
             raise
         wanted = store.of_settings(self._wiring.engine, settings.throttle_store, store_tls, clock_ns, self._store)
         digested = digest(loaded.in_force, breathe)
-        return _Prepared(wired, opened, own, control_socket, gid, loaded.in_force, digested, wanted)
+        return _Prepared(wired, opened, own, control, loaded.in_force, digested, wanted)
 
     def _plan(self, settings: Settings, own: Iterable[Endpoint] | None = None) -> Plan:
         """What the workers need of settings; `own`: where the program listens, if that is new."""
@@ -302,39 +304,6 @@ class Server:
     def _descriptors_left(self) -> int:
         return max(2, self._descriptors - _OTHER_DESCRIPTORS)
 
-    def _control_gid(self, settings: Settings) -> int | None:
-        """
-        Raises:
-            ConfigError: there is no such group.
-        """
-        if settings.control_socket is None:
-            return None
-        with self._reserve.lent():
-            return control.gid_of(settings.control_socket, settings.control_group)
-
-    def _control_socket(self, settings: Settings, gid: int | None) -> gevent.socket.socket | None:
-        """A new one, if another than the present is wanted.
-
-        Raises:
-            ConfigError: it cannot be had.
-        """
-        path = settings.control_socket
-        if path is None or (self._control is not None and self._control.path == path):
-            return None
-        if self._predecessor is not None and (handed := self._predecessor.control(path)) is not None:
-            return gevent.socket.socket(fileno=handed.detach())
-        with self._reserve.lent():
-            return control.listen(path, settings.control_socket_mode, gid)
-
-    def _take_control(self, settings: Settings, opened: gevent.socket.socket | None, gid: int | None) -> None:
-        if self._control is not None and self._control.path != settings.control_socket:
-            self._control.close()
-            self._control = None
-        if opened is not None and settings.control_socket is not None:
-            self._control = control.ControlDoor(opened, settings.control_socket, gid, self._steering)
-        elif self._control is not None:
-            self._control.apply(settings.control_socket_mode, gid)
-
     def _status_door(self) -> StatusDoor:
         return StatusDoor(
             House(
@@ -342,7 +311,7 @@ class Server:
                 part=self._part,
                 total=self._total,
                 others=self._everywhere.parts,
-                members=lambda: self._workers.members(),
+                members=lambda: self._workers.colleagues.members(),
                 manager=lambda: figures.manager_of(self.services),
                 limit=self._most_clients,
                 draining=self._stop.is_set,
@@ -359,7 +328,7 @@ class Server:
         settings = prepared.wired.services.settings
         self._wiring.take(prepared.wired, breathe)
         self._take_store(prepared.store, settings)
-        self._take_control(settings, prepared.control_socket, prepared.control_gid)
+        self._control.take(settings, prepared.control)
         self._steering.in_force, self._steering.limits = prepared.in_force, prepared.wired.limits
         self._in_force = InForce(prepared.digest, datetime.now(UTC))
         self._doors.take(settings, prepared.opened, breathe)
@@ -453,65 +422,20 @@ class Server:
     def _upgrade(self) -> None:
         """SIGUSR2: a new process of this program takes over; on any error nothing has happened."""
         with self._reloading:
-            if self._stop.is_set():
+            if self._stop.is_set() or not self._replacement.run(self._handed()):
                 return
-            identity = self._wiring.certificates.generated()
-            hello = hello_of(self._wiring.incarnation, self._total().highest, identity)
-            answering = Answering(Household(self._here, lambda: self._workers))
-            upgrade = Upgrade(self._handed(), hello, self._admission, partial(self._asked, answering))
-            log.note(log.Event.UPGRADE, log.INFO, "a new program is started to take over")
-            try:
-                upgrade.run()
-            except Failed as error:
-                log.note(log.Event.UPGRADE, log.ERROR, f"{error}; this one goes on as before")
-                return
-            self._be_replaced(upgrade)
+            self._routine.end()
+            self._notifier.close()
+            self._control.close(forget=False)
+            self._stop.set()
 
     def _handed(self) -> list[tuple[Handed, int]]:
         """All listening sockets, and what they are."""
-        handed = [
+        doors = [
             (Handed("door", endpoint.host, endpoint.port, index), sock.fileno())
             for endpoint, index, sock in self._doors.sockets()
         ]
-        if self._control is not None:
-            handed.append((Handed("control", path=self._control.path), self._control.fileno()))
-        return handed
-
-    def _be_replaced(self, upgrade: Upgrade) -> None:
-        """From now on the new process is the master, and this one a worker that takes nothing new."""
-        assert upgrade.link is not None
-        log.note(log.Event.UPGRADE, log.INFO, "the new program has taken over: finishing what is open", pid=upgrade.pid)
-        limits, keeper = self._wiring, self._wiring.keeper
-        remote = Remote(upgrade.link.say, lambda: limits.limits, keeper.give_way)
-        upgrade.goes_to(remote)
-        self._switch.hand_over(remote)
-        self._admission.handed_over = upgrade.say_meanwhile
-        upgrade.say_meanwhile()
-        self._replaced = upgrade
-        self._routine.end()
-        self._notifier.close()
-        if self._control is not None:
-            self._control.close(forget=False)
-            self._control = None
-        gevent.spawn(self._report_forever, upgrade)
-        self._stop.set()
-
-    def _report_forever(self, upgrade: Upgrade) -> None:
-        while upgrade.link is not None:
-            upgrade.link.say(seam.Tell(orders.PART, parts.encode(self._total())))
-            gevent.sleep(1.0)
-
-    def _asked(self, answering: Answering, record: seam.FromMaster) -> None:
-        """By the process that has replaced this one."""
-        if isinstance(record, seam.Question):
-            gevent.spawn(self._answer, answering, record)
-        elif isinstance(record, seam.Order) and record.what == orders.DRAIN:
-            self._hurry = monotonic() + orders.unpack(record.body)[0]
-
-    def _answer(self, answering: Answering, question: seam.Question) -> None:
-        body = answering.answer(question.what, question.body)
-        if self._replaced is not None and self._replaced.link is not None:
-            self._replaced.link.say(seam.Reply(question.id, body))
+        return doors + self._control.handed()
 
     # ---------------------------------------------------------------- the end
 
@@ -528,25 +452,29 @@ class Server:
             outputs.flush(1.0)
             self._workers.abandon()
             os._exit(EXIT_FORCED)
-        if self._replaced is not None:
-            self._hurry = monotonic() + self.services.settings.drain_timeout
+        if self._replacement.done:
+            self._replacement.hurry = monotonic() + self.services.settings.drain_timeout
         self._stop.set()
 
     def _drain(self) -> int:
         """Let what is open finish, then stop what is the program's own."""
         self._settled.wait()  # a reload that is just putting new doors in force: they would be left open
-        settings, replaced = self.services.settings, self._replaced is not None
-        timeout = settings.upgrade_timeout if replaced else settings.drain_timeout
-        ours = self._replaced.unused if self._replaced is not None else ()
+        settings, replacement = self.services.settings, self._replacement
+        timeout = settings.upgrade_timeout if replacement.done else settings.drain_timeout
         cut = drain(
-            self.services, self._doors, self._notifier, timeout, self._workers, replaced, lambda: self._hurry, ours
+            self.services,
+            self._doors,
+            self._notifier,
+            timeout,
+            self._workers,
+            replacement.done,
+            lambda: replacement.hurry,
+            replacement.ours,
         )
         rest()
         self.close()
         log.note(log.Event.STOP, log.INFO, "stopped", reset_connections=cut)
-        if self._replaced is not None and self._replaced.link is not None:
-            self._replaced.link.say(seam.Tell(orders.PART, parts.encode(self._total())))
-            self._replaced.link.close()
+        self._replacement.say_last()
         return EXIT_OK
 
     def close(self) -> None:
@@ -557,8 +485,7 @@ class Server:
         if self._store is not None:
             self._store.stop()
         self._admission.stop()
-        if self._control is not None:
-            self._control.close()
+        self._control.close()
         self._reserve.close()
 
     # ---------------------------------------------------------------- its state
@@ -573,7 +500,7 @@ class Server:
 
     def _total(self) -> Part:
         """What all processes know, by their last word."""
-        return merge([self._part(), *self._workers.parts()])
+        return merge([self._part(), *self._workers.colleagues.parts()])
 
     def _turn_day(self) -> None:
         self._admission.turn_day(calendar.day_in(self._zone))
@@ -585,8 +512,7 @@ class _Prepared(NamedTuple):
     wired: wiring.Prepared
     opened: Opened
     own: Sequence[Endpoint]
-    control_socket: gevent.socket.socket | None
-    control_gid: int | None
+    control: control_socket.Prepared
     in_force: Sequence[Row]
     digest: str
     store: store.Store | None

@@ -12,10 +12,8 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import gevent
-from gevent import get_hub
 from gevent.event import Event
 from msgspec import msgpack
 
@@ -25,10 +23,11 @@ from proxy.egress.clock import clock_ns
 from proxy.egress.remote import Remote
 from proxy.log import lines as log
 from proxy.model import Endpoint
-from proxy.net.seam import Seam, pair
+from proxy.net.seam import Seam
 from proxy.net.turns import Breather
 from proxy.protocols import seam
 from proxy.server import orders
+from proxy.server.child import LINK_FD, start_child
 from proxy.server.orders import Handed, Hello
 
 #: Seconds until the new process must be ready, and then until it must have taken over.
@@ -36,8 +35,7 @@ _READY_WITHIN, _TAKEN_WITHIN = 120.0, 60.0
 #: Seconds after its last word in which it ends, which says more.
 _ENDS_WITHIN = 2.0
 _SOCKETS_AT_ONCE = 200
-#: Where the new process finds its end of the link, and the variable that says so.
-LINK_FD = 3
+#: The variable that says where the new process finds its end of the link.
 VARIABLE = "GREENARROW_HEIR_FD"
 _OURS_ALONE = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "WATCHDOG_PID")
 
@@ -79,7 +77,6 @@ class Upgrade:
         self.pid = 0
         self.unused: frozenset[tuple[Endpoint, int]] = frozenset()
         self.link: Seam | None = None
-        self._watcher: Any = None
 
     def run(self) -> None:
         """Up to the moment in which the new process has taken over.
@@ -116,27 +113,14 @@ class Upgrade:
     # ---------------------------------------------------------------- steps
 
     def _start(self) -> None:
-        ours, theirs = pair()
-        environ = {name: value for name, value in os.environ.items() if name not in _OURS_ALONE}
-        environ[VARIABLE] = str(LINK_FD)
+        blocked = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
         try:
-            self.pid = os.posix_spawn(
-                sys.executable,
-                [sys.executable, *sys.orig_argv[1:]],
-                environ,
-                file_actions=[(os.POSIX_SPAWN_DUP2, theirs.fileno(), LINK_FD)],
-                setsigmask=(signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2),
-                setsigdef=(signal.SIGPIPE,),
-            )
+            child = start_child(sys.orig_argv[1:], _OURS_ALONE, {VARIABLE: str(LINK_FD)}, blocked)
         except OSError as error:
-            ours.close()
             raise Failed(f"the new program cannot be started: {os.strerror(error.errno or 0)}") from None
-        finally:
-            theirs.close()
-        self.link = Seam(ours, False, self._take, self._lost)
-        pidfd = os.pidfd_open(self.pid)
-        self._watcher = get_hub().loop.io(pidfd, 1)
-        self._watcher.start(self._exited, pidfd)
+        self.pid = child.pid
+        self.link = Seam(child.link, False, self._take, self._lost)
+        child.watch(self._exited)
 
     def _greet(self) -> None:
         link = self.link
@@ -193,13 +177,7 @@ class Upgrade:
         self._gone = self._gone or why
         self._news.set()
 
-    def _exited(self, pidfd: int) -> None:
-        self._watcher.stop()
-        self._watcher.close()
-        os.close(pidfd)
-        _, status = os.waitpid(self.pid, 0)
-        code = os.waitstatus_to_exitcode(status)
-        how = f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+    def _exited(self, how: str) -> None:
         self._gone_for(f"the new program has ended: {how}")
 
     def _end(self) -> None:

@@ -2,31 +2,25 @@
 
 A worker that dies costs its own connections and nothing more. Its sockets are kept (`listeners`), its places are given
 back when the kernel has closed what it had, that is when it is gone, and another takes its number after a pause that
-grows. One that says nothing for too long, or does not read its link, has hung and is killed. Implements
-`status.colleagues.Colleagues`.
+grows. One that says nothing for too long, or does not read its link, has hung and is killed. What they are asked is
+`roll_call`'s, starting and watching a process `child`'s.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import os
-import signal
 import socket
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from time import monotonic
 from typing import Any
 
 import gevent
-from gevent import get_hub
-from gevent.event import Event
-from msgspec import MsgspecError
 
 from proxy import __version__
 from proxy.config.values import MOST_WORKERS
-from proxy.egress.branch import Branch, Branches
+from proxy.egress.branch import Branches
 from proxy.errors import ConfigError
 from proxy.log import lines as log
 from proxy.model import Endpoint
@@ -35,20 +29,17 @@ from proxy.numbering import step_for
 from proxy.policy.budget import FailureBudget
 from proxy.protocols import seam
 from proxy.server import orders
+from proxy.server.child import LINK_FD, start_child, watch
 from proxy.server.listeners import Opened
-from proxy.server.orders import Begin, Plan, pack, unpack
+from proxy.server.orders import Begin, Plan, unpack
 from proxy.server.reception import Reception
+from proxy.server.roll_call import RollCall
 from proxy.server.seating import Seating
+from proxy.server.staff import Worker
 from proxy.settings import Settings
-from proxy.status import parts
-from proxy.status.colleagues import LEAVING, Hear, Member, Reply
-from proxy.status.parts import Part
-from proxy.status.roll import Roll
-from proxy.status.workers import SILENT
+from proxy.status.colleagues import LEAVING
 from proxy.throttling.flows import Places
 
-#: Where a worker finds its end of the link.
-LINK_FD = 3
 #: Turns of a second in which nothing is heard, until a worker counts as hung.
 _SILENT_TURNS = 15
 #: Seconds until one that died is replaced, doubled each time; who has lived for so long begins anew.
@@ -57,46 +48,10 @@ _FIRST_PAUSE, _LONGEST_PAUSE, _LONG_LIFE = 0.1, 30.0, 60.0
 _PREPARED_WITHIN = 60.0
 #: Seconds for them to say how many clients they have.
 _COUNTED_WITHIN = 1.0
-#: Descriptors in one order.
-_SOCKETS_AT_ONCE = 200
 #: Seconds that a worker may take to end when all it had is over.
 _ENDS_WITHIN = 5.0
 #: Not for the children: whom systemd talks to is the master.
 _OURS_ALONE = ("LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
-
-
-class Worker:
-    """One of them, as the master sees it; a number keeps its record when its process is replaced."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.pid = 0
-        self.since = monotonic()
-        self.died = ""  # why we have killed it
-        self.link: Seam | None = None
-        self.branch: Branch | None = None
-        self.serves = False
-        self.prepared: bytes | None = None  # what it said of the settings; b"": it is
-        self.commits = False  # once it is prepared: it is a new one
-        self.committing = False  # what it was told to put in force is not yet
-        self.generation = 0  # of the plan that it has
-        self.silent = 0
-        self.failures = self.runs = 0
-        self.cut = 0
-        self.gone = Event()
-        self.changed = Event()
-        self.watcher: Any = None
-
-    def say(self, record: seam.FromMaster) -> None:
-        if self.link is not None:
-            self.link.say(record)
-
-    def say_with(self, record: seam.FromMaster, fds: Sequence[int]) -> None:
-        if self.link is not None:
-            self.link.say_with(record, fds)
-
-    def order(self, what: str, body: object = None) -> None:
-        self.say(seam.Order(what, pack(body)))
 
 
 def count_of(settings: Settings) -> int:
@@ -142,10 +97,8 @@ class Workers:
         self._above = 0
         self._plan: Plan | None = None
         self._generation = 0
-        self._roll = Roll(os.getpid(), __version__, monotonic())
-        self._questions: dict[int, _Question] = {}
-        self._followers: dict[int, tuple[str, bytes, Hear]] = {}
-        self._ids: Iterator[int] = itertools.count(1)
+        self.colleagues = RollCall(self._everybody, lambda: self._workers)
+        self._roll = self.colleagues.roll
         self._inboxes = [pair() for _ in self._workers]
         self._ends = False
         self._last = MOST_WORKERS  # number
@@ -197,7 +150,7 @@ class Workers:
         for worker in asked:
             worker.prepared = None
             try:
-                _hand(worker, self._share(worker, opened))
+                worker.hand(self._share(worker, opened))
             except OSError as error:
                 why = f"worker {worker.number} cannot be given its sockets: {os.strerror(error.errno or 0)}"
                 raise ConfigError(why) from None
@@ -254,14 +207,12 @@ class Workers:
         worker.branch = self._branches.open(worker.say, held)
         self._roll.begun(worker.number, pid, version, monotonic(), LEAVING)
         self._leaving[worker] = None
-        pidfd = os.pidfd_open(pid)
-        worker.watcher = get_hub().loop.io(pidfd, 1)
-        worker.watcher.start(self._left, worker, pidfd)
+        watch(pid, os.pidfd_open(pid), partial(self._left, worker))
         return lambda record: self._take(worker, [record], [])
 
-    def _left(self, worker: Worker, pidfd: int) -> None:
+    def _left(self, worker: Worker) -> None:
         """It has ended."""
-        self._let_go(worker, pidfd)
+        self._let_go(worker)
         self._roll.ended(worker.number)
         del self._leaving[worker]
         log.note(log.Event.WORKER, log.INFO, "the process that was replaced has ended", pid=worker.pid)
@@ -285,9 +236,8 @@ class Workers:
         Args:
             now: ask; else what they have said last.
         """
-        for reply in self.ask("part", b"", _COUNTED_WITHIN) if now else ():
-            with contextlib.suppress(MsgspecError):
-                self._roll.heard(reply.who, parts.decode(reply.body or b""), monotonic())
+        for reply in self.colleagues.ask("part", b"", _COUNTED_WITHIN) if now else ():
+            self.colleagues.heard_bytes(reply.who, reply.body or b"")
         return sum(part.open for part in self._roll.parts())
 
     def all_gone(self) -> bool:
@@ -297,7 +247,7 @@ class Workers:
         """End them without waiting for it."""
         self._ends = True
         for worker in self._everybody():
-            self._kill(worker, "")
+            worker.kill("")
 
     def kill(self) -> int:
         """End those that are left; how many connections they and all others had to reset."""
@@ -327,74 +277,28 @@ class Workers:
             if worker.number != who:
                 worker.order(orders.FAILED, address)
 
-    # ---------------------------------------------------------------- colleagues
-
-    def members(self) -> Sequence[Member]:
-        """See `Colleagues`."""
-        return self._roll.members()
-
-    def parts(self) -> Sequence[Part]:
-        """See `Colleagues`."""
-        return self._roll.parts()
-
-    def heard(self, who: int, part: Part) -> None:
-        """See `Colleagues`."""
-        self._roll.heard(who, part, monotonic())
-
-    def ask(self, what: str, body: bytes, seconds: float, who: int | None = None) -> list[Reply]:
-        """See `Colleagues`. Who has been silent for long is not waited for, since everybody who looks would be."""
-        there = [each for each in self._everybody() if each.serves and who in (None, each.number)]
-        lately = monotonic() - SILENT
-        asked = [each for each in there if self._roll.heard_at(each.number) > lately]
-        id = next(self._ids)
-        question = self._questions[id] = _Question({each.number for each in asked})
-        for worker in asked:
-            worker.say(seam.Question(id, what, body))
-        try:
-            if asked:
-                question.done.wait(seconds)
-        finally:
-            del self._questions[id]
-        return [Reply(each.number, question.bodies.get(each.number)) for each in there]
-
-    def follow(self, what: str, body: bytes, hear: Hear) -> Callable[[], None]:
-        """See `Colleagues`."""
-        id = next(self._ids)
-        self._followers[id] = (what, body, hear)
-        for worker in self._workers:
-            if worker.serves:
-                worker.order(orders.FOLLOW, (id, what, body))
-
-        def no_more() -> None:
-            if self._followers.pop(id, None) is not None:
-                for worker in self._workers:
-                    worker.order(orders.FOLLOW_NO_MORE, id)
-
-        return no_more
-
     # ---------------------------------------------------------------- one worker's life
 
     def _spawn(self, worker: Worker, sockets: dict[Endpoint, socket.socket]) -> None:
         try:
-            ours, pidfd = _started(worker)
+            child = start_child(_as_worker(), _OURS_ALONE, {})
         except OSError as error:
             self._roll.begun(worker.number, 0, __version__, monotonic())
             self._died(worker, f"cannot be started: {os.strerror(error.errno or 0)}")
             return
-        worker.since = monotonic()
+        worker.pid, worker.since = child.pid, monotonic()
         worker.runs += 1
         self._roll.begun(worker.number, worker.pid, __version__, worker.since)
         worker.silent, worker.serves, worker.prepared = 0, False, None
         worker.commits, worker.committing = True, False
         worker.gone.clear()
-        worker.link = Seam(ours, True, partial(self._take, worker), partial(self._lost, worker))
+        worker.link = Seam(child.link, True, partial(self._take, worker), partial(self._lost, worker))
         worker.branch = self._branches.open(worker.say)
-        worker.watcher = get_hub().loop.io(pidfd, 1)
-        worker.watcher.start(self._exited, worker, pidfd)
+        child.watch(partial(self._exited, worker))
         try:
             self._begin(worker, sockets)
         except OSError as error:
-            self._kill(worker, f"cannot be given its sockets: {os.strerror(error.errno or 0)}")
+            worker.kill(f"cannot be given its sockets: {os.strerror(error.errno or 0)}")
 
     def _begin(self, worker: Worker, sockets: dict[Endpoint, socket.socket]) -> None:
         above = max(self._above, self._roll.highest()) if worker.runs > 1 else self._above
@@ -406,7 +310,7 @@ class Workers:
         self._send_plan(worker, sockets)
 
     def _send_plan(self, worker: Worker, sockets: dict[Endpoint, socket.socket]) -> None:
-        _hand(worker, sockets)
+        worker.hand(sockets)
         worker.generation = self._generation
         worker.order(orders.PREPARE, self._plan)
 
@@ -419,37 +323,26 @@ class Workers:
                 if worker.branch is not None and worker.branch.hear(record):
                     continue
                 if isinstance(record, seam.Reply):
-                    self._replied(worker, record)
+                    self.colleagues.replied(worker.number, record)
                 elif isinstance(record, seam.Tell):
                     self._told(worker, record)
             except Exception as error:  # the others' records are not to be lost
                 log.internal_error(f"worker {worker.number}", error)
 
-    def _replied(self, worker: Worker, record: seam.Reply) -> None:
-        question = self._questions.get(record.id)
-        if question is not None and worker.number in question.open:
-            question.bodies[worker.number] = record.body
-            question.open.discard(worker.number)
-            if not question.open:
-                question.done.set()
-
     def _told(self, worker: Worker, record: seam.Tell) -> None:
         if record.what == orders.PART:
-            with contextlib.suppress(MsgspecError):
-                self._roll.heard(worker.number, parts.decode(record.body), monotonic())
+            self.colleagues.heard_bytes(worker.number, record.body)
         elif record.what == orders.PREPARED:
             worker.prepared = record.body
             if worker.commits and not record.body:
                 if not self._holds:
                     worker.order(orders.COMMIT)
             elif worker.commits and not self._holds:
-                self._kill(worker, f"cannot begin: {record.body.decode()}")
+                worker.kill(f"cannot begin: {record.body.decode()}")
         elif record.what == orders.SERVING:
             self._serves(worker)
         elif record.what == orders.FOLLOWED:
-            id, body = unpack(record.body)
-            if id in self._followers:
-                self._followers[id][2](worker.number, body)
+            self.colleagues.followed(worker.number, *unpack(record.body))
         elif record.what == orders.FAILED:
             address = unpack(record.body)
             self._budget.failed_elsewhere(address, monotonic())
@@ -476,8 +369,7 @@ class Workers:
         """What the others were asked while it was not there: until it serves, nobody is asked anything."""
         for what, body in self._standing_orders():
             worker.say(seam.Question(0, what, body))
-        for id, (what, body, _) in self._followers.items():
-            worker.order(orders.FOLLOW, (id, what, body))
+        self.colleagues.begins(worker)
 
     # ---------------------------------------------------------------- its death
 
@@ -491,31 +383,21 @@ class Workers:
 
     def _kill_if(self, worker: Worker, pid: int, why: str) -> None:
         if worker.pid == pid:
-            self._kill(worker, why)
+            worker.kill(why)
 
-    def _kill(self, worker: Worker, why: str) -> None:
-        if worker.pid:
-            worker.died = why
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(worker.pid, signal.SIGKILL)
-
-    def _exited(self, worker: Worker, pidfd: int) -> None:
+    def _exited(self, worker: Worker, how: str) -> None:
         """The kernel has closed all that it had."""
-        pid, worker.pid = worker.pid, 0
-        _, status = os.waitpid(pid, 0)
-        self._let_go(worker, pidfd)
+        worker.pid = 0
+        self._let_go(worker)
         if self._ends:
             self._roll.ended(worker.number)
         self.seating.gone(worker.number)
         worker.gone.set()
         worker.changed.set()
         if not self._ends:
-            self._died(worker, worker.died or _how(status))
+            self._died(worker, worker.died or how)
 
-    def _let_go(self, worker: Worker, pidfd: int) -> None:
-        worker.watcher.stop()
-        worker.watcher.close()
-        os.close(pidfd)
+    def _let_go(self, worker: Worker) -> None:
         if worker.link is not None:
             worker.link.close()
             worker.link = None
@@ -523,10 +405,7 @@ class Workers:
             worker.branch.close()
             worker.branch = None
         worker.serves = False
-        for question in self._questions.values():
-            question.open.discard(worker.number)
-            if not question.open:
-                question.done.set()
+        self.colleagues.gone(worker.number)
 
     def _died(self, worker: Worker, why: str) -> None:
         now = monotonic()
@@ -557,7 +436,7 @@ class Workers:
                 if worker.pid:
                     worker.silent += 1
                     if worker.silent > _SILENT_TURNS and worker.silent % _SILENT_TURNS == 1:
-                        self._kill(worker, f"it has said nothing for {worker.silent - 1} s")
+                        worker.kill(f"it has said nothing for {worker.silent - 1} s")
 
     def _wait_for(self, done: Callable[[Worker], object]) -> None:
         with gevent.Timeout(_PREPARED_WITHIN, False):
@@ -567,59 +446,6 @@ class Workers:
                     worker.changed.wait()
 
 
-class _Question:
-    """What was asked of some, whose answers are still open."""
-
-    def __init__(self, open: set[int]) -> None:
-        self.open = open
-        self.bodies: dict[int, bytes] = {}
-        self.done = Event()
-
-
-def _hand(worker: Worker, sockets: dict[Endpoint, socket.socket]) -> None:
-    """Listening sockets, by their configured addresses."""
-    addresses = list(sockets)
-    for start in range(0, len(addresses), _SOCKETS_AT_ONCE):
-        some = addresses[start : start + _SOCKETS_AT_ONCE]
-        worker.say_with(seam.Order(orders.SOCKETS, pack(some)), [sockets[each].fileno() for each in some])
-
-
-def _started(worker: Worker) -> tuple[socket.socket, int]:
-    """Start its process: our end of the link, and a descriptor that tells when it ends.
-
-    Raises:
-        OSError: it cannot be; nothing is left of it.
-    """
-    ours, theirs = pair()
-    try:
-        worker.pid = _start(theirs.fileno())
-        return ours, os.pidfd_open(worker.pid)
-    except OSError:
-        ours.close()
-        if worker.pid:
-            os.kill(worker.pid, signal.SIGKILL)
-            os.waitpid(worker.pid, 0)
-            worker.pid = 0
-        raise
-    finally:
-        theirs.close()
-
-
-def _start(fd: int) -> int:
-    """A new process of this program, with its end of the link; its number."""
-    arguments = [sys.executable, *sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv[1:])], "worker", str(LINK_FD)]
-    environ = {name: value for name, value in os.environ.items() if name not in _OURS_ALONE}
-    return os.posix_spawn(
-        sys.executable,
-        arguments,
-        environ,
-        file_actions=[(os.POSIX_SPAWN_DUP2, fd, LINK_FD)],
-        setsigmask=(),
-        setsigdef=(signal.SIGPIPE,),
-    )
-
-
-def _how(status: int) -> str:
-    """In words."""
-    code = os.waitstatus_to_exitcode(status)
-    return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+def _as_worker() -> list[str]:
+    """The command line of a worker: ours, without what is ours alone."""
+    return [*sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv[1:])], "worker", str(LINK_FD)]
