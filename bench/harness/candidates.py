@@ -86,7 +86,12 @@ class Candidate:
         return ("--user", "bench", "--password", SECRET, "--bind")
 
 
-def _program(name: str, package: str) -> str:
+def program(name: str, package: str) -> str:
+    """Where it is.
+
+    Raises:
+        Unavailable: with the package that brings it.
+    """
     found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/usr/local/sbin")
     if not found:
         raise Unavailable(f"apt-get install {package}")
@@ -105,13 +110,13 @@ def _write_config(candidate: Candidate, directory: Path, template: str, **values
 
 
 def _haproxy(candidate: Candidate, directory: Path) -> list[str]:
-    return [_program("haproxy", "haproxy"), "-db", "-f", _write_config(candidate, directory, "haproxy.cfg")]
+    return [program("haproxy", "haproxy"), "-db", "-f", _write_config(candidate, directory, "haproxy.cfg")]
 
 
 def certificate(directory: Path) -> tuple[Path, Path]:
     """A fresh P-256 key and a certificate for it."""
     key, shown = directory / "key.pem", directory / "certificate.pem"
-    make = [_program("openssl", "openssl"), "req", "-x509", "-nodes", "-days", "30", "-subj", "/CN=bench"]
+    make = [program("openssl", "openssl"), "req", "-x509", "-nodes", "-days", "30", "-subj", "/CN=bench"]
     make += ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-keyout", str(key), "-out", str(shown)]
     subprocess.run(make, check=True, capture_output=True)
     return key, shown
@@ -123,11 +128,11 @@ def _haproxy_tls(candidate: Candidate, directory: Path) -> list[str]:
     both = directory / "both.pem"
     both.write_text(shown.read_text() + key.read_text())
     config = _write_config(candidate, directory, "haproxy.cfg", BIND=f" ssl crt {both} no-tls-tickets")
-    return [_program("haproxy", "haproxy"), "-db", "-f", config]
+    return [program("haproxy", "haproxy"), "-db", "-f", config]
 
 
 def _nginx(candidate: Candidate, directory: Path) -> list[str]:
-    program = _program("nginx", "nginx libnginx-mod-stream")
+    nginx = program("nginx", "nginx libnginx-mod-stream")
     module = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
     config = _write_config(
         candidate,
@@ -136,12 +141,12 @@ def _nginx(candidate: Candidate, directory: Path) -> list[str]:
         MODULE=f"load_module {module};" if module.exists() else "",
         FILES=str(resource.getrlimit(resource.RLIMIT_NOFILE)[0]),
     )
-    return [program, "-e", f"{directory}/nginx-errors.log", "-c", config]
+    return [nginx, "-e", f"{directory}/nginx-errors.log", "-c", config]
 
 
 def _dante(candidate: Candidate, directory: Path) -> list[str]:
     config = _write_config(candidate, directory, "danted.conf")
-    return [_program("danted", "dante-server"), "-f", config, "-p", f"{directory}/danted.pid"]
+    return [program("danted", "dante-server"), "-f", config, "-p", f"{directory}/danted.pid"]
 
 
 def _two_ports(candidate: Candidate) -> tuple[str, str]:
@@ -177,8 +182,8 @@ def _greenarrow(candidate: Candidate, directory: Path) -> list[str]:
 
 def _redis(candidate: Candidate, directory: Path) -> list[str]:
     port = str(candidate.door_port("redis"))
-    program = _program("redis-server", "redis-server")
-    return [program, "--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
+    redis = program("redis-server", "redis-server")
+    return [redis, "--port", port, "--bind", "127.0.0.1", "--save", "", "--dir", str(directory)]
 
 
 _QUIET = {"LOG_CONNECTIONS": "none", "TLS": "no", "MORE": ""}
@@ -247,8 +252,9 @@ _VARIANTS = (
     ("channel-socks-python", "SOCKS5 with password and BIND, pure Python", "greenarrow", _QUIET, ""),
     ("channel-warm", "a warm native channel", "greenarrow", _QUIET, ""),
     ("channel-warm-python", "a warm native channel, pure Python", "greenarrow", _QUIET, ""),
-    ("starttls-haproxy", "HAProxy, the MTA's own handshake", "haproxy", _PLAIN, "starttls"),
-    ("starttls-tcp", "mode tcp, the MTA's own handshake", "greenarrow", _QUIET, "starttls"),
+    ("starttls-haproxy", "HAProxy, a handshake in C", "haproxy", _PLAIN, "starttls"),
+    ("starttls-exim", "HAProxy, Exim's own handshake", "haproxy", _PLAIN, "starttls"),
+    ("starttls-tcp", "mode tcp, a handshake in C", "greenarrow", _QUIET, "starttls"),
     ("native-socks", "SOCKS5 with password and BIND", "greenarrow", _QUIET, "socks"),
     ("native-fresh", "native, a fresh channel each", "greenarrow", _QUIET, "fresh"),
     ("native-warm", "native, a warm channel", "greenarrow", _QUIET, "warm"),

@@ -14,7 +14,7 @@ import subprocess
 from functools import partial
 from typing import Any
 
-from harness import authenticated, native_driver, smtp_driver
+from harness import authenticated, mta, native_driver, smtp_driver
 from harness.builds import GENERATOR
 from harness.candidates import SECRET, project_python
 from harness.machine import BENCH, ROOT, pinned
@@ -56,6 +56,15 @@ def _native_permits(bench: Bench, running: Running, depth: int) -> dict[str, Any
         fds, incarnations = zip(*sessions, strict=True)
         command += ["--fds", ",".join(map(str, fds)), "--incarnations", ",".join(map(str, incarnations))]
         return bench.run_generator(command, running, fds)
+
+
+def handshake_of(bench: Bench, running: Running, sample: dict[str, Any]) -> dict[str, Any]:
+    """With a real MTA's handshake in place of the generator's, where that is what the row stands for."""
+    if running.candidate.name != "starttls-exim":
+        return sample
+    own = mta.own_tls(bench.tls_sink())
+    cost = sample["cpu_us_per_unit"] + own
+    return sample | {"own_tls_us_per_unit": own, "with_own_tls_us_per_unit": cost}
 
 
 def core(bench: Bench, running: Running) -> dict[str, Any]:

@@ -238,7 +238,8 @@ class Bench:
             return workload.measure(self, running)
         beside = workload.beside(self, running) if workload.beside else self.idle_relays(workload, running)
         with beside:
-            return self.generate(workload, running, workload.quick if self.quick else workload.arguments)
+            sample = self.generate(workload, running, workload.quick if self.quick else workload.arguments)
+        return workload.after(self, running, sample) if workload.after and "failed" not in sample else sample
 
 
 def version_of(candidate: Candidate) -> str | None:

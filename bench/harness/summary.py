@@ -27,18 +27,20 @@ def _ratio(figure: analysis.Figure | None) -> str:
     return f"{figure.median:.2f} ({figure.low:.2f}-{figure.high:.2f})" if figure else "-"
 
 
-def _verdict(met: bool | None) -> str:
-    return {None: "not measured", True: "met", False: "**missed**"}[met]
+def _verdict(goal: Goal, blocks: Mapping[str, Any]) -> str:
+    if goal.limit is None:
+        return ""
+    return {None: "not measured", True: "met", False: "**missed**"}[goal.met(blocks)]
 
 
 def _goal_row(goal: Goal, blocks: Mapping[str, Any]) -> str:
     cells = [_ratio(figure) for figure in goal.found(blocks)]
-    return f"| {' | '.join([goal.measure, goal.against, goal.goal, *cells, _verdict(goal.met(blocks))])} |"
+    return f"| {' | '.join([goal.measure, goal.against, goal.goal, *cells, _verdict(goal, blocks)])} |"
 
 
 def goals(blocks: Mapping[str, Any]) -> str:
     """Every row, also of what was not measured: a goal that nobody looks at is not met."""
-    verdicts = [goal.met(blocks) for goal in GOALS]
+    verdicts = [goal.met(blocks) for goal in GOALS if goal.limit is not None]
     fewest = min((len(blocks[goal.workload]["rounds"]) for goal in GOALS if goal.workload in blocks), default=0)
     return "\n".join(
         [

@@ -57,4 +57,5 @@ class Workload:
     idle_relays: int = 0  # held open beside the load
     rounds: int = 3  # at most
     beside: Callable[..., AbstractContextManager[None]] | None = None  # what goes on beside the load instead
+    after: Callable[..., dict[str, Any]] | None = None  # (bench, running, sample) -> what it becomes
     measure: Callable[..., dict[str, Any]] | None = None
