@@ -20,11 +20,9 @@ _MAX_IDLE = 256  # a burst's greenlets are let go again
 _TRY_AGAIN = 0.1
 
 
-class _Job(tuple[Callable[..., object], tuple[Any, ...]]):
-    """Work and its arguments. A type of its own: whatever else a greenlet is switched to with is no job. (A NamedTuple
-    takes three times as long to make.)"""
-
-    __slots__ = ()
+#: Begins a job. Whatever else a greenlet is switched to with is none. (A class of its own takes longer to make.)
+_JOB = object()
+_Job = tuple[object, Callable[..., object], tuple[Any, ...]]  # `_JOB`, work and its arguments
 
 
 class Crew:
@@ -47,8 +45,8 @@ class Crew:
             False: there is no memory; it will be done when there is.
         """
         if getcurrent() is self._hub:
-            return self._start(_Job((work, arguments)))
-        self._hub.loop.run_callback(self._start, _Job((work, arguments)))
+            return self._start((_JOB, work, arguments))
+        self._hub.loop.run_callback(self._start, (_JOB, work, arguments))
         return True
 
     def _start(self, job: _Job) -> bool:
@@ -77,7 +75,7 @@ class Crew:
             self._begun += 1
             self.busy += 1
             try:
-                work, arguments = job
+                _, work, arguments = job
                 work(*arguments)
             except Exception:
                 self._hub.handle_error(work, *sys.exc_info())
@@ -86,6 +84,8 @@ class Crew:
             if len(idle) >= _MAX_IDLE:
                 return
             idle.append(switch)
-            job = rest()
-            while job.__class__ is not _Job:  # a wake-up meant for this greenlet's former life
-                job = rest()
+            told = rest()
+            # A wake-up meant for this greenlet's former life:
+            while told.__class__ is not tuple or len(told) != 3 or told[0] is not _JOB:
+                told = rest()
+            job = told

@@ -1,8 +1,8 @@
-"""A listening socket that never stops listening: gevent's StreamServer with our own accept and hand-over.
+"""A listening socket that never stops listening.
 
 Accepted sockets stay raw and go to pooled greenlets (`Crew`); they inherit the listener's TCP options, which saves six
-system calls a connection. An accept error (EMFILE, ECONNABORTED …) backs off and goes on, where the stock server prints
-a traceback. Who may connect and what is spoken is not known here.
+system calls a connection. An accept error (EMFILE, ECONNABORTED …) backs off and goes on, where gevent's stock server
+prints a traceback. Who may connect and what is spoken is not known here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from gevent.server import StreamServer
+from gevent import get_hub
 
 from proxy.errors import ProxyError
 from proxy.model import Endpoint, canonical_ip
@@ -32,6 +32,9 @@ _FAILURES_A_TURN = 64
 #: Connections accepted in one turn of the loop at the most, and turns running after which that becomes twice as many.
 _MOST_A_TURN = 64
 _FULL_TURNS = 4
+#: Seconds of a pause after an error, which grows.
+_SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 1.0
+_READ = 1
 
 #: Takes an accepted, non-blocking socket; must not raise or wait. False: there is no memory to serve it now.
 Admit = Callable[["Listener", RawSocket, tuple[Any, ...]], bool]
@@ -111,7 +114,7 @@ def _advice(error: OSError, endpoint: Endpoint) -> str:
     return text
 
 
-class Listener(StreamServer):  # type: ignore[misc]
+class Listener:
     """One listening socket and the door behind it.
 
     Args:
@@ -127,30 +130,57 @@ class Listener(StreamServer):  # type: ignore[misc]
     def __init__(
         self, sock: socket.socket, door: Door, admit: Admit, accept_failed: Callable[[Listener, OSError], None]
     ) -> None:
+        sock.setblocking(False)
+        self.socket: Any = sock
         self.door = door
-        self._pause: float = self.min_delay  # not `delay`: the base class resets that after each `do_read`
+        self.closed = False
+        self.spare: Callable[[], AbstractContextManager[None]] | None = None
+        self.loop: Any = get_hub().loop
+        self._family = int(sock.family)
         self._admit = admit
         self._accept_failed = accept_failed
+        self._watcher: Any = None  # while we accept
+        self._timer: Any = None  # while we back off
+        self._pause = _SHORTEST_PAUSE
         self._at_once = 1  # let in in one turn
         self._full = 0  # turns running in which so many came
         self._turn = 0  # of the loop, in which we accepted last
-        self.spare: Callable[[], AbstractContextManager[None]] | None = None
-        sock.setblocking(False)
-        self._family = int(sock.family)
-        super().__init__(sock, handle=self._never)
-
-    def _never(self, *_: object) -> None:
-        raise AssertionError("do_handle is overridden")
 
     def set_options(self, idle_timeout: float) -> None:
         """What accepted sockets inherit and a reload may change."""
         keep_alive(self.socket, idle_timeout)
 
-    def _do_read(self) -> None:
-        """Somebody has come: in the place of the base class's method, which always asks until there is nobody left.
+    def start_accepting(self) -> None:
+        """Let clients in from now on; also a second time."""
+        if self._watcher is None and not self.closed:
+            self._watcher = self.loop.io(self.socket.fileno(), _READ)
+            self._watcher.start(self._let_in)
 
-        That answer costs more than an accept that finds somebody, and the loop calls again while somebody waits. So
-        one is let in; after some turns running in which that was not enough, two, then four ...
+    def stop_accepting(self) -> None:
+        """What waits stays in the kernel's queue."""
+        for watcher in (self._watcher, self._timer):
+            if watcher is not None:
+                watcher.stop()
+                watcher.close()
+        self._watcher = self._timer = None
+
+    def close(self) -> None:
+        """Stop listening; also a second time."""
+        self.closed = True
+        self.stop_accepting()
+        self.socket.close()
+
+    def finish(self) -> None:
+        """Stop listening; clients that the kernel has already let in are served, where a close would reset them."""
+        while (accepted := self.accept()) is not None:
+            self._hand_over(*accepted)
+        self.close()
+
+    def _let_in(self) -> None:
+        """Somebody has come.
+
+        An accept that finds nobody costs more than one that finds somebody, and the loop calls again while somebody
+        waits. So one is let in; after some turns running in which that was not enough, two, then four ...
         """
         turn: int = self.loop.iteration
         if turn != self._turn + 1:
@@ -158,23 +188,23 @@ class Listener(StreamServer):  # type: ignore[misc]
         self._turn = turn
         try:
             for _ in range(self._at_once):
-                accepted = self.do_read()
+                accepted = self.accept()
                 if accepted is None:
                     self._at_once, self._full = 1, 0
                     return
-                self.do_handle(*accepted)
+                self._hand_over(accepted[0], accepted[1])
             self._full += 1
             if self._full == _FULL_TURNS:
                 self._at_once, self._full = min(2 * self._at_once, _MOST_A_TURN), 0
         except Exception:  # a bug of ours: it must not cost the watcher
             self.loop.handle_error(self, *sys.exc_info())
 
-    def do_read(self) -> tuple[int, tuple[Any, ...]] | None:
-        """Accept one connection; None when there is none, or after an error."""
-        for left in reversed(range(_FAILURES_A_TURN)):
+    def accept(self) -> tuple[int, tuple[Any, ...]] | None:
+        """One connection, its descriptor and its address; None when there is none, or after an error."""
+        for left in range(_FAILURES_A_TURN - 1, -1, -1):
             try:
                 accepted = self._accept()
-                self._pause = self.min_delay
+                self._pause = _SHORTEST_PAUSE
                 return accepted
             except BlockingIOError:
                 return None
@@ -195,25 +225,19 @@ class Listener(StreamServer):  # type: ignore[misc]
         with self.spare():
             return accept()
 
-    def do_handle(self, fd: int, address: tuple[Any, ...]) -> None:
+    def _hand_over(self, fd: int, address: tuple[Any, ...]) -> None:
         sock = RawSocket(self._family, SOCK_STREAM, 0, fd)
         sock.setblocking(False)
         if not self._admit(self, sock, address):
             self._back_off(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
-
-    def finish(self) -> None:
-        """Stop listening; clients that the kernel has already let in are served, where a close would reset them."""
-        while (accepted := self.do_read()) is not None:
-            self.do_handle(*accepted)
-        self.close()
 
     def _back_off(self, error: OSError) -> None:
         """Stop accepting for a moment, twice as long each time; what waits stays in the kernel's queue."""
         self._accept_failed(self, error)
         self.stop_accepting()
         self._timer = self.loop.timer(self._pause)
-        self._timer.start(self._start_accepting_if_started)
-        self._pause = min(self.max_delay, self._pause * 2)
+        self._timer.start(self.start_accepting)
+        self._pause = min(_LONGEST_PAUSE, self._pause * 2)
 
 
 def endpoint_of(sock: socket.socket) -> Endpoint:

@@ -160,7 +160,7 @@ class Doors:
     def _listen(self, endpoint: Endpoint, sock: socket.socket, protocol: str, secure: bool) -> None:
         door = Door(protocol, endpoint_of(sock), endpoint, secure)
         listener = self._listeners[endpoint] = Listener(sock, door, self._admit, self._accept_failed)
-        listener.start()
+        listener.start_accepting()
         if self._tells:
             _tell(door.endpoint, protocol, secure)
 

@@ -29,7 +29,7 @@ class Opened:
         self.memory = True
         self.listener = Listener(sock, Door("socks5", self.endpoint), self._admit, self._failed)
         self.listener.set_options(60.0)
-        self.listener.start()
+        self.listener.start_accepting()
 
     def _admit(self, listener, sock, address):
         assert listener is self.listener
@@ -238,7 +238,7 @@ def test_without_memory_to_serve_it_backs_off(opened):
 def test_an_error_of_one_connection_that_never_ends_is_the_listeners(opened, number):
     """So many tries a turn, then it backs off as after any other error."""
     opened.listener.socket = Failing(opened.listener.socket, [number] * 1000)
-    assert opened.listener.do_read() is None
+    assert opened.listener.accept() is None
     assert opened.errors == [number]
     assert len(opened.listener.socket._errors) == 1000 - 64
 
