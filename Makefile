@@ -26,6 +26,8 @@ CONFIG ?= etc/greenarrow_proxy.conf
 PYTEST_ARGS ?=
 # The tests wait for kernels, peers and processes most of the time: several run beside each other on one core.
 WORKERS ?= $(shell echo $$(( 3 * $$(nproc) )))
+# A file is one process's, and files are begun in the order of tests/conftest.py: xdist's own begins the longest last.
+BY_FILE = --dist loadscope --no-loadscope-reorder
 
 # Tests of one process that are run with two workers, too: sharing, limits, doors, ends.
 WITH_WORKERS = $(addprefix tests/e2e/,sharing/test_sharing_throttles.py smtp/test_limits.py smtp/test_ends.py \
@@ -52,7 +54,7 @@ demo-cluster: $(READY)
 test: $(READY)
 	@tests/fetch_smtp_sink.sh
 	@tests/fetch_node_peers.sh
-	@$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadscope $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) $(BY_FILE) $(PYTEST_ARGS)
 	@PROXY_TEST_WORKERS=2 $(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) $(WITH_WORKERS)
 
 check: $(READY)

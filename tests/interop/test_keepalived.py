@@ -22,6 +22,8 @@ from tests.program import SECRET, Proxy
 from tests.sinks import Sink
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.either_form("keepalived's configurations")
+
 DOOR, SOURCE, MX = "10.0.0.100", "192.0.2.1", "198.51.100.7"
 MAIL = b"Subject: hello\r\n\r\nHello\r\n"
 PATIENCE = 60.0

@@ -24,6 +24,8 @@ from tests.program import SECRET, Proxy
 from tests.sinks import Sink, closed_port
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.either_form("configurations of other programs")
+
 PAGE = "docs/migrating.md"
 MTA, MX = "10.0.0.5", "198.51.100.7"
 SOURCES = ("192.0.2.1", "192.0.2.2")

@@ -11,6 +11,8 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
+
 from greenarrow_proxy_client import Limits, Session
 from tests import peers
 from tests.clients import Refused, Smtp, socks5
@@ -19,6 +21,8 @@ from tests.monitoring import RULE_TESTS, RULES, alerts, queries, selectors
 from tests.mx import Mx, say, usual
 from tests.program import SECRET, Proxy
 from tests.waiting import wait_for
+
+pytestmark = pytest.mark.either_form("rules, dashboard and names of metrics")
 
 SOURCE = "127.0.0.5"
 #: A receiver there has to prove its name, and cannot.

@@ -14,6 +14,8 @@ from tests.program import SECRET
 from tests.sinks import Raw, closed_port
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.either_form("the sources of etc/clients")
+
 ENVELOPE = ("from@example.com", "to@example.net")
 
 

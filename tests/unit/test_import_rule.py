@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import pytest
 
+pytestmark = pytest.mark.either_form("sources")
+
 ROOT = Path(__file__).parents[2]
 
 VOCABULARY = "vocabulary"

@@ -22,6 +22,8 @@ from tests.peers import program as tool
 from tests.program import SECRET, Proxy
 from tests.sinks import Sink
 
+pytestmark = pytest.mark.either_form("files beside the program")
+
 ROOT = Path(__file__).resolve().parents[3]
 INIT = ROOT / "etc" / "greenarrow_proxy.init"
 SHELL_SCRIPTS = [

@@ -20,6 +20,8 @@ from packaging.utils import canonicalize_name
 from tests.program import SECRET, Proxy
 from tests.sinks import Sink
 
+pytestmark = pytest.mark.either_form("builds, whose form is asked for in each of them")
+
 ROOT = Path(__file__).resolve().parents[3]
 #: One message through a real proxy, in an MTA's environment; it looks whose `proxy` and whether gevent is there.
 SMOKE = """

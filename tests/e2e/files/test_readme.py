@@ -8,10 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests import documents, glossary, peers
 from tests.mx import Mx
 from tests.program import SECRET, Proxy
 from tests.sinks import Sink
+
+pytestmark = pytest.mark.either_form("documents")
 
 ROOT = Path(__file__).resolve().parents[3]
 README = (ROOT / "README.md").read_text()

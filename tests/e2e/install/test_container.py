@@ -21,7 +21,7 @@ from tests.peers import program
 from tests.program import ROOT
 from tests.waiting import wait_for
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.either_form("it is the package that is asked which form it has"), pytest.mark.timeout(900)]
 BASE = "docker.io/library/debian:13-slim"
 #: In front of podman: how it gets along here, without a word of it in the commands that are typed.
 PODMAN = """\

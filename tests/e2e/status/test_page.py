@@ -26,6 +26,8 @@ from tests.program import ROOT, SECRET, Proxy
 from tests.sinks import Raw, greet
 from tests.waiting import wait_for
 
+pytestmark = pytest.mark.either_form("what a browser makes of the page")
+
 SOURCE = "127.0.0.9"
 AXE = ROOT / ".cache" / "node" / "node_modules" / "axe-core" / "axe.min.js"
 HOSTILE = '<img src=x onerror="window.hurt=1">'

@@ -10,6 +10,8 @@ from unittest import mock
 import pytest
 from mail_queue import Envelope, MailQueue
 
+pytestmark = pytest.mark.either_form("a source of etc/clients")
+
 CONTENT = b"Subject: x\r\n\r\n.\r\n"
 
 

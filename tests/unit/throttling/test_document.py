@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from tests import documents
+
+pytestmark = pytest.mark.either_form("a document")
 
 ROOT = Path(__file__).parents[3]
 
