@@ -144,7 +144,7 @@ def main() -> int:
     write(label, blocks, into_docs)
     if options.reference:
         summary.keep_as_reference(blocks)
-    print((RESULTS / f"{label}.md").read_text())
+    print(report.tables(blocks) + "\n" + report.first_page(blocks))
     return 0
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from harness import builds
-from harness.machine import BENCH, ROOT
+from harness.machine import BENCH, PURE, ROOT
 
 SINK = "127.0.4.1:2525"
 TLS_SINK = "127.0.4.2:2525"
@@ -206,7 +206,6 @@ _SHARING = "".join(
     )
 )
 _SMTP = _QUIET | {"MORE": f"mode smtp\n{_SHARING}{_NAMED}"}
-_PYTHON = {"GREENARROW_PROXY_PURE": "1", "GREENARROW_PROXY_RELAY": "python"}
 _PLAIN = {"OPTIONS": "", "BIND": ""}
 _SPLICE = {"OPTIONS": "option splice-auto", "BIND": ""}
 _TCPLOG = {"OPTIONS": f"option tcplog\n    log {SINK} local0", "BIND": ""}
@@ -284,7 +283,7 @@ def _candidates() -> dict[str, Candidate]:
     for name, title, command, doors, settings, version, reads in _TABLE:
         found[name] = Candidate(name, title, command, _port(len(found)), doors, settings, version, reads)
     for name, title, base, settings, variant in _VARIANTS:
-        environ = _PYTHON if "python" in name else {}
+        environ = PURE if "python" in name else {}
         found[name] = replace(
             found[base],
             name=name,

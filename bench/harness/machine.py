@@ -88,12 +88,17 @@ def commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + (" with changes" if changed else "")
 
 
+#: What has our program run as Python code, whatever is compiled.
+PURE = {"GREENARROW_PROXY_PURE": "1", "GREENARROW_PROXY_RELAY": "python"}
+
+
 @functools.cache
-def form() -> str:
+def form(pure: bool = False) -> str:
     """What of our program is compiled, in its own words, as the interpreter of the benchmark runs it."""
+    environ = os.environ | (PURE if pure else {})
     python = ROOT / ".venv" / "bin" / "python"
     command = [str(python) if python.exists() else sys.executable, str(ROOT / "greenarrow_proxy.py"), "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
     words = done.stdout.strip()
     return words[words.find("(") + 1 : -1] if words.endswith(")") else words or "unknown"
 
@@ -121,6 +126,8 @@ def complaints() -> list[str]:
     found = []
     if os.getloadavg()[0] > 0.5:
         found.append(f"the machine is not quiet (load average {os.getloadavg()[0]:.2f}): ratios will scatter")
+    if form() == form(pure=True):
+        found.append(f"the columns compiled and pure Python are the same program ({form()}): build it first")
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files < WANTED_FILES:
         found.append(f"only {files} open files: idle9k and active4k need {WANTED_FILES} (ulimit -n, LimitNOFILE)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,14 @@ def workload_table(name: str, block: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _version(text: str) -> str:
+    """What a program says of itself, without who wrote it and where it was built."""
+    return re.split(r"\.?\s{2}|\s+(?:- https?|sha=|\d{4}/)", text)[0].replace(" version", "").replace(" server", "")
+
+
 def _machine_line(blocks: Mapping[str, Any]) -> str:
     machine = next(iter(blocks.values()), {"machine": facts()})["machine"]
-    peers = "; ".join(sorted({text for block in blocks.values() for text in block["versions"].values()}))
+    peers = ", ".join(sorted({_version(text) for block in blocks.values() for text in block["versions"].values()}))
     return (
         f"Machine: {machine['processor']}, {machine['cores']} cores, Linux {machine['kernel']}, "
         f"Python {machine['python']}; ours: {_form(machine)}. Peers: {peers or 'none with a version'}.\n"
@@ -109,12 +115,15 @@ def tables(blocks: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def first_page(blocks: Mapping[str, Any]) -> str:
+    """What is asked first, for whoever has run it."""
+    ordered = _ordered(blocks)
+    return f"### What it costs\n\n{summary.costs(ordered)}\n\n### Goals\n\n{summary.goals(ordered)}\n"
+
+
 def markdown(blocks: Mapping[str, Any]) -> str:
     """The whole run in one text: the goals first."""
-    ordered = _ordered(blocks)
-    return (
-        f"### Goals\n\n{summary.goals(ordered)}\n\n### What it costs\n\n{summary.costs(ordered)}\n\n{tables(ordered)}"
-    )
+    return f"{first_page(blocks)}\n{tables(blocks)}"
 
 
 def put_into_documents(blocks: Mapping[str, Any]) -> None:

@@ -208,7 +208,7 @@ WORKLOADS = {
             5,
             metrics=(SESSION_P50, SESSION_P99, CPU_SESSION),
             candidates=("greenarrow", "greenarrow-python", "haproxy", "tokio"),
-            rounds=MAIN,
+            rounds=3,
         ),
         _sessions(
             "socks",
@@ -236,7 +236,7 @@ WORKLOADS = {
             "--connections 4000 --rate 8000",
             metrics=(TRIP_P99, TRIP_P50, CPU_ROUND_TRIP),
             candidates=("greenarrow", "greenarrow-python", "haproxy", "tokio"),
-            rounds=MAIN,
+            rounds=3,
         ),
         _bulk("bulk", "4 connections, client to MX", "--connections 4"),
         _bulk("bulkdn", "4 connections, MX to client", "--connections 4 --download"),
@@ -281,7 +281,7 @@ WORKLOADS = {
             "1 message of 20 KB each, driven from Python",
             ("native-socks", "native-fresh", "native-warm", "native-tls-fresh", "native-tls-warm", "haproxy-tls"),
             driven.driven_sessions,
-            MAIN,
+            3,
         ),
         _driven(
             "reuse",
