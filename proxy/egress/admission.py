@@ -298,7 +298,12 @@ class Admission(Office):
         manager = self.manager
         try:
             while manager.has_news:
-                self._carry_out(manager)
+                for session in manager.take_ready():  # nearly always that is all
+                    client = self.clients.get(session)
+                    if client is not None:
+                        client.deliver()
+                if manager.has_answers:
+                    self._carry_out(manager)
             if self.settled is not None:
                 self.settled()
             if self.handed_over is not None:
@@ -311,6 +316,7 @@ class Admission(Office):
         self._arm()
 
     def _carry_out(self, manager: Manager) -> None:
+        """What is for others than the sessions that have something to be sent."""
         admitted = manager.take_admitted()
         if admitted:
             self.waiters.wake(admitted)
@@ -321,10 +327,6 @@ class Admission(Office):
             while throttle.line is not None and throttle.full() and not throttle.closed_until:
                 if not self._make_way(throttle, throttle.used + throttle.line.size - throttle.cap):
                     break
-        for session in manager.take_ready():
-            client = self.clients.get(session)
-            if client is not None:
-                client.deliver()
         for session in manager.take_ended():
             client = self.clients.pop(session, None)
             if client is not None and session.end is not None:

@@ -82,17 +82,23 @@ class Dispenser(Queues):
         """
         path, want = flow.path, flow.want
         throttles, step = path.throttles, 0
+        if decider is not None and len(throttles) == 1 and flow.open is None and not flow.fine:
+            if want > 1:
+                step = decider.row(slot)
+                if not step or slot + (want - 1) * step > now + path.horizon:
+                    return False
+                decider.take_row(slot, want)
+            else:
+                decider.take_slot(slot)
+            self.idle.add(decider)
+            self._give_row(flow, slot, want, step)
+            return True
         if want > 1 and decider is not None:
-            step = decider.row(slot) if len(throttles) == 1 and flow.open is None and not flow.fine else 0
-            if not step or slot + (want - 1) * step > now + path.horizon:
-                return False
+            return False
         for throttle in throttles:
             self.idle.add(throttle)
         if decider is None:
             self._give_freely(flow, now)
-        elif step:
-            decider.take_row(slot, want)
-            self._give_row(flow, slot, want, step)
         else:
             for throttle in throttles:
                 throttle.take_slot(slot)

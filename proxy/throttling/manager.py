@@ -197,9 +197,14 @@ class Manager(Handover):
 
     @property
     def has_news(self) -> bool:
-        """Whether one of `take_ready`, `take_admitted`, `take_granted`, `take_blocked`, `take_ended` has something."""
-        book, dispenser = self._book, self._dispenser
-        return bool(dispenser.touched or book.admitted or self._desk.granted or book.blocked or self._ended)
+        """Whether `take_ready` or one of the others has something."""
+        book = self._book
+        return bool(self._dispenser.touched or book.admitted or self._desk.granted or book.blocked or self._ended)
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether one of `take_admitted`, `take_granted`, `take_blocked`, `take_ended` has something."""
+        return bool(self._book.admitted or self._desk.granted or self._book.blocked or self._ended)
 
     def take_notices(self) -> list[Remark]:
         remarks: list[Remark] = []

@@ -118,7 +118,7 @@ class Statements(Attendance):
         if flow is None or session.end is not None:
             return
         session.backlog(id, ram, bounce, disk)
-        if session.slack > SMALLEST_SLACK:
+        if session.slack > SMALLEST_SLACK and session.slack > flow.path.slack:
             self._registry.stretch(flow.path, session.slack, now)
         if lapsed or session.rtt > SMALLEST_SLACK:
             self._judge(session, flow, got, lapsed, now)

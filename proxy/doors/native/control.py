@@ -186,7 +186,7 @@ class Control(Client):
                 self._admission.settle()
             self._speak(_MANY)  # what did not fit before
             self._take_frames()
-            if self._incoming and len(self._outgoing) < QUEUE and self._admission.listens_to_sessions:
+            if self._incoming and len(self._outgoing.frames) < QUEUE and self._admission.listens_to_sessions:
                 self._acts.act(native.decode(self._incoming.popleft(), native.SESSION_FROM_CLIENT))
                 self._admission.settle()
                 self._count(RECORD)
@@ -258,7 +258,8 @@ class Control(Client):
         return not (
             self._congested
             or self._incoming
-            or self._outgoing.waits
+            or self._outgoing.frames
+            or self._stream.unsent
             or self._recheck
             or self._doom is not None
             or not self._admission.listens_to_sessions
@@ -291,7 +292,7 @@ class Control(Client):
     def _has_more(self) -> bool:
         """Whether there is something to be sent that the kernel may take at once."""
         session = self._session
-        if session is None or not session.parked_records or self._outgoing.waits:
+        if session is None or not session.parked_records or self._outgoing.frames or self._stream.unsent:
             return False
         return not self._admission.manager.frozen
 
@@ -360,7 +361,7 @@ class Control(Client):
         if session is None:
             return None
         now = session.figures(clock_ns())
-        queued = len(self._outgoing)  # the last delivery may have had some frames more than there was room for
+        queued = len(self._outgoing.frames)  # the last delivery may have had some frames more than there was room for
         return SessionFigures(
             name=now.name,
             connected=now.connected,
@@ -384,14 +385,14 @@ class Control(Client):
     def _speak(self, most: int) -> None:
         """Send what waits, `most` records of a kind. With the queue full the records stay where they are."""
         session = self._session
-        if session is None or session.end is not None or len(self._outgoing) >= QUEUE or not session.has_words:
+        outgoing = self._outgoing
+        if session is None or session.end is not None or len(outgoing.frames) >= QUEUE or not session.has_words:
             return
         output = self._admission.manager.take(session, clock_ns(), most)
-        urgent = control_frames.urgent_frames(output, self._incarnation)
-        if urgent:
-            self._outgoing.add_first(urgent)
+        if output.pongs or output.ping is not None:
+            outgoing.add_first(control_frames.urgent_frames(output, self._incarnation))
         self._queue(control_frames.frames(output, self._incarnation))
-        if self._has_more():
+        if session.has_words and self._has_more():
             self._wake()  # the rest in our own greenlet, where others get their turn
 
     def ended(self, reason: End) -> None:
@@ -424,14 +425,15 @@ class Control(Client):
         Raises:
             OSError: the connection is broken.
         """
-        outgoing = self._outgoing
-        outgoing.flush()
+        outgoing, frames = self._outgoing, self._outgoing.frames
+        if frames or self._stream.unsent:
+            outgoing.flush()
         session = self._session
         if session is None or session.end is not None:
             return
-        if not (outgoing.waits or self._congested or self._leaving):
+        if not (frames or self._congested or self._leaving):
             return  # nearly always
-        full = self._leaving or len(outgoing) >= QUEUE or (self._congested and len(outgoing) > 0)
+        full = self._leaving or len(frames) >= QUEUE or (self._congested and len(frames) > 0)
         if full != self._congested:
             self._congested = full
             self._admission.manager.congest(session, full, clock_ns())

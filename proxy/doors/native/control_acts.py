@@ -86,11 +86,13 @@ class Acts:
 
     def _demand(self, records: list[s.Want], now: int) -> None:
         """Nearly all that is ever said, and nearly always it is one record."""
-        demand, session = self._manager.demand, self._session
+        demand, session, others = self._manager.demand, self._session, False
         for want in records:
+            if others:
+                self._count(RECORD)
+                now = clock_ns()
+            others = True
             demand(session, want.id, want.want, want.got_cum, want.ram, want.bounce, want.disk, now, want.lapsed_cum)
-            self._count(RECORD)
-            now = clock_ns()
 
     def _slowly(self, records: Sequence[Record]) -> Iterator[Record]:
         """The records; the turn may end after each."""

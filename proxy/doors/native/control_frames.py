@@ -52,8 +52,6 @@ def _limit(rate: s.Rate) -> Limit:
 
 def urgent_frames(output: Output, incarnation: int) -> list[bytes]:
     """Answers to pings, and our own ping: before whatever else waits."""
-    if not output.pongs and output.ping is None:
-        return []
     frames = [native.encode(s.Pong(incarnation, pong.t, pong.hold_us)) for pong in output.pongs]
     if output.ping is not None:
         frames.append(native.encode(s.Ping(incarnation, output.ping)))
@@ -85,6 +83,8 @@ def _grants(output: Output, incarnation: int) -> list[bytes]:
         (id, n, offset_us, step_us, min(max(1, at + offset_us + slack_us), _LATEST))
         for id, n, offset_us, step_us, slack_us in output.grants
     ]
+    if len(grants) <= MAX_RECORDS:
+        return [native.encode_fields(s.Grant.TYPE, (incarnation, ping_t, hold_us, grants))]
     return [
         native.encode_fields(s.Grant.TYPE, (incarnation, ping_t, hold_us, grants[first : first + MAX_RECORDS]))
         for first in range(0, len(grants), MAX_RECORDS)

@@ -30,31 +30,27 @@ _TOGETHER = 16384
 
 
 class Outgoing:
-    """The queue of one session; its length is the number of frames that are not wholly gone."""
+    """The queue of one session.
+
+    Attributes:
+        frames: those that are not wholly gone; only to be looked at.
+    """
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self._frames: deque[bytes] = deque()
+        self.frames: deque[bytes] = deque()
         self._begun = False  # some bytes of the first frame are gone
-
-    def __len__(self) -> int:
-        return len(self._frames)
-
-    @property
-    def waits(self) -> bool:
-        """Whether anything is not gone, here or in the stream."""
-        return bool(self._frames) or self._stream.unsent
 
     def add(self, frames: Iterable[bytes]) -> None:
         """Behind all others."""
-        self._frames.extend(frames)
+        self.frames.extend(frames)
 
     def add_first(self, frames: Sequence[bytes]) -> None:
         """Before all but a frame of which a part is gone already."""
-        begun = self._frames.popleft() if self._begun else b""
-        self._frames.extendleft(reversed(frames))
+        begun = self.frames.popleft() if self._begun else b""
+        self.frames.extendleft(reversed(frames))
         if begun:
-            self._frames.appendleft(begun)
+            self.frames.appendleft(begun)
 
     def flush(self) -> None:
         """Hand over what the kernel takes now.
@@ -62,10 +58,16 @@ class Outgoing:
         Raises:
             OSError: the connection is broken.
         """
-        stream, frames = self._stream, self._frames
+        stream, frames = self._stream, self.frames
         try:
             while frames:
-                self._gone(stream.send(frames[0] if len(frames) == 1 else self._together()))
+                data = frames[0] if len(frames) == 1 else self._together()
+                sent = stream.send(data)
+                if sent == len(data) == len(frames[0]):
+                    frames.popleft()
+                    self._begun = False
+                else:
+                    self._gone(sent)
             if stream.unsent:
                 stream.flush()
         except BlockingIOError:
@@ -75,7 +77,7 @@ class Outgoing:
         """The first frames, as many as go in one call."""
         chosen: list[bytes] = []
         size = 0
-        for frame in self._frames:
+        for frame in self.frames:
             size += len(frame)
             if chosen and size > _TOGETHER:
                 break
@@ -84,7 +86,7 @@ class Outgoing:
 
     def _gone(self, sent: int) -> None:
         """So many bytes of the first frames have been taken."""
-        frames = self._frames
+        frames = self.frames
         while sent:
             frame = frames.popleft()
             if sent < len(frame):
