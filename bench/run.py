@@ -120,27 +120,33 @@ def load(label: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def main() -> int:
-    options = arguments()
-    label = options.label or ("quick" if options.quick else "full")
-    into_docs = options.docs or label == "full"
+def measure_all(options: argparse.Namespace, blocks: dict[str, Any], label: str, into_docs: bool) -> None:
+    """One workload after the other; results are written behind each, so that a run that is broken off is not lost."""
     names = chosen(options.workloads, QUICK if options.quick else tuple(WORKLOADS), WORKLOADS)
     everybody = QUICK_CANDIDATES if options.quick and not options.workloads else tuple(CANDIDATES)
     allowed = chosen(options.candidates, everybody, CANDIDATES)
     limit = options.rounds or (2 if options.quick else max(workload.rounds for workload in WORKLOADS.values()))
+    with machine.wide_port_range() as notes, Bench(machine.Cores(), options.quick) as bench:
+        for note in notes + machine.complaints():
+            say(f"bench: {note}")
+        for number, workload in enumerate(WORKLOADS[name] for name in names):
+            say(f"{workload.name}: {workload.title}")
+            candidates = [name for name in workload.candidates if name in allowed]
+            if candidates:
+                blocks[workload.name] = measure(bench, workload, candidates, min(workload.rounds, limit))
+                write(label, blocks, into_docs)
+            bench.stop_all_but({who for name in names[number + 1 :] for who in WORKLOADS[name].candidates})
+
+
+def main() -> int:
+    options = arguments()
+    label = options.label or ("quick" if options.quick else "full")
+    into_docs = options.docs or label == "full"
     blocks = load(label)
     if not options.report_only:
         builds.build_generator()
         machine.raise_file_limit()
-        with machine.wide_port_range() as notes, Bench(machine.Cores(), options.quick) as bench:
-            for note in notes + machine.complaints():
-                say(f"bench: {note}")
-            for workload in (WORKLOADS[name] for name in names):
-                say(f"{workload.name}: {workload.title}")
-                candidates = [name for name in workload.candidates if name in allowed]
-                if candidates:
-                    blocks[workload.name] = measure(bench, workload, candidates, min(workload.rounds, limit))
-                    write(label, blocks, into_docs)
+        measure_all(options, blocks, label, into_docs)
     write(label, blocks, into_docs)
     if options.reference:
         summary.keep_as_reference(blocks)

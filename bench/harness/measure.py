@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from harness import authenticated
@@ -125,6 +125,11 @@ class Bench:
         for process in filter(None, (self._sink, *self._helpers.values())):
             process.terminate()
             process.wait()
+
+    def stop_all_but(self, names: Collection[str]) -> None:
+        """What is not measured any more shall not wake up beside what is."""
+        for name in [name for name in self._running if name not in names]:
+            self._running.pop(name).stop()
 
     def helper(self, name: str, command: list[str]) -> None:
         """Has a program of the outer world run until the end; it says "ready" first."""
