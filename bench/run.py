@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The benchmark: `make bench` (everything), `make bench-quick` (about two minutes). See docs/performance/method.md.
+"""The benchmark: `make bench` (everything), `make bench-quick` (about three minutes). See docs/performance/method.md.
 
 Only the order of things is here: which workloads, how many rounds, who goes first, where the results are written.
 """

@@ -15,15 +15,14 @@ from pathlib import Path
 from harness.candidates import Unavailable, program
 from harness.machine import BENCH, BUILD
 
-_PAIRS = 20
+_DIRECTORY = BUILD / "run" / "exim"
 _MESSAGE = (
     b"Subject: a message\n\n" + b"The quick brown fox jumps over the lazy dog, again and again and once more.\n" * 263
 )
 _TLS = {"clear": "hosts_avoid_tls", "encrypted": "hosts_require_tls"}
 
 
-def _configurations(sink: tuple[str, int]) -> dict[str, Path]:
-    directory = BUILD / "run" / "exim"
+def _configurations(sink: tuple[str, int], directory: Path) -> dict[str, Path]:
     for place in (directory, directory / "spool"):
         place.mkdir(parents=True, exist_ok=True)
         place.chmod(0o777)  # Exim gives up root for a user of its own
@@ -54,17 +53,17 @@ def _send(exim: str, configuration: Path) -> float:
         _, status, used = os.wait4(sent.pid, 0)
         sent.returncode = os.waitstatus_to_exitcode(status)
     if sent.returncode:
-        raise Unavailable(f"Exim ended with {sent.returncode}, see bench/build/run/exim/mainlog")
+        raise Unavailable(f"Exim ended with {sent.returncode}, see mainlog in {configuration.parent}")
     return used.ru_utime + used.ru_stime
 
 
-def own_tls(sink: tuple[str, int]) -> float:
+def own_tls(sink: tuple[str, int], pairs: int = 20, directory: Path = _DIRECTORY) -> float:
     """Microseconds of CPU for a message with TLS, less those for one without: the median of pairs.
 
     Raises:
         Unavailable: there is no Exim, or it does not deliver.
     """
     exim = program("exim4", "exim4-daemon-light")
-    configurations = _configurations(sink)
-    pairs = [(_send(exim, configurations["clear"]), _send(exim, configurations["encrypted"])) for _ in range(_PAIRS)]
-    return statistics.median(encrypted - clear for clear, encrypted in pairs) * 1e6
+    configurations = _configurations(sink, directory)
+    spent = [(_send(exim, configurations["clear"]), _send(exim, configurations["encrypted"])) for _ in range(pairs)]
+    return statistics.median(encrypted - clear for clear, encrypted in spent) * 1e6

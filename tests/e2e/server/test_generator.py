@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import authenticated
+from harness import authenticated, mta, smtp_driver
 
 from tests import certificates, peers
 from tests.program import SECRET, Address, Proxy
@@ -92,6 +92,15 @@ def test_an_mta_encrypts_through_the_proxy(loadgen: str, tls_sink: str) -> None:
         found = report(run(loadgen, "load", tls_sink, *door(proxy.proxy_protocol, "v2"), *load))
     assert (found["messages"], found["mx_handshakes_per_unit"]) == (40, 1)
     assert 0 < found["own_tls_us_per_unit"] <= found["with_own_tls_us_per_unit"]
+
+
+def test_what_tls_costs_exim_is_more_than_nothing_and_every_message_comes(tls_sink: str) -> None:
+    peers.program("exim4")
+    host, port = tls_sink.split(":")
+    sink = host, int(port)
+    with peers.directory() as directory:
+        assert mta.own_tls(sink, 3, directory) > 0
+    assert smtp_driver.accepted(sink) == 6
 
 
 @pytest.mark.parametrize("shape", [(), ("--pipelining",), ("--messages", "3", "--bytes", "60000")])
