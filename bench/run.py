@@ -28,7 +28,7 @@ def say(text: str) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer workloads, candidates and rounds, shorter samples")
-    parser.add_argument("--rounds", type=int, help="at most; default 5 for the main workloads, quick 2")
+    parser.add_argument("--rounds", type=int, help="exactly, of --workloads; else at most (5, quick 2)")
     parser.add_argument("--workloads", help=f"comma-separated, of: {', '.join(WORKLOADS)}")
     parser.add_argument("--candidates", help=f"comma-separated, of: {', '.join(CANDIDATES)}")
     parser.add_argument("--label", help="name of the files in bench/results (default: full, or quick)")
@@ -120,12 +120,17 @@ def load(label: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def rounds_of(workload: Workload, options: argparse.Namespace) -> int:
+    if options.rounds and options.workloads:
+        return int(options.rounds)
+    return min(workload.rounds, options.rounds or (2 if options.quick else workload.rounds))
+
+
 def measure_all(options: argparse.Namespace, blocks: dict[str, Any], label: str, into_docs: bool) -> None:
     """One workload after the other; results are written behind each, so that a run that is broken off is not lost."""
     names = chosen(options.workloads, QUICK if options.quick else tuple(WORKLOADS), WORKLOADS)
     everybody = QUICK_CANDIDATES if options.quick and not options.workloads else tuple(CANDIDATES)
     allowed = chosen(options.candidates, everybody, CANDIDATES)
-    limit = options.rounds or (2 if options.quick else max(workload.rounds for workload in WORKLOADS.values()))
     with machine.wide_port_range() as notes, Bench(machine.Cores(), options.quick) as bench:
         for note in notes + machine.complaints():
             say(f"bench: {note}")
@@ -133,7 +138,7 @@ def measure_all(options: argparse.Namespace, blocks: dict[str, Any], label: str,
             say(f"{workload.name}: {workload.title}")
             candidates = [name for name in workload.candidates if name in allowed]
             if candidates:
-                blocks[workload.name] = measure(bench, workload, candidates, min(workload.rounds, limit))
+                blocks[workload.name] = measure(bench, workload, candidates, rounds_of(workload, options))
                 write(label, blocks, into_docs)
             bench.stop_all_but({who for name in names[number + 1 :] for who in WORKLOADS[name].candidates})
 
