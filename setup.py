@@ -1,7 +1,7 @@
 """Packaging of the program; the client library is packaged by client/setup.py.
 
-The compiled twins of the relay and of the search for the end of a message are built where a compiler is there, and left
-out otherwise, with a word on stderr; `greenarrow_proxy --version` says which relay runs.
+The compiled twins of the relay, of a channel's usual events and of the search for the end of a message are built where
+a compiler is there, and left out otherwise, with a word on stderr; `greenarrow_proxy --version` says which relay runs.
 """
 
 import re
@@ -16,6 +16,7 @@ from setuptools.command.build_py import build_py
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "proxy" / "__init__.py").read_text(encoding="utf-8"))[1]
 TWINS = {
+    "proxy.net._fastframes": "proxy/net/_fastframes.pyx",  # the relay imports it
     "proxy.net._fastrelay": "proxy/net/_fastrelay.pyx",
     "proxy.protocols.smtp._fastdots": "proxy/protocols/smtp/_fastdots.pyx",
 }

@@ -21,6 +21,7 @@ import sys
 
 from gevent import get_hub, getcurrent
 
+from proxy.net._fastframes import Shortcut
 from proxy.net.alarm import Alarms
 from proxy.model import Ending
 from proxy.net.peer import has_gone
@@ -318,6 +319,9 @@ cdef class Engine:
             Py_INCREF(callback)
             self._table[fd].callback = <PyObject *> callback
         Py_XDECREF(before)  # last: it may run any code
+
+    def shortcut(self, transfer, link):
+        return Shortcut(transfer, link)
 
     # ---------------------------------------------------------------- pairs
 

@@ -62,6 +62,7 @@ from proxy.net.peer import has_gone
 
 __all__ = [
     "GONE",
+    "HEARD",
     "IPPROTO_TCP",
     "TCP_NODELAY",
     "UNSURE",
@@ -69,6 +70,7 @@ __all__ = [
     "Owner",
     "Pair",
     "RawSocket",
+    "Shortcut",
     "engine_name",
     "make_engine",
 ]
@@ -84,6 +86,8 @@ GONE = _CLOSING
 #: Events after which a short read need not be the last one: a peer's end comes without another edge, and a read stops
 #: at the mark of urgent data, wherever that is (tcp(7); SO_OOBINLINE keeps the urgent byte itself in its place).
 UNSURE = _CLOSING | _URGENT
+#: Events after which there may be something to read; without any of them there is only room for more to be sent.
+HEARD = _IN | UNSURE
 
 _LINGER_RESET = struct.pack("ii", 1, 0)
 _CLOSED = b""  # as `Half.pending`: not None, so nothing is read any more; empty, so nothing is written
@@ -129,6 +133,25 @@ class Owner(Protocol):
     def heard(self, data: bytes) -> None:
         """Upstream's first bytes, a copy, when they may be a refusal in SMTP: they begin with 4 or 5. Called again
         while fewer than a reply code have come. The same rules as for `ended`; must not call the engine."""
+
+
+class Shortcut(Protocol):
+    """The usual event of a session on a native channel, where the engine is compiled: see `_fastframes`."""
+
+    #: Bytes that came and went of which `Transfer` has not been told.
+    moved: int
+
+    def begin(self, client_event: Callable[[int], None], receiver_event: Callable[[int], None]) -> None:
+        """A wait begins; these are called for what is not usual."""
+
+    def end(self) -> None:
+        """It is over."""
+
+    def client_event(self, events: int) -> None:
+        """For `Engine.watch`."""
+
+    def receiver_event(self, events: int) -> None:
+        """For `Engine.watch`."""
 
 
 class Half:
@@ -285,6 +308,10 @@ class Engine:
             self._graveyard.append(sock)
         else:
             self._bury(sock)
+
+    def shortcut(self, transfer: Any, link: Any) -> Shortcut | None:
+        """For a session on a native channel (`doors/native/transfer`); None: its events are handled in Python."""
+        return None
 
     # ---------------------------------------------------------------- pairs
 

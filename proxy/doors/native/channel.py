@@ -159,7 +159,8 @@ class Channel:
             self._receiver.guard()
         half_closed = self._transfer is not None and self._transfer.half_closed
         settings = self._current().settings
-        ending = self._idleness.over(self._link.moved, half_closed, settings, now, busy=self._opening)
+        moved = self._link.moved if self._transfer is None else self._transfer.moved
+        ending = self._idleness.over(moved, half_closed, settings, now, busy=self._opening)
         if ending is not None:
             self.cut(ending)
         elif self._link.blocked or (self._transfer is not None and self._transfer.blocked):

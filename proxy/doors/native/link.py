@@ -19,7 +19,7 @@ from proxy.errors import PeerError, ProxyError
 from proxy.model import Ending
 from proxy.net.conversation import farewell, rest_for
 from proxy.net.peer import has_gone, holds_back
-from proxy.net.relay import GONE, UNSURE, Engine
+from proxy.net.relay import GONE, HEARD, UNSURE, Engine, Shortcut
 from proxy.net.turns import TurnOver
 from proxy.policy.turns import READ
 from proxy.protocols.native import frames
@@ -102,14 +102,22 @@ class Link:
             self.readable = self._missed = False
             return False
         except OSError:
-            raise ClientGone("the connection broke") from None
+            raise self.broken() from None
         if not data:
-            raise ClientGone("the client closed")
+            raise self.closed()
         self.readable = self._missed or not self.stream.drained
         self.blocked = self.blocked or self.stream.unsent  # TLS has something to say of its own
         self.moved += len(data)
         self.decoder.receive(data)
         return True
+
+    def broken(self) -> ClientGone:
+        """Why nothing more can be read or said."""
+        return ClientGone("the connection broke")
+
+    def closed(self) -> ClientGone:
+        """Why nothing more comes."""
+        return ClientGone("the client closed")
 
     # ---------------------------------------------------------------- out
 
@@ -122,6 +130,15 @@ class Link:
         self._unsent += data
         while not self.flush():
             self.wait()
+
+    @property
+    def holds(self) -> int:
+        """Bytes of frames that are still here."""
+        return len(self._unsent)
+
+    def put(self, data: bytes) -> None:
+        """Whole frames to be sent by the next `flush`, which must be soon."""
+        self._unsent += data
 
     def queue(self, data: bytes) -> bool:
         """Send whole frames without waiting; whether all is gone."""
@@ -147,8 +164,13 @@ class Link:
         except BlockingIOError:
             pass
         except OSError:
-            raise ClientGone("the connection broke") from None
+            raise self.broken() from None
         return not self.blocked
+
+    def hold(self, data: bytes) -> None:
+        """The end of whole frames that the client did not take; nothing else is held."""
+        self._unsent = data
+        self.blocked = True
 
     def probe(self) -> None:
         """Say PROBE, which no living client minds. A dead one's kernel answers it with a reset.
@@ -181,12 +203,18 @@ class Link:
         """Events went by while nobody looked: only a read that finds nothing proves that there is nothing."""
         self.readable = self._missed = True
 
-    def wait(self, other: int = -1, client_step: Step | None = None, other_step: Step | None = None) -> None:
+    def wait(
+        self,
+        other: int = -1,
+        client_step: Step | None = None,
+        other_step: Step | None = None,
+        shortcut: Shortcut | None = None,
+    ) -> None:
         """Until the client's socket or the other descriptor has an event, or somebody wakes us; or until the next turn.
 
         With steps, events are handled as they come, in the hub, without our greenlet: a step is called with the events,
         must not wait, and says whether the greenlet has to look around, as it has to at an end (`relay.GONE`). What it
-        raises is raised here.
+        raises is raised here. A shortcut has each event first, and leaves to the steps what is not the usual.
 
         Raises:
             ClientGone: we are told to end, or the client has reset the connection, which must not have to wait until
@@ -195,7 +223,7 @@ class Link:
         if self.turn.over:
             self.rest()
         else:
-            self._wait(other, client_step, other_step)
+            self._wait(other, client_step, other_step, shortcut)
         raised, self._raised = self._raised, None
         if raised is not None:
             raise raised
@@ -228,24 +256,25 @@ class Link:
         finally:
             timer.close()
 
-    def _wait(self, other: int, client_step: Step | None, other_step: Step | None) -> None:
+    def _wait(self, other: int, client_step: Step | None, other_step: Step | None, shortcut: Shortcut | None) -> None:
         engine, fd = self.engine, self.fd
 
         def client_event(events: int) -> None:
             self.turn.begin(monotonic())
-            self.readable = True
-            if events & GONE:  # no other event will tell of it
-                self._note_end(events)
-            elif events & UNSURE:
-                self._missed = True
+            self._note(events)
             self._handle(client_step, events)
 
         def other_event(events: int) -> None:
             self.turn.begin(monotonic())
             self._handle(other_step, events)
 
-        engine.watch(fd, client_event)
-        engine.watch(other, other_event)
+        if shortcut is None:
+            engine.watch(fd, client_event)
+            engine.watch(other, other_event)
+        else:
+            shortcut.begin(client_event, other_event)
+            engine.watch(fd, shortcut.client_event)
+            engine.watch(other, shortcut.receiver_event)
         self._waiting = True
         try:
             if self.doom is None:
@@ -254,6 +283,13 @@ class Link:
             self._waiting = False
             engine.watch(fd, None)
             engine.watch(other, None)
+            if shortcut is not None:
+                shortcut.end()
+
+    def fail(self, error: BaseException) -> None:
+        """What went wrong in the hub is raised in our greenlet, which waits."""
+        self._raised = error
+        self._greenlet.switch()
 
     def _handle(self, step: Step | None, events: int) -> None:
         try:
@@ -262,6 +298,15 @@ class Link:
         except BaseException as error:
             self._raised = error
         self._greenlet.switch()
+
+    def _note(self, events: int) -> None:
+        """What an event says of what there is to read. That there is room for more to be sent says nothing of it."""
+        if events & HEARD:
+            self.readable = True
+        if events & GONE:  # no other event will tell of it
+            self._note_end(events)
+        elif events & UNSURE:
+            self._missed = True
 
     def _note_end(self, events: int) -> None:
         """The client has closed, at least its sending side."""
@@ -301,12 +346,9 @@ class Link:
         self.engine.watch(self.fd, None)
 
     def _opening_event(self, events: int) -> None:
-        self.readable = True
+        self._note(events)
         if events & GONE:
-            self._note_end(events)
             self._cancel()
-        elif events & UNSURE:
-            self._missed = True
 
     def _cancel(self) -> None:
         if self._cancellable:

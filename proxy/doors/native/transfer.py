@@ -22,7 +22,7 @@ from proxy.errors import PeerError
 from proxy.model import Discard, Ending
 from proxy.net.peer import has_gone
 from proxy.net.probing import Prober
-from proxy.net.relay import GONE, UNSURE
+from proxy.net.relay import GONE, HEARD, UNSURE, Shortcut
 from proxy.net.turns import TurnOver
 from proxy.policy.turns import FRAME, READ
 from proxy.protocols.native import frames
@@ -81,14 +81,21 @@ class Transfer:
         self._kept = b""  # of the client, from a MAIL on that has to wait
         self._refusing = False  # that MAIL is refused, once the receiver has answered what came before it
         self._turned_away: TurnedAway | None = None  # the message whose MAIL was refused last
-        self._stream = receiver.stream
+        self.stream = receiver.stream
         self._readable = True  # the receiver may have something to be read
         self._missed = True  # events of the receiver may have gone by that nobody acted upon
+        self._closed = False  # an event told that the receiver has closed; the end may not have been read yet
         self._held = b""  # for the receiver, not yet taken by the stream
         self._blocked = False  # the receiver does not take what it is given; nothing of the client is read meanwhile
         self._finished = False  # the client said EOF
         self._said: m.End | m.Eof | None = None  # what comes behind bytes that are held back
         self._write_error: OSError | None = None
+        self._shortcut: Shortcut | None = None  # while bytes are carried
+
+    @property
+    def moved(self) -> int:
+        """See `Link.moved`, of this very moment."""
+        return self._link.moved + (self._shortcut.moved if self._shortcut is not None else 0)
 
     @property
     def blocked(self) -> bool:
@@ -101,6 +108,13 @@ class Transfer:
         Raises:
             ClientGone, PeerError.
         """
+        self._shortcut = self._link.engine.shortcut(self, self._link)
+        try:
+            self._carry()
+        finally:
+            self._shortcut = None
+
+    def _carry(self) -> None:
         link = self._link
         while self.end is None:
             moved = self._from_receiver()
@@ -128,7 +142,7 @@ class Transfer:
             ClientGone.
         """
         link = self._link
-        steps = self._stream.socket.fileno(), self._client_event, self._receiver_event
+        steps = self.stream.socket.fileno(), self._client_event, self._receiver_event, self._shortcut
         if self._prober is not None and (self._blocked or self._is_full()):
             self._prober.wait(link.moved, partial(link.wait, *steps))
         else:
@@ -145,14 +159,17 @@ class Transfer:
 
     def _receiver_event(self, events: int) -> bool:
         """The same the other way."""
-        self._readable = True
+        if events & HEARD:
+            self._readable = True
         if events & UNSURE:  # no other event will tell of it
             self._missed = True
-            return True
+            self._closed = self._closed or bool(events & GONE)
         if self._link.blocked or self._blocked:
             return True
         self._from_receiver()
-        return self._readable or self.receiver_done or self._link.blocked or self._blocked or self._refusing
+        if self._link.blocked or self._blocked or self._refusing or self.broken is not None:
+            return True
+        return bool(self._kept) if self.receiver_done else self._readable
 
     def unclean(self) -> Discard | None:
         """Why the connection cannot serve another client, as far as its bytes tell."""
@@ -194,7 +211,7 @@ class Transfer:
         timer = Timeout.start_new(_FLUSH_SECONDS)
         try:
             while not self._push():
-                self._link.engine.wait(self._stream.socket.fileno())
+                self._link.engine.wait(self.stream.socket.fileno())
             return self.broken is None
         except Timeout as fired:
             if fired is not timer:
@@ -203,6 +220,32 @@ class Transfer:
         finally:
             timer.close()
             self._link.look_again()
+
+    # ---------------------------------------------------------------- for the shortcut
+
+    @property
+    def usual(self) -> bool:
+        """Whether both sides take what they are given, the client says nothing but DATA, and none of it has to wait."""
+        if self._link.blocked or self._blocked or self._kept or self._finished:
+            return False
+        if self.end is not None or self._said is not None or self._turned_away is not None:
+            return False
+        return self._write_error is None and self.broken is None
+
+    @property
+    def unasked(self) -> bool:
+        """Whether what the receiver says answers nobody: somebody else has had it before, and we said nothing yet."""
+        return self._reused and not self.up
+
+    def hold(self, data: bytes) -> None:
+        """The receiver has not taken these bytes; nothing else is held."""
+        self._held = data
+        self._blocked = True
+
+    def ended(self) -> None:
+        """The receiver said FIN."""
+        self.receiver_done = True
+        self._readable = self._missed = False
 
     # ---------------------------------------------------------------- from the client
 
@@ -239,12 +282,12 @@ class Transfer:
                 pieces.append(frame[1])
                 continue
             self._said = self._control(frame)
-            if pieces and not self._give(b"".join(pieces)):
+            if pieces and not self.give(b"".join(pieces)):
                 return True  # and what was said is acted upon behind it
             pieces.clear()
             self._act()
         if pieces:
-            self._give(b"".join(pieces))
+            self.give(b"".join(pieces))
         return came
 
     def _control(self, frame: frames.Frame) -> m.End | m.Eof:
@@ -272,12 +315,12 @@ class Transfer:
         self._finished = True
         if self._write_error is None and self.broken is None:
             try:
-                self._stream.finish()
-                self._blocked = self._stream.unsent
+                self.stream.finish()
+                self._blocked = self.stream.unsent
             except OSError as error:
-                self._write_failed(error)
+                self.write_failed(error)
 
-    def _give(self, piece: bytes) -> bool:
+    def give(self, piece: bytes) -> bool:
         """Send the client's bytes to the receiver; False: some are held back."""
         if self._finished:
             raise PeerError("DATA after EOF in an SMTP session")
@@ -289,13 +332,13 @@ class Transfer:
         if self._turned_away is not None:
             piece = self._answer(self._turned_away, piece)
         if self.tracker is not None:
-            piece = self._track(self.tracker, piece)
+            piece = self.look(self.tracker, piece)
         self.up += len(piece)
         self._held = piece
         return self._push()
 
-    def _track(self, tracker: Tracker, piece: bytes) -> bytes:
-        """Look at the client's bytes; those that may go on. The others are kept."""
+    def look(self, tracker: Tracker, piece: bytes) -> bytes:
+        """Look at the client's bytes; those that may go on: `piece` itself if all of them. The others are kept."""
         left = tracker.client_bytes(piece)
         while left and self._gate is not None and tracker.mails_allowed is not None:
             if not self._gate.mail():
@@ -334,9 +377,9 @@ class Transfer:
             self._turned_away = TurnedAway(reply)
             self.refused += 1
         else:
-            self._aborted(OSError(errno.ETIMEDOUT, ""), str(refusal))
+            self.aborted(OSError(errno.ETIMEDOUT, ""), str(refusal))
             return True
-        self._give(kept)
+        self.give(kept)
         return True
 
     def _answer(self, message: TurnedAway, piece: bytes) -> bytes:
@@ -344,7 +387,7 @@ class Transfer:
         try:
             said, rest = message.take(piece)
         except Unanswerable as error:
-            self._aborted(OSError(errno.EPROTO, ""), str(error))
+            self.aborted(OSError(errno.EPROTO, ""), str(error))
             return b""
         if said:
             self._link.moved += len(said)
@@ -360,7 +403,7 @@ class Transfer:
 
     def _push(self) -> bool:
         """Hand what is held back to the receiver; whether nothing is left."""
-        stream = self._stream
+        stream = self.stream
         self._blocked = False
         if self._write_error is not None or self.broken is not None:
             return True
@@ -375,10 +418,10 @@ class Transfer:
         except BlockingIOError:
             self._blocked = True
         except OSError as error:
-            self._write_failed(error)
+            self.write_failed(error)
         return not self._blocked
 
-    def _write_failed(self, error: OSError) -> None:
+    def write_failed(self, error: OSError) -> None:
         """The receiver takes no more; what it has said before is still to be read, and perhaps says why.
 
         After its FIN there is nothing to tell any more: the client has been told that it closed.
@@ -391,55 +434,63 @@ class Transfer:
     # ---------------------------------------------------------------- from the receiver
 
     def _from_receiver(self) -> bool:
-        """Read from the receiver and frame it, as far as the client takes it; whether anything came."""
+        """Read from the receiver and frame it, as far as the client takes it; whether anything came. Its last words, as
+        a 221, go in one piece with the word that it has closed."""
         link = self._link
         if (link.blocked and not link.flush()) or self.receiver_done:
             return False
         moved = False
         for _ in range(_READS_A_SIDE):
-            if not self._readable and self._write_error is None:
-                return moved
-            if not link.turn.spend(READ, monotonic()):
-                return moved
-            try:
-                data = self._stream.recv(_READ_SIZE)
-            except TurnOver:
-                link.turn.end()
-                return moved
-            except BlockingIOError:
-                self._readable = self._missed = False
-                if self._write_error is None:
-                    return moved
-                self._aborted(self._write_error)
-                return True
-            except OSError as error:
-                self._aborted(error)
-                return True
+            if (not self._readable and self._write_error is None) or not link.turn.spend(READ, monotonic()):
+                break
+            if not self._read_receiver():
+                break
             moved = True
-            self._readable = self._missed or not self._stream.drained
-            self._blocked = self._blocked or self._stream.unsent  # TLS has something to say of its own
-            if not data:
-                self.receiver_done = True
-                if self._write_error is not None:
-                    self._aborted(self._write_error)
-                else:
-                    link.queue(frames.encode(m.Eof()))
-                return True
-            if self._reused and not self.up:
-                # Nobody has asked it anything: the client would take this for the answer to its first command, and
-                # each later answer for that to the command after. To the client it is a connection that has died.
-                self._aborted(OSError(errno.EPROTO, ""))
-                return True
+            more = self._closed and self._readable and link.holds < _READ_SIZE
+            if self.receiver_done or (not more and not link.flush()):
+                break
+        if link.holds and not link.blocked:
+            link.flush()
+        return moved
+
+    def _read_receiver(self) -> bool:
+        """Read once, for the client; whether there was anything, an end included."""
+        link = self._link
+        try:
+            data = self.stream.recv(_READ_SIZE)
+        except TurnOver:
+            link.turn.end()
+            return False
+        except BlockingIOError:
+            self._readable = self._missed = False
+            if self._write_error is not None:
+                self.aborted(self._write_error)
+            return self._write_error is not None
+        except OSError as error:
+            self.aborted(error)
+            return True
+        self._readable = self._missed or not self.stream.drained
+        self._blocked = self._blocked or self.stream.unsent  # TLS has something to say of its own
+        if not data:
+            self.ended()
+            if self._write_error is not None:
+                self.aborted(self._write_error)
+            else:
+                link.put(frames.encode(m.Eof()))
+        elif self.unasked:
+            # Nobody has asked it anything: the client would take this for the answer to its first command, and
+            # each later answer for that to the command after. To the client it is a connection that has died.
+            self.aborted(OSError(errno.EPROTO, ""))
+        else:
             if self.tracker is not None:
                 self.tracker.server_bytes(data)
             self.down += len(data)
             link.moved += len(data)
-            if not link.queue(frames.encode_data(data)):
-                return True
-        return moved
+            link.put(frames.encode_data(data))
+        return True
 
-    def _aborted(self, error: OSError, why: str = "") -> None:
-        """Tell the client at once; it answers with END."""
+    def aborted(self, error: OSError, why: str = "") -> None:
+        """Tell the client at once that the receiver is broken; it answers with END."""
         self.broken = Ending.UPSTREAM_RESET
         self.receiver_done = True
         self._held = b""

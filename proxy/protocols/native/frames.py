@@ -87,6 +87,17 @@ class FrameDecoder:
         """Whether something was received that `next_frame` has not looked at."""
         return self._at < len(self._view)
 
+    def lend(self) -> int:
+        """Let somebody else cut what comes next: how much of a DATA frame is still to come, to be said to `resume`;
+        -1: not now, since the beginning of a frame is held here."""
+        return -1 if self._partial or self.unread else self._left
+
+    def resume(self, left: int, data: bytes) -> None:
+        """Go on behind who cut frames meanwhile. `left`: of a DATA frame; `data`: what was read and not cut."""
+        self._left = left
+        if data:
+            self.receive(data)
+
     def next_frame(self) -> Frame | None:
         """The next frame or piece of DATA, or None when more bytes are needed.
 

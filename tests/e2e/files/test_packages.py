@@ -128,14 +128,17 @@ def test_the_source_distribution_holds_what_one_needs(program: tuple[Path, Path,
     tracked = set(filter(None, done("git", "ls-files", "-z", cwd=ROOT).split("\0")))
     tracked = {name for name in tracked if (ROOT / name).is_file()}
     assert tracked - found == set()
-    assert [name for name in found if name.endswith((".so", ".pyc", "_fastrelay.c", "_fastdots.c"))] == []
+    assert [
+        name for name in found if name.endswith((".so", ".pyc", "_fastframes.c", "_fastrelay.c", "_fastdots.c"))
+    ] == []
 
 
 def test_the_wheel_of_the_source_distribution_has_the_compiled_relay(
     program: tuple[Path, Path, str], tmp_path: Path
 ) -> None:
     wheel = program[1]
-    assert [name for name in names(wheel) if name.startswith("proxy/net/_fastrelay.") and name.endswith(".so")]
+    for twin in ("_fastframes", "_fastrelay"):
+        assert [name for name in names(wheel) if name.startswith(f"proxy/net/{twin}.") and name.endswith(".so")]
     assert {name.split("/")[0] for name in names(wheel) if not name.startswith("greenarrow_proxy-")} == {
         "proxy",
         "greenarrow_proxy.py",

@@ -99,7 +99,7 @@ def test_the_timer_of_a_last_push_is_closed(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(channel_transfer.Timeout, "start_new", noted)
     monkeypatch.setattr(transfer, "_push", lambda: next(pushed))
-    monkeypatch.setattr(transfer, "_stream", SimpleNamespace(socket=SimpleNamespace(fileno=lambda: -1)))
+    monkeypatch.setattr(transfer, "stream", SimpleNamespace(socket=SimpleNamespace(fileno=lambda: -1)))
     engine = SimpleNamespace(wait=lambda fd: None)
     monkeypatch.setattr(transfer, "_link", SimpleNamespace(engine=engine, look_again=lambda: None))
     assert transfer.flush()

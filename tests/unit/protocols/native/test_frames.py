@@ -92,6 +92,22 @@ def test_frames_not_taken_stay_first_in_line():
     assert [kind for kind, _ in collect(decoder, [b""])] == [native.DATA, m.End.TYPE]
 
 
+def test_who_cuts_frames_meanwhile_goes_on_where_the_decoder_was():
+    decoder = native.FrameDecoder()
+    assert decoder.lend() == 0
+    decoder.receive(native.encode_data(b"abcdef")[:8])
+    assert decoder.lend() == -1, "what was received is not taken yet"
+    assert collect(decoder, [b""]) == [(native.DATA, b"abc")]
+    assert decoder.lend() == 3
+    decoder.resume(2, b"")  # somebody else had the d
+    assert decoder.lend() == 2
+    decoder.resume(1, b"f" + END)  # and the e, and read on
+    assert [kind for kind, _ in collect(decoder, [b""])] == [native.DATA, m.End.TYPE]
+    decoder.receive(END[:3])
+    assert collect(decoder, [b""]) == []
+    assert decoder.lend() == -1, "a header has begun"
+
+
 def test_data_does_not_wait_for_its_frame():
     decoder = native.FrameDecoder()
     decoder.receive(native.encode_data(bytes(1000))[:5] + b"abc")
