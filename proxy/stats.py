@@ -11,15 +11,15 @@ import heapq
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from proxy.errors import ProxyError, UpstreamError
 from proxy.model import Ending, Endpoint, TlsSeen
 from proxy.spans import SPANS
 
 #: A table of named counters never holds more names than this; what comes later is counted under OTHER.
-MAX_NAMES = 64
-OTHER = "other"
+MAX_NAMES: Final = 64
+OTHER: Final = "other"
 #: Listeners, and sessions, that have a status line of their own every `stats_interval`.
 MOST_LINES = 100
 
@@ -192,8 +192,8 @@ def whole_seconds(seconds: float) -> str:
     return duration(int(seconds))
 
 
-_BARE = re.compile(r"[A-Za-z0-9._:/@\[\]+,-]+")
-_LONGEST_NAME = 200
+_BARE: Final = re.compile(r"[A-Za-z0-9._:/@\[\]+,-]+")
+_LONGEST_NAME: Final = 200
 
 
 def bare(name: str) -> str:

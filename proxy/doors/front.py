@@ -8,7 +8,7 @@ logged as one line.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from gevent import sleep
 
@@ -35,8 +35,8 @@ from proxy.services import Door, Services
 #: Seconds between a SOCKS reply and a greeting that is at hand, since its connection was parked. A receiver's own takes
 #: a round trip, and there are libraries (socks of npm, as Nodemailer uses it) that lose what they read in one go with
 #: the reply.
-_GREETING_AFTER = 0.02
-_YES = Accepted()
+_GREETING_AFTER: Final = 0.02
+_YES: Final = Accepted()
 
 
 def serve(
@@ -104,7 +104,6 @@ def _run(visit: Visit, refusal: ProxyError | None) -> None:
     visit.now("request", "asks for its receiver")
     if refusal is not None:
         raise refusal
-    services.engine.watch(visit.socket.fileno(), visit.miss)
     if services.via is not None:
         _go_through(visit, services.via, handshake, route)
         return

@@ -10,7 +10,7 @@ from __future__ import annotations
 from _socket import MSG_PEEK
 from collections.abc import Callable
 from select import EPOLLERR, EPOLLHUP, EPOLLRDHUP
-from typing import Any
+from typing import Any, Final
 
 from gevent import get_hub, getcurrent
 
@@ -19,7 +19,7 @@ from proxy.net.relay import GONE, Engine, RawSocket
 
 #: Seconds for which a connect goes on for a half-closed client that has said nothing beyond its request.
 HALF_CLOSED = 1.0
-_RESET = EPOLLERR | EPOLLHUP
+_RESET: Final = EPOLLERR | EPOLLHUP
 
 
 class Presence:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from _socket import SHUT_RDWR
 from time import monotonic
-from typing import Any
+from typing import Any, Final
 
 from proxy.doors.presence import Presence
 from proxy.doors.smtp import visit as smtp
@@ -28,9 +28,9 @@ from proxy.services import Door, HostedChannel, HostedDialogue, Services, note_f
 from proxy.stats import Standing
 from proxy.throttling.flows import Places
 
-_READ_SIZE = 4096
+_READ_SIZE: Final = 4096
 #: A closed one, in the place of a client's that the relay has.
-NO_SOCKET = RawSocket()
+NO_SOCKET: Final = RawSocket()
 NO_SOCKET.close()
 
 

@@ -10,6 +10,7 @@ from functools import lru_cache
 from hashlib import sha256
 from ssl import CERT_NONE
 from time import monotonic
+from typing import Final
 
 from proxy.doors.failures import wrong_secret
 from proxy.doors.record import Visit
@@ -26,7 +27,7 @@ from proxy.protocols.recognise import SILENT, wrong_door
 from proxy.protocols.redirect import Redirected
 from proxy.protocols.socks5 import Socks5
 
-_YES = Accepted()
+_YES: Final = Accepted()
 
 
 def _socks5(visit: Visit) -> Handshake:

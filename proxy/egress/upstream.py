@@ -24,6 +24,7 @@ from functools import lru_cache
 from select import EPOLLERR, EPOLLHUP, EPOLLOUT
 from socket import SO_OOBINLINE
 from time import monotonic
+from typing import Final
 
 from proxy.errors import Overloaded, SourceMissing, Step, UpstreamError
 from proxy.model import Endpoint
@@ -35,13 +36,13 @@ from proxy.policy.access import Access
 from proxy.spans import SPANS
 
 #: A client's connect takes no longer, whatever time it has: a receiver that is not there is to be told of.
-LONGEST_CONNECT = 50.0
+LONGEST_CONNECT: Final = 50.0
 #: Linux: choose the local port at connect, not at bind: 28,000 connections a source and peer, not 28,000 a source.
-_IP_BIND_ADDRESS_NO_PORT = 24
-_STREAM = SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC
-_CONNECTED_OR_NOT = EPOLLOUT | EPOLLERR | EPOLLHUP
-_ANY_PORT = 9  # where nothing is sent to
-_OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+_IP_BIND_ADDRESS_NO_PORT: Final = 24
+_STREAM: Final = SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC
+_CONNECTED_OR_NOT: Final = EPOLLOUT | EPOLLERR | EPOLLHUP
+_ANY_PORT: Final = 9  # where nothing is sent to
+_OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 
 
 def bind(source: str) -> RawSocket:

@@ -14,14 +14,14 @@ import struct
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from time import monotonic
-from typing import Any
+from typing import Any, Final
 
 from gevent import get_hub
 
-_NLMSG = struct.Struct("=IHHII")  # length, type, flags, sequence, port
-_IFADDRMSG = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, interface
-_RTMSG = struct.Struct("=BBBBBBBBI")  # family, two lengths, tos, table, protocol, scope, type, flags
-_ATTRIBUTE = struct.Struct("=HH")  # length, type
+_NLMSG: Final = struct.Struct("=IHHII")  # length, type, flags, sequence, port
+_IFADDRMSG: Final = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, interface
+_RTMSG: Final = struct.Struct("=BBBBBBBBI")  # family, two lengths, tos, table, protocol, scope, type, flags
+_ATTRIBUTE: Final = struct.Struct("=HH")  # length, type
 _NLMSG_ERROR, _NLMSG_DONE, _RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR, _RTM_NEWROUTE, _RTM_GETROUTE = (
     2,
     3,
@@ -32,13 +32,13 @@ _NLMSG_ERROR, _NLMSG_DONE, _RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR, _RTM_NEWROU
     26,
 )
 _NLM_F_REQUEST, _NLM_F_DUMP = 0x001, 0x300
-_RTMGRP_ADDRESSES = 0x10 | 0x100  # IPv4, IPv6
+_RTMGRP_ADDRESSES: Final = 0x10 | 0x100  # IPv4, IPv6
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
-_RTA_DST = 1
-_RTN_LOCAL = 2
-_FAMILIES = (socket.AF_INET, socket.AF_INET6)
-_BUFFER = 1 << 16
-_READ = 1
+_RTA_DST: Final = 1
+_RTN_LOCAL: Final = 2
+_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
+_BUFFER: Final = 1 << 16
+_READ: Final = 1
 
 
 class Addresses:

@@ -7,12 +7,12 @@ Almost every deadline of a handshake or a connect is cancelled. A gevent.Timeout
 from __future__ import annotations
 
 from time import monotonic
-from typing import Any
+from typing import Any, Final
 
 from gevent import getcurrent
 
 #: Seconds. The timer runs only while there are alarms.
-TICK = 0.1
+TICK: Final = 0.1
 
 
 class TimeIsUp(BaseException):

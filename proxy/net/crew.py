@@ -10,18 +10,18 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from gevent import get_hub, getcurrent
 from greenlet import greenlet
 
-_MAX_IDLE = 256  # a burst's greenlets are let go again
+_MAX_IDLE: Final = 256  # a burst's greenlets are let go again
 #: Seconds until work that there was no memory for is tried again.
-_TRY_AGAIN = 0.1
+_TRY_AGAIN: Final = 0.1
 
 
 #: Begins a job. Whatever else a greenlet is switched to with is none. (A class of its own takes longer to make.)
-_JOB = object()
+_JOB: Final = object()
 _Job = tuple[object, Callable[..., object], tuple[Any, ...]]  # `_JOB`, work and its arguments
 
 

@@ -14,7 +14,7 @@ import hmac
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
 from hashlib import sha256
-from typing import Literal
+from typing import Final, Literal
 
 from proxy.errors import BadCredentials, ClientNotAllowed, DestinationNotAllowed, FamilyMismatch, SourceNotAllowed
 from proxy.model import Breathe, Endpoint, canonical_ip, hold_breath
@@ -25,18 +25,18 @@ from proxy.settings import InstanceSettings, Settings
 Door = Literal["native", "socks5", "proxy_protocol", "redirect", "status"]
 
 #: Verdicts remembered of each kind; one costs some 300 bytes.
-_REMEMBERED = 4096
+_REMEMBERED: Final = 4096
 #: Loopback must be listed as such: 127.0.0.0/8 or ::1 or a part of it, not a network that happens to contain it.
-_LOOPBACK_PREFIX = {4: 8, 6: 128}
-_ANY_V4 = "0.0.0.0"
+_LOOPBACK_PREFIX: Final = {4: 8, 6: 128}
+_ANY_V4: Final = "0.0.0.0"
 #: Seconds in which a client has its answer, where no block says more: a KumoMTA gives up 60 s after its request to a
 #: proxy, SOCKS or PROXY protocol. Behind a redirection is an MTA that knows no proxy: it waits five minutes for the
 #: greeting (RFC 5321 section 4.5.3.2.1).
 SHORTEST_ANSWER = 50.0
-_ANSWER_WITHIN = {"redirect": 240.0}
+_ANSWER_WITHIN: Final = {"redirect": 240.0}
 #: Who waits for a place leaves so many seconds for the connect, or half of what there is.
-_FOR_THE_CONNECT = 10.0
-_ANY_V6 = "::"
+_FOR_THE_CONNECT: Final = 10.0
+_ANY_V6: Final = "::"
 
 
 def place_within(seconds: float) -> float:

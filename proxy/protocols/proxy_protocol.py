@@ -13,32 +13,32 @@ import re
 from functools import lru_cache
 from ipaddress import AddressValueError, IPv6Address
 from struct import Struct
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from proxy.errors import PeerError
 from proxy.model import Accepted, Connect, Endpoint, Event, HealthCheck, Reply, Route, ip_from_bytes
 from proxy.protocols.smtp.refusal import refusal
 
-_V1_START = b"PROXY "
+_V1_START: Final = b"PROXY "
 #: Section 2.1: the longest line, CRLF included.
-_V1_MAX = 107
-_V2_SIGNATURE = b"\r\n\r\n\x00\r\nQUIT\n"
-_V2_HEAD = 16
+_V1_MAX: Final = 107
+_V2_SIGNATURE: Final = b"\r\n\r\n\x00\r\nQUIT\n"
+_V2_HEAD: Final = 16
 #: Ours, not the specification's (which allows 65,551): room for every TLV in use, and a bound on what we keep.
-_V2_MAX = 4096
-_V2_LOCAL = 0
-_V2_PROXY = 1
-_V2_TCP4 = Struct("!16x4s4s2xH")
-_V2_TCP6 = Struct("!16x16s16s2xH")
-_TCP4 = 0x11
-_TCP6 = 0x21
+_V2_MAX: Final = 4096
+_V2_LOCAL: Final = 0
+_V2_PROXY: Final = 1
+_V2_TCP4: Final = Struct("!16x4s4s2xH")
+_V2_TCP6: Final = Struct("!16x16s16s2xH")
+_TCP4: Final = 0x11
+_TCP6: Final = 0x21
 
-_OCTET = rb"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
-_IPV4 = rb"(" + _OCTET + rb"(?:\." + _OCTET + rb"){3})"
-_PORT = rb"(0|[1-9][0-9]{0,4})"
-_V1_TCP4 = re.compile(rb"PROXY TCP4 " + _IPV4 + b" " + _IPV4 + b" " + _PORT + b" " + _PORT + rb"\r\n")
-_V1_TCP6 = re.compile(rb"PROXY TCP6 ([0-9A-Fa-f:.]+) ([0-9A-Fa-f:.]+) " + _PORT + b" " + _PORT + rb"\r\n")
-_V1_UNKNOWN = re.compile(rb"PROXY UNKNOWN(?: [^\r\n]*)?\r\n")
+_OCTET: Final = rb"(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+_IPV4: Final = rb"(" + _OCTET + rb"(?:\." + _OCTET + rb"){3})"
+_PORT: Final = rb"(0|[1-9][0-9]{0,4})"
+_V1_TCP4: Final = re.compile(rb"PROXY TCP4 " + _IPV4 + b" " + _IPV4 + b" " + _PORT + b" " + _PORT + rb"\r\n")
+_V1_TCP6: Final = re.compile(rb"PROXY TCP6 ([0-9A-Fa-f:.]+) ([0-9A-Fa-f:.]+) " + _PORT + b" " + _PORT + rb"\r\n")
+_V1_UNKNOWN: Final = re.compile(rb"PROXY UNKNOWN(?: [^\r\n]*)?\r\n")
 
 
 class ProxyProtocol:

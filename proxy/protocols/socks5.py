@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 from functools import lru_cache
-from typing import NoReturn
+from typing import Final, NoReturn
 
 from proxy.errors import AddressTypeNotSupported, CommandNotSupported, PeerError
 from proxy.model import (
@@ -30,25 +30,25 @@ from proxy.model import (
     packed_ip,
 )
 
-_VERSION = 5
-_LOGIN_VERSION = 1
-_NO_LOGIN = 0x00
-_PASSWORD = 0x02
-_CONNECT = 1
-_BIND = 2
-_IPV4 = 1
-_DOMAIN = 3
-_IPV6 = 4
+_VERSION: Final = 5
+_LOGIN_VERSION: Final = 1
+_NO_LOGIN: Final = 0x00
+_PASSWORD: Final = 0x02
+_CONNECT: Final = 1
+_BIND: Final = 2
+_IPV4: Final = 1
+_DOMAIN: Final = 3
+_IPV6: Final = 4
 #: Length of a request with a literal address: 4 bytes of head, the address, 2 bytes of port.
-_REQUEST_LENGTH = {_IPV4: 10, _IPV6: 22}
-_NOBODY = {_IPV4: bytes(6), _IPV6: bytes(18)}
-_SUCCESS = {_IPV4: bytes((_VERSION, 0, 0, _IPV4)), _IPV6: bytes((_VERSION, 0, 0, _IPV6))}
-_METHOD = {_NO_LOGIN: bytes((_VERSION, _NO_LOGIN)), _PASSWORD: bytes((_VERSION, _PASSWORD))}
-_NEGOTIATION = Negotiation()
-_NO_METHOD = b"\x05\xff"
-_LOGIN_ACCEPTED = b"\x01\x00"
-_LOGIN_REFUSED = b"\x01\x01"
-_MAPPED_PREFIX = bytes(10) + b"\xff\xff"
+_REQUEST_LENGTH: Final = {_IPV4: 10, _IPV6: 22}
+_NOBODY: Final = {_IPV4: bytes(6), _IPV6: bytes(18)}
+_SUCCESS: Final = {_IPV4: bytes((_VERSION, 0, 0, _IPV4)), _IPV6: bytes((_VERSION, 0, 0, _IPV6))}
+_METHOD: Final = {_NO_LOGIN: bytes((_VERSION, _NO_LOGIN)), _PASSWORD: bytes((_VERSION, _PASSWORD))}
+_NEGOTIATION: Final = Negotiation()
+_NO_METHOD: Final = b"\x05\xff"
+_LOGIN_ACCEPTED: Final = b"\x01\x00"
+_LOGIN_REFUSED: Final = b"\x01\x01"
+_MAPPED_PREFIX: Final = bytes(10) + b"\xff\xff"
 
 
 class _State(enum.Enum):

@@ -14,7 +14,7 @@ import sys
 from _socket import SOCK_STREAM
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Final
 
 from gevent import get_hub
 
@@ -23,18 +23,18 @@ from proxy.model import Endpoint, canonical_ip
 from proxy.net.relay import IPPROTO_TCP, TCP_NODELAY, RawSocket, keep_alive
 from proxy.services import Door
 
-_BACKLOG = 4096
+_BACKLOG: Final = 4096
 _IP_FREEBIND, _IPV6_FREEBIND = 15, 78  # linux/in.h, linux/in6.h; no privilege is needed
 #: Errors of one connection, not of the listener: the next accept may work at once (accept(2)).
-_THIS_CONNECTION_ONLY = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EINTR, errno.EPERM})
+_THIS_CONNECTION_ONLY: Final = frozenset({errno.ECONNABORTED, errno.EPROTO, errno.EINTR, errno.EPERM})
 #: So many of them running are the listener's all the same: a packet filter may say EPERM for ever.
-_FAILURES_A_TURN = 64
+_FAILURES_A_TURN: Final = 64
 #: Connections accepted in one turn of the loop at the most, and turns running after which that becomes twice as many.
-_MOST_A_TURN = 64
-_FULL_TURNS = 4
+_MOST_A_TURN: Final = 64
+_FULL_TURNS: Final = 4
 #: Seconds of a pause after an error, which grows.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.01, 1.0
-_READ = 1
+_READ: Final = 1
 
 #: Takes an accepted, non-blocking socket; must not raise or wait. False: there is no memory to serve it now.
 Admit = Callable[["Listener", RawSocket, tuple[Any, ...]], bool]

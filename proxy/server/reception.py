@@ -11,7 +11,7 @@ import os
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
+from typing import Any, Final
 
 from gevent import get_hub
 
@@ -28,13 +28,13 @@ from proxy.server.listeners import STATUS
 from proxy.services import Door, Services
 
 #: Connections over the limit that are told so at a time; the rest are closed without a word.
-_REFUSALS_AT_A_TIME = 32
+_REFUSALS_AT_A_TIME: Final = 32
 #: Clients that wait for a seat of another process; the rest are refused.
-_MOST_WAITING = 1024
+_MOST_WAITING: Final = 1024
 #: Cached connections given up when there is no descriptor for a client.
-_SHED_WHEN_SHORT = 32
+_SHED_WHEN_SHORT: Final = 32
 #: Seconds between two lines about accept errors; all are counted.
-_ACCEPT_LINE_EVERY = 1.0
+_ACCEPT_LINE_EVERY: Final = 1.0
 
 ServeStatus = Callable[[Door, RawSocket, tuple[Any, ...]], bool]
 
