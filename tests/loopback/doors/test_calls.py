@@ -1,0 +1,88 @@
+"""What a set-up costs in calls of Python functions, counted: the same on every machine, and it grows only when more is
+done than was.
+
+No time is measured here (`bench/` does that). Who adds a call on purpose raises the bound, and says why. Compiled
+functions are not seen by a profiler, so this holds for the interpreted form.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import gevent
+import gevent.server
+import pytest
+
+import proxy
+from proxy.doors import front
+from tests import clients
+from tests.loopback.doors.test_front import SOURCE, House, opened
+from tests.loopback.net.relays import tcp_pair, until
+
+PROGRAM = str(Path(proxy.__file__).parent) + os.sep
+pytestmark = pytest.mark.skipif(not str(front.__file__).endswith(".py"), reason="compiled functions are not counted")
+
+#: From the accepted socket to the hand-over to the relay: 58 and 88, and two wake-ups for nothing. SOCKS5 has four
+#: requests, a password and a BIND.
+BOUND = {"proxy_protocol": 60, "socks5": 90}
+
+
+@pytest.fixture
+def mx() -> Iterator[Any]:
+    """A receiver that says nothing; its endpoint."""
+    server = gevent.server.StreamServer(("127.0.0.2", 0), _wait_for_the_end)
+    server.start()
+    yield server.address
+    server.stop()
+
+
+def _wait_for_the_end(sock: Any, _address: Any) -> None:
+    with contextlib.suppress(OSError):
+        sock.recv(1)
+
+
+def request(protocol: str, mx: Any) -> bytes:
+    if protocol == "proxy_protocol":
+        return clients.v2(SOURCE, mx)
+    return clients.WITH_PASSWORD + clients.login() + clients.bind_request(SOURCE) + clients.connect_request(mx)
+
+
+def calls_of_a_session(house: House, protocol: str, mx: Any) -> Counter[str]:
+    """The program's functions that are called in the greenlet of one client, by name, up to the relay."""
+    counted: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(PROGRAM):
+            counted[f"{frame.f_code.co_filename.removeprefix(PROGRAM)}:{frame.f_code.co_qualname}"] += 1
+
+    def serve(*arguments: Any) -> None:
+        sys.setprofile(count)
+        try:
+            front.serve(*arguments)
+        finally:
+            sys.setprofile(None)
+
+    client, ours = tcp_pair()
+    house.services.crew.run(serve, house.services, house.doors[protocol], ours, ("127.0.0.1", 9))
+    client.sendall(request(protocol, mx))
+    until(lambda: house.services.engine.pairs == 1, what="it is relayed")
+    client.close()
+    house.wait_empty()
+    return counted
+
+
+@pytest.mark.parametrize("protocol", BOUND)
+def test_calls_of_a_set_up(protocol: str, mx: Any) -> None:
+    with opened() as house:
+        calls_of_a_session(house, protocol, mx)  # what is remembered is asked for once
+        counted = calls_of_a_session(house, protocol, mx)
+    total = sum(counted.values())
+    print(f"\n{protocol}: {total} calls, {counted.most_common()}")
+    assert 0 < total <= BOUND[protocol], counted.most_common()
