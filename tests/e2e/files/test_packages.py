@@ -20,7 +20,10 @@ from packaging.utils import canonicalize_name
 from tests.program import SECRET, Proxy
 from tests.sinks import Sink
 
-pytestmark = pytest.mark.either_form("builds, whose form is asked for in each of them")
+pytestmark = [
+    pytest.mark.either_form("builds, whose form is asked for in each of them"),
+    pytest.mark.timeout(900),  # a compiler on a busy machine
+]
 
 ROOT = Path(__file__).resolve().parents[3]
 #: One message through a real proxy, in an MTA's environment; it looks whose `proxy` and whether gevent is there.
@@ -46,7 +49,7 @@ print("sent")
 
 
 def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, **options)  # type: ignore[call-overload]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, **options)  # type: ignore[call-overload]
 
 
 def done(*command: str | Path, **options: object) -> str:
