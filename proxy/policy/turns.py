@@ -10,24 +10,24 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 #: What a turn has, in units of about a microsecond of work, and the seconds after which it is over all the same: some
 #: work costs more than it is thought to.
-WORK = 1000
-SECONDS = 0.002
+WORK: Final = 1000
+SECONDS: Final = 0.002
 #: What is counted: a read, a frame of bytes that only pass through, a record or message that is acted upon.
-READ = 50
-FRAME = 2
-RECORD = 5
+READ: Final = 50
+FRAME: Final = 2
+RECORD: Final = 5
 #: Turns of those in the line, and seconds of them, before sockets and timers are looked at again.
 MOST_A_ROUND = 8
 ROUND_SECONDS = 0.002
 
 #: Refusals in a row that cost nothing, then seconds of the first pause, and of the longest.
-_FREE_REFUSALS = 4
-_FIRST_PAUSE = 0.01
-_LONGEST_PAUSE = 1.0
+_FREE_REFUSALS: Final = 4
+_FIRST_PAUSE: Final = 0.01
+_LONGEST_PAUSE: Final = 1.0
 
 Item = TypeVar("Item", bound=Hashable)
 

@@ -11,7 +11,7 @@ next connection.
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from proxy.throttling.flows import WORD, Flow, Run, Throttle
 from proxy.throttling.many import MASK, Pieces
@@ -22,9 +22,9 @@ from proxy.throttling.throttle import AHEAD, SECOND
 from proxy.throttling.wheel import Wheel
 
 #: An instance is told of in the log this often.
-NOTICE_EVERY = 60 * SECOND
+NOTICE_EVERY: Final = 60 * SECOND
 #: A MAIL may be under way for so long (RFC 5321 4.5.3.2.2: a client waits five minutes for the answer to MAIL).
-LATE = 300 * SECOND
+LATE: Final = 300 * SECOND
 
 
 class Verdict(enum.Enum):

@@ -7,6 +7,7 @@ one of them work says so here (`_settle`), and which throttles are in use is kep
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Final
 
 from proxy.throttling.advice import Adviser
 from proxy.throttling.audit import Audit
@@ -25,9 +26,9 @@ from proxy.throttling.wheel import Wheel
 
 #: Departed flows are cleared away, and throttles that fall due together are served, this many at a time, so that a
 #: session with 100,000 paths stops nobody.
-SWEEP = 100
+SWEEP: Final = 100
 #: Records of a kind that are taken for one delivery; the others wait their turn.
-DELIVERY = 500
+DELIVERY: Final = 500
 
 
 class Core:

@@ -14,6 +14,7 @@ file knowing those before it. Pure: the runs that a receiver gets pile up in its
 from __future__ import annotations
 
 from heapq import heapify, heappop, heappush, heapreplace
+from typing import Final
 
 from proxy.throttling.doubt import Doubt
 from proxy.throttling.flows import WORD, Flow, Receiver, Slots, Throttle
@@ -26,9 +27,9 @@ from proxy.throttling.throttle import TICK
 Turn = tuple[int, int, Throttle]
 
 #: All bits: a flow has had its turn at every throttle of its path.
-EVERYWHERE = -1
+EVERYWHERE: Final = -1
 #: So many slots of a turn for one throttle, however many others wait with it.
-SMALLEST_PART = 50
+SMALLEST_PART: Final = 50
 
 
 class Dispenser(Queues):

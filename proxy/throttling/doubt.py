@@ -10,19 +10,21 @@ Pure: told what was granted, what lapsed, and the time.
 
 from __future__ import annotations
 
+from typing import Final
+
 from proxy.throttling.flows import WORD, Flow
 from proxy.throttling.throttle import SECOND
 
 #: All of the slots; the least part is one of so many.
-WHOLE = 32
+WHOLE: Final = 32
 #: What comes back for a round without a lapse.
-STEP = 2
+STEP: Final = 2
 #: One in so many permits may lapse without consequence.
-TOLERATED = 4
+TOLERATED: Final = 4
 #: A client says what lapsed within a second, its manager looks each second.
-REPORTED_WITHIN = 2 * SECOND
+REPORTED_WITHIN: Final = 2 * SECOND
 #: Unused budget is kept for so long.
-MEMORY = SECOND
+MEMORY: Final = SECOND
 
 
 class Doubt:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from typing import Final
 
 from proxy.model import UNNAMED, Names
 from proxy.throttling.limits import Backoff, BackoffRule, Effective, Part, reconcile
@@ -17,11 +18,11 @@ from proxy.throttling.share import clamp_weight
 from proxy.throttling.throttle import MICROSECOND, SECOND, Carried, Key, Meter
 
 #: Virtual time of one permit at weight 1.
-UNIT = 1 << 20
-WORD = 1 << 32
+UNIT: Final = 1 << 20
+WORD: Final = 1 << 32
 #: Outcomes are judged over this time, and only when there are enough of them.
-OUTCOME_PERIOD = 60 * SECOND
-OUTCOME_MINIMUM = 20
+OUTCOME_PERIOD: Final = 60 * SECOND
+OUTCOME_MINIMUM: Final = 20
 
 
 class Throttle(Meter):

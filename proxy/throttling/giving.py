@@ -6,6 +6,7 @@ The last step of dispensing, after it has been decided who is served: see `dispe
 from __future__ import annotations
 
 from itertools import count
+from typing import Final
 
 from proxy.throttling.flows import WORD, Flow, Receiver, Run, Throttle
 from proxy.throttling.many import Rota
@@ -13,11 +14,11 @@ from proxy.throttling.throttle import MICROSECOND, MILLISECOND, TICK
 from proxy.throttling.wheel import Wheel
 
 #: The longest step that fits its field of the wire, in nanoseconds.
-MAX_STEP = (WORD - 1) * MICROSECOND
+MAX_STEP: Final = (WORD - 1) * MICROSECOND
 #: Who was held up elsewhere may catch up so many slots at once.
-LAG = 4
+LAG: Final = 4
 #: Slots that are given out in one turn (some 20 ms); what is left is done in the next, when others had theirs.
-SLOTS_IN_A_TURN = 4_000
+SLOTS_IN_A_TURN: Final = 4_000
 
 
 class Giver:

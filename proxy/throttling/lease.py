@@ -10,14 +10,14 @@ Pure: the clock is an argument. It must be one that goes on while the machine or
 from __future__ import annotations
 
 from heapq import heappop, heappush, heapreplace
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-MICROSECOND = 1_000
-WORD = 1 << 32
+MICROSECOND: Final = 1_000
+WORD: Final = 1 << 32
 #: Changes of demand are sent at most this often, except to and from zero.
-COALESCE = 10_000_000
+COALESCE: Final = 10_000_000
 #: Permits that lapsed are told this often.
-TELL_LAPSED = 1_000_000_000
+TELL_LAPSED: Final = 1_000_000_000
 
 
 class Permit(NamedTuple):

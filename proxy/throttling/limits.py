@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from proxy.throttling.throttle import SECOND, Limit
 
 #: After a backoff the limit rises by a tenth of the full one each minute.
-RISE_EVERY = 60 * SECOND
-RISE_STEPS = 10
+RISE_EVERY: Final = 60 * SECOND
+RISE_STEPS: Final = 10
 #: No limit is higher: it must fit its field of the wire.
-MOST = 2**32 - 1
+MOST: Final = 2**32 - 1
 
 
 class Mode(enum.StrEnum):

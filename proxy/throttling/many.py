@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Iterator, MutableMapping
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 #: Pieces of a mapping, a power of two: 500,000 entries are 31,000 in each.
-PIECES = 16
+PIECES: Final = 16
 #: The bits of a hash that say in which piece a key is.
-MASK = PIECES - 1
+MASK: Final = PIECES - 1
 
 
 class Pieces(MutableMapping[Key, Value]):

@@ -8,13 +8,14 @@ is `dispenser`'s.
 from __future__ import annotations
 
 from heapq import heappop, heappush, heapreplace
+from typing import Final
 
 from proxy.throttling.flows import Flow, Slots, Throttle
 from proxy.throttling.giving import LAG
 from proxy.throttling.returns import Returns
 
 #: Before all virtual times: who has had its turn in this queue already.
-FRONT = -1
+FRONT: Final = -1
 
 
 class Queues(Returns):

@@ -10,7 +10,7 @@ import enum
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import heappush
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from proxy.throttling.cluster import Cluster
 from proxy.throttling.dispenser import Dispenser
@@ -25,15 +25,15 @@ from proxy.throttling.throttle import SECOND, TICK, Key
 from proxy.throttling.wheel import Wheel
 
 #: Throttles that the paths of a session may name, each counted once for each path; one costs some 1,300 bytes.
-MAX_NAMED = 200_000
+MAX_NAMED: Final = 200_000
 #: Throttles that are known at a time, those of all sessions and those that are remembered for their debt.
-MAX_THROTTLES = 500_000
+MAX_THROTTLES: Final = 500_000
 #: Flows that may pass one throttle, and be on one path; a session needs a path once. There are steps that look at all
 #: of them.
-MAX_FLOWS = 100_000
-MAX_ON_A_PATH = 10_000
-MAX_PARTS = 4096
-MAX_FINES = 4096
+MAX_FLOWS: Final = 100_000
+MAX_ON_A_PATH: Final = 10_000
+MAX_PARTS: Final = 4096
+MAX_FINES: Final = 4096
 
 
 class Notice(enum.StrEnum):

@@ -9,13 +9,14 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import deque
 from heapq import heapify, heappop, heappush, heapreplace
+from typing import Final
 
 from proxy.throttling.flows import WORD, Flow, Path, Run
 from proxy.throttling.giving import Giver
 from proxy.throttling.throttle import TICK
 
 #: No permit is usable longer than this after its slot.
-LONGEST_SLACK = 2_000_000_000
+LONGEST_SLACK: Final = 2_000_000_000
 
 
 class Returns(Giver):

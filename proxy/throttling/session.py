@@ -9,30 +9,30 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import Final, NamedTuple, TypeVar
 
 from proxy.throttling.doubt import Doubt
 from proxy.throttling.flows import Flow, Path, Receiver, Run
 from proxy.throttling.limits import Effective
 from proxy.throttling.throttle import MICROSECOND, SECOND
 
-PING_EVERY = 1 * SECOND
+PING_EVERY: Final = 1 * SECOND
 #: Without a round trip for this long there are no grants, and then no session.
-STALE_AFTER = 3 * SECOND
-DEAD_AFTER = 5 * SECOND
+STALE_AFTER: Final = 3 * SECOND
+DEAD_AFTER: Final = 5 * SECOND
 #: A lost session's part in the limits stays until this long after its last pong.
-LEASE = 10 * SECOND
+LEASE: Final = 10 * SECOND
 #: Room beside two round trips that the slack of a permit should leave.
-SLACK_MARGIN = 50_000_000
+SLACK_MARGIN: Final = 50_000_000
 #: Answers kept for a client that pings and does not read.
-MAX_PONGS = 16
+MAX_PONGS: Final = 16
 #: Runs that are looked at for one delivery: those whose limits come first are held, and there may be many.
-_LOOKED_AT = 2000
+_LOOKED_AT: Final = 2000
 #: No path has less.
-SMALLEST_SLACK = 100_000_000
+SMALLEST_SLACK: Final = 100_000_000
 
 
-_WORD = 2**32 - 1
+_WORD: Final = 2**32 - 1
 
 K = TypeVar("K")
 V = TypeVar("V")

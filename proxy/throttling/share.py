@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import Final
 
 #: An operator's weight stays within these: a weight is a preference, not a way to shut others out.
-MIN_WEIGHT = 1 / 16
-MAX_WEIGHT = 16.0
+MIN_WEIGHT: Final = 1 / 16
+MAX_WEIGHT: Final = 16.0
 
 
 def clamp_weight(weight: float) -> float:

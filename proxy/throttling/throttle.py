@@ -11,28 +11,28 @@ the wire, so that a run of slots travels without rounding.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
-SECOND = 1_000_000_000
-MICROSECOND = 1_000
-MILLISECOND = 1_000_000
+SECOND: Final = 1_000_000_000
+MICROSECOND: Final = 1_000
+MILLISECOND: Final = 1_000_000
 #: The wheel's tick.
-TICK = 25_000_000
+TICK: Final = 25_000_000
 #: H of the design: slots are given out this far ahead, a tick and what the wheel may be late. With a tick alone, each
 #: lateness longer than the one before left slots in the past, for nobody: up to 1 % of them at 3,500 a second.
-AHEAD = TICK + 5_000_000
+AHEAD: Final = TICK + 5_000_000
 #: Windows at least this long are strict by default: exactly L in any window. Shorter ones are nominal.
-STRICT_FROM_SECONDS = 60
+STRICT_FROM_SECONDS: Final = 60
 #: No limit gives more than 100,000 slots a second: one that did could keep the proxy busy with nothing else.
-SHORTEST_INTERVAL = 10 * MICROSECOND
+SHORTEST_INTERVAL: Final = 10 * MICROSECOND
 #: Permits for more messages at once lapse before any MTA has used them: they live 0.1 to 2 s (see `slack_range`).
-LARGEST_BURST = 10_000
+LARGEST_BURST: Final = 10_000
 #: Windows of limits that are gone are remembered for their debt, this many; a later one owes what they did.
-MAX_DORMANT = 4
+MAX_DORMANT: Final = 4
 #: A connection's slot is used in the call that takes it, which comes as late as the hub is busy: so late may it be.
-LATENESS = 10_000_000
+LATENESS: Final = 10_000_000
 #: Slack of a permit that no rate limits.
-FREE_SLACK = 2 * SECOND
+FREE_SLACK: Final = 2 * SECOND
 
 
 class Limit(NamedTuple):

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from heapq import heappop, heappush
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from proxy.throttling.many import MASK, Pieces
 
 Item = TypeVar("Item", bound=Hashable)
 #: A bucket is kept in lists of so many items: one of 100,000 would be looked at whole by each collection of garbage.
-_PIECE = 1_000
+_PIECE: Final = 1_000
 #: Entries looked at for one item wanted: those that were moved have left theirs behind.
-_LOOKS = 8
+_LOOKS: Final = 8
 
 
 #: Later than anything is due.
-NEVER = 2**63 - 1
+NEVER: Final = 2**62 - 1
 
 
 class Bell:

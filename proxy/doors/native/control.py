@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from select import EPOLLIN
 from time import monotonic
-from typing import Any
+from typing import Any, Final
 
 from gevent import get_hub, getcurrent
 
@@ -42,16 +42,16 @@ from proxy.stats import Backlog, Flow, SessionFigures
 from proxy.throttling.session import DEAD_AFTER, End, Session
 from proxy.throttling.throttle import SECOND
 
-_READ_SIZE = 65536
+_READ_SIZE: Final = 65536
 #: Frames in a queue; the figure in the status lines.
-QUEUE = 16
+QUEUE: Final = 16
 #: Frames that are taken in ahead of their turn, and how many of them before they are answered.
-_URGENT = frozenset((s.Ping.TYPE, s.Pong.TYPE))
-_URGENT_AT_ONCE = 16
+_URGENT: Final = frozenset((s.Ping.TYPE, s.Pong.TYPE))
+_URGENT_AT_ONCE: Final = 16
 #: Frames that are acted upon in the hub, so many for one event, and how long they may be: some hundred records at most.
-_BRIEF = frozenset((s.Ping.TYPE, s.Pong.TYPE, s.Demand.TYPE, s.Return.TYPE, s.Outcome.TYPE))
-_IN_THE_HUB = 16
-_SHORT = 512
+_BRIEF: Final = frozenset((s.Ping.TYPE, s.Pong.TYPE, s.Demand.TYPE, s.Return.TYPE, s.Outcome.TYPE))
+_IN_THE_HUB: Final = 16
+_SHORT: Final = 512
 #: Records of a kind that are sent at once when somebody else made the manager speak, and in our own turn.
 _A_FEW, _MANY = 50, 100
 

@@ -6,7 +6,7 @@ Lists are cut so that each frame fits. Nothing here has a state; sending and rec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from proxy.protocols.native import frames as native
 from proxy.protocols.native import messages as m
@@ -16,13 +16,13 @@ from proxy.throttling.session import LimitRecord, Output
 from proxy.throttling.throttle import SECOND, Limit
 
 #: Grants of at most 30 bytes, and entries of CACHED of at most 376, that fit in a frame.
-MAX_RECORDS = 2000
-MAX_CACHED = 170
+MAX_RECORDS: Final = 2000
+MAX_CACHED: Final = 170
 #: LIMIT may hold no more. Its records differ in size by a factor of 100.
-_MAX_LIMITS = 1000
-_MAX_WARNING = 512
-_MAX_RATES = 4
-_LATEST = 2**63 - 1
+_MAX_LIMITS: Final = 1000
+_MAX_WARNING: Final = 512
+_MAX_RATES: Final = 4
+_LATEST: Final = 2**63 - 1
 
 Record = TypeVar("Record")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Final, Protocol
 
 
 class Stream(Protocol):
@@ -26,7 +26,7 @@ class Stream(Protocol):
 
 
 #: Frames that go in one call together are this long at most, but for a single one: a call costs more than copying them.
-_TOGETHER = 16384
+_TOGETHER: Final = 16384
 
 
 class Outgoing:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from struct import Struct as Layout
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -19,18 +19,18 @@ from proxy.protocols.native import messages as m
 from proxy.protocols.native import session_messages as s
 
 #: Versions of the protocol that this code speaks, lowest and highest.
-VERSIONS = (1, 1)
+VERSIONS: Final[tuple[int, int]] = (1, 1)
 #: Bytes before a payload: its length (32 bits, big-endian), then the frame type (8 bits).
-HEADER = 5
+HEADER: Final = 5
 #: Longest payload of any frame.
-MAX_PAYLOAD = 65_536
+MAX_PAYLOAD: Final = 65_536
 #: Longest payload before the peer is authenticated.
-MAX_HANDSHAKE_PAYLOAD = 4_096
+MAX_HANDSHAKE_PAYLOAD: Final = 4_096
 #: Frame type of raw bytes; the only type without MessagePack.
-DATA = 0x13
+DATA: Final = 0x13
 
-_LAYOUT = Layout(">IB")
-_EMPTY = memoryview(b"")
+_LAYOUT: Final = Layout(">IB")
+_EMPTY: Final = memoryview(b"")
 _encoder = msgspec.msgpack.Encoder()
 
 Frame = tuple[int, memoryview | bytes]
@@ -43,16 +43,16 @@ def _table(*types: type[m.Message]) -> Table:
 
 
 #: What the proxy accepts as the first frame, and as the answer to its CHALLENGE.
-FIRST = _table(m.Hello, m.ChannelAuth)
-ANSWER = _table(m.Auth)
+FIRST: Final = _table(m.Hello, m.ChannelAuth)
+ANSWER: Final = _table(m.Auth)
 #: What the client accepts after HELLO, and after AUTH.
-TO_HELLO = _table(m.Challenge, m.Error)
-TO_AUTH = _table(m.Welcome, m.Error)
+TO_HELLO: Final = _table(m.Challenge, m.Error)
+TO_AUTH: Final = _table(m.Welcome, m.Error)
 #: What comes in on an authenticated connection, besides DATA on channels.
-CHANNEL_FROM_CLIENT = _table(m.Open, m.Eof, m.End)
-CHANNEL_FROM_PROXY = _table(m.Opened, m.Failed, m.Eof, m.Aborted, m.Ended, m.Probe, m.Goaway, m.Error)
-SESSION_FROM_CLIENT = _table(s.Ping, s.Pong, s.Reg, s.Demand, s.Return, s.Outcome, s.Bye, s.List)
-SESSION_FROM_PROXY = _table(s.Ping, s.Pong, s.Cert, s.Grant, s.Cap, s.Limit, s.Cached, m.Goaway, m.Error)
+CHANNEL_FROM_CLIENT: Final = _table(m.Open, m.Eof, m.End)
+CHANNEL_FROM_PROXY: Final = _table(m.Opened, m.Failed, m.Eof, m.Aborted, m.Ended, m.Probe, m.Goaway, m.Error)
+SESSION_FROM_CLIENT: Final = _table(s.Ping, s.Pong, s.Reg, s.Demand, s.Return, s.Outcome, s.Bye, s.List)
+SESSION_FROM_PROXY: Final = _table(s.Ping, s.Pong, s.Cert, s.Grant, s.Cap, s.Limit, s.Cached, m.Goaway, m.Error)
 
 
 class FrameDecoder:
