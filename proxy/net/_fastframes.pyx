@@ -35,7 +35,7 @@ cdef extern from *:
     #define FRAMES_UNSURE (EPOLLERR | EPOLLHUP | EPOLLRDHUP | EPOLLPRI)
     """
     unsigned FRAMES_IN, FRAMES_RDHUP, FRAMES_UNSURE
-    int MSG_NOSIGNAL
+    int MSG_NOSIGNAL, MSG_PEEK
     ssize_t recv(int fd, void *buffer, size_t size, int flags) nogil
     ssize_t send(int fd, const void *buffer, size_t size, int flags) nogil
 
@@ -103,6 +103,19 @@ cdef class Shortcut:
         self._receiver_step = receiver_event
         self._take_over()
 
+    def look(self):
+        if not self._ours:
+            return True
+        try:
+            if self._from_receiver(True) == NOTHING and self._from_client(True) == NOTHING:
+                self._link.saw_all()
+                self._transfer.saw_all()
+                return False
+        except TurnOver:
+            pass
+        self._let_go(b"")
+        return True
+
     def end(self):
         self._client_step = self._receiver_step = None
         self._let_go(b"")
@@ -145,7 +158,7 @@ cdef class Shortcut:
             if not events & FRAMES_IN:
                 return  # there is room for more, and nothing waits for it
             try:
-                if self._from_client() == NOTHING:
+                if self._from_client(False) == NOTHING:
                     return
             except TurnOver:
                 pass
@@ -158,7 +171,7 @@ cdef class Shortcut:
         self._take_over()
 
     def receiver_event(self, int events):
-        if self._ours and not self._unasked and events & FRAMES_UNSURE in (0, FRAMES_RDHUP):
+        if self._ours and events & FRAMES_UNSURE in (0, FRAMES_RDHUP):
             if not events & (FRAMES_IN | FRAMES_RDHUP) or self._transfer.receiver_done:
                 return
             try:
@@ -221,16 +234,16 @@ cdef class Shortcut:
 
     # ---------------------------------------------------------------- from the client
 
-    cdef int _from_client(self) except -1:
+    cdef int _from_client(self, bint to_the_end) except -1:
         cdef int turn, outcome = NOTHING
         for turn in range(READS_A_SIDE):
-            outcome = self._read_client()
+            outcome = self._read_client(to_the_end)
             if outcome != MORE:
                 break
         return outcome
 
-    cdef int _read_client(self) except -1:
-        """Read once, cut, and send on."""
+    cdef int _read_client(self, bint to_the_end) except -1:
+        """Read once, cut, and send on. `to_the_end`: no event will tell of more."""
         cdef ssize_t count
         cdef Py_ssize_t size
         cdef bytes rest = b""
@@ -254,7 +267,7 @@ cdef class Shortcut:
         if self._rest_size:
             self._let_go(rest)
             return UNUSUAL
-        return MORE if outcome == NOTHING and self._more else outcome
+        return MORE if outcome == NOTHING and (self._more or to_the_end) else outcome
 
     cdef Py_ssize_t _cut(self, Py_ssize_t count) noexcept nogil:
         """Take the headers out of the buffer; returns how many bytes of DATA are at `_piece`, in one. What is no DATA
@@ -321,6 +334,10 @@ cdef class Shortcut:
 
     cdef int _from_receiver(self, bint to_the_end) except -1:
         cdef int outcome = MORE
+        if self._unasked:
+            if self._receiver_fd >= 0 and recv(self._receiver_fd, _buffer, 1, MSG_PEEK) < 0 and _for_now():
+                return NOTHING
+            return UNUSUAL
         self._reads = READS_A_SIDE
         while self._reads and outcome == MORE:
             outcome = self._read_receiver(to_the_end)

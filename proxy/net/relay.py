@@ -144,6 +144,10 @@ class Shortcut(Protocol):
     def begin(self, client_event: Callable[[int], None], receiver_event: Callable[[int], None]) -> None:
         """A wait begins; these are called for what is not usual."""
 
+    def look(self) -> bool:
+        """Events may have gone by: read both sides. Whether there was anything that is not usual, which is then the
+        caller's, who need not wait for it. Raises what a step raises."""
+
     def end(self) -> None:
         """It is over."""
 

@@ -199,6 +199,10 @@ class Link:
 
     # ---------------------------------------------------------------- waiting
 
+    def saw_all(self) -> None:
+        """A read has found nothing: there is nothing more, and an event will tell of what comes."""
+        self.readable = self._missed = False
+
     def look_again(self) -> None:
         """Events went by while nobody looked: only a read that finds nothing proves that there is nothing."""
         self.readable = self._missed = True
@@ -209,12 +213,14 @@ class Link:
         client_step: Step | None = None,
         other_step: Step | None = None,
         shortcut: Shortcut | None = None,
+        look: bool = False,
     ) -> None:
         """Until the client's socket or the other descriptor has an event, or somebody wakes us; or until the next turn.
 
         With steps, events are handled as they come, in the hub, without our greenlet: a step is called with the events,
         must not wait, and says whether the greenlet has to look around, as it has to at an end (`relay.GONE`). What it
-        raises is raised here. A shortcut has each event first, and leaves to the steps what is not the usual.
+        raises is raised here. A shortcut has each event first, and leaves to the steps what is not the usual;
+        with `look` it reads both sides before, and there is no waiting for what it finds and may not handle.
 
         Raises:
             ClientGone: we are told to end, or the client has reset the connection, which must not have to wait until
@@ -223,7 +229,7 @@ class Link:
         if self.turn.over:
             self.rest()
         else:
-            self._wait(other, client_step, other_step, shortcut)
+            self._wait(other, client_step, other_step, shortcut, look)
         raised, self._raised = self._raised, None
         if raised is not None:
             raise raised
@@ -256,7 +262,9 @@ class Link:
         finally:
             timer.close()
 
-    def _wait(self, other: int, client_step: Step | None, other_step: Step | None, shortcut: Shortcut | None) -> None:
+    def _wait(
+        self, other: int, client_step: Step | None, other_step: Step | None, shortcut: Shortcut | None, look: bool
+    ) -> None:
         engine, fd = self.engine, self.fd
 
         def client_event(events: int) -> None:
@@ -275,8 +283,10 @@ class Link:
             shortcut.begin(client_event, other_event)
             engine.watch(fd, shortcut.client_event)
             engine.watch(other, shortcut.receiver_event)
-        self._waiting = True
         try:
+            if shortcut is not None and look and shortcut.look():
+                return
+            self._waiting = True
             if self.doom is None:
                 get_hub().switch()
         finally:

@@ -116,6 +116,8 @@ class Transfer:
 
     def _carry(self) -> None:
         link = self._link
+        if self._shortcut is not None and link.goes_at is None and link.doom is None:
+            self._wait(look=True)
         while self.end is None:
             moved = self._from_receiver()
             moved |= self._from_client()
@@ -135,8 +137,8 @@ class Transfer:
                 else:
                     self._wait()
 
-    def _wait(self) -> None:
-        """Until something happens; of a client that is not read, see `Prober`.
+    def _wait(self, look: bool = False) -> None:
+        """Until something happens; of a client that is not read, see `Prober`. `look`: see `Link.wait`.
 
         Raises:
             ClientGone.
@@ -146,7 +148,7 @@ class Transfer:
         if self._prober is not None and (self._blocked or self._is_full()):
             self._prober.wait(link.moved, partial(link.wait, *steps))
         else:
-            link.wait(*steps)
+            link.wait(*steps, look)
 
     def _client_event(self, events: int) -> bool:
         """The usual case, in the hub: what the client sends, the receiver takes. See `Link.wait`."""
@@ -241,6 +243,10 @@ class Transfer:
         """The receiver has not taken these bytes; nothing else is held."""
         self._held = data
         self._blocked = True
+
+    def saw_all(self) -> None:
+        """See `Link.saw_all`."""
+        self._readable = self._missed = False
 
     def ended(self) -> None:
         """The receiver said FIN."""
