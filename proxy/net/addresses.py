@@ -36,7 +36,7 @@ _RTMGRP_ADDRESSES: Final = 0x10 | 0x100  # IPv4, IPv6
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_DST: Final = 1
 _RTN_LOCAL: Final = 2
-_FAMILIES: Final = (socket.AF_INET, socket.AF_INET6)
+_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 _BUFFER: Final = 1 << 16
 _READ: Final = 1
 
