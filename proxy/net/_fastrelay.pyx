@@ -52,6 +52,12 @@ cdef extern from *:
         (void) setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof now);
     }
 
+    static int relay_has_peer(int fd) {
+        struct sockaddr_storage peer;
+        socklen_t size = sizeof peer;
+        return getpeername(fd, (struct sockaddr *) &peer, &size) == 0;
+    }
+
     static int relay_in_flight(int fd) {
         int bytes = 0;
         (void) ioctl(fd, TIOCOUTQ, &bytes);
@@ -87,6 +93,7 @@ cdef extern from *:
     int close(int fd) nogil
     int pipe2(int *ends, int flags) nogil
     int fcntl(int fd, int command, int argument) nogil
+    int relay_has_peer(int fd) nogil
     int relay_in_flight(int fd) nogil
     void relay_linger_reset(int fd) nogil
     void relay_keep_alive(int fd, double idle_timeout) nogil
@@ -586,7 +593,7 @@ cdef class Engine:
             count = recv(half.source, _buffer, BUFFER_SIZE, 0)
             if count <= 0:
                 if count == 0:
-                    self._end_of_file(half)
+                    self._end_of_file(half, events)
                 elif not _for_now():
                     self._reset_by(half)
                 return
@@ -707,13 +714,16 @@ cdef class Engine:
 
     # ---------------------------------------------------------------- ends
 
-    cdef void _end_of_file(self, Half *half) noexcept nogil:
-        """The source said FIN: so do we, to the target; or both have."""
+    cdef void _end_of_file(self, Half *half, unsigned events) noexcept nogil:
+        """The source said FIN: so do we, to the target; or both have. A reset right behind the FIN is told by these
+        events only."""
         if half.done:
             return
         half.done = True
         if half.peer.done:
             self._finish(half.pair, CLIENT_CLOSED if half == &half.pair.down else UPSTREAM_CLOSED, False)
+        elif events & RELAY_DEAD and not relay_has_peer(half.source):
+            self._reset_by(half)
         elif shutdown(half.peer.source, SHUT_WR) < 0:
             self._reset_by(half.peer)
 

@@ -500,7 +500,7 @@ class Engine:
         for _ in range(self.reads_a_turn):
             count = recv_into(_BUFFER)
             if not count:
-                self._end_of_file(half)
+                self._end_of_file(half, events)
                 return
             if half.moved < _REPLY_CODE:
                 self._hear(half, count)
@@ -632,8 +632,9 @@ class Engine:
 
     # ---------------------------------------------------------------- ends
 
-    def _end_of_file(self, half: Half) -> None:
-        """The source said FIN: so do we, to the target; or both have."""
+    def _end_of_file(self, half: Half, events: int = 0) -> None:
+        """The source said FIN: so do we, to the target; or both have. A reset right behind the FIN is told by these
+        events only."""
         if half.done:
             return
         half.done = True
@@ -642,6 +643,9 @@ class Engine:
             self._finish(
                 pair, Ending.CLIENT_CLOSED if pair.first_done is pair.up else Ending.UPSTREAM_CLOSED, reset=False
             )
+            return
+        if events & _DEAD and not _has_peer(half.source):
+            self._abort(pair, self._reset_ending(half))
             return
         pair.first_done = half
         half.target.shutdown(SHUT_WR)

@@ -70,7 +70,8 @@ def copy() -> Iterator[Instrumented]:
     "arguments",
     [
         ("tests/loopback/net/test_relay.py", "-k", "compiled"),
-        ("tests/fuzz/test_relay_schedules.py", "-k", "compiled"),
+        ("tests/fuzz", "-k", "compiled or twins"),
+        ("tests/unit/protocols/smtp/test_dots.py", "tests/unit/protocols/smtp/test_tracker.py"),
         ("tests/loopback/doors",),
         ("tests/e2e/server/test_faults.py", "-k", "compiled and not urgent"),
     ],

@@ -159,6 +159,19 @@ def test_reset_after_fin_stays_a_reset(engine: relay.Engine, side: str) -> None:
         until(lambda: other.send(b"x") and False)
 
 
+@pytest.mark.parametrize("early", [b"", b"early"])
+@pytest.mark.parametrize("side", ["client", "upstream"])
+def test_a_reset_right_behind_a_fin(engine: relay.Engine, side: str, early: bytes) -> None:
+    """Both in one batch: a read says 0, and no other event comes."""
+    pair = Relayed(engine, early)
+    one, other = (pair.client, pair.upstream) if side == "client" else (pair.upstream, pair.client)
+    one.shutdown(socket.SHUT_WR)
+    reset(one)
+    ending, _, _ = pair.owner.ending()
+    assert ending == f"{side}_reset"
+    assert was_reset(other)
+
+
 @pytest.mark.parametrize("pipes", [0, 1])
 @pytest.mark.parametrize("side", ["client", "upstream"])
 def test_reset_is_seen_while_the_other_side_reads_nothing(engine: relay.Engine, side: str, pipes: int) -> None:
