@@ -9,7 +9,7 @@ a receiver is had, `open`'s; how bytes move, `transfer`'s; what a session comes 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
@@ -289,10 +289,13 @@ class Channel:
         source = request.source_ip or ""
         self._opening = True
         try:
-            with self._while_client_stays():
+            try:
+                link.watch_client()
                 dialogue = Dialogue(services, self._door, self._guest, link, self.instance, request, number)
                 source = dialogue.source
                 opened = dialogue.open()
+            finally:
+                link.unwatch_client()
         except PeerError:
             raise
         except ProxyError as error:
@@ -316,15 +319,6 @@ class Channel:
             self._opening = False
             self._dialogue = None
 
-    @contextlib.contextmanager
-    def _while_client_stays(self) -> Iterator[None]:
-        """Whatever is waited for here is called off, with ClientGone, when the client goes away."""
-        try:
-            self._link.watch_client()
-            yield
-        finally:
-            self._link.unwatch_client()
-
     def _open(self, services: Services, request: m.Open, attempts: Attempts, number: int) -> Taken:
         """Serve the OPEN, unless the client goes away meanwhile.
 
@@ -339,9 +333,10 @@ class Channel:
         opener = Opener(services, self._guest, self._peer, request, tell)
         self._opening = True
         try:
-            with self._while_client_stays():
-                return opener.run(attempts)
+            self._link.watch_client()
+            return opener.run(attempts)
         finally:
+            self._link.unwatch_client()
             self._opening = False
 
     def _step(self, text: str) -> None:

@@ -86,19 +86,21 @@ class Opener:
         """
         request, access, instance = self._request, self._services.access, self._peer.instance
         self._server_name = host_name("tls_server_name", request.tls_server_name)
-        names_of(request)  # refused now, if they cannot be
+        self._names = names_of(request)  # refused now, if they cannot be
         _check_ciphers(request)
-        for address in request.destinations:
-            access.check_route(instance, self._wanted(address.endpoint), address.endpoint)
-        self._flows = self._paths()
-        self._names = names_of(request, self._flows)
-        left = len(request.destinations)
-        for address in request.destinations:
+        destinations = [(address, address.endpoint) for address in request.destinations]
+        for _, destination in destinations:
+            access.check_route(instance, self._wanted(destination), destination)
+        if request.throttles:
+            self._flows = self._paths()
+            self._names = names_of(request, self._flows)
+        left = len(destinations)
+        for address, destination in destinations:
             try:
-                return self._one(address.endpoint, left)
+                return self._one(destination, left)
             except UpstreamError as error:
                 attempts.append((address, error))
-                self._tell(self._source, address.endpoint, error)
+                self._tell(self._source, destination, error)
                 left -= 1
                 if not left or not try_next_destination(error):
                     raise
@@ -112,8 +114,6 @@ class Opener:
             Draining: or what was said of it waits for the process that takes over.
         """
         request, peer = self._request, self._peer
-        if not request.throttles:
-            return ()
         manager = self._services.admission.manager
         if manager.frozen:
             raise Draining("another process of the proxy takes over")
@@ -137,9 +137,10 @@ class Opener:
         Raises:
             SourceNotAllowed, FamilyMismatch: the name has none.
         """
-        request, ipv6 = self._request, destination.is_ipv6
+        request = self._request
         if request.source is None:
             return request.source_ip
+        ipv6 = destination.is_ipv6
         if ipv6 not in self._named:
             self._named[ipv6] = self._services.access.source_named(request.source, destination)
         return self._named[ipv6]
@@ -339,6 +340,8 @@ def _check_ciphers(request: m.Open) -> None:
     Raises:
         BadCiphers: OpenSSL has none of those that the OPEN wants.
     """
+    if not request.tls_ciphers:
+        return  # nothing else of it can be wrong: a frame with another tls_min is none
     try:
         client_context(Profile(True, request.tls_min, request.tls_ciphers))
     except ValueError as error:

@@ -5,11 +5,11 @@ Names are told apart from what cannot be one here; what they mean for limits is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Protocol
 
 from proxy.errors import BadServerName
-from proxy.model import Names
+from proxy.model import UNNAMED, Names
 from proxy.protocols.server_name import server_name
 from proxy.throttling.flows import Flow
 
@@ -21,12 +21,14 @@ class _Saying(Protocol):
     def domain(self) -> str | None: ...
 
 
-def names_of(message: _Saying, flows: Iterable[Flow] = ()) -> Names:
+def names_of(message: _Saying, flows: Sequence[Flow] = ()) -> Names:
     """What an OPEN or a path says of its receiver; what an OPEN leaves out, the first of its paths that says it.
 
     Raises:
         BadServerName: it cannot be.
     """
+    if message.mx is None and message.domain is None and not flows:
+        return UNNAMED
     mx, domain = host_name("mx", message.mx), host_name("domain", message.domain)
     for flow in flows:
         mx, domain = mx or flow.names.mx, domain or flow.names.domain
