@@ -191,6 +191,12 @@ class Handshake(Protocol):
     @property
     def trailing(self) -> bytes: ...
 
+    def requested(self) -> bytes:
+        """After `Connect`, before its answer: what another one of this kind needs to answer in its place."""
+
+    def go_on(self, requested: bytes, asked: Connect) -> None:
+        """Answer `asked` in place of the one that gave `requested`, in another process."""
+
 
 def is_meant(value: str, wanted: str) -> bool:
     """Whether an operator who asks for `wanted` means this value: an address without a port means all its ports."""

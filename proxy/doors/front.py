@@ -62,12 +62,12 @@ def serve(
 
 def go_on(services: Services, door: Door, sock: RawSocket, passed: Passed) -> None:
     """Serve a client of mode smtp that another worker has passed on. Never raises."""
-    visit = taken_over(services, door, sock, passed)
+    visit, handshake = taken_over(services, door, sock, passed)
     try:
         watch_over(services.engine, sock)
         services.engine.watch(sock.fileno(), visit.miss)
         visit.missed = True
-        _mediate(visit, passed.handshake, passed.source, passed.destination)
+        _mediate(visit, handshake, passed.source, passed.destination)
     except Exception as error:
         _fail(visit, error)
     finally:

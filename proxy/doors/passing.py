@@ -7,20 +7,22 @@ where the other one left off. In clear only: TLS cannot be passed.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import msgspec
+from msgspec import Struct
 
 from proxy.doors.record import Visit
-from proxy.model import Endpoint, Handshake
+from proxy.doors.request import HANDSHAKES
+from proxy.model import Connect, Endpoint, Handshake, Route
 from proxy.net.relay import RawSocket
 from proxy.services import Door, Services
 
 
-class Passed(NamedTuple):
+class Passed(Struct, array_like=True):
     """What was decided about a client.
 
     Args:
         door: where it came in, as configured. number, started: of its lines in the log.
-        handshake: in which the answer is still to be said; what came behind it is in there.
+        requested: of the handshake in which the answer is still to be said; what came behind it is in there.
     """
 
     door: Endpoint
@@ -31,7 +33,20 @@ class Passed(NamedTuple):
     source_name: str | None
     source: str
     destination: Endpoint
-    handshake: Handshake
+    protocol: str
+    requested: bytes
+
+
+_decoder = msgspec.msgpack.Decoder(Passed)
+
+
+def decode(data: bytes) -> Passed:
+    """What `pass_on` has said.
+
+    Raises:
+        MsgspecError: that was something else.
+    """
+    return _decoder.decode(data)
 
 
 def pass_on(visit: Visit, handshake: Handshake, source: str, destination: Endpoint) -> bool:
@@ -39,9 +54,18 @@ def pass_on(visit: Visit, handshake: Handshake, source: str, destination: Endpoi
     services = visit.services
     if services.neighbours is None or visit.stream is not None:
         return False
-    door, client = visit.door.configured, visit.client
-    names = visit.instance, visit.source_name
-    passed = Passed(door, client, visit.number, visit.started, *names, source, destination, handshake)
+    passed = Passed(
+        visit.door.configured,
+        visit.client,
+        visit.number,
+        visit.started,
+        visit.instance,
+        visit.source_name,
+        source,
+        destination,
+        handshake.protocol,
+        handshake.requested(),
+    )
     if not services.neighbours.pass_on(source, destination, passed, visit.socket.fileno()):
         return False
     visit.now("passed", "passed on to the worker where connections to this receiver are held open")
@@ -53,11 +77,12 @@ def pass_on(visit: Visit, handshake: Handshake, source: str, destination: Endpoi
     return True
 
 
-def taken_over(services: Services, door: Door, sock: RawSocket, passed: Passed) -> Visit:
-    """The record of a client that another worker has passed on."""
+def taken_over(services: Services, door: Door, sock: RawSocket, passed: Passed) -> tuple[Visit, Handshake]:
+    """The record of a client that another worker has passed on, and the handshake in which it is answered."""
     visit = Visit(services, door, sock, passed.client, passed.number)
     visit.started = passed.started
     visit.instance, visit.source_name = passed.instance, passed.source_name
     visit.source, visit.destination = passed.source, passed.destination
-    visit.handshake = passed.handshake
-    return visit
+    visit.handshake = handshake = HANDSHAKES[passed.protocol](visit)
+    handshake.go_on(passed.requested, Connect(Route(passed.source, passed.destination)))
+    return visit, handshake

@@ -46,7 +46,7 @@ def _redirected(visit: Visit) -> Handshake:
     return Redirected(services.host_name, redirect.meant_for(visit.socket), bound)
 
 
-_HANDSHAKES: dict[str, Callable[[Visit], Handshake]] = {
+HANDSHAKES: dict[str, Callable[[Visit], Handshake]] = {
     "socks5": _socks5,
     "proxy_protocol": _proxy_protocol,
     "redirect": _redirected,
@@ -65,7 +65,7 @@ def greet(visit: Visit) -> Connect | None:
     try:
         if visit.door.secure and not _begin_tls(visit):
             return None
-        handshake = visit.handshake = _HANDSHAKES[visit.door.protocol](visit)
+        handshake = visit.handshake = HANDSHAKES[visit.door.protocol](visit)
         while True:
             event = handshake.next_event()
             if event is None:

@@ -290,10 +290,19 @@ class Admission(Office):
 
     # ---------------------------------------------------------------- what follows from a call
 
+    def hold(self) -> None:
+        """What the next calls lead to is carried out at once, by `settle_held`, which must come in the same breath."""
+        self._settling = True
+
+    def settle_held(self) -> None:
+        """See `hold`."""
+        self._settling = False
+        self.settle()
+
     def settle(self) -> None:
         """Carry out what the last calls to the manager have led to. To be called after each."""
         if self._settling:
-            return  # a delivery called the manager: the loop below goes round once more
+            return  # held, or a delivery called the manager: the loop below goes round once more
         self._settling = True
         manager = self.manager
         try:

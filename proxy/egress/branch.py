@@ -8,7 +8,7 @@ records mean is said in `protocols.seam`.
 from __future__ import annotations
 
 import itertools
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -57,6 +57,14 @@ class Branches:
         branch = Branch(self, say, held)
         self._open[branch] = None
         return branch
+
+    def hold(self) -> None:
+        """A worker has said several things: what follows from all of them is carried out together, by `settle`."""
+        self.office.here.hold()
+
+    def settle(self) -> None:
+        """See `hold`."""
+        self.office.here.settle_held()
 
     def make_way(self, throttle: Throttle, count: int) -> None:
         """So many places are missing: ask those who hold any. They give way by and by."""
@@ -133,11 +141,13 @@ class Branch:
         self._places = dict(held)
         self._numbers: dict[int, int] = {}  # id of the request → number, while they are held
         self._ids: dict[int, int] = {}
-        self._under = Counter(throttle for places in held.values() for throttle in places.throttles)
+        self._under: dict[Throttle, int] = {}  # how many of its places are under it
         self._tickets: dict[int, Ticket | int] = {}
         self._slots: dict[int, Granted] = {}
         self._told: OrderedDict[int, Granted] = OrderedDict()
         self._asked_way: dict[ThrottleName, Throttle] = {}
+        for places in held.values():
+            self._count_in(places)
 
     def __len__(self) -> int:
         """Connections that have places."""
@@ -228,7 +238,7 @@ class Branch:
         self._places[number] = places
         self._numbers[id] = number
         self._ids[number] = id
-        self._under.update(places.throttles)
+        self._count_in(places)
         wanted = [index for index, throttle in enumerate(places.throttles) if throttle.line is not None]
         for index in wanted:
             self._branches.note_told(places.throttles[index], self)
@@ -239,11 +249,19 @@ class Branch:
         if places is None:
             return None
         self._numbers.pop(self._ids.pop(number, 0), None)
-        self._under.subtract(places.throttles)
+        under = self._under
         for throttle in places.throttles:
-            if self._under[throttle] <= 0:
-                del self._under[throttle]
+            left = under[throttle] - 1
+            if left:
+                under[throttle] = left
+            else:
+                del under[throttle]
         return places
+
+    def _count_in(self, places: Places) -> None:
+        under = self._under
+        for throttle in places.throttles:
+            under[throttle] = under.get(throttle, 0) + 1
 
     def _cancel(self, id: int) -> None:
         if (ticket := self._tickets.pop(id, None)) is not None:

@@ -6,8 +6,6 @@ under it is held.
 
 from __future__ import annotations
 
-from collections import Counter
-
 from proxy.protocols import seam
 from proxy.protocols.seam import ThrottleName
 from proxy.throttling.flows import Places, Throttle
@@ -25,24 +23,29 @@ class Loans:
 
     def __init__(self) -> None:
         self._throttles: dict[ThrottleName, Throttle] = {}
-        self._held: Counter[Throttle] = Counter()
+        self._held: dict[Throttle, int] = {}  # how many
         self._wanted: set[Throttle] = set()
 
     def take(self, record: seam.Placed | seam.Swapped, owner: str, weight: float) -> Places | None:
         """What the master has given; None: none are needed."""
         if not record.number:
             return None
+        held = self._held
         throttles = tuple([self._throttle(name) for name in record.throttles])
-        self._held.update(throttles)
-        self._wanted.update([throttles[index] for index in record.wanted])
+        for throttle in throttles:
+            held[throttle] = held.get(throttle, 0) + 1
+        for index in record.wanted:
+            self._wanted.add(throttles[index])
         return Lent(record.number, owner, weight, throttles, ())
 
     def drop(self, places: Places) -> None:
         """They are not held here any more."""
         places.open = False
         for throttle in places.throttles:
-            self._held[throttle] -= 1
-            if not self._held[throttle]:
+            left = self._held[throttle] - 1
+            if left:
+                self._held[throttle] = left
+            else:
                 del self._held[throttle]
                 del self._throttles[name_of(throttle)]
                 self._wanted.discard(throttle)

@@ -232,14 +232,14 @@ class Remote(Office):
     # ---------------------------------------------------------------- what the master says
 
     def hear(self, record: seam.FromMaster) -> bool:
-        """Act upon a record; whether it was for us. Does not wait."""
+        """Act upon a record; whether it was for us. In the hub; whoever is answered goes on at once."""
         if isinstance(record, seam.Placed | seam.Swapped | seam.Yes):
-            self._answered(record.id, record)
+            self._resume(record.id, record)
         elif isinstance(record, seam.Refused):
             if (slot := self._slots.get(record.id)) is not None:
                 self._told(slot, _throttled(record))
             else:
-                self._answered(record.id, record)
+                self._resume(record.id, record)
         elif isinstance(record, seam.Granted):
             if (slot := self._slots.get(record.id)) is not None:
                 slot.last = record.last

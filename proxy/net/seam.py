@@ -31,6 +31,10 @@ MOST_FDS = 250
 #: Datagrams that are read before others have their turn.
 _READS_A_TURN = 16
 _SEND_BUFFER = 1 << 20
+#: Where what is read arrives, from whichever link: all of it is decoded before the next is read.
+_arrived = bytearray(2 * seam.DATAGRAM)
+_view = memoryview(_arrived)
+_ROOM_FOR_FDS = socket.CMSG_SPACE(MOST_FDS * 4)
 
 #: Takes what the other end has said, and the descriptors that came with it, which are the taker's then; fewer than were
 #: sent, if this process has none left for them. Must not wait.
@@ -118,9 +122,25 @@ class Seam:
 
     def _flush(self) -> None:
         self._flushing = False
-        if not self.closed:
-            self._queue_said()
-            self._write()
+        if self.closed:
+            return
+        if not self._waiting and self._send_at_once():
+            return
+        self._queue_said()
+        self._write()
+
+    def _send_at_once(self) -> bool:
+        """What is said nearly always: one datagram, and room for it."""
+        said = self._said
+        data = seam.encode_one(said)
+        if data is None:
+            return False
+        try:
+            self._sock.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError:  # (see `_write`)
+            return False
+        said.clear()
+        return True
 
     def _queue_said(self) -> None:
         said, self._said = self._said, []
@@ -182,22 +202,27 @@ class Seam:
             except (OSError, PeerError) as error:
                 self._give_up(str(error))
                 return
-            if not data:
+            size = len(data)
+            if not size:
                 self._give_up("")
                 return
             try:
-                if data == b"\0":
-                    data = _from_memory(fds)
-                records = seam.decode(data, self._is_master)
+                in_memory = size == 1 and data[0] == 0
+                records = seam.decode(_from_memory(fds) if in_memory else data, self._is_master)
             except (OSError, PeerError) as error:
                 _close(fds)
                 self._give_up(str(error))
                 return
+            small = size < seam.DATAGRAM // 2 and not fds
             self._take(records, fds)
+            if small:  # the other end says one a turn; if there is more, the loop comes again
+                return
 
-    def _receive(self) -> tuple[bytes, list[int]]:
-        room = socket.CMSG_SPACE(MOST_FDS * 4)
-        data, ancillary, flags, _ = self._sock.recvmsg(2 * seam.DATAGRAM, room, socket.MSG_CMSG_CLOEXEC)
+    def _receive(self) -> tuple[memoryview, list[int]]:
+        """One datagram, for as long as nothing else is read."""
+        size, ancillary, flags, _ = self._sock.recvmsg_into([_arrived], _ROOM_FOR_FDS, socket.MSG_CMSG_CLOEXEC)
+        if not ancillary and not flags & socket.MSG_TRUNC:
+            return _view[:size], []
         fds = array.array("i")
         for level, kind, content in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -205,7 +230,7 @@ class Seam:
         if flags & socket.MSG_TRUNC:
             _close(list(fds))
             raise PeerError("a record of another process of the proxy was cut")
-        return data, list(fds)  # MSG_CTRUNC: for some there was no descriptor left; the taker misses them
+        return _view[:size], list(fds)  # MSG_CTRUNC: for some there was no descriptor left; the taker misses them
 
     # ---------------------------------------------------------------- the end
 

@@ -85,6 +85,14 @@ class ProxyProtocol:
         self._done = True
         return b"" if isinstance(reply, Accepted) else refusal(self._host_name, reply)
 
+    def requested(self) -> bytes:
+        """See `Handshake`."""
+        return self.trailing
+
+    def go_on(self, requested: bytes, asked: Connect) -> None:
+        """See `Handshake`."""
+        self._buffer, self._bytes_used, self._event = requested, 0, asked
+
     def _read_header(self) -> Event | None:
         buffer = self._buffer
         if buffer.startswith(_V2_SIGNATURE):

@@ -52,3 +52,10 @@ class Redirected:
         """Nothing for `Accepted`; for an error a 421 greeting."""
         self._done = True
         return b"" if isinstance(reply, Accepted) else refusal(self._host_name, reply)
+
+    def requested(self) -> bytes:
+        """See `Handshake`."""
+        return b""
+
+    def go_on(self, requested: bytes, asked: Connect) -> None:
+        """See `Handshake`. It knows nothing else anyway."""

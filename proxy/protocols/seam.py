@@ -249,7 +249,13 @@ def encode(records: Sequence[Record]) -> Iterator[bytes]:
     yield from encode(records[half:])
 
 
-def decode(data: bytes, from_worker: bool) -> list[FromWorker] | list[FromMaster]:
+def encode_one(records: Sequence[Record]) -> bytes | None:
+    """All of them in one datagram; None: they are too long for one."""
+    whole = _encoder.encode(records)
+    return whole if len(whole) <= DATAGRAM else None
+
+
+def decode(data: bytes | memoryview, from_worker: bool) -> list[FromWorker] | list[FromMaster]:
     """The records of one datagram.
 
     Raises:

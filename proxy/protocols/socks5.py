@@ -134,6 +134,15 @@ class Socks5:
             return _METHOD[self._method]
         return self._success(reply.local)
 
+    def requested(self) -> bytes:
+        """See `Handshake`."""
+        return bytes((self._address_type,)) + self.trailing
+
+    def go_on(self, requested: bytes, asked: Connect) -> None:
+        """See `Handshake`."""
+        self._address_type, self._buffer, self._bytes_used = requested[0], requested[1:], 0
+        self._state, self._event = _State.REQUEST, asked
+
     def _read_methods(self) -> Event | None:
         """VER NMETHODS METHODS… (RFC 1928 section 3)."""
         buffer = self._buffer

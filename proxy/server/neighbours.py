@@ -7,12 +7,12 @@ another: where an inbox is full, the client is served where it came.
 from __future__ import annotations
 
 import array
-import pickle
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 from zlib import crc32
 
+import msgspec
 from gevent import get_hub
 
 from proxy.log import lines as log
@@ -23,8 +23,10 @@ from proxy.net.relay import RawSocket
 _A_TURN = 64
 _LONGEST = 65_536
 
-#: Takes a client over. Must not wait.
-Take = Callable[[Any, RawSocket], object]
+#: Takes over a client, with the bytes of what was said of it. Must not wait.
+Take = Callable[[bytes, RawSocket], object]
+
+_encoder = msgspec.msgpack.Encoder()
 
 
 def holder(source: str, destination: Endpoint, workers: int) -> int:
@@ -58,7 +60,7 @@ class Neighbours:
         if to == self._own or self._stays:
             return False
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
-        data = pickle.dumps(passed, pickle.HIGHEST_PROTOCOL)
+        data = _encoder.encode(passed)
         try:
             self._ways[to].sendmsg([data], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except OSError:
@@ -92,9 +94,9 @@ class Neighbours:
                 self._accept(data, fd)
 
     def _accept(self, data: bytes, fd: int) -> None:
-        sock = RawSocket(fileno=fd)
+        sock = RawSocket(-1, socket.SOCK_STREAM, 0, fd)  # (of the family that it is)
         try:
-            self._take(pickle.loads(data), sock)
+            self._take(data, sock)
         except Exception as error:  # a mistake of ours; the others in the inbox are not to wait for ever
             sock.close()
             log.internal_error("a client that was passed on", error)

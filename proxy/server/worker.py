@@ -18,8 +18,7 @@ import gevent
 from gevent.event import Event
 from gevent.queue import Queue
 
-from proxy.doors import front
-from proxy.doors.passing import Passed
+from proxy.doors import front, passing
 from proxy.egress.admission import Admission
 from proxy.egress.clock import clock_ns
 from proxy.egress.office import Office
@@ -248,11 +247,12 @@ class Worker:
         assert self._begun is not None
         self._neighbours = Neighbours(self._begun.number - 1, fds[0], fds[1:], self._take_over)
 
-    def _take_over(self, passed: Passed, sock: RawSocket) -> None:
+    def _take_over(self, data: bytes, sock: RawSocket) -> None:
         """A client that another worker has passed on."""
+        passed = passing.decode(data)
         services = self._services
         sock.setblocking(False)
-        door = self._doors.door_at(passed.door) or Door(passed.handshake.protocol, passed.door)
+        door = self._doors.door_at(passed.door) or Door(passed.protocol, passed.door)
         services.crew.run(front.go_on, services, door, sock, passed)
 
     # ---------------------------------------------------------------- settings

@@ -318,6 +318,7 @@ class Workers:
         worker.silent = 0
         for fd in fds:  # a worker has none to give
             os.close(fd)
+        self._branches.hold()
         for record in records:
             try:
                 if worker.branch is not None and worker.branch.hear(record):
@@ -328,6 +329,7 @@ class Workers:
                     self._told(worker, record)
             except Exception as error:  # the others' records are not to be lost
                 log.internal_error(f"worker {worker.number}", error)
+        self._branches.settle()
 
     def _told(self, worker: Worker, record: seam.Tell) -> None:
         if record.what == orders.PART:

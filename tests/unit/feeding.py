@@ -38,8 +38,14 @@ def accept(_: Event) -> Reply:
     return Accepted()
 
 
-def run(handshake: Handshake, chunks: Iterable[bytes], answer: Answer = accept) -> Outcome:
-    """Deliver the chunks as `front` would, answering each event; stops reading at the end of the handshake."""
+def run(
+    handshake: Handshake, chunks: Iterable[bytes], answer: Answer = accept, another: Handshake | None = None
+) -> Outcome:
+    """Deliver the chunks as `front` would, answering each event; stops reading at the end of the handshake.
+
+    Args:
+        another: has the last word in place of `handshake`, as in another worker.
+    """
     outcome = Outcome()
     rest = list(chunks)
     over = False
@@ -56,6 +62,9 @@ def run(handshake: Handshake, chunks: Iterable[bytes], answer: Answer = accept) 
                 break
             reply = answer(event)
             outcome.events.append(event)
+            if another is not None and isinstance(event, Connect):
+                another.go_on(handshake.requested(), event)
+                handshake = another
             outcome.sent.append(handshake.send(reply))
             over = isinstance(event, Connect) or not isinstance(reply, Accepted)
         if over or not rest:
@@ -85,6 +94,7 @@ def feed(make: Callable[[], Handshake], data: bytes, answer: Answer = accept) ->
         trailed.trailing = whole.trailing
     if whole.error is not None or (whole.events and isinstance(whole.events[-1], Connect)):
         assert trailed.key == whole.key
+    assert run(make(), [data], answer, make()).key == whole.key
     return whole
 
 

@@ -73,7 +73,7 @@ class Ends:
     def down(self) -> list[Any]:
         said, self.to_worker[:] = list(self.to_worker), []
         for record in said:
-            self.remote.hear(record)
+            gevent.get_hub().loop.run_callback(self.remote.hear, record)  # as a link does
         gevent.sleep(0)
         gevent.sleep(0)
         return said
@@ -188,5 +188,5 @@ def test_a_slot_of_who_waited_over_a_change_is_the_new_manager_s(ends: Ends, clo
     greenlet = gevent.spawn(ends.switch.put_off, held)
     gevent.sleep(0)
     assert [type(each) for each in asked[1:]] == [seam.PutOff]
-    away.hear(seam.Yes(asked[1].id, True, clock.now + 9))
+    gevent.get_hub().loop.run_callback(away.hear, seam.Yes(asked[1].id, True, clock.now + 9))  # as a link does
     assert greenlet.get(timeout=10)

@@ -7,6 +7,7 @@ import os
 import socket
 from functools import partial
 
+import msgspec
 import pytest
 from gevent import sleep
 
@@ -35,8 +36,9 @@ class House:
         ]
         return Neighbours(number, inbox, ways, partial(self._take, number))
 
-    def _take(self, number: int, passed: object, sock: socket.socket) -> None:
+    def _take(self, number: int, passed: bytes, sock: socket.socket) -> None:
         self.sockets.append(sock)
+        passed = msgspec.msgpack.decode(passed)
         if passed == "a mistake of ours":
             raise ValueError(passed)
         self.taken[number].append(passed)
@@ -133,6 +135,6 @@ def test_a_mistake_with_one_client_costs_no_other(house, capsys):
     with _client() as sock:
         for passed in ("a mistake of ours", "good"):
             assert house.workers[1].pass_on(SOURCE, endpoint, passed, sock.fileno())
-    house.inboxes[0][1].send(b"no pickle, and no descriptor")
+    house.inboxes[0][1].send(b"no client, and no descriptor")
     house.workers[0].begin()
     until(lambda: "good" in house.taken[0], what="the other one is there")
