@@ -106,6 +106,31 @@ def test_a_permit_for_a_message(proxy):
         assert offset <= 30_000  # no slot is given out earlier before its time
 
 
+def test_demands_in_one_segment_in_pieces_and_of_any_length_are_all_heard(proxy):
+    """What the hub acts upon, what it leaves to the session's greenlet, and what is not whole yet."""
+    with instance(proxy) as a:
+        a.ping()
+        ids = range(151)
+        a.register(*((id, f"piece {id}", (100_000, 1, 1)) for id in ids))
+        while sum(len(fields[1]) for kind, fields in a.heard if kind == LIMIT) < len(ids):
+            a.limit()
+
+        def demand(*ids, got):
+            return frame(DEMAND, pack([a.incarnation, [[id, 1, got, 1] for id in ids]]))
+
+        many = b"".join(demand(id, got=0) for id in ids[:40])
+        long = demand(*ids[40:150], got=0)
+        assert len(long) > 512
+        a.sock.sendall(many + long + demand(150, got=0))
+        granted = []
+        while len(granted) < len(ids):
+            granted += [id for id, n, *_ in a.next(GRANT)[1][3] for _ in range(n)]
+        assert sorted(granted) == list(ids)
+        for at in demand(1, got=1):
+            a.sock.sendall(bytes((at,)))
+        assert [record[:2] for record in a.next(GRANT)[1][3]] == [[1, 1]]
+
+
 def test_without_a_ping_there_are_no_permits_and_without_pongs_no_session(proxy):
     with instance(proxy) as a:
         a.register((1, "unpinged", (100, 1, 1)))
