@@ -111,7 +111,18 @@ class TlsStream:
     """
 
     __slots__ = (
-        *("_at", "_ciphertext", "_in_record", "_incoming", "_outgoing", "_record", "_silent", "_took_all", "_unfed"),
+        *(
+            "_at",
+            "_ciphertext",
+            "_ended",
+            "_in_record",
+            "_incoming",
+            "_outgoing",
+            "_record",
+            "_silent",
+            "_took_all",
+            "_unfed",
+        ),
         *("own_bytes", "socket", "tls", "turn"),
     )
 
@@ -129,6 +140,7 @@ class TlsStream:
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._took_all = False  # the last read of the socket was a short one
+        self._ended = False  # the peer will say nothing more
         self._unfed = memoryview(b"")  # read from the socket; from `_at` on OpenSSL has not seen it
         self._at = 0
         self._record = 0  # size of the record that it was given last, of which `_in_record` bytes are still to come
@@ -188,9 +200,14 @@ class TlsStream:
     def recv(self, size: int) -> bytes:
         self._took_all = False  # an older read of the socket says nothing about what has come since
         before = self._silent
-        for _ in range(_RECORDS_A_CALL):
+        records = _RECORDS_A_CALL
+        if not (self._incoming.pending or self._outgoing.pending or self._ended or self.tls.pending()):
+            self._feed()  # OpenSSL has nothing to give: it would only say so, by an exception
+            records -= 1
+        for _ in range(records):
             try:
                 data = self.tls.read(size)
+                self._ended = not data
                 self.own_bytes += self._silent
                 self._silent = self._record = 0
                 return data
@@ -203,6 +220,7 @@ class TlsStream:
                 self._feed()
             except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
                 # Many a receiver ends with a FIN and no close_notify. SMTP has its own ends: nothing hangs on that one.
+                self._ended = True
                 return b""
         raise TurnOver
 

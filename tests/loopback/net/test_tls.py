@@ -162,6 +162,9 @@ class _KeyUpdates:
     def __init__(self, answers: ssl.MemoryBIO) -> None:
         self._answers = answers
 
+    def pending(self) -> int:
+        return 0
+
     def read(self, _size: int) -> bytes:
         self._answers.write(bytes(22))
         raise ssl.SSLWantReadError
@@ -185,6 +188,39 @@ def test_a_peer_who_asks_for_key_updates_and_reads_no_answer(pair: Pair, monkeyp
         pair.near.recv(65536)
     assert pair.near.socket.recv(5) == bytes(5), "what it sends stays in the kernel"
     assert pair.near._outgoing.pending <= before + 22
+
+
+class _Counted:
+    """An object of OpenSSL's whose reads are counted."""
+
+    def __init__(self, tls: ssl.SSLObject) -> None:
+        self._tls = tls
+        self.reads = 0
+
+    def pending(self) -> int:
+        return self._tls.pending()
+
+    def read(self, size: int) -> bytes:
+        self.reads += 1
+        return self._tls.read(size)
+
+
+def test_openssl_is_asked_for_bytes_when_it_may_have_some(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says by an exception that it has none, which costs more than all else of a short read."""
+    for stream in (pair.near, pair.far):  # tickets, if there are any
+        with pytest.raises(BlockingIOError):
+            stream.recv(100)
+    counted = _Counted(pair.near.tls)
+    monkeypatch.setattr(pair.near, "tls", counted)
+    for text in (b"one", b"two"):
+        pair.far.send(text)
+        assert pair.near.recv(100) == text
+    assert counted.reads == 2
+    pair.far.send(b"three and four")
+    assert (pair.near.recv(5), pair.near.recv(100)) == (b"three", b" and four")
+    assert counted.reads == 4
+    pair.far.finish()
+    assert [pair.near.recv(100) for _ in range(3)] == [b""] * 3
 
 
 def test_a_plain_stream_has_the_same_shape() -> None:
