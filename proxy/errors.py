@@ -283,6 +283,13 @@ class SourceMissing(UpstreamError):
         self.source = source
 
 
+class NoPlaintext(OSError):
+    """The peer sends TLS's own messages for ever, and nothing in them."""
+
+    def __init__(self) -> None:
+        super().__init__(_errno.EPROTO, "too much TLS without a byte of content")
+
+
 class Mistake(Exception):
     """Why a request on the control socket is none; `code` as in `control.commands.Answer`."""
 

@@ -9,19 +9,15 @@ from __future__ import annotations
 import os
 
 PURE = "GREENARROW_PROXY_PURE"
-#: The program's variables that choose what it is made of. Of all others it knows nothing but what a test says.
-_CHOOSING = (PURE, "GREENARROW_PROXY_RELAY")
 
 
 def environ() -> dict[str, str]:
     """For a program under test: our own, without the program's settings, with what chooses its form."""
     return {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("GREENARROW_PROXY_") or name in _CHOOSING
+        name: value for name, value in os.environ.items() if not name.startswith("GREENARROW_PROXY_") or name == PURE
     }
 
 
 def pure() -> bool:
     """Whether this run is for Python code."""
-    return bool(os.environ.get(PURE))
+    return os.environ.get(PURE) == "1"

@@ -89,7 +89,7 @@ def commit() -> str:
 
 
 #: What has our program run as Python code, whatever is compiled.
-PURE = {"GREENARROW_PROXY_PURE": "1", "GREENARROW_PROXY_RELAY": "python"}
+PURE = {"GREENARROW_PROXY_PURE": "1"}
 
 
 @functools.cache

@@ -43,6 +43,8 @@ class Visit:
         *("relayed", "hosted", "missed", "reply", "state"),
     )
 
+    __deletable__ = ("socket", "upstream")  # mypyc wants to know
+
     def __init__(
         self, services: Services, door: Door, sock: RawSocket, address: tuple[Any, ...], number: int = 0
     ) -> None:

@@ -15,7 +15,7 @@ import heapq
 from collections import Counter, OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from proxy.model import Discard, Endpoint, TlsMode
 
@@ -46,7 +46,7 @@ class Entry:
     mailmax: int | None = None  # the receiver's LIMITS MAILMAX (RFC 9422), if it announced one
     errors: int = 0  # replies 5xx over all its users
     limits: tuple[Hashable, ...] = ()  # names of the throttles under which it holds a place
-    place: object = None  # those places themselves, opaque
+    place: Any = None  # those places themselves, opaque
     idle_since: float = 0.0  # set by `Pool.offer`
     proven_at: float = 0.0  # when its receiver last answered while it was idle; whoever asks it sets this
 

@@ -34,7 +34,7 @@ class Terms(NamedTuple):
     source: str
     destination: Endpoint
     name: str
-    profile: object
+    profile: Any
     proof: str
 
 
@@ -47,7 +47,7 @@ class Known(NamedTuple):
     """
 
     session: Any
-    context: object
+    context: Any
     chain: tuple[bytes, ...]
 
 

@@ -766,16 +766,15 @@ def _has_peer(sock: RawSocket) -> bool:
 
 
 def _engine_class() -> type[Engine]:
-    if os.environ.get("GREENARROW_PROXY_RELAY") != "python":
-        with contextlib.suppress(ImportError):
-            from proxy.net import _fastrelay
+    with contextlib.suppress(ImportError):
+        from proxy.net import _fastrelay
 
-            return _fastrelay.Engine
+        return _fastrelay.Engine
     return Engine
 
 
 def make_engine() -> Engine:
-    """The compiled engine if it was built and GREENARROW_PROXY_RELAY is not `python`, else this module's."""
+    """The compiled engine if it was built and is not left out (`proxy.form`), else this module's."""
     return _engine_class()()
 
 

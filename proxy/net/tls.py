@@ -7,12 +7,12 @@ caller's; contexts come from `contexts`.
 from __future__ import annotations
 
 import contextlib
-import errno
 import ssl
 from _socket import SHUT_WR
 from collections.abc import Callable
 from typing import Any
 
+from proxy.errors import NoPlaintext
 from proxy.net.relay import RawSocket
 from proxy.net.turns import TurnOver
 from proxy.policy.turns import Turn
@@ -34,13 +34,6 @@ _HEADER = 5  # of a record (RFC 8446 section 5.1)
 _MOST_ANSWERS = 16384
 #: `_ssl.ENCODING_DER`.
 _DER = 2
-
-
-class NoPlaintext(OSError):
-    """The peer sends TLS's own messages for ever, and nothing in them."""
-
-    def __init__(self) -> None:
-        super().__init__(errno.EPROTO, "too much TLS without a byte of content")
 
 
 class PlainStream:

@@ -26,6 +26,7 @@ from gevent.pywsgi import WSGIHandler, WSGIServer
 from proxy import __version__
 from proxy.egress.clock import clock_ns
 from proxy.errors import ClientNotAllowed, PeerError, ProxyError
+from proxy.form import core_name
 from proxy.log import lines as log
 from proxy.model import Endpoint, canonical_ip
 from proxy.net.addresses import own_addresses
@@ -334,6 +335,7 @@ class StatusDoor:
             incarnation=f"{services.incarnation:08x}",
             uptime=now - self._started,
             relay=engine_name(),
+            core=core_name(),
             draining=house.draining(),
             enforce=services.settings.throttle_enforce,
             configuration=in_force.digest,

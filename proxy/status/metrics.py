@@ -124,7 +124,9 @@ class _View(Collector):
     def collect(self) -> Iterator[Metric]:
         view, program = self._view, self._view.program
         yield InfoMetricFamily(
-            _PREFIX + "build", "The program", value={"version": program.version, "relay": program.relay}
+            _PREFIX + "build",
+            "The program",
+            value={"version": program.version, "relay": program.relay, "core": program.core},
         )
         yield _gauge("uptime_seconds", "Since the start", program.uptime)
         yield _gauge(

@@ -108,7 +108,7 @@ def _top(view: Status, wanted: str) -> str:
             f"<style>{STYLE}</style></head><body><main><h1>GreenArrow Proxy on {text(view.host)}{draining}</h1>",
             f'<p class="f">{text(view.generated_at)}, version {text(program.version)}, ',
             f"up {whole_seconds(program.uptime)}, incarnation {text(program.incarnation)}, ",
-            f"relay {text(program.relay)}. ",
+            f"relay {text(program.relay)}, core {text(program.core)}. ",
             'Also: <a href="/status.json">status.json</a>, <a href="/metrics">metrics</a>, ',
             '<a href="/healthz">healthz</a></p><p id="live" class="b" role="status"></p>',
             '<form role="search" action="/"><label for="q">Rows with</label>',

@@ -12,14 +12,16 @@ _UNITS = {1: "s", 60: "min", 3600: "hr", 86400: "day"}
 
 
 class Program(Struct):
-    """This run of the program. `incarnation` names it to its native clients; `relay`: the engine. `old_configuration`:
-    seconds since reloads have been refused, for `reload_mistake`; None: the last one was not. `configuration`: twelve
-    hex digits that tell configurations apart; `configured`: when it was put in force, UTC, RFC 3339."""
+    """This run of the program. `incarnation` names it to its native clients; `relay` and `core`: compiled or
+    python. `old_configuration`: seconds since reloads have been refused, for `reload_mistake`; None: the last one was
+    not. `configuration`: twelve hex digits that tell configurations apart; `configured`: when it was put in force, UTC,
+    RFC 3339."""
 
     version: str
     incarnation: str
     uptime: float
     relay: str
+    core: str
     draining: bool = False
     enforce: bool = False
     old_configuration: float | None = None

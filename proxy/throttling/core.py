@@ -6,7 +6,7 @@ one of them work says so here (`_settle`), and which throttles are in use is kep
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 from proxy.throttling.advice import Adviser
@@ -17,6 +17,7 @@ from proxy.throttling.desk import Desk
 from proxy.throttling.dispenser import Dispenser
 from proxy.throttling.estate import Record
 from proxy.throttling.flows import Flow, Throttle
+from proxy.throttling.later import Later
 from proxy.throttling.overrides import Overrides
 from proxy.throttling.places import PlaceBook
 from proxy.throttling.registry import Registry
@@ -55,7 +56,7 @@ class Core:
         self._adviser = Adviser()
         self._active: set[Throttle] = set()
         self._debts: Wheel[Throttle] = Wheel(SECOND)  # throttles that are active, as far as is known, for debt alone
-        self._held: list[Callable[[int], object]] | None = None  # calls that wait, while it is frozen: see `handover`
+        self._held: Later | None = None  # calls that wait, while it is frozen: see `handover`
         self._meanwhile: list[Record] = []  # what others have to know of that time
 
     @property

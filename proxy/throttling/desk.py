@@ -59,6 +59,7 @@ class Clerk(Receiver):
     """
 
     __slots__ = ("flow", "slots", "tickets")
+    __deletable__ = ("flow",)  # mypyc wants to know
 
     def __init__(self, name: str, weight: float, path: Path) -> None:
         super().__init__(name, weight)

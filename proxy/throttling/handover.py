@@ -43,7 +43,6 @@ to be held against the permits of the new one, which grants them: `mail` with th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import SupportsIndex
 
 from proxy.throttling.adopting import Adopting, Former
 from proxy.throttling.audit import Gathered, Spent
@@ -63,6 +62,7 @@ from proxy.throttling.estate import (
 )
 from proxy.throttling.flows import Flow, Path, Places, Receiver, Throttle
 from proxy.throttling.gathering import Gathering
+from proxy.throttling.later import Later
 from proxy.throttling.requests import Requests
 from proxy.throttling.session import LEASE
 from proxy.throttling.throttle import SECOND, Key
@@ -74,16 +74,6 @@ THAWED = 500
 
 class Frozen(Exception):
     """Not now: this manager is about to be replaced."""
-
-
-class _Nowhere(list[Callable[[int], object]]):
-    """Calls that nobody will ever make."""
-
-    def append(self, call: Callable[[int], object]) -> None:
-        pass
-
-    def insert(self, at: SupportsIndex, call: Callable[[int], object]) -> None:
-        pass
 
 
 class Handover(Requests):
@@ -113,7 +103,7 @@ class Handover(Requests):
         while self._thawing:
             self._go_on(now)
         if self._held is None:
-            self._held, self._meanwhile, self._frozen_at = [], [], now
+            self._held, self._meanwhile, self._frozen_at = Later(), [], now
 
     def thaw(self, now: int) -> None:
         """Go on: what was said meanwhile happens now, in the order it was said; if that was much, the rest by
@@ -140,7 +130,8 @@ class Handover(Requests):
 
     def retire(self) -> None:
         """Another one goes on, for good: what is said to this one is told (`meanwhile`), and not kept."""
-        self._held = _Nowhere()
+        held = self._held = self._held or Later()
+        held.drop()
 
     def meanwhile(self) -> list[bytes]:
         """What has happened since it was frozen, or since this was last asked for, that was not in it: chunks."""
@@ -197,11 +188,11 @@ class Handover(Requests):
 
     def _go_on(self, now: int) -> None:
         """Do some of what was said while it was frozen; what is said meanwhile comes behind it."""
-        held, self._held = self._held or [], None
+        held, self._held = self._held.calls if self._held is not None else [], None
         for call in held[:THAWED]:
             call(now)
         if len(held) > THAWED:
-            self._held = held[THAWED:]
+            self._held = Later(held[THAWED:])
             return
         self._thawing = False
         for session in self.sessions.values():

@@ -197,7 +197,7 @@ class Requests(Statements):
         """Nobody waits for `ticket` any more; a slot that it got and that was not used goes to the next."""
         if self._held is not None:
             # Before those who ask: nothing is to be given to who has gone by then.
-            self._held.insert(0, lambda later: self.cancel_message(ticket, later))
+            self._held.put_first(lambda later: self.cancel_message(ticket, later))
             return
         self._desk.cancel(ticket, now)
         self._settle(now)

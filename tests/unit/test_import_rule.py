@@ -33,15 +33,16 @@ HOUSE = {
     "policy": "vocabulary protocols",
     "config": "vocabulary protocols policy",
     "log": "vocabulary",
+    "form": "throttling",
     "net": "vocabulary protocols policy log",
     "store": "vocabulary policy log net",
     "egress": f"{_PURE_ROOMS} log net store",
     "services": f"{_PURE_ROOMS} log net store egress",
     "doors": f"{_PURE_ROOMS} log net egress services",
-    "status": f"{_PURE_ROOMS} log net store egress services",
+    "status": f"{_PURE_ROOMS} form log net store egress services",
     "control": f"{_PURE_ROOMS} config log status",
     "server": f"{_PURE_ROOMS} config log net store egress services doors status control",
-    "cli": "vocabulary config log net status control server",
+    "cli": "vocabulary config form log net status control server",
     CLIENT: "vocabulary protocols throttling",
 }
 #: Rooms that only decide, and the files that only decide in a room that does.
@@ -104,6 +105,8 @@ def room_of(name: str) -> str:
     first, *rest = name.split(".")
     if first == CLIENT:
         return CLIENT
+    if not rest:
+        return "form"  # `proxy` itself: its form is chosen before anything is loaded
     top = rest[0] if rest else VOCABULARY
     known_file = (ROOT / "proxy" / f"{top}.py").exists() or top.startswith("__")
     return VOCABULARY if known_file and top not in HOUSE else top
@@ -202,7 +205,7 @@ def test_module_keeps_the_rule(module: str) -> None:
 
 
 def test_the_plan_is_short_and_imports_go_downward() -> None:
-    assert len(HOUSE) <= 16
+    assert len(HOUSE) <= 17
     below: set[str] = set()
     for room, allowed in HOUSE.items():
         assert set(allowed.split()) <= below, room

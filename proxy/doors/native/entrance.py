@@ -16,13 +16,13 @@ from gevent import Timeout
 
 from proxy.doors.failures import wrong_secret
 from proxy.doors.secure import begin_tls, first_bytes, speaks_tls
-from proxy.errors import BadCredentials, ClientNotAllowed, HandshakeTimeout, PeerError, ProxyError, Refused
+from proxy.errors import BadCredentials, ClientNotAllowed, HandshakeTimeout, NoPlaintext, PeerError, ProxyError, Refused
 from proxy.log import lines as log
 from proxy.model import Endpoint
 from proxy.net.conversation import farewell, receive, send_all, watch_over
 from proxy.net.identities import ServerIdentity
 from proxy.net.relay import RawSocket
-from proxy.net.tls import NoPlaintext, PlainStream, Stream
+from proxy.net.tls import PlainStream, Stream
 from proxy.numbering import numbers
 from proxy.policy.access import Access
 from proxy.protocols.native import frames

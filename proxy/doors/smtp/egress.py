@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from proxy.errors import ProxyError
 from proxy.model import Discard, Endpoint, TlsSeen
@@ -65,7 +65,7 @@ class Line:
     seen: TlsSeen | None = None
     messages: int = 0
     errors: int = 0
-    handle: object = None
+    handle: Any = None
 
 
 class TlsAtOnce(ProxyError):

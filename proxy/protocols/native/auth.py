@@ -13,6 +13,7 @@ import hmac
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from proxy.errors import BadCredentials, NameInUse, PeerError, ProxyError, StaleKey, VersionMismatch
 from proxy.protocols.native import frames
@@ -60,7 +61,7 @@ def channel_auth(key: bytes, certificate: bytes, version: int, key_id: bytes, co
 class ReplayWindow:
     """Which counters of a key have been seen; they may come out of order by up to `SIZE`."""
 
-    SIZE = 1024
+    SIZE: Final = 1024
     __slots__ = ("_highest", "_seen")
 
     def __init__(self) -> None:
@@ -108,9 +109,9 @@ class Fences:
     """
 
     #: Fenced runs remembered for each name; a name restarted more often than this has forgotten its oldest runs.
-    REMEMBERED = 64
+    REMEMBERED: Final = 64
     #: Names without a session that are remembered; the one whose last session ended first goes first.
-    MOST_IDLE = 1024
+    MOST_IDLE: Final = 1024
 
     def __init__(self) -> None:
         self._current: dict[str, tuple[bytes, str]] = {}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 import re
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from proxy.errors import PeerError, Step, UpstreamError
 from proxy.model import Discard, TlsMode
@@ -312,7 +312,7 @@ class Rset:
     One 250 (RFC 5321 4.1.1.5) and not a byte more: a second reply would belong to a command that nobody knows of.
     """
 
-    command = b"RSET\r\n"
+    command: Final = b"RSET\r\n"
 
     def __init__(self) -> None:
         self._parser = ReplyParser(strict=True)
@@ -347,7 +347,7 @@ class Quit:
     RFC 5321 4.1.1.10 asks the client to wait for the reply; whatever it is, garbage included, the connection is closed.
     """
 
-    command = b"QUIT\r\n"
+    command: Final = b"QUIT\r\n"
 
     def __init__(self) -> None:
         self._parser = ReplyParser()

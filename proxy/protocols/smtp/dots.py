@@ -38,7 +38,7 @@ def scan(data: bytes) -> int:
 
 def _has_lone_dot(data: bytes) -> bool:
     at = data.find(b"\n.\r")
-    unfinished = at == len(data) - 3 and data[at - 1 : at] == b"\r"
+    unfinished = 0 < at == len(data) - 3 and data[at - 1] == 13
     if (at >= 0 and not unfinished) or b"\n.\n" in data or b"\r.\r" in data or b"\r.\n" in data:
         return True
     return b"\0." in data or b".\0" in data

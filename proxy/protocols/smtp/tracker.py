@@ -229,7 +229,7 @@ class Tracker:
                 return b""
             line = data[start:end]
             if self.mails == self.mails_allowed and _verb(line) == b"MAIL":
-                self._line = data[start:known]
+                self._line = data[start : max(start, known)]
                 return data[max(start, known) :]
             self._on_command(line)
             start = end + 2

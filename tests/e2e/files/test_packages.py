@@ -148,7 +148,7 @@ def test_the_wheel_of_the_source_distribution_has_the_compiled_relay(
     }
     python = environment(tmp_path / "env", wheel)
     command = python.with_name("greenarrow_proxy")
-    assert "(relay: compiled)" in done(command, "--version", cwd=tmp_path)
+    assert "(relay: compiled, core: compiled)" in done(command, "--version", cwd=tmp_path)
     assert "throttle" in done(command, "--help", cwd=tmp_path)
     installed = tmp_path / "env" / "share" / "greenarrow_proxy" / "throttles"
     assert {path.name for path in installed.iterdir()} == {path.name for path in (ROOT / "etc" / "throttles").iterdir()}

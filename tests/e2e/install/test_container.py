@@ -120,7 +120,7 @@ def test_three_commands_and_mail_of_two_mtas(podman: Podman, checkout: Path) -> 
     assert re.search(r"^NSpid:.*\t1$", inside, re.MULTILINE)
     assert re.search(r"^CapEff:\t0+$", inside, re.MULTILINE)
     said = podman.sh("podman exec greenarrow_proxy greenarrow_proxy --version", checkout)
-    assert "(relay: compiled)" in said
+    assert "(relay: compiled, core: compiled)" in said
 
     podman.sh("podman healthcheck run greenarrow_proxy", checkout)
     podman.sh("podman kill --signal=STOP greenarrow_proxy", checkout)

@@ -151,7 +151,7 @@ class Deb:
         mail.by_two_mtas(place, mail.secret_of((machine.root / CONFIG[1:]).read_text()))
 
     def test_it_is_what_it_should_be(self, machine: Machine) -> None:
-        assert "(relay: compiled)" in machine.run("greenarrow_proxy", "--version").stdout
+        assert "(relay: compiled, core: compiled)" in machine.run("greenarrow_proxy", "--version").stdout
         assert machine.run("stat", "-c", "%U:%G %a", CONFIG).stdout == "root:greenarrow-proxy 640\n"
         pid = machine.show("greenarrow_proxy", "MainPID")
         status = machine.run("cat", f"/proc/{pid}/status").stdout

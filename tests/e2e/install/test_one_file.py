@@ -55,7 +55,7 @@ def run(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_it_has_the_compiled_relay(elsewhere: Path) -> None:
     done = run(elsewhere, "--version")
-    assert re.fullmatch(r"greenarrow_proxy \S+ \(relay: compiled\)\n", done.stdout), done.stderr
+    assert re.fullmatch(r"greenarrow_proxy \S+ \(relay: compiled, core: compiled\)\n", done.stdout), done.stderr
 
 
 def test_signals_reload_and_control(elsewhere: Path) -> None:

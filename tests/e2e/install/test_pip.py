@@ -48,7 +48,8 @@ def test_a_fresh_debian_three_commands_and_mail_of_two_mtas(wheels: tuple[Path, 
             configuration = mail.wait_for_service(place, machine.root / "opt/greenarrow/greenarrow_proxy.conf", shell)
             mail.by_two_mtas(place, mail.secret_of(configuration))
         assert "stop: stopped" in machine.said
-        assert "(relay: compiled)" in machine.run("/opt/greenarrow/venv/bin/greenarrow_proxy", "--version").stdout
+        version = machine.run("/opt/greenarrow/venv/bin/greenarrow_proxy", "--version").stdout
+        assert "(relay: compiled, core: compiled)" in version
 
         # As a service, as the page says it.
         section = mail.PAGE.read_text().partition("As a service, with the user that the unit names:\n\n```\n")[2]

@@ -13,7 +13,8 @@ import pytest
 import trustme
 from cryptography.hazmat.primitives import serialization
 
-from proxy import __version__
+from proxy import __version__, form
+from proxy.net.relay import engine_name
 from tests import forms
 
 ROOT = Path(__file__).parents[3]
@@ -64,7 +65,7 @@ def test_help_shows_nothing_of_the_environment_or_the_file(conf):
 def test_version():
     code, out, err = run("--version")
     assert (code, err) == (0, "")
-    assert out in [f"greenarrow_proxy {__version__} (relay: {engine})\n" for engine in ("compiled", "python")]
+    assert out == f"greenarrow_proxy {__version__} (relay: {engine_name()}, core: {form.core_name()})\n"
 
 
 def test_help_needs_no_gevent(tmp_path):

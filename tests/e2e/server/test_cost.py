@@ -67,7 +67,7 @@ def engine(request: pytest.FixtureRequest) -> str:
 
 
 def running(engine: str, more: str = "") -> Proxy:
-    return Proxy(f"auth_timeout 60s\n{more}", environ={"GREENARROW_PROXY_RELAY": engine})
+    return Proxy(f"auth_timeout 60s\n{more}", environ={"GREENARROW_PROXY_PURE": "1" if engine == "python" else ""})
 
 
 @contextlib.contextmanager

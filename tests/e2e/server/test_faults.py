@@ -29,7 +29,7 @@ else:
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> dict[str, str]:
-    return {"GREENARROW_PROXY_RELAY": request.param}
+    return {"GREENARROW_PROXY_PURE": "1" if request.param == "python" else ""}
 
 
 @pytest.fixture

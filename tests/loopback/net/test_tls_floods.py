@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 import gevent
 import pytest
 
+from proxy.errors import NoPlaintext
 from proxy.net import tls
 from proxy.net.conversation import receive, shake_hands
 from proxy.net.relay import Engine, RawSocket
-from proxy.net.tls import NoPlaintext, TlsStream
+from proxy.net.tls import TlsStream
 from proxy.net.turns import TurnOver, turns
 from tests.certificates import server_context
 from tests.tls_records import KeyLog, Records

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from hypothesis import settings as hypothesis_settings
@@ -33,56 +34,53 @@ KEY = PoolKey("192.0.2.1", MX, "mta.example.org", TlsMode.REQUIRED, "mx.example.
 OTHER = KEY._replace(destination=Endpoint("198.51.100.26", 25))
 
 
-class Checked(Pool):
+class Checked:
     """A pool that looks at its own books after each call: the invariant belongs to the helper, not to each test."""
 
+    def __init__(self, settings: Settings) -> None:
+        self._pool: Any = Pool(settings)
+
+    def __len__(self) -> int:
+        return len(self._pool)
+
+    def __contains__(self, connection: object) -> bool:
+        return connection in self._pool
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._pool, name)
+        if not callable(found):
+            return found
+
+        def call(*arguments: Any) -> Any:
+            try:
+                return found(*arguments)
+            finally:
+                self.check()
+
+        return call
+
     def check(self) -> None:
-        held = set(self._idle)
-        assert set(self._by_connection.values()) == held
-        assert all(entry.connection == name for name, entry in self._by_connection.items())
+        pool = self._pool
+        held = set(pool._idle)
+        assert set(pool._by_connection.values()) == held
+        assert all(entry.connection == name for name, entry in pool._by_connection.items())
         for index, names in (
-            (self._by_key, lambda entry: {entry.key}),
-            (self._by_destination, lambda entry: {entry.key.destination}),
-            (self._by_limit, lambda entry: set(entry.limits)),
+            (pool._by_key, lambda entry: {entry.key}),
+            (pool._by_destination, lambda entry: {entry.key.destination}),
+            (pool._by_limit, lambda entry: set(entry.limits)),
         ):
             assert all(index.values()), "an empty queue is left behind"
             expected = {(name, entry) for entry in held for name in names(entry)}
             assert {(name, entry) for name, queue in index.items() for entry in queue} == expected
-        for queue in (self._idle, *self._by_key.values(), *self._by_destination.values(), *self._by_limit.values()):
+        for queue in (pool._idle, *pool._by_key.values(), *pool._by_destination.values(), *pool._by_limit.values()):
             idle = [entry.idle_since for entry in queue]
             assert idle == sorted(idle)
-        assert held <= {entry for _, _, entry in self._ages}
-        assert len(self._ages) <= 2 * 1000 + 64
-        assert self.offered == self.hits + sum(self.discards.values()) + len(self)
-        assert len(self) == len(held) <= self._settings.reuse_connections_max_cached
-        most = max(self.destinations().values(), default=0)
-        assert most <= self._settings.reuse_connections_max_cached_per_destination
-
-
-def checked(name):
-    def call(self, *args):
-        try:
-            return getattr(Pool, name)(self, *args)
-        finally:
-            self.check()
-
-    return call
-
-
-for _name in (
-    "offer",
-    "decline",
-    "take",
-    "reject",
-    "put_back",
-    "remove",
-    "yield_for",
-    "shed",
-    "expire",
-    "drain",
-    "apply",
-):
-    setattr(Checked, _name, checked(_name))
+        assert held <= {entry for _, _, entry in pool._ages}
+        assert len(pool._ages) <= 2 * 1000 + 64
+        assert pool.offered == pool.hits + sum(pool.discards.values()) + len(pool)
+        assert len(pool) == len(held) <= pool._settings.reuse_connections_max_cached
+        most = max(pool.destinations().values(), default=0)
+        assert most <= pool._settings.reuse_connections_max_cached_per_destination
 
 
 def entry(name="c", key=KEY, opened_at=0.0, **more) -> Entry:

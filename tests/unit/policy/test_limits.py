@@ -1,7 +1,6 @@
 """Which throttle blocks hold for a connection, what counts by itself, and what thousands of blocks cost."""
 
 import gc
-import weakref
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from proxy.errors import ConfigError
 from proxy.model import UNNAMED, Names
 from proxy.policy.limits import Limits
 from proxy.settings import Rate
+from tests.unit.feeding import alive
 
 ROOT = Path(__file__).parents[3]
 BASE = "listen_socks5 127.0.0.1:1080\nsocks5_auth none\nallow_from 127.0.0.1\n"
@@ -255,11 +255,12 @@ def test_what_is_remembered_is_bounded(monkeypatch):
 def test_an_old_configuration_leaves_no_circles_behind():
     found = blocks_of(20, lambda n: f"destination 98.0.0.0/8\n source 10.0.0.0/8\n instance a\n domain d{n}.example")
     assert found.match("a", "10.0.0.1", "98.0.0.1")
-    watched = weakref.ref(found._receivers)
+    kind = type(found._receivers)
+    before = alive(kind)
     gc.disable()
     try:
         del found
-        assert watched() is None
+        assert alive(kind) == before - 1
     finally:
         gc.enable()
 

@@ -68,7 +68,7 @@ def throttle(number: int, instances: int = 0, **more) -> ThrottleRow:
 
 def status(throttles=(), **more) -> Status:
     return Status(
-        program=Program("1.2", "0543b19c", 5.0, "python"),
+        program=Program("1.2", "0543b19c", 5.0, "python", "python"),
         listeners=[ListenerRow("127.0.0.1:807", "native", 2)],
         connections=Connections(2, 100, 0, 0, 1, 3, 0),
         counters={"accepted": {"native": 3}, "messages": 5},

@@ -101,7 +101,7 @@ class House:
 
     def sources(self, others=()):
         return Sources(
-            Program("1.2", "0543b19c", 5.0, "python"),
+            Program("1.2", "0543b19c", 5.0, "python", "python"),
             merge([self.part(), *others]),
             100,
             ManagerFigures("0543b19c", 1, tuple(self.figures)),

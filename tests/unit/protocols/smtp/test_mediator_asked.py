@@ -1,14 +1,15 @@
 """What a caller asks the mediator, condition by condition: may it read, is it idle, may it lend, is there any hope."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 
 from proxy.model import Discard
 from proxy.protocols.smtp.course import MOST_IDLE_COMMANDS, MOST_MISTAKES
+from proxy.protocols.smtp.fates import FateTracker
 from proxy.protocols.smtp.mediator import MOST_INPUT, Mediator
 from proxy.protocols.smtp.states import State, Want
+from proxy.stats import Fate
 from tests.unit.protocols.smtp.world import HELLO, HOST, opened, throttled, unreachable
 
 Change = Callable[[Mediator], object]
@@ -391,10 +392,9 @@ def test_a_refusal_of_ours_is_told_to_the_judge_with_all_that_the_client_said(ag
         made.group.add(b"MAIL", b"MAIL FROM:<>\r\n")
         made.group.add(b"RCPT", b"RCPT TO:<a@b.example>\r\n")
     made.unread += b"DATA\r\n"
-    made.tracker = SimpleNamespace(turned_away=lambda said, reply: told.append((said, reply)))
+    made.tracker = FateTracker(told.append)
     made.refuse(b"451 later\r\n")
-    said = b"MAIL FROM:<>\r\nRCPT TO:<a@b.example>\r\n" if again else b"MAIL FROM:<>\n"
-    assert told == [(said + b"DATA\r\n", b"451 later\r\n")]
+    assert told == [Fate("", ("b.example",) if again else (), int(again), 0, "451 later", False)]
     assert (made.state, made.fresh, made.pending, made.begun, made.refused) == (State.SWALLOW, False, b"", False, 1)
     assert [reply[:3] for reply in made.to_client] == [b"451", b"503"][: 1 + again]
 
