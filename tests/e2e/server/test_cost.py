@@ -54,7 +54,7 @@ BOUND_STEP = 2.1
 #: both sides looked at, once each, before the greeting is read and sent; END read, ENDED, shutdown, close: 18. What
 #: comes sooner than it might, an event of room for more, and what is done each second make some more of it.
 BOUND_CHANNEL = 21
-#: In Python a step may take longer than a turn has, beside strace on a busy machine: whoever has rested reads once more.
+#: In Python a step may take longer than a turn has, beside strace on a busy machine: who has rested reads once more.
 BOUND_CHANNEL_STEP = {"python": 3.0, "compiled": BOUND_STEP}
 #: A permit that is asked for alone is a read and a write: no timer, no look for more that finds nothing. In a turn of
 #: the loop for it alone the loop's epoll and the engine's are asked, once each.
