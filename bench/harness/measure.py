@@ -51,11 +51,21 @@ class Running:
         return self._process.pid if self._process else None
 
     @property
+    def _door(self) -> tuple[str, int]:
+        door = self.candidate.door("any")
+        assert door is not None
+        host, port = door.address.split(":")
+        return host, int(port)
+
+    @property
     def ended(self) -> bool:
         return self._process is not None and self._process.poll() is not None
 
     def _start(self, cores: Cores) -> subprocess.Popen[bytes]:
         assert self.candidate.command is not None
+        host, port = self._door
+        with contextlib.suppress(OSError), socket.create_connection((host, port), 1):
+            raise Unavailable(f"somebody else listens on {host}:{port}, and would be measured in its place")
         command = pinned(cores.proxy, self.candidate.command(self.candidate, self.directory))
         with self.log.open("wb") as log:
             output: Any = log
@@ -74,12 +84,9 @@ class Running:
 
     def _wait_until_it_listens(self) -> None:
         assert self._process is not None
-        door = self.candidate.door("any")
-        assert door is not None
-        host, port = door.address.split(":")
         deadline = time.monotonic() + _START_TIMEOUT
         while time.monotonic() < deadline and self._process.poll() is None:
-            with contextlib.suppress(OSError), socket.create_connection((host, int(port)), 1):
+            with contextlib.suppress(OSError), socket.create_connection(self._door, 1):
                 return
             time.sleep(0.05)
         lines = self.log.read_text(errors="replace").strip().splitlines()
