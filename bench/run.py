@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -145,6 +146,7 @@ def measure_all(options: argparse.Namespace, blocks: dict[str, Any], label: str,
 
 def main() -> int:
     options = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: ended"))  # what was started is stopped then, too
     label = options.label or ("quick" if options.quick else "full")
     into_docs = options.docs or label == "full"
     blocks = load(label)
