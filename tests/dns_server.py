@@ -72,7 +72,7 @@ class DnsServer:
     def _serve_tcp(self) -> None:
         sock, _ = self._tcp.accept()
         with sock:
-            sock.settimeout(5.0)
+            sock.settimeout(30)
             with sock.makefile("rb") as file:
                 (length,) = struct.unpack("!H", file.read(2))
                 answer = self._answer(file.read(length))

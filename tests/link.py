@@ -55,7 +55,7 @@ class Link:
     def __exit__(self, *_: object) -> None:
         self._over = True
         self._button.send(b"!")
-        self._thread.join(10)
+        self._thread.join(30)
         for sock in (*self._others, self._listener, self._bell, self._button):
             sock.close()
         self._selector.close()

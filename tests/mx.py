@@ -414,7 +414,7 @@ class Mx:
                 # Beneath TLS, and awake even a send that the client does not read.
                 socket.socket.shutdown(session.sock, socket.SHUT_RDWR)
         for thread in self._threads[1:]:
-            thread.join(10)
+            thread.join(30)
             assert not thread.is_alive(), "a session does not end"
 
     def context(self) -> ssl.SSLContext:

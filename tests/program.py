@@ -32,7 +32,8 @@ from tests.waiting import wait_for
 ROOT = Path(__file__).parents[1]
 SECRET = "an-0pen-secret-of-32-characters-for-tests"
 
-#: What a test's own text does not say. Each door has an address of its own, since each listens on port 0.
+#: What a test's own text does not say. Each door has an address of its own, since each listens on port 0. Receivers are
+#: of these tests: on a busy machine they close late, and what they count must be true all the same.
 BASE = f"""\
 listen 127.0.1.1:0
 listen_socks5 127.0.1.2:0
@@ -43,6 +44,7 @@ allow_destination 127.0.0.0/8, ::1/128
 destination_port 1-65535
 auth_shared_secret "{SECRET}"
 drain_timeout 2s
+throttle_close_timeout 60s
 stats_interval 1h
 """
 
@@ -186,7 +188,7 @@ class Proxy:
         for each in self._heirs:
             wait_for(lambda each=each: not _lives(each), timeout, f"process {each} ends")  # type: ignore[misc]
         for thread in self._threads:
-            thread.join(5)
+            thread.join(30)
         return code
 
     def _end(self) -> None:
@@ -197,7 +199,7 @@ class Proxy:
             self._process.kill()
             self._process.wait()
         for thread in self._threads:
-            thread.join(5)
+            thread.join(30)
         for stream in (self._process.stdout, self._process.stderr):
             if stream is not None:
                 stream.close()
@@ -377,7 +379,7 @@ class Proxy:
             done = self._news.wait_for(lambda: condition() or self._ended(), timeout)
         if done and not condition():
             for thread in self._threads:
-                thread.join(5)
+                thread.join(30)
             done = condition()
         assert done, f"not within {timeout} s: {what}; it wrote:\n" + "\n".join(self.lines[-20:])
 

@@ -135,13 +135,13 @@ class Raw:
 
     def __exit__(self, *_: object) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
-        self._acceptor.join(10)
+        self._acceptor.join(30)
         self._listener.close()
         for sock in self.sockets:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
-            thread.join(10)
+            thread.join(30)
             assert not thread.is_alive(), "a server's connection does not end"
         for sock in self.sockets:
             sock.close()

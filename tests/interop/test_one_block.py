@@ -40,7 +40,7 @@ throttle yahoo {{{{
 
 def status(proxy: Proxy) -> dict[str, list[dict[str, object]]]:
     host, port = proxy.door("status")
-    with urllib.request.urlopen(f"http://{host}:{port}/status.json", timeout=20) as answer:
+    with urllib.request.urlopen(f"http://{host}:{port}/status.json", timeout=30) as answer:
         found: dict[str, list[dict[str, object]]] = json.load(answer)
     return found
 

@@ -89,7 +89,7 @@ def prometheus(proxy: Proxy) -> Iterator[str]:
 
 
 def ask(url: str) -> Any:
-    with urllib.request.urlopen(url, timeout=20) as answer:
+    with urllib.request.urlopen(url, timeout=30) as answer:
         return json.load(answer)["data"]
 
 

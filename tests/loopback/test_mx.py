@@ -24,7 +24,7 @@ def client_context() -> ssl.SSLContext:
 
 
 def dial(mx: Mx, source: str = "127.0.0.9") -> socket.socket:
-    sock = socket.create_connection(mx.endpoint, timeout=10, source_address=(source, 0))
+    sock = socket.create_connection(mx.endpoint, timeout=30, source_address=(source, 0))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
 
@@ -80,7 +80,7 @@ def test_tls(implicit):
             with client_context().wrap_socket(dial(mx), server_hostname=NAME) as sock:
                 assert read_until(sock, b"\n").startswith(b"220 ")
         else:
-            with smtplib.SMTP(*mx.endpoint, timeout=10) as client:
+            with smtplib.SMTP(*mx.endpoint, timeout=30) as client:
                 client.ehlo()
                 client.starttls(context=client_context())
                 client.ehlo()

@@ -86,7 +86,7 @@ class Mta:
         if number is not None:
             self.process.send_signal(number)
         code = self.process.wait(timeout)
-        self._reader.join(10)
+        self._reader.join(30)
         return code
 
     def events(self, name: str) -> list[dict[str, Any]]:

@@ -111,7 +111,7 @@ class House:
             for mta in mtas:
                 stack.enter_context(mta)
             begun = {mta.name for mta in mtas}
-            wait_for(lambda: begun <= set(self.witness.counts(begin)), 20, "all of them send")
+            wait_for(lambda: begun <= set(self.witness.counts(begin)), 30, "all of them send")
             yield
             for mta in mtas:
                 mta.stop()

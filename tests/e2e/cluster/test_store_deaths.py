@@ -112,7 +112,7 @@ def test_one_that_believes_to_be_alone_and_is_not_is_told_so() -> None:
     with engine(VALKEY_9) as store, House(store.url(), members=1) as house, house.mail():
         house.more(60)
         for proxy in house.proxies:
-            wait_for(lambda proxy=proxy: "store_members" in kinds(proxy), 20, "the trouble is told")
+            wait_for(lambda proxy=proxy: "store_members" in kinds(proxy), 30, "the trouble is told")
 
 
 def kinds(proxy: Proxy) -> list[str]:
@@ -126,7 +126,7 @@ def test_a_reply_is_lost_after_it_was_carried_out() -> None:
             for number in range(1, 6):
                 house.more(10)
                 link.lose_replies()
-                wait_for(lambda number=number: link.lost == number, 10, "a reply is lost")
+                wait_for(lambda number=number: link.lost == number, 30, "a reply is lost")
             house.wait_together()
             house.more(30)
 
@@ -162,6 +162,6 @@ def test_three_proxies_and_an_engine_that_comes_and_goes() -> None:
                 house.more(8, number)
         finally:
             over.set()
-            thread.join(10)
+            thread.join(30)
         house.wait_together()
         house.more(20)

@@ -17,9 +17,9 @@ def test_all_proxies_together_have_no_more_connections_than_places() -> None:
         with house.mail(threads=6, each=3):
             house.more(60, 0)
             house.more(60, 1)
-            wait_for(lambda: house.mx.open == PLACES, 20, "both together have all of them")
+            wait_for(lambda: house.mx.open == PLACES, 30, "both together have all of them")
         with house.mail(1, threads=6, each=3):
-            wait_for(lambda: house.mx.open == PLACES - 1, 20, "one proxy has all that it can have")
+            wait_for(lambda: house.mx.open == PLACES - 1, 30, "one proxy has all that it can have")
         assert house.witness.most <= PLACES
 
 
@@ -28,7 +28,7 @@ def test_without_the_store_each_has_its_share_of_the_places() -> None:
         house.more(60)
         store.kill()
         house.wait_alone()
-        wait_for(lambda: house.mx.open <= PLACES // 2 * 2, 20, "each has its share")
+        wait_for(lambda: house.mx.open <= PLACES // 2 * 2, 30, "each has its share")
         so_far, house.witness.most = house.witness.most, 0
         house.more(60, 0)
         house.more(60, 1)

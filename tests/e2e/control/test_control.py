@@ -46,7 +46,7 @@ def ctl(path, *words, user=None):
 def ask(path, line):
     """A client of our own: raw bytes, one line back."""
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.settimeout(20)
+        sock.settimeout(30)
         sock.connect("\0" + path[1:])
         sock.sendall(line)
         with sock.makefile("rb") as file:
@@ -327,7 +327,7 @@ def test_a_prompt_with_completion(path):
             os.write(master, b"show 'nothing\n")
             until(b"No closing quotation")
             os.write(master, b"quit\n")
-            assert process.wait(20) == 0
+            assert process.wait(30) == 0
         finally:
             process.kill()
             process.wait()
@@ -343,10 +343,11 @@ def test_top_shows_trouble_throttles_and_connections(path):
             wanted = {"trouble: none": 2, "one  ": 2, "RELAY": 0}
             while any(count > 0 for count in wanted.values()):
                 line = process.stdout.readline()
+                assert line, "it has ended"
                 for text in wanted:
                     wanted[text] -= text in line
             process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 0
+            assert process.wait(30) == 0
 
 
 def test_a_throttle_is_paused_and_limited_by_hand(path):
@@ -415,7 +416,7 @@ def door():
 def test_a_rule_that_instances_have_named_is_paused_and_they_are_told(path):
     with Proxy(f"control_socket {path}\n") as proxy, Session(proxy.native, SECRET, "a") as session:
         throttle = session.throttle("127.0.0.9", Limits("yahoo", ((100, 1),)))
-        throttle.acquire(10)
+        throttle.acquire(30)
         assert ctl(path, "pause", "throttle", "yahoo", "127.0.0.9")[0] == 0
         wait_for(lambda: rows(path, "show", "throttles", "yahoo")[0]["state"] == "paused", what="it is paused")
 
@@ -427,4 +428,4 @@ def test_a_rule_that_instances_have_named_is_paused_and_they_are_told(path):
 
         wait_for(none_is_left, what="nothing goes on")
         assert ctl(path, "resume", "throttle", "yahoo", "127.0.0.9")[0] == 0
-        throttle.acquire(10)
+        throttle.acquire(30)

@@ -299,7 +299,7 @@ def test_the_throttle_store_is_gone(path):
             connected(proxy, mx),
             Drill("l", path, {"10.0.0.9:6379": store.where}) as drill,
         ):
-            wait_for(lambda: proxy.page()["store"]["seen"], 20, "the store knows us")
+            wait_for(lambda: proxy.page()["store"]["seen"], 30, "the store knows us")
             store.kill()
             drill.watch("store_degraded", "does not answer, and this proxy goes on with 1/2 of each limit")
             drill.watch("degraded", "valkey", "redis://10.0.0.9:6379")

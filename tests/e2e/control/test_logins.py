@@ -29,7 +29,7 @@ def test_the_number_follows_the_configuration():
     with Proxy(f"control_socket {path}\nlisten_tls no\n") as proxy, Raw(greet) as mx:
         socks5(proxy.socks5, mx.endpoint, user="mta-1").close()
         with Session(proxy.native, SECRET, "mta-2", tls=False) as session:
-            session.throttle("127.0.0.9", Limits("yahoo", [(60, 60)])).wait_until_registered(10)
+            session.throttle("127.0.0.9", Limits("yahoo", [(60, 60)])).wait_until_registered(30)
             assert logins() == [("mta-2", "1", True, 1), ("mta-1", "1", True, 1)]
         both = f'control_socket {path}\nlisten_tls no\nauth_shared_secret "{NEW}"\nauth_shared_secret "{SECRET}"\n'
         proxy.hup(both)

@@ -141,7 +141,7 @@ def test_a_trace_has_the_steps_of_all(world: World) -> None:
 
         wait_for(has_both)
         tracing.terminate()
-        reader.join(20)
+        reader.join(30)
     assert all(" mta-1 " in line for line in lines)
 
 

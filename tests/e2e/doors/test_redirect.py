@@ -30,7 +30,7 @@ SENDER = """
 import encodings.idna, os, smtplib, sys  # all before it may no longer read our files
 os.setuid(int(sys.argv[1]))
 source = (sys.argv[3], 0) if len(sys.argv) > 3 else None
-smtp = smtplib.SMTP(local_hostname="mta.example", timeout=20, source_address=source)
+smtp = smtplib.SMTP(local_hostname="mta.example", timeout=30, source_address=source)
 code, text = smtp.connect(sys.argv[2], 25)
 if code == 220:
     smtp.sendmail("from@example.com", ["to@example.net"], sys.stdin.buffer.read())
@@ -113,7 +113,7 @@ def test_a_rule_that_redirects_the_proxy_itself_is_no_endless_loop(mode: str) ->
             reply = send(FIRST)
             assert reply.startswith("421 4.5.0 ")
             assert "must match the MTA's user only" in reply
-            wait_for(lambda: len(proxy.matching("connection ")) >= 1, 10)
+            wait_for(lambda: len(proxy.matching("connection ")) >= 1, 30)
             assert len(proxy.matching("^refused .*redirected to it")) == 1
 
     peers.in_network_namespace(body)

@@ -113,14 +113,14 @@ def test_a_reset_travels_on(pair: tuple[Proxy, Proxy], who: str) -> None:
         if who == "client":
             if was_reset(sock):
                 seen.set()
-        elif seen.wait(10):
+        elif seen.wait(30):
             clients.reset(sock)
 
     with Raw(serve) as mx, socks5(front.socks5, mx.endpoint) as sock:
         assert clients.exactly(sock, 16) == b"220 mx.example\r\n"
         if who == "client":
             clients.reset(sock)
-            assert seen.wait(10)
+            assert seen.wait(30)
         else:
             seen.set()
             assert was_reset(sock)

@@ -37,7 +37,7 @@ port, secret, mx = int(sys.argv[1]), sys.argv[2], (sys.argv[3], int(sys.argv[4])
 with Session(("127.0.1.1", port), secret, "server-a") as session:
     throttle = session.throttle("127.0.0.14", Limits("all", rates=[(1000, 60)], max_connections=2))
     with session.smtp([mx], "mail.example", source_ip="127.0.0.14", tls="none", throttles=[throttle]) as smtp:
-        smtp.permit = throttle.acquire(timeout=20)
+        smtp.permit = throttle.acquire(timeout=30)
         assert smtp.sendmail("me@example.com", ["you@example.net"], b"Subject: hello\\r\\n\\r\\nHello.\\r\\n") == {}
 if "proxy.py" in sys.argv:
     import proxy

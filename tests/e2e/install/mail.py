@@ -138,7 +138,7 @@ def wait_for_service(place: Place, configuration: Path, shell: subprocess.Popen[
     def listens() -> bool:
         if shell.poll() is not None:
             raise AssertionError(shell.stdout.read() if shell.stdout else "it has ended")
-        with contextlib.suppress(OSError), socket.create_connection((place.door, 1080), 5):
+        with contextlib.suppress(OSError), socket.create_connection((place.door, 1080), 30):
             return True
         return False
 

@@ -194,7 +194,7 @@ class Deb:
     def test_metrics_of_the_process(self, machine: Machine, place: mail.Place) -> None:
         """They are read from /proc, of which the unit hides most."""
         with configured(machine, place, f"listen_status {place.door}:809\nlisten_status_allow_from 127.0.0.0/8\n"):
-            with urllib.request.urlopen(f"http://{place.door}:809/metrics", timeout=10) as answer:
+            with urllib.request.urlopen(f"http://{place.door}:809/metrics", timeout=30) as answer:
                 text = answer.read().decode()
             found = dict(re.findall(r"^(process_\w+) (\S+)$", text, re.MULTILINE))
             for name in ("cpu_seconds_total", "open_fds", "resident_memory_bytes", "start_time_seconds", "max_fds"):
@@ -271,7 +271,7 @@ class Deb:
     def test_a_new_process_takes_over_by_sigusr2(self, machine: Machine, place: mail.Place) -> None:
         """systemd learns who is the main one now; whoever was connected stays so."""
         old = machine.show("greenarrow_proxy", "MainPID")
-        with socket.create_connection((place.door, 1080), 10) as client:
+        with socket.create_connection((place.door, 1080), 30) as client:
             client.sendall(b"\x05\x01\x02")
             assert client.recv(2) == b"\x05\x02"
             machine.run("systemctl", "kill", "--signal=USR2", "--kill-whom=main", "greenarrow_proxy")
@@ -340,7 +340,7 @@ class Deb:
     def test_removed_and_purged(self, machine: Machine, package: Path, place: mail.Place) -> None:
         machine.run("apt-get", "remove", "--yes", "greenarrow-proxy")
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection((place.door, 807), 5).close()
+            socket.create_connection((place.door, 807), 30).close()
         assert (machine.root / CONFIG[1:]).exists()
         assert not (machine.root / "usr/lib/greenarrow-proxy").exists()
 
@@ -391,7 +391,7 @@ class configured:
         seen = len(self._reloads())
         self._machine.run("systemctl", "reload", "greenarrow_proxy", fails=fails)
         if not fails:  # the signal is sent, and then it takes a moment
-            wait_for(lambda: len(self._reloads()) > seen, 20, "the log says that it has reloaded")
+            wait_for(lambda: len(self._reloads()) > seen, 30, "the log says that it has reloaded")
 
     def _reloads(self) -> list[str]:
         return re.findall(r"^reload: .*$", self._machine.journal("greenarrow_proxy"), re.MULTILINE)

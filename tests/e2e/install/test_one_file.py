@@ -75,7 +75,7 @@ def test_signals_reload_and_control(elsewhere: Path) -> None:
 
     try:
         port = int(wait_line(r"listening on 127\.0\.0\.1:\d+ ").rpartition(":")[2])
-        socket.create_connection(("127.0.0.1", port), 5).close()
+        socket.create_connection(("127.0.0.1", port), 30).close()
         done = run(elsewhere, "ctl", "--socket", name, "show", "listeners")
         assert f"127.0.0.1:{port}" in done.stdout, done.stderr
         config.write_text(text + "connect_timeout 7s\n")

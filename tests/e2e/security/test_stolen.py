@@ -150,7 +150,7 @@ def test_without_a_secret_the_doors_without_a_password_are_open_and_no_others(mx
             with pytest.raises(ProxyRejected) as caught:
                 session.connect([mx.endpoint])
             assert caught.value.code == "bad_credentials"
-        with socket.create_connection(proxy.door("status"), 10) as sock, contextlib.suppress(ConnectionResetError):
+        with socket.create_connection(proxy.door("status"), 30) as sock, contextlib.suppress(ConnectionResetError):
             assert sock.recv(1) == b"", "closed before it has said anything"
 
 

@@ -22,7 +22,7 @@ class Manager:
         self.path = str(path)
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.socket.bind(self.path)
-        self.socket.settimeout(10)
+        self.socket.settimeout(30)
 
     def next(self):
         return dict(line.split("=", 1) for line in self.socket.recv(4096).decode().splitlines())
@@ -125,7 +125,7 @@ def inherited(*listeners):
 def test_inherited_sockets_are_used():
     with socket.create_server(("127.0.1.5", 0)) as one, socket.create_server(("127.0.1.6", 0)) as other:
         # A client that comes before the program waits in the backlog and is served.
-        early = socket.create_connection(one.getsockname(), 10)
+        early = socket.create_connection(one.getsockname(), 30)
         text = f"listen_socks5 127.0.1.5:{one.getsockname()[1]}\n"
         text += f"listen_proxy_protocol 127.0.1.6:{other.getsockname()[1]}\n"
         with inherited(one, other) as arguments, Proxy(text, **arguments) as proxy, Raw(greet) as mx:
@@ -139,7 +139,7 @@ def test_inherited_sockets_are_used():
             early.close()
         assert not proxy.matching("systemd")
         # They are the service manager's: still open after the program, for the next one.
-        socket.create_connection(one.getsockname(), 10).close()
+        socket.create_connection(one.getsockname(), 30).close()
 
 
 def test_a_restart_refuses_nobody():
@@ -148,7 +148,7 @@ def test_a_restart_refuses_nobody():
         text = f"listen_socks5 127.0.1.5:{listener.getsockname()[1]}\n"
         with inherited(listener) as arguments, Proxy(text, **arguments):
             pass
-        waiting = socket.create_connection(listener.getsockname(), 10)
+        waiting = socket.create_connection(listener.getsockname(), 30)
         with inherited(listener) as arguments, Proxy(text, **arguments) as proxy:
             waiting.sendall(b"\x05\x01\x02")
             assert exactly(waiting, 2) == b"\x05\x02"

@@ -92,7 +92,7 @@ def traced(proxy: Proxy, tmp_path: Path, shared: frozenset[str] = frozenset(SHAR
         yield calls
     finally:
         tracer.terminate()
-        tracer.wait(10)
+        tracer.wait(30)
         tracer.stderr.close()
     for line in report.read_text().splitlines():
         match = re.fullmatch(r"\s*[\d.]+\s+[\d.]+\s+\d+\s+(\d+)(?:\s+\d+)?\s+(\w+)", line)

@@ -188,7 +188,7 @@ def relayed(engine: dict[str, str], up: bool) -> Iterator[tuple[Proxy, socket.so
     ):
         source, target = (client, upstream) if up else (upstream, client)
         source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        target.settimeout(20)
+        target.settimeout(30)
         yield proxy, source, target
         client.close()
         upstream.close()

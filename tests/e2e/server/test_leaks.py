@@ -93,7 +93,7 @@ def relays_at_once(count):
         each = (proxy.rss() - rss) / count
         for sock in load.stayed:
             sock.setblocking(True)
-            sock.settimeout(20)
+            sock.settimeout(30)
             sock.sendall(b"?")
         assert all(exactly(sock, 1) == b"?" for sock in load.stayed)
         for sock in load.stayed[::2]:

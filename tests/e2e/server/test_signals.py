@@ -77,7 +77,7 @@ def test_as_the_first_process_of_a_container(tmp_path):
             next(line for line in lines if "the new configuration is in force" in line)
             os.kill(int(number), signal.SIGTERM)
             next(line for line in lines if "stopped" in line)
-            assert process.wait(20) == 0
+            assert process.wait(30) == 0
         finally:
             process.kill()
 

@@ -120,7 +120,7 @@ def test_nobody_sees_the_password(server: engines.Engine) -> None:
         assert said[1].startswith("0\n")
         host, port = proxy.door("status")
         for page in ("", "metrics", "status.json"):
-            with urlopen(f"http://{host}:{port}/{page}", timeout=20) as answer:
+            with urlopen(f"http://{host}:{port}/{page}", timeout=30) as answer:
                 said.append(answer.read().decode())
         server.client.execute_command("ACL SETUSER default on >other resetpass >other")
         server.password = "other"

@@ -115,7 +115,7 @@ def by_library(session: Session, throttle: object, mx: Mx, text: bytes) -> None:
             time.sleep(0.05)
             continue
         try:
-            smtp.permit = throttle.acquire(20)  # type: ignore[attr-defined]
+            smtp.permit = throttle.acquire(30)  # type: ignore[attr-defined]
         except (ThrottleTimeout, ProxyUnavailable):
             smtp.release()
             continue

@@ -92,14 +92,14 @@ def test_several_race_for_one_connection(proxy, pair, mx):
     barrier, sent = threading.Barrier(8), []
 
     def race(number):
-        barrier.wait(10)
+        barrier.wait(30)
         sent.append(send(pair[number % 2], mx, number).opened.reused)
 
     threads = [threading.Thread(target=race, args=(number,)) for number in range(1, 9)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20)
+        thread.join(30)
     assert len(sent) == 8
     assert sent.count(True) >= 1
     assert sent.count(False) == mx.connects - 1

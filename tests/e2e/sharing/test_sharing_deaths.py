@@ -57,7 +57,7 @@ def test_a_word_out_of_turn_at_the_hand_over_does_not_become_an_answer(proxy, pa
     assert smtp.opened.reused
     said = threading.Event()
     mx.sessions[0].act(lambda session, reply: (session.send(late), said.set()))
-    assert said.wait(10)
+    assert said.wait(30)
     wait_for(lambda: mx.sessions[0].peer and proxy.fds())  # the proxy's loop has had a turn
     smtp.sendmail("1@example.com", ["to@example.net"], body(1))
     smtp.release()

@@ -92,7 +92,7 @@ def soak(seconds, tls, dies):
         Proxy(SETTINGS[0]) as proxy,
         instances(proxy, "server-a", "server-b", max_idle_channels=8) as pair,
     ):
-        assert all(session.wait_until_up(10) for session in pair)
+        assert all(session.wait_until_up(30) for session in pair)
         before = proxy.fds()
         senders = [Sender(pair, mx, 1_000_000 * which, stop, tls) for which in range(4)]
         for sender in senders:

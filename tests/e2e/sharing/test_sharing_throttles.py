@@ -89,7 +89,7 @@ def test_in_use_it_is_offered_to_whoever_waits_and_not_kept():
         wait_for(lambda: proxy.open_connections("native") >= 3)
         # The OPEN of the other may still be on its way: then this one is kept, and gives way afterwards.
         assert smtp.release(wait=True) in ("yielded", "kept")
-        waiting.join(20)
+        waiting.join(30)
         arrived(other, {1: 1})
         wait_for(lambda: mx.sessions[0].ended)
         assert mx.sessions[0].ended == "quit"
@@ -100,7 +100,7 @@ def test_from_one_path_to_another(proxy, pair, mx):
     first = pair[0].throttle("127.0.0.9", Limits("first", max_connections=1))
     second = pair[1].throttle("127.0.0.9", Limits("second", max_connections=1))
     for throttle in (first, second):
-        assert throttle.wait_until_registered(10)
+        assert throttle.wait_until_registered(30)
     send(pair[0], mx, 0, throttles=[first])
     cached(proxy, 1, mx)
     smtp = send(pair[1], mx, 1, throttles=[second], release=False)
@@ -127,11 +127,11 @@ def test_a_second_try_needs_no_second_permit(death):
         instances(proxy, "server-a") as (session,),
     ):
         throttle = session.throttle("127.0.0.9", Limits("some", rates=[(1000, 1)], burst=10))
-        assert throttle.wait_until_registered(10)
+        assert throttle.wait_until_registered(30)
         for number in range(3):
             smtp = session.smtp([mx.endpoint], NAME, tls="none", throttles=[throttle])
             assert smtp.opened.reused == (number > 0)
-            smtp.permit = throttle.acquire(10)
+            smtp.permit = throttle.acquire(30)
             smtp.sendmail(f"{number}@example.com", ["to@example.net"], body(number))
             assert smtp.release(wait=True) == "kept"
             cached(proxy, 1, mx)

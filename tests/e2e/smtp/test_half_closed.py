@@ -57,7 +57,7 @@ def test_while_the_receiver_takes_its_time(door: tuple[Proxy, Proxy], step: str)
 
     with Mx({step: behave}, starttls=True) as mx, proxied(front.proxy_protocol, mx.endpoint, SOURCE) as sock:
         sock.sendall(DIALOGUE)
-        assert reached.wait(10)
+        assert reached.wait(30)
         sock.shutdown(socket.SHUT_WR)
         front.status(), proxy.status()  # both have looked at their sockets
         gate.set()
@@ -98,7 +98,7 @@ def test_behind_tls() -> None:
         smtp.sock.setblocking(False)
         with pytest.raises(ssl.SSLWantReadError):
             smtp.sock.unwrap()  # close_notify; without it the rest could have been cut off by anybody
-        smtp.sock.settimeout(20)
+        smtp.sock.settimeout(30)
         socket.socket.shutdown(smtp.sock, socket.SHUT_WR)
         heard = b""
         with contextlib.suppress(ssl.SSLZeroReturnError):

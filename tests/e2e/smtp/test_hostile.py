@@ -295,7 +295,7 @@ def test_the_proxy_of_an_agent_is_killed_at_each_step(step: str) -> None:
         if step == "dot":
             wait_for(lambda: mx.sessions and b"DATA" in mx.sessions[0].commands)
             sock.sendall(b"x\r\n.\r\n")
-        assert reached.wait(10)
+        assert reached.wait(30)
         proxy.signal(signal.SIGKILL)
         proxy.wait_exit()
         heard = b""

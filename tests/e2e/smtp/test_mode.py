@@ -388,7 +388,7 @@ def test_junk_gets_a_reply_of_smtp_and_is_closed(proxy, mx, junk):
     data = b""
     with contextlib.suppress(ConnectionResetError):
         data = read_all(sock)
-    sender.join(20)
+    sender.join(30)
     assert data.startswith(b"220 ")
     assert b"\r\n421 4.7.0 " in data or len(data) > 1000
     assert not mx.messages

@@ -56,7 +56,7 @@ def proxy():
             session = stack.enter_context(Session(own.native, SECRET, name))
             for limit in (Limits("yahoo", [(5, 60), (3600, 3600)], 3, mode="sum"), Limits("narrow", (), 1)):
                 throttle = session.throttle(SOURCE, limit)
-                assert throttle.wait_until_registered(10)
+                assert throttle.wait_until_registered(30)
         first = stack.enter_context(session.connect([greets.endpoint], source_ip=SOURCE, throttles=[throttle]))
         assert first.recv(8)
         waiting = threading.Thread(target=_ask, args=(session, greets.endpoint, throttle))
@@ -90,7 +90,7 @@ def url(proxy, query=""):
 
 
 def get(proxy, path, method="GET", **headers):
-    connection = http.client.HTTPConnection(*proxy.door("status"), timeout=20)
+    connection = http.client.HTTPConnection(*proxy.door("status"), timeout=30)
     with contextlib.closing(connection):
         connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
         answer = connection.getresponse()
@@ -197,7 +197,7 @@ def test_a_row_stays_itself_when_it_moves(proxy, page):
     )
     with Session(proxy.native, SECRET, "server-aa") as session:
         throttle = session.throttle(SOURCE, Limits("narrow", (), 1))
-        assert throttle.wait_until_registered(10)
+        assert throttle.wait_until_registered(30)
         refresh(page, "row.rowIndex !== window.index")
         assert page.run("[row.isConnected, row.cells[0].textContent, String(getSelection()).trim()]") == [
             *(True, "server-b", "server-b")

@@ -41,7 +41,7 @@ def proxy():
 
 
 def get(proxy, path, method="GET", host="127.0.0.1"):
-    connection = http.client.HTTPConnection(*proxy.door("status"), timeout=20, source_address=(host, 0))
+    connection = http.client.HTTPConnection(*proxy.door("status"), timeout=30, source_address=(host, 0))
     with contextlib.closing(connection):
         connection.request(method, path)
         answer = connection.getresponse()
@@ -108,8 +108,8 @@ def test_two_instances_under_one_throttle(proxy):
     ):
         limits = [Limits("yahoo", [(3600, 3600)], 3, mode="sum"), Limits("yahoo", [(1800, 3600)], 1, mode="sum")]
         one, two = (session.throttle(SOURCE, limit) for session, limit in zip((a, b), limits, strict=True))
-        assert one.wait_until_registered(10)
-        assert two.wait_until_registered(10)
+        assert one.wait_until_registered(30)
+        assert two.wait_until_registered(30)
         with contextlib.ExitStack() as stack:
             for session, throttle, count in ((a, one, 2), (b, two, 1)):
                 for _ in range(count):
@@ -165,7 +165,7 @@ def test_two_instances_under_one_throttle(proxy):
 def test_one_that_waits_is_shown_first(proxy):
     with Raw(greet) as mx, Session(proxy.native, SECRET, "server-c") as session:
         throttle = session.throttle(SOURCE, Limits("narrow", (), 1))
-        assert throttle.wait_until_registered(10)
+        assert throttle.wait_until_registered(30)
         with session.connect([mx.endpoint], source_ip=SOURCE, throttles=[throttle]) as first:
             assert first.recv(8)
             with contextlib.ExitStack() as stack:
@@ -186,11 +186,11 @@ def test_one_that_waits_is_shown_first(proxy):
                     row = wait_for(seen, what="a request that waits")
                     assert (row["name"], row["waiting"], row["used"], row["places"]) == ("narrow", 1, 1, 1)
                     first.close()
-                    thread.join(20)
+                    thread.join(30)
                     assert len(waiting) == 1
                 finally:
                     first.close()
-                    thread.join(20)
+                    thread.join(30)
 
 
 def test_cached_connections(proxy):
@@ -221,12 +221,12 @@ def test_cached_connections(proxy):
 def test_messages_without_a_permit_are_counted():
     with Proxy(STATUS) as proxy, Sink() as sink, Session(proxy.native, SECRET, "server-e") as session:
         throttle = session.throttle(SOURCE, Limits("counted", [(20, 1)]))
-        assert throttle.wait_until_registered(10)
+        assert throttle.wait_until_registered(30)
         # Nobody is accused in the first two seconds: the permits may be those of the run before.
         wait_for(lambda: view(proxy)["program"]["uptime"] > 3)
         with session.smtp([sink.endpoint], "mta.example.com", source_ip=SOURCE, throttles=[throttle]) as smtp:
             for permitted in (True, False, False, True, False):
-                smtp.permit = throttle.acquire(10) if permitted else None
+                smtp.permit = throttle.acquire(30) if permitted else None
                 smtp.sendmail("a@example.com", ["b@example.net"], b"Subject: x\r\n\r\nx\r\n")
         figures = wait_for(lambda: (it := metrics(proxy))["messages_total",] == 5 and it, what="all are counted")
         assert figures["messages_without_permit_total",] == 3
@@ -252,7 +252,7 @@ def test_what_became_of_messages_is_counted_by_throttle(mode):
         else:
             session = stack.enter_context(Session(proxy.native, SECRET, "server-f"))
             throttle = session.throttle(SOURCE, Limits("named", [(100, 1)]))
-            assert throttle.wait_until_registered(10)
+            assert throttle.wait_until_registered(30)
             smtp = session.smtp([mx.endpoint], "mta.example.com", source_ip=SOURCE, throttles=[throttle])
             wanted = {"everyone", "named"}
         for code in (250, 451, 550, 250):
@@ -405,9 +405,11 @@ def test_watch_shows_it_again_until_it_is_interrupted(proxy):
         assert process.stdout is not None
         seen = 0
         while seen < 3:
-            seen += process.stdout.readline().startswith("greenarrow_proxy ")
+            line = process.stdout.readline()
+            assert line, "it has ended"
+            seen += line.startswith("greenarrow_proxy ")
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(30) == 0
 
 
 @pytest.mark.parametrize("flags", [("--watch=soon",), ("--watch=1ms",)])
@@ -582,7 +584,7 @@ def test_a_web_page_cannot_read_it_by_a_name_of_its_own():
 def test_names_are_escaped_on_the_page_and_in_the_terminal():
     with Proxy(STATUS) as proxy, Session(proxy.native, SECRET, '<b onload="x">&') as session:
         throttle = session.throttle(SOURCE, Limits("<script>\u202e\u00e4", [(5, 60)]))
-        assert throttle.wait_until_registered(10)
+        assert throttle.wait_until_registered(30)
         now = view(proxy)
         assert [row["name"] for row in now["throttles"]] == ["<script>\u202e\u00e4"]
         page = get(proxy, "/")[2].decode()

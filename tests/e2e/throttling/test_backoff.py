@@ -173,7 +173,7 @@ def test_the_day_of_a_warm_up_is_that_of_the_calendar(zone: str) -> None:
         with connect() as sock:
             assert sock.recv(3) == b"220"
         url = "http://{}:{}/status.json".format(*proxy.door("status"))
-        with urllib.request.urlopen(url, timeout=20) as answer:
+        with urllib.request.urlopen(url, timeout=30) as answer:
             (row,) = json.load(answer)["throttles"]
         assert (row["warmup_day"], row["limits"][0]["amount"]) in {(2, 600_000), (3, 700_000)}
         assert (row["warmup_days"], row["limits"][0]["seconds"]) == (4, 86400)

@@ -47,5 +47,5 @@ def test_a_fast_rate_is_reached_and_kept(rate: int) -> None:
         finally:
             over.set()
             for thread in threads:
-                thread.join(10)
+                thread.join(30)
     witness.check(Rule(rate, 1, latest=LATE))

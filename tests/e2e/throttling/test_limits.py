@@ -32,7 +32,7 @@ def mtas(proxy, *names, paths=PATHS, **options):
     """MTA processes that have begun to send; all that they used is judged at the end."""
     with contextlib.ExitStack() as stack:
         processes = [stack.enter_context(Mta(proxy, name, paths, **options)) for name in names]
-        wait_for(lambda: all(each.uses for each in processes), 20, "all of them send")
+        wait_for(lambda: all(each.uses for each in processes), 30, "all of them send")
         yield processes
     check_uses(chain.from_iterable(each.uses for each in processes), paths)
 

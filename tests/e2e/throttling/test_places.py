@@ -42,7 +42,7 @@ def sessions(proxy, *names):
 def few(session, *names, places=1, **more):
     """A path of throttles with so many places each."""
     throttle = session.throttle(SOURCE, *(Limits(name, max_connections=places, **more) for name in names))
-    assert throttle.wait_until_registered(10)
+    assert throttle.wait_until_registered(30)
     return throttle
 
 
@@ -62,7 +62,7 @@ class Opening:
         self.smtp = opens(*args, **options)
 
     def result(self):
-        self._thread.join(20)
+        self._thread.join(30)
         assert self.smtp is not None
         return self.smtp
 
@@ -196,7 +196,7 @@ def test_advice_comes_when_places_are_scarce_and_goes_again(proxy, mx):
         wait_for(lambda: mine.cap == 3 and mine.over_cap, what="four places of which b wants one")
         held.pop().quit()
         other.result().quit()
-        wait_for(lambda: mine.cap is None, 20, what="nobody waits")
+        wait_for(lambda: mine.cap is None, 30, what="nobody waits")
         for smtp in held:
             smtp.quit()
 
@@ -241,7 +241,7 @@ def test_the_part_of_a_lost_session_stays_for_ten_seconds(proxy):
             wait_for(lambda: mine.effective and mine.effective[0][0] == [(150, 1)])
             other.kill()
             killed = time.monotonic()
-        wait_for(lambda: mine.effective[0][0] == [(100, 1)], 20)
+        wait_for(lambda: mine.effective[0][0] == [(100, 1)], 30)
         assert time.monotonic() - killed > 8
 
 
@@ -263,7 +263,7 @@ def mail(smtp, count=1):
 
 def rated(session, amount=20, seconds=1):
     throttle = session.throttle(SOURCE, Limits(f"{amount}/{seconds}s", ((amount, seconds),)))
-    assert throttle.wait_until_registered(10)
+    assert throttle.wait_until_registered(30)
     return throttle
 
 
@@ -272,7 +272,7 @@ def test_messages_with_permits_are_not_held_against_anybody(proxy, mx):
         path = rated(a)
         smtp = opens(a, mx, path)
         for _ in range(5):
-            smtp.permit = path.acquire(10)
+            smtp.permit = path.acquire(30)
             mail(smtp)
         smtp.quit()
         proxy.wait_line(r"^connection .*instance=a")
@@ -343,14 +343,14 @@ def test_a_reconnect_in_between_is_not_held_against_the_instance(mx):
     with Proxy(PLAIN) as proxy, sessions(proxy, "a") as (a,):
         path = rated(a, 100)
         path.backlog(ram=1000)
-        assert path.acquire(10)
+        assert path.acquire(30)
         link = a._proxies.all[0].control._live.link
-        permits = [path.acquire(10) for _ in range(2)]
+        permits = [path.acquire(30) for _ in range(2)]
         path.backlog()
         link.close()
         control = a._proxies.all[0].control
         wait_for(lambda: control._live is not None and control._live.link is not link)
-        assert path.wait_until_registered(10)
+        assert path.wait_until_registered(30)
         smtp = opens(a, mx, path)
         mail(smtp, len(permits))
         smtp.quit()
@@ -385,7 +385,7 @@ def test_an_open_without_a_source_takes_the_path_of_the_default_one():
     text = f"listen_tls no\ndefault_source_ip {SOURCE}\n"
     with Proxy(text) as proxy, Mx() as mx, Session(proxy.native, SECRET, "a", tls=False) as session:
         throttle = session.throttle(SOURCE, Limits("one", max_connections=1))
-        throttle.wait_until_registered(10)
+        throttle.wait_until_registered(30)
         request = m.Open(None, [m.Address(*mx.endpoint)], "a.example", throttles=[throttle.id])
         _, channel, opened = session._open(request)
         assert opened.local.host == SOURCE

@@ -32,7 +32,7 @@ class Waiting:
             self.permit = path.acquire(timeout)
 
     def ended(self) -> bool:
-        self._thread.join(10)
+        self._thread.join(30)
         return not self._thread.is_alive()
 
 
@@ -40,7 +40,7 @@ def test_one_who_gives_up_leaves_nobody_asleep() -> None:
     with Proxy("listen_tls no\n") as proxy, Session(proxy.native, SECRET, "a", tls=False) as session:
         path = session.throttle(SOURCE, LIMIT)
         for point in POINTS:
-            path.acquire(10)
+            path.acquire(30)
             first, second = Waiting(path, point / 1000), Waiting(path)
             assert first.ended(), point
             assert second.ended(), f"it sleeps for ever; the first gave up after {point} ms"

@@ -137,7 +137,7 @@ class FakeProxy:
         self._listener.close()
         self.drop_all()
         for thread in list(self._threads):
-            thread.join(10)
+            thread.join(30)
             assert not thread.is_alive(), "a thread of the fake proxy hangs"
 
     def drop_all(self) -> None:

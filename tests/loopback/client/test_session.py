@@ -64,7 +64,7 @@ def idle(session: Session) -> list[Channel]:
 
 def ready(session: Session, proxy: FakeProxy) -> None:
     """The session is up and has heard of the certificate."""
-    assert session.wait_until_up(10)
+    assert session.wait_until_up(30)
     wait_for(lambda: control_of(session).one_flight(proxy.certificate) or proxy.context is None)
 
 
@@ -237,7 +237,7 @@ def test_probes_give_the_proxy_no_more_time(proxy, session):
     with pytest.raises(TimeoutError):
         stream.recv(1)
     over.set()
-    thread.join(10)
+    thread.join(30)
     assert 0 < len(probes) < 2000
     stream.close()
 
@@ -248,8 +248,8 @@ def test_a_time_out_leaves_the_channel_whole(proxy, session):
     stream.sendall(b"NOOP\r\n")
     with pytest.raises(TimeoutError):
         stream.recv(1)
-    stream.settimeout(10)
-    assert stream.gettimeout() == 10
+    stream.settimeout(30)
+    assert stream.gettimeout() == 30
     stream.sendall(b"RSET\r\n")
     assert stream.recv(3) == b"250"
     stream.close()
@@ -531,7 +531,7 @@ def test_a_first_reply_in_pieces_with_a_time_out_between(proxy, session):
     stream.sendall(b"NOOP\r\n")
     with pytest.raises(TimeoutError):
         stream.recv(100)
-    stream.settimeout(10)
+    stream.settimeout(30)
     stream.sendall(b"RSET\r\n")
     assert stream.recv(100) == b"250 ok\r\n"
     assert len(proxy.opens) == 1
@@ -568,7 +568,7 @@ def test_a_certificate_that_the_session_did_not_announce_is_not_trusted(tls_prox
 
 def test_without_cert_every_channel_authenticates_in_full():
     with FakeProxy(announce=False) as proxy, session_of(proxy) as session:
-        assert session.wait_until_up(10)
+        assert session.wait_until_up(30)
         session.connect([DESTINATION]).close()
         assert proxy.entered[-1] == (CHANNEL, False)
 
@@ -585,7 +585,7 @@ def test_a_cert_of_another_incarnation_is_dropped():
 
 def test_without_tls_every_channel_authenticates_in_full():
     with FakeProxy(tls=False) as proxy, session_of(proxy) as session:
-        assert session.wait_until_up(10)
+        assert session.wait_until_up(30)
         session.connect([DESTINATION]).close()
         assert proxy.entered[-1] == (CHANNEL, False)
 
@@ -707,7 +707,7 @@ def test_name_in_use_is_for_good(proxy):
         rejected = wait_for(lambda: session.rejected)
         assert (rejected.code, rejected.retry) == ("name_in_use", False)
         assert "192.0.2.99" in str(rejected)
-        control_of(session)._thread.join(10)
+        control_of(session)._thread.join(30)
         assert not control_of(session)._thread.is_alive()
         proxy.refuse = None
         with pytest.raises(ProxyRejected, match=r"192\.0\.2\.99"):
@@ -720,7 +720,7 @@ def test_draining_is_tried_again(proxy):
     with session_of(proxy) as session:
         assert wait_for(lambda: session.rejected).code == "draining"
         proxy.refuse = None
-        assert session.wait_until_up(10)
+        assert session.wait_until_up(30)
         assert session.rejected is None
 
 
@@ -821,7 +821,7 @@ from greenarrow_proxy_client import Session
 from tests.loopback.client.fake_proxy import SECRET, DESTINATION, FakeProxy
 from tests.waiting import wait_for
 with FakeProxy() as proxy, Session(proxy.address, SECRET, "server-a") as session:
-    assert session.wait_until_up(10)
+    assert session.wait_until_up(30)
     def send(number):
         with session.smtp([DESTINATION], "mta.example.com") as smtp:
             gevent.sleep(0)

@@ -90,14 +90,14 @@ def test_what_a_proxy_says_that_is_not_in_use_counts_for_nothing(pair) -> None:
         pinged(second)
         assert throttle.effective == []
         first.sessions[-1].send(limit(7))
-        assert throttle.wait_until_registered(10)
+        assert throttle.wait_until_registered(30)
         stale = first.sessions[-1]
         stale.send(native.encode(m.Goaway(60_000, "drain")))
         wait_for(lambda: said(second, s.Reg))
         with contextlib.suppress(OSError):
             stale.send(limit(8))
         second.sessions[-1].send(limit(9))
-        assert throttle.wait_until_registered(10)
+        assert throttle.wait_until_registered(30)
         assert throttle.effective == [([(1, 1)], 9)]
 
 

@@ -104,7 +104,7 @@ class Room:
         self.callers.append(may_change)
         caller = socket.socket(socket.AF_UNIX)
         self._sockets.append(caller)
-        caller.settimeout(10)
+        caller.settimeout(30)
         caller.connect("\0" + self.path[1:])
         with gevent.Timeout(30):
             while self.callers:

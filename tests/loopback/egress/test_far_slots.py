@@ -189,4 +189,4 @@ def test_a_slot_of_who_waited_over_a_change_is_the_new_manager_s(ends: Ends, clo
     gevent.sleep(0)
     assert [type(each) for each in asked[1:]] == [seam.PutOff]
     gevent.get_hub().loop.run_callback(away.hear, seam.Yes(asked[1].id, True, clock.now + 9))  # as a link does
-    assert greenlet.get(timeout=10)
+    assert greenlet.get(timeout=30)

@@ -268,7 +268,7 @@ def test_tls_tickets_and_key_updates_are_no_end(house, tmp_path, monkeypatch):
             until(lambda: re.search(rb"<<< .*KeyUpdate", said))
         finally:
             server.kill()
-            reader.join(10)
+            reader.join(30)
 
 
 # -- asked again before the hand-over ----------------------------------------------------------------------------------
@@ -512,7 +512,7 @@ def test_a_thousand_are_swept_in_one_pass(make, monkeypatch):
         until(lambda: all(said == b"RSET\r\nQUIT\r\n" for said in heard.values()))
     finally:
         stopping.set()
-        thread.join(10)
+        thread.join(30)
         for end in ends.values():
             end.close()
 

@@ -27,7 +27,7 @@ from tests.unit.feeding import settings
 
 
 def wait_for(predicate) -> bool:
-    return bool(waiting.wait_for(predicate, 20, pause=gevent.sleep))
+    return bool(waiting.wait_for(predicate, 30, pause=gevent.sleep))
 
 
 LEAVING, RECEIVER = "192.0.2.1", "198.51.100.1"

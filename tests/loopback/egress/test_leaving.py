@@ -81,7 +81,7 @@ def test_a_receiver_that_goes_on_talking_is_not_listened_to(house, pair):
     thread = threading.Thread(target=talk)
     thread.start()
     until(lambda: office.back)
-    thread.join(10)
+    thread.join(30)
     assert not thread.is_alive()
 
 

@@ -198,7 +198,7 @@ def test_nobody_waits_for_longer_than_there_is_time(house, monkeypatch):
     assert not waiting.ready()
     house.now = 7.0
     house.look_ups._heard.set()
-    waiting.get(timeout=20)
+    waiting.get(timeout=30)
     assert house.book.unheard == {"a.example"}
 
 

@@ -18,7 +18,7 @@ from tests.mx import EXTENSIONS, Mx, close, garbage, say, trickle, twice
 
 def bring_up(mx: Mx, mode: TlsMode) -> tuple[ClientDialogue, socket.socket]:
     """What `receiver` does, with blocking sockets."""
-    sock = socket.create_connection(mx.endpoint, timeout=10)
+    sock = socket.create_connection(mx.endpoint, timeout=30)
     try:
         dialogue = ClientDialogue("mta.example.org", mode, "mx")
         action = dialogue.begin()

@@ -111,7 +111,7 @@ def test_who_waits_for_places_of_a_path_is_told_to_come_again(two: Two) -> None:
     gevent.sleep(0)
     assert not said
     two.change()
-    greenlet.join(10)
+    greenlet.join(30)
     assert "has taken over" in str(said[0])
     with pytest.raises(Throttled, match="has taken over"):
         wait_for_place(two.here, Applicant("a", 1.0, WAY.source, WAY.destination, two.places.flows), 60.0)

@@ -533,7 +533,7 @@ def test_flush_waits_for_room_but_not_for_ever() -> None:
         outputs.out.close()
         os.close(write_end)
         OPENED.remove(write_end)
-        assert reader.wait(20) == 0
+        assert reader.wait(30) == 0
     outputs.out = outputs._err = None
 
 

@@ -76,7 +76,7 @@ def tcp_pair(host: str = "127.0.0.1", buffers: int | None = None) -> tuple[gsock
     ours.setblocking(False)
     ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     cooperative = gsocket.socket(fileno=peer.detach())
-    cooperative.settimeout(20)
+    cooperative.settimeout(30)
     _peers.append(cooperative)
     return cooperative, ours
 
@@ -151,7 +151,7 @@ def fill(sock: gsocket.socket, most: int = 1 << 30) -> int:
         except BlockingIOError:
             refused += 1
             gevent.sleep(0.001)
-    sock.settimeout(20)
+    sock.settimeout(30)
     return sent
 
 

@@ -130,7 +130,7 @@ def test_others_run_in_between(flooded: Flooded) -> None:
 
     reader = gevent.spawn(receive, flooded.engine, flooded.stream)
     meanwhile = gevent.spawn(other)
-    assert reader.get(timeout=20) == b"word"
+    assert reader.get(timeout=30) == b"word"
     meanwhile.join()
     assert turns().rounds - before >= 2400 // tls._RECORDS_A_CALL // 2
     assert len(set(ticks)) >= turns().rounds - before - 1

@@ -54,7 +54,7 @@ def opened():
 
 
 def dial(opened):
-    return socket.create_connection(opened.endpoint, 10)
+    return socket.create_connection(opened.endpoint, 30)
 
 
 def test_accepted_sockets_are_raw_non_blocking_and_inherit_their_options(opened):
@@ -124,8 +124,8 @@ def test_ipv6_listeners_do_not_serve_ipv4():
     six = Opened(Endpoint("::", 0))
     try:
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", six.endpoint.port), 10)
-        with socket.create_connection(("::1", six.endpoint.port), 10):
+            socket.create_connection(("127.0.0.1", six.endpoint.port), 30)
+        with socket.create_connection(("::1", six.endpoint.port), 30):
             until(lambda: six.accepted, what="accepted")
     finally:
         six.close()

@@ -274,7 +274,7 @@ def test_a_trace_has_the_steps_of_all_and_its_end_ends_them(world: World) -> Non
     for text in ("one", "two", "three"):
         step(11, text)
         gevent.sleep(0)
-    reading.get(timeout=20)
+    reading.get(timeout=30)
     assert sorted(line.rpartition(" ")[2] for line in found) == sorted(["one", "two", "three"] * 3)
     lines.close()  # type: ignore[attr-defined]
     assert not steps.on

@@ -410,7 +410,7 @@ def _choke(proxy: Proxy, peer: Peer) -> None:
     The kernel tells of room only when a third of the buffer is free, so a writer is poked to use up the rest.
     """
     for _ in range(3):
-        wait_for(lambda: _standing_still(proxy.cpu), 20, "nothing moves")
+        wait_for(lambda: _standing_still(proxy.cpu), 30, "nothing moves")
         peer.data(b"x")
 
 
@@ -477,7 +477,7 @@ def test_a_client_that_closes_while_the_receiver_takes_nothing(proxy: Proxy, end
         times_still = 0
         while times_still < 3:  # see `_choke`: the kernels between make room more than once
             peer.data(bytes(10_000 if times_still else 65536))
-            wait_for(lambda: not _unread(peer) or _standing_still(lambda: _unread(peer)), 20, "bytes stay or go")
+            wait_for(lambda: not _unread(peer) or _standing_still(lambda: _unread(peer)), 30, "bytes stay or go")
             times_still = times_still + 1 if _unread(peer) else 0
         peer.sock.sendall(end)
         peer.sock.close()

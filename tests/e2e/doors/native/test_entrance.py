@@ -380,7 +380,7 @@ def half_open(proxy: Proxy, count: int, mx: Mx) -> None:
             with channel(proxy.native) as fresh:
                 assert works(fresh, mx)
             # The oldest were cut off for the newest; the cap is 1024.
-            wait_for(lambda: proxy.open_connections("native") <= 1024 + 40, 20, "the newcomers are bounded")
+            wait_for(lambda: proxy.open_connections("native") <= 1024 + 40, 30, "the newcomers are bounded")
     finally:
         for sock in silent:
             sock.close()

@@ -108,10 +108,10 @@ def test_a_stranger_who_says_nothing_in_tls_is_sent_away(proxy: Proxy) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     mark = len(proxy.lines)
-    with KeyLog(context) as log, context.wrap_socket(socket.create_connection(proxy.native, 10)) as sock:
+    with KeyLog(context) as log, context.wrap_socket(socket.create_connection(proxy.native, 30)) as sock:
         flood = log.records(sock, "CLIENT").key_updates(5000)
         with socket.socket(fileno=sock.detach()) as raw:
-            raw.settimeout(10)
+            raw.settimeout(30)
             raw.sendall(flood)
             proxy.wait_line("too much TLS without a byte of content", since=mark)
 
@@ -138,7 +138,7 @@ def test_a_receiver_that_says_nothing_in_tls_costs_its_own_client_only(proxy: Pr
                     raw.sendall(records.data(b"250 mx\r\n"))
                     raw.recv(4096)
                     raw.sendall(records.data(b"250 ok\r\n"))
-                raw.settimeout(10)
+                raw.settimeout(30)
                 with contextlib.suppress(OSError):
                     raw.sendall(records.tickets(100_000))
                     while raw.recv(4096):
@@ -154,8 +154,8 @@ def test_a_receiver_that_says_nothing_in_tls_costs_its_own_client_only(proxy: Pr
                 peer.finish(keep=True)
             else:
                 assert peer.failed(listener.getsockname(), **asked)[:2] == ["ehlo", "upstream_failed"]
-            assert flooded.wait(20), proxy.lines[mark:]
-            thread.join(10)
+            assert flooded.wait(30), proxy.lines[mark:]
+            thread.join(30)
 
 
 def test_forty_readers_of_a_page_have_it_from_one_rendering(proxy: Proxy) -> None:
@@ -169,7 +169,7 @@ def test_forty_readers_of_a_page_have_it_from_one_rendering(proxy: Proxy) -> Non
         while told < 500:
             kind, fields = peer.hear()
             told += len(fields[1]) if kind == _LIMIT else 0
-        readers = [socket.create_connection(proxy.door("status"), 10) for _ in range(40)]
+        readers = [socket.create_connection(proxy.door("status"), 30) for _ in range(40)]
         pages = []
         for reader in readers:
             reader.sendall(b"GET / HTTP/1.0\r\nHost: localhost\r\n\r\n")
@@ -211,8 +211,8 @@ def test_others_are_served_meanwhile(proxy: Proxy, sink: Sink) -> None:
                 assert exactly(sock, 3) == b"220"
         over.set()
         for thread in threads[3:]:
-            thread.join(20)
+            thread.join(30)
         for peer in peers:
             peer.sock.close()
         for thread in threads[:3]:
-            thread.join(20)
+            thread.join(30)

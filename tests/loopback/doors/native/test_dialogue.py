@@ -22,7 +22,7 @@ def channel():
     """The client's socket, the engine, our end."""
     engine = Engine()
     client, ours = tcp_pair("127.0.0.1")
-    client.settimeout(5)
+    client.settimeout(30)
     engine.register(ours.fileno())
     decoder = frames.FrameDecoder(frames.MAX_PAYLOAD)
     yield client, engine, FramedStream(PlainStream(ours), decoder, frames.CHANNEL_FROM_CLIENT)

@@ -68,8 +68,8 @@ class Carried:
         self.engine = Engine()
         self.client, ours = tcp_pair("127.0.0.1")
         self.receiver, theirs = tcp_pair("127.0.0.2")
-        self.receiver.settimeout(5)
-        self.client.settimeout(5)
+        self.receiver.settimeout(30)
+        self.client.settimeout(30)
         for sock in (ours, theirs):
             self.engine.register(sock.fileno())
         self.guest = SimpleNamespace(
@@ -123,7 +123,7 @@ class Carried:
         self.receiver.setblocking(False)
         with pytest.raises(BlockingIOError):
             self.receiver.recv(1)
-        self.receiver.settimeout(5)
+        self.receiver.settimeout(30)
 
     def close(self) -> None:
         self.greenlet.kill()

@@ -31,7 +31,7 @@ def test_a_goaway_that_is_said_late_tells_what_is_left(
         link.tell_goaway()
     engine.close(ours)
     engine.stop()
-    client.settimeout(5)
+    client.settimeout(30)
     decoder = frames.FrameDecoder()
     while data := client.recv(4096):
         decoder.receive(data)

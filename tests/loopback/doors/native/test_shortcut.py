@@ -63,7 +63,7 @@ class Carried:
         self.client, ours = tcp_pair("127.0.0.1", buffers)
         self.receiver, theirs = tcp_pair("127.0.0.2", buffers)
         for sock in (self.client, self.receiver):
-            sock.settimeout(5)
+            sock.settimeout(30)
         for sock in (ours, theirs):
             self.engine.register(sock.fileno())
         self._decoder = frames.FrameDecoder(frames.MAX_PAYLOAD)
@@ -132,7 +132,7 @@ class Carried:
             self.hears_data(answer)
 
     def close(self) -> None:
-        self.greenlet.join(timeout=5)
+        self.greenlet.join(timeout=30)
         assert self.greenlet.successful()
         for stream in self.streams:
             self.engine.close(stream.socket)
@@ -161,7 +161,7 @@ def _tls(engine: Engine, *pairs: tuple[Any, RawSocket]) -> tuple[list[Stream], l
 
         ours_is_up = gevent.spawn(shake)
         end = SSLSocket(sock=theirs, server_side=not is_server, _context=context)
-        ours_is_up.get(timeout=5)
+        ours_is_up.get(timeout=30)
         streams.append(stream)
         ends.append(end)
     return streams, ends
@@ -213,7 +213,7 @@ def test_who_takes_nothing_stops_the_other_and_nothing_is_lost(engine: type[Engi
     until(lambda: carried.transfer.blocked or carried.link.blocked, what="a side is full")
     assert carried.link.holds + len(carried.transfer._held) <= 3 * 65536
     (carried.gets if side == "receiver" else carried.hears_data)(data)
-    sending.get(timeout=5)
+    sending.get(timeout=30)
     carried.client.sendall(END)
     carried.close()
     assert (carried.transfer.up, carried.transfer.down)[side == "client"] == len(data)

@@ -61,7 +61,7 @@ class Carried:
 def test_what_the_last_read_of_a_turn_brought_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel_transfer, "_READS_A_SIDE", 1)
     carried = Carried()
-    carried.receiver.settimeout(5)
+    carried.receiver.settimeout(30)
     carried.client.sendall(frames.encode_data(b"one"))
     assert carried.receiver.recv(10) == b"one"
     assert carried.end().up == 3
