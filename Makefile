@@ -2,7 +2,7 @@
 #
 #   make demo         six MTAs send through the proxy on this machine, from four source addresses
 #   make demo-cluster two proxies keep one limit together, and the store that holds it dies
-#   make test         all tests but the slow ones
+#   make test         all tests but the slow ones, compiled, and again as Python code what depends on that
 #   make check        formatting, lint, types
 #   make bench-quick  a few minutes: a first look at the cost against HAProxy and others
 #   make bench        the full tables of docs/performance/tables.md
@@ -55,6 +55,8 @@ test: $(READY)
 	@tests/fetch_smtp_sink.sh
 	@tests/fetch_node_peers.sh
 	@$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) $(BY_FILE) $(PYTEST_ARGS)
+	@GREENARROW_PROXY_PURE=1 $(BIN)/python -m pytest -m "not slow and not either_form" --numprocesses $(WORKERS) $(BY_FILE) \
+		$(PYTEST_ARGS)
 	@PROXY_TEST_WORKERS=2 $(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) $(WITH_WORKERS)
 
 check: $(READY)

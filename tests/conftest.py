@@ -19,7 +19,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
 #: Files that take minutes: with several processes they are begun first, since whoever is last is waited for by all.
-_LONG = ("tests/e2e/install/", "tests/e2e/files/")
+_LONG = ("tests/e2e/install/", "tests/sanitized/", "tests/e2e/files/")
 #: Files that take a moment each: the last fifth of all, in which nobody is waited for long.
 _SHORT = "tests/unit/"
 _SHORT_BUT = "tests/unit/throttling/"

@@ -9,7 +9,7 @@ import pytest
 
 from tests.instrumented import Instrumented
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.either_form("C, built for it"), pytest.mark.timeout(600)]
 _PYTEST = ("-m", "pytest", "--exitfirst", "--timeout", "300", "-m", "not slow")
 _RELAY = "proxy/net/_fastrelay.pyx"
 

@@ -20,6 +20,8 @@ from tests.peers import ROOT, address
 from tests.program import SECRET, Proxy
 from tests.sinks import Raw
 
+pytestmark = pytest.mark.either_form("C of the benchmark")
+
 _SOURCE = ROOT / "bench" / "loadgen"
 _LIBRARIES = ("-lm", "-lssl", "-lcrypto")
 _FEW = ("--connections", "5")

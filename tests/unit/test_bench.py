@@ -10,6 +10,8 @@ from harness.candidates import CANDIDATES
 from harness.targets import GOALS, Goal
 from harness.workloads import MAIN, QUICK, QUICK_CANDIDATES, WORKLOADS
 
+pytestmark = pytest.mark.either_form("the benchmark")
+
 GOAL = Goal("a session", "HAProxy", "sess1", 0.97)
 
 

@@ -15,6 +15,8 @@ from harness import authenticated, mta, smtp_driver
 from tests import certificates, peers
 from tests.program import SECRET, Address, Proxy
 
+pytestmark = pytest.mark.either_form("the generator of the benchmark")
+
 LOADGEN = Path(__file__).parents[3] / "bench" / "loadgen"
 SINK, OTHER = "127.0.9.1", "127.0.9.2"
 #: Sources of the generator, under the name that it says in EHLO.
