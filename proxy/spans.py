@@ -41,6 +41,10 @@ class Histogram:
         self.total += value
 
 
+#: What there is in `Spans`.
+OBSERVED = ("bytes", "connect", "messages", "place", "session", "slot", "store", "tls", "turn")
+
+
 class Spans:
     """All of them.
 
@@ -52,7 +56,7 @@ class Spans:
             a session; messages: of a session whose dialogue is seen. store: seconds of a call to the throttle store.
     """
 
-    __slots__ = ("bytes", "connect", "messages", "place", "session", "slot", "store", "tls", "turn")
+    __slots__ = OBSERVED
 
     def __init__(self) -> None:
         self.connect = Histogram(_SECONDS)

@@ -370,6 +370,40 @@ class Fate(NamedTuple):
     carried: bool = True
 
 
+#: What there is in `Counters`.
+COUNTED = (
+    "accept_errors",
+    "accepted",
+    "bytes_down",
+    "bytes_up",
+    "discarded",
+    "ended",
+    "failed",
+    "fresh",
+    "in_clear",
+    "instances_ended",
+    "instances_failed",
+    "internal_errors",
+    "messages",
+    "messages_accepted",
+    "messages_deferred",
+    "messages_rejected",
+    "probes",
+    "refused",
+    "reloads",
+    "reloads_failed",
+    "reused",
+    "sources_accepted",
+    "sources_deferred",
+    "sources_ended",
+    "sources_failed",
+    "sources_rejected",
+    "tls_failures",
+    "tls_resumed",
+    "tls_sessions",
+)
+
+
 class Counters:
     """Everything that is counted since the start. Plain integers: the hot path adds to them directly.
 
@@ -387,37 +421,7 @@ class Counters:
     probes: connections that closed without a byte, and health checks.
     """
 
-    __slots__ = (
-        "accept_errors",
-        "accepted",
-        "bytes_down",
-        "bytes_up",
-        "discarded",
-        "ended",
-        "failed",
-        "fresh",
-        "in_clear",
-        "instances_ended",
-        "instances_failed",
-        "internal_errors",
-        "messages",
-        "messages_accepted",
-        "messages_deferred",
-        "messages_rejected",
-        "probes",
-        "refused",
-        "reloads",
-        "reloads_failed",
-        "reused",
-        "sources_accepted",
-        "sources_deferred",
-        "sources_ended",
-        "sources_failed",
-        "sources_rejected",
-        "tls_failures",
-        "tls_resumed",
-        "tls_sessions",
-    )
+    __slots__ = COUNTED
 
     def __init__(self) -> None:
         self.accepted = Table()
@@ -500,9 +504,7 @@ class Counters:
 
     def as_dict(self) -> dict[str, int | dict[str, int]]:
         """All counters by name, as `status.json` shows them; tables are copied."""
-        return {
-            name: dict(value) if isinstance(value := getattr(self, name), Table) else value for name in self.__slots__
-        }
+        return {name: dict(value) if isinstance(value := getattr(self, name), Table) else value for name in COUNTED}
 
 
 class Limiter:

@@ -30,6 +30,7 @@ from proxy.model import Breathe, Endpoint
 from proxy.net import certificates
 from proxy.net.addresses import own_addresses
 from proxy.net.crew import Crew
+from proxy.net.newcomers import Newcomers
 from proxy.net.relay import make_engine
 from proxy.policy.access import Access
 from proxy.policy.budget import FailureBudget
@@ -40,7 +41,7 @@ from proxy.policy.tls_rules import TlsRules
 from proxy.policy.trouble import Troubles
 from proxy.server import check_config
 from proxy.server.certificates import Certificates
-from proxy.services import Gauges, Instances, Neighbours, Newcomers, Services
+from proxy.services import Gauges, Instances, Neighbours, Services
 from proxy.settings import Settings
 from proxy.stats import Counters
 

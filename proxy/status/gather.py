@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from proxy.egress.pool import Pool, PoolKey
 from proxy.policy.trouble import Record, Refusals, Troubles
-from proxy.spans import Spans
+from proxy.spans import OBSERVED, Spans
 from proxy.stats import Counters, Standing, Table
 from proxy.status.parts import (
     CachedPart,
@@ -49,7 +49,7 @@ def counted(counters: Counters, spans: Spans, pool: Pool, gauged: Gauged) -> Par
     """All but doors, process and details."""
     return Part(
         counters=counters.as_dict(),
-        spans={name: SpanPart(list((span := getattr(spans, name)).counts), span.total) for name in spans.__slots__},
+        spans={name: SpanPart(list((span := getattr(spans, name)).counts), span.total) for name in OBSERVED},
         pool=PoolPart(
             held=len(pool),
             offered=pool.offered,

@@ -30,12 +30,13 @@ from proxy.form import core_name
 from proxy.log import lines as log
 from proxy.model import Endpoint, canonical_ip
 from proxy.net.addresses import own_addresses
+from proxy.net.newcomers import Newcomers
 from proxy.net.relay import RawSocket, engine_name
 from proxy.net.turns import rest
 from proxy.numbering import numbers
 from proxy.policy.directory import Book
 from proxy.protocols.recognise import wrong_door
-from proxy.services import Door, Newcomers, Services
+from proxy.services import Door, Services
 from proxy.spans import SPANS
 from proxy.stats import ManagerFigures, StoreFigures
 from proxy.status import gather, host, looks, metrics

@@ -17,9 +17,10 @@ from proxy.errors import Overloaded, ProxyError
 from proxy.log import lines as log
 from proxy.model import Endpoint, hold_breath
 from proxy.net import conversation
+from proxy.net.newcomers import Newcomers
 from proxy.policy.access import Access
 from proxy.server.server import Server
-from proxy.services import Door, Newcomers
+from proxy.services import Door
 from tests import clients, program
 from tests.loopback.egress.test_upstream import deaf
 from tests.loopback.net.relays import close_peers, open_descriptors, read_all, reset, tcp_pair, until

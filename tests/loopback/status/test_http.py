@@ -18,9 +18,10 @@ from proxy.log import lines as log
 from proxy.model import Endpoint
 from proxy.net.addresses import own_addresses
 from proxy.net.crew import Crew
+from proxy.net.newcomers import Newcomers
 from proxy.net.relay import RawSocket
 from proxy.policy.trouble import Troubles
-from proxy.services import Door, Newcomers
+from proxy.services import Door
 from proxy.spans import SPANS
 from proxy.stats import Counters
 from proxy.status import host as status_host
