@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from select import EPOLLIN
 from time import monotonic
 from typing import Any, Final
@@ -412,12 +412,14 @@ class Control(Client):
             return b""
         return native.encode(s.Cert(services.incarnation, [services.identity.certificate]))
 
-    def _queue(self, frames: Iterable[bytes]) -> None:
-        self._outgoing.add(frames)
+    def _queue(self, frames: Sequence[bytes]) -> None:
         try:
-            self._flush()
+            self._outgoing.send(frames)
         except OSError:
             self.cut()
+            return
+        if self._outgoing.frames or self._congested or self._leaving:
+            self._heed_congestion()
 
     def _flush(self) -> None:
         """Hand frames to the kernel; a queue that is full stops the permits, one that is empty again starts them.
@@ -425,15 +427,16 @@ class Control(Client):
         Raises:
             OSError: the connection is broken.
         """
-        outgoing, frames = self._outgoing, self._outgoing.frames
-        if frames or self._stream.unsent:
-            outgoing.flush()
-        session = self._session
+        if self._outgoing.frames or self._stream.unsent:
+            self._outgoing.flush()
+        if self._outgoing.frames or self._congested or self._leaving:
+            self._heed_congestion()
+
+    def _heed_congestion(self) -> None:
+        session, waiting = self._session, len(self._outgoing.frames)
         if session is None or session.end is not None:
             return
-        if not (frames or self._congested or self._leaving):
-            return  # nearly always
-        full = self._leaving or len(frames) >= QUEUE or (self._congested and len(frames) > 0)
+        full = self._leaving or waiting >= QUEUE or (self._congested and waiting > 0)
         if full != self._congested:
             self._congested = full
             self._admission.manager.congest(session, full, clock_ns())

@@ -6,7 +6,7 @@ the session ends meanwhile, `count` raises that. Frames, queues and waiting are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import monotonic
 from typing import Any, TypeVar
 
@@ -43,7 +43,7 @@ class Acts:
         current: Callable[[], Services],
         instance: str,
         session: Session,
-        queue: Callable[[Iterable[bytes]], None],
+        queue: Callable[[Sequence[bytes]], None],
         count: Callable[[int], None],
     ) -> None:
         self._current = current

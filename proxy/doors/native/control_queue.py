@@ -52,6 +52,25 @@ class Outgoing:
         if begun:
             self.frames.appendleft(begun)
 
+    def send(self, frames: Sequence[bytes]) -> None:
+        """Behind all others, and what the kernel takes goes now; a frame by itself is queued only if it does not.
+
+        Raises:
+            OSError: the connection is broken.
+        """
+        if len(frames) == 1 and not self.frames and not self._stream.unsent:
+            frame = frames[0]
+            try:
+                sent = self._stream.send(frame)
+            except BlockingIOError:
+                sent = 0
+            if sent < len(frame):
+                self.frames.append(frame[sent:])
+                self._begun = sent > 0
+        else:
+            self.frames.extend(frames)
+            self.flush()
+
     def flush(self) -> None:
         """Hand over what the kernel takes now.
 

@@ -101,3 +101,26 @@ def test_frames_stay_whole_whatever_the_kernel_takes(steps: list[tuple[bool, int
         runs = [*runs[:-1], runs[-1] + byte] if runs[-1][-1:] in (b"", byte) else [*runs, byte]
     assert {run[0]: len(run) for run in runs if run} == sizes
     assert len(outgoing.frames) == 0
+
+
+@pytest.mark.parametrize("room", [0, 3, 5, 100])
+def test_a_frame_by_itself_is_sent_and_what_the_kernel_does_not_take_is_queued(room: int) -> None:
+    kernel = Kernel(room)
+    outgoing = Outgoing(kernel)
+    outgoing.send([b"alone"])
+    assert (kernel.taken, b"".join(outgoing.frames)) == (b"alone"[:room], b"alone"[room:])
+    outgoing.add_first([b"1"])
+    outgoing.send([b"two"])
+    kernel.room = 100
+    outgoing.flush()
+    assert kernel.taken == {0: b"1alonetwo", 3: b"alone1two", 5: b"alone1two", 100: b"alone1two"}[room]
+    assert not outgoing.frames
+
+
+def test_a_frame_by_itself_does_not_overtake_what_the_stream_holds() -> None:
+    kernel = Kernel(100)
+    kernel.unsent = True
+    outgoing = Outgoing(kernel)
+    outgoing.send([b"alone"])
+    assert (kernel.taken, kernel.flushed) == (b"alone", 1)
+    assert not outgoing.frames
