@@ -62,7 +62,7 @@ _DEFECTS = {
 @pytest.fixture(scope="module")
 def copy() -> Iterator[Instrumented]:
     with Instrumented() as copy:
-        copy.build_extensions()
+        copy.build_twins()
         yield copy
 
 
@@ -71,7 +71,7 @@ def copy() -> Iterator[Instrumented]:
     [
         ("tests/loopback/net/test_relay.py", "-k", "compiled"),
         ("tests/fuzz", "-k", "compiled or twins"),
-        ("tests/unit/protocols/smtp/test_dots.py", "tests/unit/protocols/smtp/test_tracker.py"),
+        ("tests/unit/protocols/smtp/test_dots.py", "-k", "longer or business"),
         ("tests/loopback/doors",),
         ("tests/e2e/server/test_faults.py", "-k", "compiled and not urgent"),
     ],
@@ -81,24 +81,34 @@ def test_nothing_is_reported(copy: Instrumented, arguments: tuple[str, ...]) -> 
     copy.python(*_PYTEST, *arguments).check()
 
 
+@pytest.fixture(scope="module")
+def whole() -> Iterator[Instrumented]:
+    with Instrumented() as copy:
+        copy.build_all()
+        yield copy
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     "arguments",
     [
         ("tests/fuzz/relay_schedules.py", "--rounds", "40", "--steps", "2000"),
+        ("tests/fuzz/forms.py", "--cases", "5000"),
+        (*_PYTEST, "tests/unit"),
         (*_PYTEST, "tests/loopback"),
         (*_PYTEST, "tests/e2e/doors", "tests/e2e/smtp", "tests/e2e/sharing", "tests/e2e/server"),
     ],
     ids=" ".join,
 )
-def test_nothing_is_reported_in_the_long_run(copy: Instrumented, arguments: tuple[str, ...]) -> None:
-    copy.python(*arguments, timeout=3600.0).check()
+def test_nothing_is_reported_in_the_long_run(whole: Instrumented, arguments: tuple[str, ...]) -> None:
+    whole.python(*arguments, timeout=3600.0).check()
 
 
 @pytest.fixture(scope="module")
 def defective() -> Iterator[Instrumented]:
     with Instrumented(*((_RELAY, before, after) for before, after, _, _ in _DEFECTS.values())) as copy:
-        copy.build_extensions()
+        copy.build_twins()
         yield copy
 
 
