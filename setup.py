@@ -29,6 +29,7 @@ TWINS = {
 #: Folders of the typed core, and what of them stays Python code.
 CORE = ("doors", "egress", "net", "policy", "protocols", "throttling")
 NOT_CORE = {
+    "proxy/net/crew.py",  # a greenlet that waits for work is known by its frame
     "proxy/net/relay.py",  # the twin of what Cython compiles
     "proxy/protocols/native/messages.py",  # msgspec's classes: it reads their annotations as Python has them
     "proxy/protocols/native/session_messages.py",

@@ -10,6 +10,8 @@ from collections import defaultdict
 import pytest
 from hypothesis import HealthCheck, settings
 
+from proxy import form
+
 #: Over the profile that is in force: in continuous integration hypothesis itself chooses another.
 settings.register_profile("untimed", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
@@ -27,9 +29,12 @@ _SHORT_BUT = "tests/unit/throttling/"
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        for mark in item.iter_markers("either_form"):
+        for mark in (*item.iter_markers("either_form"), *item.iter_markers("only_python")):
             if not mark.args:
-                raise pytest.UsageError(f"{item.nodeid}: either_form needs a reason")
+                raise pytest.UsageError(f"{item.nodeid}: {mark.name} needs a reason")
+    if form.core_name() == "compiled":
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("only_python")])
+        items[:] = [item for item in items if not item.get_closest_marker("only_python")]
     if hasattr(config, "workerinput"):  # one of several processes
         files: dict[str, list[pytest.Item]] = defaultdict(list)
         for item in items:

@@ -112,7 +112,8 @@ class Visit:
         waited = False
         while data:
             try:
-                data = data[self.socket.send(data) :]
+                sent = self.socket.send(data)
+                data = data[sent:]
             except BlockingIOError:
                 self._wait()
                 waited = self.missed = True

@@ -97,7 +97,8 @@ def send_all(engine: Engine, stream: Stream | FramedStream, data: bytes) -> None
     while data or stream.unsent:
         try:
             if data:
-                data = data[stream.send(data) :]
+                sent = stream.send(data)
+                data = data[sent:]
             else:
                 stream.flush()
             if not stream.unsent:

@@ -121,7 +121,8 @@ class FramedStream:
             BlockingIOError: not all of it went. OSError.
         """
         while self._out:
-            self._out = self._out[self.under.send(self._out) :]
+            sent = self.under.send(self._out)
+            self._out = self._out[sent:]
         if self.under.unsent:
             self.under.flush()
 

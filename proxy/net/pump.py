@@ -108,7 +108,8 @@ class _Way:
         return True
 
     def _send(self) -> None:
-        self._held = self._held[self._sink.send(self._held) :]
+        sent = self._sink.send(self._held)
+        self._held = self._held[sent:]
 
     def _write(self, act: Callable[[], None]) -> bool:
         try:

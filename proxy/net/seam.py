@@ -264,7 +264,8 @@ def _in_memory(data: bytes) -> int:
     fd = os.memfd_create("greenarrow_proxy", os.MFD_CLOEXEC)
     view = memoryview(data)
     while view:
-        view = view[os.write(fd, view) :]
+        sent = os.write(fd, view)
+        view = view[sent:]
     return fd
 
 

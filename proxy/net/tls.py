@@ -269,7 +269,8 @@ class TlsStream:
                     return
                 self._ciphertext = memoryview(self._outgoing.read())
             try:
-                self._ciphertext = self._ciphertext[self.socket.send(self._ciphertext) :]
+                sent = self.socket.send(self._ciphertext)
+                self._ciphertext = self._ciphertext[sent:]
             except BlockingIOError:
                 return
 

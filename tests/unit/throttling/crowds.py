@@ -51,7 +51,7 @@ class Crowd:
             self._ask(line)
 
     def _ask(self, line: Line) -> None:
-        throttles = [self._throttles[name] for name in line.throttles]
+        throttles = tuple(self._throttles[name] for name in line.throttles)
         answer = self.book.admit(line.session, self.topology.weights[line.session], throttles, (), self.now)
         if isinstance(answer, Places):
             self._begin(line, answer)

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 
 from proxy.throttling.audit import LATE, LONGEST_SLACK, NOTICE_EVERY, Account, Audit, Notice, Spent, Verdict
-from proxy.throttling.flows import Run
-from proxy.throttling.throttle import AHEAD, SECOND
+from proxy.throttling.flows import Flow, Path, Receiver, Run, Throttle
+from proxy.throttling.session import Session
+from proxy.throttling.throttle import AHEAD, SECOND, Key, Limit
+from tests.unit.throttling.benches import SOURCE
 
 SLACK = 100
 
 
-def flow(limited: bool = True) -> Any:
-    return SimpleNamespace(path=SimpleNamespace(limited=limited))
+def flow(limited: bool = True, name: str = "a") -> Flow:
+    """A flow of its own."""
+    throttle = Throttle(Key(SOURCE, "yahoo"))
+    if limited:
+        throttle.limit_to((Limit(10, 1),), 0, 0)
+    return Flow(Receiver(name, 1.0), 0, Path((throttle,)))
 
 
 def account(*runs: Run) -> Account:
@@ -147,35 +150,18 @@ def test_when_nothing_is_left() -> None:
 # --- all accounts ---
 
 
-class Named(SimpleNamespace):
-    """A throttle, as far as its name goes."""
-
-    def __init__(self, key: Any) -> None:
-        super().__init__(key=key)
-
-    __hash__ = object.__hash__
-    __eq__ = object.__eq__
-
-
-def instance(name: str = "a", limited: bool = True) -> Any:
-    """A flow of its own."""
-    throttle = Named(SimpleNamespace(name="yahoo"))
-    path = SimpleNamespace(limited=limited, slack=SLACK, throttles=(throttle,))
-    return SimpleNamespace(receiver=SimpleNamespace(name=name), path=path, granted=0)
-
-
 KNOWN = 1000 + LONGEST_SLACK + AHEAD
 
 
 def test_nobody_is_accused_for_what_a_predecessor_granted() -> None:
-    audit, one = Audit(1000), instance()
+    audit, one = Audit(1000), flow()
     assert audit.mail(one, KNOWN - 1) == (Verdict.PERMITTED, None)
     assert audit.mail(one, KNOWN) == (Verdict.UNPERMITTED, None)
-    assert audit.mail(instance(limited=False), KNOWN) == (Verdict.PERMITTED, None)
+    assert audit.mail(flow(limited=False), KNOWN) == (Verdict.PERMITTED, None)
 
 
 def test_a_mail_uses_a_permit_or_one_that_lapsed_and_gives_it_back_in_vain() -> None:
-    audit, one = Audit(1000), instance()
+    audit, one = Audit(1000), flow()
     audit.granted(Run(one, 0, KNOWN), SLACK)
     verdict, spent = audit.mail(one, KNOWN)
     assert (verdict, spent) == (Verdict.PERMITTED, Spent(("a", one.path.throttles), KNOWN, KNOWN + SLACK))
@@ -184,21 +170,21 @@ def test_a_mail_uses_a_permit_or_one_that_lapsed_and_gives_it_back_in_vain() -> 
     audit.in_vain(spent, KNOWN)
     verdict, spent = audit.mail(one, KNOWN + SLACK + 1)
     assert (verdict, spent) == (Verdict.LATE, Spent(("a", one.path.throttles), 0, None))
-    assert audit.mail(instance("b"), KNOWN + SLACK + 1)[0] is Verdict.UNPERMITTED
+    assert audit.mail(flow(name="b"), KNOWN + SLACK + 1)[0] is Verdict.UNPERMITTED
 
 
 def test_what_nothing_limited_when_it_was_granted_is_permitted_to_the_last_moment() -> None:
-    audit, one = Audit(1000), instance()
-    one.path.limited = False
+    audit, one = Audit(1000), flow()
+    windows, one.path.throttles[0].windows = one.path.throttles[0].windows, ()
     audit.granted(Run(one, 0, KNOWN, free=True), SLACK)
-    one.path.limited = True
+    one.path.throttles[0].windows = windows
     assert audit.mail(one, KNOWN + SLACK) == (Verdict.PERMITTED, None)
     assert audit.mail(one, KNOWN + SLACK + 1) == (Verdict.UNPERMITTED, None)
 
 
 def test_an_account_is_forgotten_when_nothing_is_left_of_it() -> None:
     """It is looked at when the last permit of its first run has lapsed, and then when that is forgotten."""
-    audit, one = Audit(1000), instance()
+    audit, one = Audit(1000), flow()
     audit.granted(Run(one, 0, KNOWN, n=3, step=SECOND), SLACK)
     last = KNOWN + 2 * SECOND + SLACK
     assert audit.wheel.next_wakeup() == -(-(last + 1) // SECOND) * SECOND
@@ -210,8 +196,9 @@ def test_an_account_is_forgotten_when_nothing_is_left_of_it() -> None:
 
 
 def test_remarks_are_made_once_a_minute_of_each_instance_and_kind() -> None:
-    audit, one, other = Audit(0), instance(), instance("b")
-    session: Any = SimpleNamespace(unpermitted=4)
+    audit, one, other = Audit(0), flow(), flow(name="b")
+    session = Session("a", b"1" * 16, "192.0.2.1", 1.0, 0)
+    session.unpermitted = 4
     audit.tell_unpermitted(one, session, 0)
     audit.tell_unpermitted(one, session, NOTICE_EVERY - 1)
     audit.tell_unpermitted(other, None, 5)

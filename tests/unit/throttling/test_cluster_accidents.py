@@ -234,6 +234,7 @@ DECIDING: list[tuple[Callable[[Patch], None], Accident, int]] = [
 ]
 
 
+@pytest.mark.only_python("defects put in the place of functions")
 @pytest.mark.parametrize(("mutant", "accident", "amount"), DECIDING, ids=[mutant[0].__name__ for mutant in DECIDING])
 def test_a_mutant_of_what_decides_is_caught(
     mutant: Callable[[Patch], None], accident: Accident, amount: int, monkeypatch: Patch

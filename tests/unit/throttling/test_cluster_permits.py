@@ -108,6 +108,7 @@ def test_the_slots_of_both_proxies_are_those_of_one() -> None:
     assert len(slots) >= 0.9 * 300 / 60 * 80
 
 
+@pytest.mark.only_python("defects put in the place of functions")
 def test_a_mutant_that_forgets_the_slack_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def forgetful(self: Leased, limit: Limit, told: int, amount: int) -> tuple[int, int]:
         return interval(Limit(amount, limit.seconds), 0), 1

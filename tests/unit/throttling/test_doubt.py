@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from proxy.throttling.doubt import STEP, WHOLE, Doubt, lapsed_too_many, since
+from proxy.throttling.flows import Flow, Path, Receiver, Slots, Throttle
 from proxy.throttling.manager import Manager
 from proxy.throttling.session import Session
-from proxy.throttling.throttle import SECOND, Limit
-from tests.unit.throttling.benches import KEY, OTHER, Bench, count, part
+from proxy.throttling.throttle import SECOND, Key, Limit, Window
+from tests.unit.throttling.benches import KEY, OTHER, SOURCE, Bench, count, part
 
 LIMIT = Limit(100, 1)
 
@@ -168,15 +167,25 @@ def test_counts_go_round() -> None:
 # --- the arithmetic ---
 
 
-def doubted(*intervals: int, waiting: tuple[int, ...] = (2,), queued: bool = True, slack: int = 0) -> Any:
+def doubted(*intervals: int, waiting: tuple[int, ...] = (2,), queued: bool = True, slack: int = 0) -> Flow:
     """A flow that had 100 permits, whose throttles have these intervals, and so many wait at each of them."""
-    windows = [SimpleNamespace(windows=[SimpleNamespace(interval=each)], slots=None) for each in intervals]
-    lines = [SimpleNamespace(windows=[], slots=SimpleNamespace(waiting=each)) for each in waiting]
-    path = SimpleNamespace(throttles=[*windows, *lines], slack=slack)
-    return SimpleNamespace(granted=100, queued=object() if queued else None, path=path)
+    throttles = [Throttle(Key(SOURCE, f"t{number}")) for number in range(len(intervals) + len(waiting))]
+    path = Path(tuple(throttles))
+    for throttle, interval in zip(throttles, intervals, strict=False):
+        throttle.windows = (Window(Limit(1, 1), 0, 0, 0),)
+        throttle.windows[0].interval = interval
+    for throttle, number in zip(throttles[len(intervals) :], waiting, strict=True):
+        throttle.slots = Slots(path)
+        throttle.slots.waiting = number
+    for throttle in throttles:
+        throttle.slack = slack
+    made = Flow(Receiver("a", 1.0), 0, path)
+    made.granted = 100
+    made.queued = throttles[0] if queued else None
+    return made
 
 
-def in_doubt(flow: Any) -> Doubt:
+def in_doubt(flow: Flow) -> Doubt:
     doubt = Doubt(flow, 0)
     doubt.halve(flow, 0)
     assert doubt.part == WHOLE // 2

@@ -18,6 +18,7 @@ from proxy.throttling import estate
 from proxy.throttling.adopting import Adopting
 from proxy.throttling.estate import Reader
 from proxy.throttling.flows import Places, Ticket
+from proxy.throttling.later import Later
 from proxy.throttling.line import Line
 from proxy.throttling.manager import Manager
 from proxy.throttling.registry import Registry
@@ -221,9 +222,9 @@ def thawed_it_forgets_what_closed(patch: Patch) -> None:
     patch.setattr(Manager, "freeze", deaf)
 
 
-class _Deaf(list[Callable[[int], object]]):
+class _Deaf(Later):
     def append(self, call: Callable[[int], object]) -> None:
-        if len(self) % 2:
+        if len(self.calls) % 2:
             super().append(call)
 
 
@@ -232,6 +233,7 @@ def walk_all() -> None:
         walk(seed)
 
 
+@pytest.mark.only_python("defects put in the place of functions")
 @pytest.mark.parametrize(
     "mutant",
     [a_place_is_forgotten, what_closed_meanwhile_is_forgotten, thawed_it_forgets_what_closed],
@@ -283,6 +285,7 @@ def the_start_is_now(patch: Patch) -> None:
     patch.setattr(Registry, "adopt", lambda self, start: None)
 
 
+@pytest.mark.only_python("defects put in the place of functions")
 @pytest.mark.parametrize(
     ("mutant", "test"),
     [

@@ -239,6 +239,7 @@ MUTANTS = [
 ]
 
 
+@pytest.mark.only_python("defects put in the place of functions")
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_mutant_is_caught(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
     mutant(monkeypatch)

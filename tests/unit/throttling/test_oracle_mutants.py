@@ -188,6 +188,7 @@ def moody_soak_all() -> None:
         moody_soak(seed, 60, 1.0)
 
 
+@pytest.mark.only_python("defects put in the place of functions")
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_mutant_is_caught(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
     mutant(monkeypatch)
@@ -195,6 +196,7 @@ def test_mutant_is_caught(mutant: Callable[[Patch], None], monkeypatch: Patch) -
         soak_all()
 
 
+@pytest.mark.only_python("defects put in the place of functions")
 @pytest.mark.parametrize("mutant", CHANGE_MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_mutant_is_caught_where_limits_change(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
     mutant(monkeypatch)

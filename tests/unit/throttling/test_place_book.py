@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from proxy.throttling.flows import Flow, Path, Places, Receiver, Terms, Throttle, Ticket
@@ -24,17 +26,20 @@ def flow(*throttles: Throttle) -> Flow:
     return Flow(Receiver("instance", 1.0), 0, Path(throttles))
 
 
-class Book(PlaceBook):
+class Book:
     """One whose flows are shut by putting them into a set."""
 
     def __init__(self) -> None:
         self.closed: set[Flow] = set()
-        super().__init__(self.closed.__contains__)
+        self._book = PlaceBook(self.closed.__contains__)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._book, name)
 
     def ask(
         self, owner: str, *throttles: Throttle, now: int = 0, rated: bool = True, flows: tuple[Flow, ...] = ()
     ) -> Places | Ticket:
-        return self.admit(owner, 1.0, throttles, flows, now, rated)
+        return self._book.admit(owner, 1.0, throttles, flows, now, rated)
 
     def gets(self, owner: str, *throttles: Throttle, now: int = 0, rated: bool = True) -> Places:
         answer = self.ask(owner, *throttles, now=now, rated=rated)

@@ -295,6 +295,7 @@ def cross_and_check() -> None:
     check_places(range(12))
 
 
+@pytest.mark.only_python("defects put in the place of functions")
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
 def test_mutant_is_caught(mutant: Callable[[Patch], None], monkeypatch: Patch) -> None:
     mutant(monkeypatch)
