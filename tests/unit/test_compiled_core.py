@@ -1,4 +1,4 @@
-"""What the core may not say, since mypyc makes something else of it than Python does; each was found by a test that failed.
+"""What the core may not say, since mypyc makes something else of it than Python; each was found by a test that failed.
 
 `x[f():]` calls `f` twice; a slice that ends before it begins is no empty one but an error, and nobody sees that in a
 source: the twins of the fuzz tests look for it.
