@@ -21,6 +21,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+BUILT := $(VENV)/built
 DIST ?= dist
 CONFIG ?= etc/greenarrow_proxy.conf
 PYTEST_ARGS ?=
@@ -43,15 +44,21 @@ $(READY): setup.py pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (once; takes a minute) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat --editable '.[test]'
-	@touch $(READY)
+	@touch $(READY) $(BUILT)
 
-demo: $(READY)
+# What is compiled, again after a change: a minute or two. GREENARROW_PROXY_PURE=1 goes without it.
+$(BUILT): $(READY) $(shell find proxy -name '*.py' -o -name '*.pyx')
+	@test "$$GREENARROW_PROXY_PURE" = 1 || { echo "Compiling ..." && $(BIN)/python -m pip install --quiet \
+		--disable-pip-version-check --config-settings editable_mode=compat --no-deps --editable . ; }
+	@touch $(BUILT)
+
+demo: $(BUILT)
 	@$(BIN)/python -m demo
 
-demo-cluster: $(READY)
+demo-cluster: $(BUILT)
 	@$(BIN)/python -m demo.cluster
 
-test: $(READY)
+test: $(BUILT)
 	@tests/fetch_smtp_sink.sh
 	@tests/fetch_node_peers.sh
 	@$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) $(BY_FILE) $(PYTEST_ARGS)
@@ -64,22 +71,22 @@ check: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-bench: $(READY)
+bench: $(BUILT)
 	@$(BIN)/python bench/run.py
 	@$(BIN)/python bench/sharing.py
 	@$(BIN)/python bench/workers.py
 
-bench-stalls: $(READY)
+bench-stalls: $(BUILT)
 	@ulimit -n $$(ulimit -H -n); $(BIN)/python bench/stalls.py
 
-bench-handshakes: $(READY)
+bench-handshakes: $(BUILT)
 	@ulimit -n $$(ulimit -H -n); $(BIN)/python bench/stalls.py quiet handshakes handshakes-rsa mx-handshakes
 	@$(BIN)/python bench/handshakes.py
 
-bench-quick: $(READY)
+bench-quick: $(BUILT)
 	@$(BIN)/python bench/run.py --quick
 
-soak: $(READY)
+soak: $(BUILT)
 	@tests/fetch_smtp_sink.sh
 	@tests/fetch_node_peers.sh
 	@$(BIN)/python -m pytest -m slow --timeout 3600 $(PYTEST_ARGS)
@@ -99,7 +106,7 @@ wheels:
 lock: $(READY)
 	@PYTHON=$(BIN)/python packaging/lock.sh
 
-run: $(READY)
+run: $(BUILT)
 	@exec $(BIN)/greenarrow_proxy --config-filename=$(CONFIG)
 
 clean:

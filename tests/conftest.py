@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from proxy import form
+from tests import forms
 
 #: Over the profile that is in force: in continuous integration hypothesis itself chooses another.
 settings.register_profile("untimed", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -25,6 +26,14 @@ _LONG = ("tests/e2e/install/", "tests/sanitized/", "tests/e2e/files/")
 #: Files that take a moment each: the last fifth of all, in which nobody is waited for long.
 _SHORT = "tests/unit/"
 _SHORT_BUT = "tests/unit/throttling/"
+
+
+def pytest_configure() -> None:
+    if not forms.pure() and (changed := forms.stale()):
+        raise pytest.UsageError(
+            f"{changed[0]} (one of {len(changed)}) has changed since it was compiled: `make .venv/built`, or run the tests "
+            f"on Python code with {forms.PURE}=1"
+        )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

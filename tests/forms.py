@@ -7,7 +7,9 @@ the form at all: not what is marked `either_form`. The programs that tests start
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 PURE = "GREENARROW_PROXY_PURE"
 
 
@@ -21,3 +23,15 @@ def environ() -> dict[str, str]:
 def pure() -> bool:
     """Whether this run is for Python code."""
     return os.environ.get(PURE) == "1"
+
+
+def stale() -> list[str]:
+    """Sources in the checkout that have changed since they were compiled: what runs is not what stands there."""
+    folders = {path.parent for path in (ROOT / "proxy").rglob("*.so")}
+    compiled = {path.with_name(path.name.partition(".")[0]): path for each in folders for path in each.glob("*.so")}
+    sources = ((path.with_suffix(ending), built) for path, built in compiled.items() for ending in (".py", ".pyx"))
+    return [
+        source.relative_to(ROOT).as_posix()
+        for source, built in sources
+        if source.exists() and source.stat().st_mtime > built.stat().st_mtime
+    ]
