@@ -31,8 +31,8 @@ _SHORT_BUT = "tests/unit/throttling/"
 def pytest_configure() -> None:
     if not forms.pure() and (changed := forms.stale()):
         raise pytest.UsageError(
-            f"{changed[0]} (one of {len(changed)}) has changed since it was compiled: `make .venv/built`, or run the tests "
-            f"on Python code with {forms.PURE}=1"
+            f"{changed[0]} (one of {len(changed)}) has changed since it was compiled: `make .venv/built`, or run the "
+            f"tests on Python code with {forms.PURE}=1"
         )
 
 
