@@ -32,8 +32,7 @@ from tests.waiting import wait_for
 ROOT = Path(__file__).parents[1]
 SECRET = "an-0pen-secret-of-32-characters-for-tests"
 
-#: What a test's own text does not say. Each door has an address of its own, since each listens on port 0. Receivers are
-#: of these tests: on a busy machine they close late, and what they count must be true all the same.
+#: What a test's own text does not say. Each door has an address of its own, since each listens on port 0.
 BASE = f"""\
 listen 127.0.1.1:0
 listen_socks5 127.0.1.2:0
@@ -44,7 +43,6 @@ allow_destination 127.0.0.0/8, ::1/128
 destination_port 1-65535
 auth_shared_secret "{SECRET}"
 drain_timeout 2s
-throttle_close_timeout 60s
 stats_interval 1h
 """
 
