@@ -26,8 +26,15 @@ TWINS = {
     "proxy.net._fastrelay": "proxy/net/_fastrelay.pyx",
     "proxy.protocols.smtp._fastdots": "proxy/protocols/smtp/_fastdots.pyx",
 }
-#: Folders of the typed core, and what of them stays Python code.
+#: Folders of the typed core, what else each session passes through, and what of all that stays Python code.
 CORE = ("doors", "egress", "net", "policy", "protocols", "throttling")
+CORE_FILES = (
+    "proxy/numbering.py",
+    "proxy/server/listener.py",
+    "proxy/server/reception.py",
+    "proxy/spans.py",
+    "proxy/stats.py",
+)
 NOT_CORE = {
     "proxy/net/crew.py",  # a greenlet that waits for work is known by its frame
     "proxy/net/relay.py",  # the twin of what Cython compiles
@@ -115,7 +122,7 @@ def core() -> list[Extension]:
     modules = [path.relative_to(HERE).as_posix() for folder in CORE for path in (HERE / "proxy" / folder).rglob("*.py")]
     # `make check` looks at types, with all libraries at hand; here they need not be.
     return mypycify(
-        ["--config-file=", "--ignore-missing-imports", *sorted(compiled(modules))],
+        ["--config-file=", "--ignore-missing-imports", *sorted(compiled([*modules, *CORE_FILES]))],
         opt_level="3",
         multi_file=True,
         group_name=CORE_LIBRARY,

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CORE = ("doors", "egress", "net", "policy", "protocols", "throttling")
+CORE_FILES = ("numbering.py", "server/listener.py", "server/reception.py", "spans.py", "stats.py")
 #: They may be called as often as one likes.
 HARMLESS = {"find", "len", "max", "min"}
 
@@ -31,6 +32,11 @@ def called_twice(source: str) -> list[int]:
 def test_no_bound_of_a_slice_does_anything(folder: str) -> None:
     found = {path.name: called_twice(path.read_text()) for path in (ROOT / "proxy" / folder).rglob("*.py")}
     assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize("name", CORE_FILES)
+def test_nor_in_files_of_other_rooms(name: str) -> None:
+    assert called_twice((ROOT / "proxy" / name).read_text()) == []
 
 
 def test_one_that_does_is_found() -> None:

@@ -195,14 +195,15 @@ def test_an_error_of_one_connection_costs_nobody_a_moment(opened, number):
 def test_each_pause_is_longer_until_an_accept_succeeds(opened):
     """Constant short pauses would write a hundred error lines a second."""
     pauses = []
-    real_timer = opened.listener.loop.timer
+    loop = opened.listener.loop
 
     def timer(after, *more):
         pauses.append(round(after, 3))
-        return real_timer(0.0, *more)
+        return loop.timer(0.0, *more)
 
     opened.listener.socket = Failing(opened.listener.socket, [errno.EMFILE] * 9)
-    with mock.patch.object(opened.listener, "loop", mock.Mock(wraps=opened.listener.loop, timer=timer, iteration=0)):
+    opened.listener.loop = mock.Mock(wraps=loop, timer=timer, iteration=0)
+    try:
         with dial(opened):
             until(lambda: opened.accepted, what="accepted")
         assert pauses == [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1, 1]
@@ -210,6 +211,8 @@ def test_each_pause_is_longer_until_an_accept_succeeds(opened):
         with dial(opened):
             until(lambda: len(opened.accepted) == 2, what="accepted")
         assert pauses[9:] == [0.01]
+    finally:
+        opened.listener.loop = loop
 
 
 def test_closed_while_it_backs_off(opened):
