@@ -81,10 +81,11 @@ class Replacement:
             self._by.link.close()
 
     def _be_replaced(self, upgrade: Upgrade) -> None:
-        assert upgrade.link is not None
+        link = upgrade.link
+        assert link is not None
         log.note(log.Event.UPGRADE, log.INFO, "the new program has taken over: finishing what is open", pid=upgrade.pid)
         wiring = self._wiring
-        remote = Remote(upgrade.link.say, lambda: wiring.limits, wiring.keeper.give_way)
+        remote = Remote(link.say, lambda: wiring.limits, wiring.keeper.give_way, say_late=link.say_late)
         upgrade.goes_to(remote)
         self._switch.hand_over(remote)
         wiring.admission.handed_over = upgrade.say_meanwhile

@@ -292,6 +292,7 @@ class Worker:
             self._link.say,
             lambda: wiring.limits,
             lambda throttle, count: wiring.keeper.give_way(throttle, count),
+            say_late=self._link.say_late,
         )
         nobody = Manager(wiring.incarnation, clock_ns())
         return remote, Admission(nobody, lambda throttle, count: False)

@@ -318,18 +318,20 @@ class Workers:
         worker.silent = 0
         for fd in fds:  # a worker has none to give
             os.close(fd)
-        self._branches.hold()
-        for record in records:
-            try:
-                if worker.branch is not None and worker.branch.hear(record):
-                    continue
-                if isinstance(record, seam.Reply):
-                    self.colleagues.replied(worker.number, record)
-                elif isinstance(record, seam.Tell):
-                    self._told(worker, record)
-            except Exception as error:  # the others' records are not to be lost
-                log.internal_error(f"worker {worker.number}", error)
-        self._branches.settle()
+        with self._branches.together():
+            for record in records:
+                self._hear(worker, record)
+
+    def _hear(self, worker: Worker, record: seam.FromWorker) -> None:
+        try:
+            if worker.branch is not None and worker.branch.hear(record):
+                return
+            if isinstance(record, seam.Reply):
+                self.colleagues.replied(worker.number, record)
+            elif isinstance(record, seam.Tell):
+                self._told(worker, record)
+        except Exception as error:  # the others' records are not to be lost
+            log.internal_error(f"worker {worker.number}", error)
 
     def _told(self, worker: Worker, record: seam.Tell) -> None:
         if record.what == orders.PART:

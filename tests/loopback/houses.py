@@ -173,6 +173,7 @@ class Elsewhere(House):
             lambda record: self.worker.say(record),
             lambda: self.blocks,
             lambda throttle, count: self.keeper.give_way(throttle, count),
+            say_late=lambda record: self.worker.say_late(record),
         )
         self.master = seam.Seam(ends[0], True, lambda records, _: list(map(branch.hear, records)), branch.close)
         self.worker = seam.Seam(ends[1], False, lambda records, _: list(map(office.hear, records)), office.lost)

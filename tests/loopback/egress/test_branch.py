@@ -6,6 +6,7 @@ from __future__ import annotations
 import random
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import gevent
 import pytest
@@ -13,7 +14,7 @@ from gevent import sleep
 
 from proxy.egress.admission import Admission
 from proxy.egress.asking import wait_for_place
-from proxy.egress.branch import Branches
+from proxy.egress.branch import Branch, Branches
 from proxy.egress.clock import clock_ns
 from proxy.egress.office import Applicant
 from proxy.egress.remote import Remote
@@ -44,10 +45,20 @@ class House:
         worker = SimpleNamespace(held=[], waiting=set())
         branch = self.branches.open(lambda record: worker.master.say(record))
         worker.branch = branch
-        worker.remote = Remote(lambda record: worker.link.say(record), lambda: self.blocks, lambda *_: 0)
-        worker.master = Seam(ours, True, lambda records, _: list(map(branch.hear, records)), branch.close)
+        worker.remote = Remote(
+            lambda record: worker.link.say(record),
+            lambda: self.blocks,
+            lambda *_: 0,
+            say_late=lambda record: worker.link.say_late(record),
+        )
+        worker.master = Seam(ours, True, partial(self._hear, branch), branch.close)
         worker.link = Seam(theirs, False, lambda records, _: list(map(worker.remote.hear, records)), worker.remote.lost)
         return worker
+
+    def _hear(self, branch: Branch, records: list[Any], _: object) -> None:
+        with self.branches.together():
+            for record in records:
+                branch.hear(record)
 
     def enter(self, worker: SimpleNamespace, seconds: float) -> None:
         def run() -> None:

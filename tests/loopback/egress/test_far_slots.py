@@ -60,7 +60,10 @@ class Ends:
         self.to_master: list[Any] = []
         self.to_worker: list[Any] = []
         self.branch = Branches(self.switch).open(self.to_worker.append)
-        self.remote = Remote(self.to_master.append, lambda: self.limits, lambda throttle, count: 0, clock)
+        self.late: list[Any] = []
+        self.remote = Remote(
+            self.to_master.append, lambda: self.limits, lambda throttle, count: 0, clock, self.late.append
+        )
         clock.now += 5 * SECOND  # the dead time of a start
 
     def up(self) -> list[Any]:

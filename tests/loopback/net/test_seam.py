@@ -112,6 +112,28 @@ def test_many_records_that_do_not_fit_one_datagram(link):
     assert link.worker.heard == said
 
 
+def test_what_may_wait_goes_with_what_is_said_next_in_its_order(link):
+    link.worker.seam.say_late(seam.Leave(1))
+    link.worker.seam.say_late(seam.Leave(2))
+    link.worker.seam.say(seam.Cancel(3))
+    until(lambda: link.master.heard, what="it is there")
+    assert (link.master.heard, link.master.datagrams) == ([seam.Leave(1), seam.Leave(2), seam.Cancel(3)], 1)
+
+
+def test_what_may_wait_goes_by_itself_where_nothing_else_is_said(link):
+    for number in range(3):
+        link.worker.seam.say_late(seam.Leave(number))
+        until(lambda number=number: len(link.master.heard) == number + 1, what="it is there")
+    assert link.master.heard == [seam.Leave(0), seam.Leave(1), seam.Leave(2)]
+
+
+def test_what_was_still_waiting_arrives_before_the_end(link):
+    link.worker.seam.say_late(seam.Leave(1))
+    link.worker.seam.close()
+    until(lambda: link.master.lost, what="the end")
+    assert link.master.heard == [seam.Leave(1)]
+
+
 def test_descriptors_keep_their_place_too_and_stay_the_senders(link):
     with tempfile.TemporaryFile() as file:
         file.write(b"content")
