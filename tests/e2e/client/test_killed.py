@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +34,8 @@ print("sends", flush=True)
 smtp.sock.sendall(bytes(64 << 20))
 """
 _ESTABLISHED = "01"
+#: Of the timers in /proc/net/tcp, the one that asks whether the other end has room again.
+_NO_ROOM = "04"
 
 
 @contextlib.contextmanager
@@ -45,24 +46,28 @@ def mta(proxy: Proxy, mx: Mx, tls: str) -> Iterator[subprocess.Popen[str]]:
         try:
             assert it.stdout is not None
             assert it.stdout.readline() == "sends\n"
-            wait_for(lambda: is_stuck(proxy.native), 30, "it can send no more")
+            wait_for(lambda: is_stuck(proxy, mx), 60, "it can send no more")
             yield it
         finally:
             it.kill()
 
 
-def is_stuck(address: Address) -> bool:
-    before = unsent(address)
-    threading.Event().wait(0.5)
-    return 0 < before == unsent(address)
+def is_stuck(proxy: Proxy, mx: Mx) -> bool:
+    """Whether there is no room on the whole way, and the proxy, which has looked at all its sockets meanwhile, found
+    nothing that it could move."""
+    before = [held_back(address) for address in (mx.endpoint, proxy.native)]
+    for _ in range(2):  # it has begun a turn, and ended it
+        proxy.throttles()
+    return all(before) and before == [held_back(address) for address in (mx.endpoint, proxy.native)]
 
 
-def unsent(address: Address) -> int:
-    """Bytes that wait in the kernel for room at the address, of the connection that has most."""
+def held_back(address: Address) -> int:
+    """Bytes that wait in the kernel for room at the address, of the connection that has most; 0 while there is room."""
     host, port = address
     remote = f"{int.from_bytes(socket.inet_aton(host), 'little'):08X}:{port:04X}"
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
-    return max((int(row[4].partition(":")[0], 16) for row in rows if row[2:4] == [remote, _ESTABLISHED]), default=0)
+    waiting = [row for row in rows if row[2:4] == [remote, _ESTABLISHED] and row[5].startswith(f"{_NO_ROOM}:")]
+    return max((int(row[4].partition(":")[0], 16) for row in waiting), default=0)
 
 
 def place(proxy: Proxy) -> list[int]:
