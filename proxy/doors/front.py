@@ -13,7 +13,7 @@ from typing import Any, Final
 from gevent import sleep
 
 from proxy.doors.carriage import Carriage
-from proxy.doors.passing import Passed, pass_on, taken_over
+from proxy.doors.passing import pass_on, taken_over
 from proxy.doors.presence import HALF_CLOSED
 from proxy.doors.record import NO_SOCKET, Visit
 from proxy.doors.request import greet
@@ -30,6 +30,7 @@ from proxy.model import Accepted, Ending, Endpoint, Handshake, Route
 from proxy.net.conversation import send_all, watch_over
 from proxy.net.relay import GONE, RawSocket, keep_alive
 from proxy.net.tls import PlainStream, TlsStream
+from proxy.protocols.seam import Passed
 from proxy.services import Door, Services
 
 #: Seconds between a SOCKS reply and a greeting that is at hand, since its connection was parked. A receiver's own takes

@@ -7,46 +7,12 @@ where the other one left off. In clear only: TLS cannot be passed.
 
 from __future__ import annotations
 
-import msgspec
-from msgspec import Struct
-
 from proxy.doors.record import Visit
 from proxy.doors.request import HANDSHAKES
 from proxy.model import Connect, Endpoint, Handshake, Route
 from proxy.net.relay import RawSocket
+from proxy.protocols.seam import Passed
 from proxy.services import Door, Services
-
-
-class Passed(Struct, array_like=True):
-    """What was decided about a client.
-
-    Args:
-        door: where it came in, as configured. number, started: of its lines in the log.
-        requested: of the handshake in which the answer is still to be said; what came behind it is in there.
-    """
-
-    door: Endpoint
-    client: Endpoint
-    number: int
-    started: float
-    instance: str
-    source_name: str | None
-    source: str
-    destination: Endpoint
-    protocol: str
-    requested: bytes
-
-
-_decoder = msgspec.msgpack.Decoder(Passed)
-
-
-def decode(data: bytes) -> Passed:
-    """What `pass_on` has said.
-
-    Raises:
-        MsgspecError: that was something else.
-    """
-    return _decoder.decode(data)
 
 
 def pass_on(visit: Visit, handshake: Handshake, source: str, destination: Endpoint) -> bool:

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from proxy.errors import PeerError
+from proxy.model import Endpoint
 
 VERSION = 1
 #: Bytes of a datagram that carries several records. A record that is longer travels by itself, in a file of memory.
@@ -214,6 +215,29 @@ class Question(Struct, array_like=True, tag=72):
     body: bytes
 
 
+# ---------------------------------------------------------------- a worker says to another one
+
+
+class Passed(Struct, array_like=True):
+    """What was decided about a client that is passed on; see `doors.passing`.
+
+    Args:
+        door: where it came in, as configured. number, started: of its lines in the log.
+        requested: of the handshake in which the answer is still to be said; what came behind it is in there.
+    """
+
+    door: Endpoint
+    client: Endpoint
+    number: int
+    started: float
+    instance: str
+    source_name: str | None
+    source: str
+    destination: Endpoint
+    protocol: str
+    requested: bytes
+
+
 FromWorker: TypeAlias = (
     Enter
     | Cancel
@@ -236,6 +260,7 @@ Record: TypeAlias = FromWorker | FromMaster
 _encoder = msgspec.msgpack.Encoder()
 _of_workers = msgspec.msgpack.Decoder(list[FromWorker])
 _of_masters = msgspec.msgpack.Decoder(list[FromMaster])
+_of_neighbours = msgspec.msgpack.Decoder(Passed)
 
 
 def encode(records: Sequence[Record]) -> Iterator[bytes]:
@@ -265,3 +290,12 @@ def decode(data: bytes | memoryview, from_worker: bool) -> list[FromWorker] | li
         return _of_workers.decode(data) if from_worker else _of_masters.decode(data)
     except msgspec.DecodeError as error:
         raise PeerError(f"a record between two processes of the proxy is not of this version: {error}") from None
+
+
+def decode_passed(data: bytes) -> Passed:
+    """A client that another worker has passed on.
+
+    Raises:
+        MsgspecError: it is none.
+    """
+    return _of_neighbours.decode(data)

@@ -18,7 +18,7 @@ import gevent
 from gevent.event import Event
 from gevent.queue import Queue
 
-from proxy.doors import front, passing
+from proxy.doors import front
 from proxy.egress.admission import Admission
 from proxy.egress.clock import clock_ns
 from proxy.egress.office import Office
@@ -249,7 +249,7 @@ class Worker:
 
     def _take_over(self, data: bytes, sock: RawSocket) -> None:
         """A client that another worker has passed on."""
-        passed = passing.decode(data)
+        passed = seam.decode_passed(data)
         services = self._services
         sock.setblocking(False)
         door = self._doors.door_at(passed.door) or Door(passed.protocol, passed.door)
