@@ -25,7 +25,7 @@ from greenarrow_proxy_client import Limits, Session
 host, port, mx_host, mx_port, tls = sys.argv[1:]
 session = Session((host, int(port)), {SECRET!r}, "dies", tls=tls == "yes")
 throttle = session.throttle({SOURCE!r}, Limits("one", max_connections=1))
-throttle.wait_until_registered(10)
+throttle.wait_until_registered(60)
 smtp = session.smtp([(mx_host, int(mx_port))], "dies.example", throttles=[throttle], tls="none", timeout=None)
 smtp.mail("a@example.com")
 smtp.rcpt("b@example.net")
