@@ -204,7 +204,9 @@ cdef class Shortcut:
         except BlockingIOError:
             return -1
         self._more = not stream.drained
-        count = len(data)
+        count = PyBytes_GET_SIZE(data)
+        if count > room:
+            raise BufferError("a stream gave more than it was asked for")
         memcpy(to, PyBytes_AS_STRING(data), count)
         return count
 
