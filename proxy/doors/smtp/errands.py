@@ -85,9 +85,9 @@ class Errands:
             self._books.step(f"passes on what it cannot see: {error}")
             self._holding.attach()
             self._mediator.pass_through()
-        except ProxyError as error:
-            self._books.step(f"has none: {error}")
-            self._failed(want, error)
+        except ProxyError as failure:  # a name of its own: a compiler gives a variable one type
+            self._books.step(f"has none: {failure}")
+            self._failed(want, failure)
         finally:
             self._wires.end_errand()
             self._books.outcomes.waited += monotonic() - started if want is Want.SLOT else 0.0
