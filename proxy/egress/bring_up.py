@@ -26,7 +26,7 @@ from proxy.net.apart import for_receivers
 from proxy.net.certificates import judged
 from proxy.net.conversation import receive, send_all, shake_hands
 from proxy.net.relay import Engine, RawSocket
-from proxy.net.tls import PlainStream, Stream, TlsStream
+from proxy.net.tls import PlainStream, Stream, TlsStream, tls_reason
 from proxy.net.turns import TurnOver
 from proxy.policy.certificates import Demand, Result
 from proxy.protocols.smtp.dialogue import Action, ClientDialogue, Then, mailmax
@@ -312,7 +312,7 @@ class BringUp:
 
 
 def _tls_reason(error: ssl.SSLError) -> str:
-    return f"TLS handshake failed: {error.reason or error.strerror}"
+    return f"TLS handshake failed: {tls_reason(error)}"
 
 
 def _facts(stream: TlsStream, demand: Demand, known: Known | None) -> TlsFacts:

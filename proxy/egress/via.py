@@ -35,7 +35,7 @@ from proxy.net.conversation import receive, rest_for, send_all, shake_hands
 from proxy.net.framed import FramedStream
 from proxy.net.peer import holds_back
 from proxy.net.relay import Engine, RawSocket, keep_alive
-from proxy.net.tls import PlainStream, Stream, TlsStream
+from proxy.net.tls import PlainStream, Stream, TlsStream, tls_reason
 from proxy.net.turns import TurnOver
 from proxy.policy.turns import READ
 from proxy.protocols.native import frames
@@ -321,7 +321,7 @@ class Via:
             if isinstance(error, RefusedByProxy):
                 raise ViaUnavailable(f"via {proxy}: it refuses us as {self._instance}: {error}") from None
             if isinstance(error, ssl.SSLError):
-                raise ViaUnavailable(f"via {proxy}: TLS: {error.reason or error.strerror}; is via_tls right?") from None
+                raise ViaUnavailable(f"via {proxy}: TLS: {tls_reason(error)}; is via_tls right?") from None
             if isinstance(error, OSError | PeerError | UpstreamError):
                 raise ViaUnavailable(f"via {proxy}: {error}") from None
             raise

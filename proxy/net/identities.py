@@ -170,7 +170,7 @@ def _trust(context: ssl.SSLContext, directive: str, path: str) -> bytes:
     try:
         context.load_verify_locations(cadata=authorities.decode("ascii", "replace"))
     except ssl.SSLError as error:
-        why = (error.reason or "not readable as PEM").replace("_", " ").lower()
+        why = str(getattr(error, "reason", None) or "not readable as PEM").replace("_", " ").lower()
         raise UnfitIdentity(directive, f"{path}: {why}") from None
     return authorities
 
@@ -194,10 +194,10 @@ def _load(
     try:
         return make(certificates + b"\n" + key)
     except ssl.SSLError as error:
-        if error.reason == "KEY_VALUES_MISMATCH":
+        if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
             message = f"{key_file}: this key does not belong to the certificate in {certificate_file}"
             raise UnfitIdentity(key_directive, message) from None
-        why = (error.reason or "not readable as PEM").replace("_", " ").lower()
+        why = str(getattr(error, "reason", None) or "not readable as PEM").replace("_", " ").lower()
     except ValueError:
         why = "not readable as PEM"
     raise UnfitIdentity(certificate_directive, f"{certificate_file} and {key_file}: {why}")

@@ -81,6 +81,11 @@ class PlainStream:
         self.socket.shutdown(SHUT_WR)
 
 
+def tls_reason(error: ssl.SSLError) -> str:
+    """OpenSSL's word for what went wrong; the system's sentence, where it has none."""
+    return str(getattr(error, "reason", None) or error.strerror)
+
+
 def _here(work: Callable[[], None]) -> None:
     work()
 

@@ -131,9 +131,7 @@ def await_end(engine: Engine, stream: FramedStream, seconds: float) -> None:
             send_all(engine, stream, b"")
             while receive(engine, stream):
                 pass  # what crossed our last words
-            while stream.word is None:  # EOF came before END
-                stream.next_session()
-                receive(engine, stream)
+            _hear_word(engine, stream)
     except TimeIsUp as fired:
         if fired.alarm is not alarm:
             raise
@@ -142,3 +140,10 @@ def await_end(engine: Engine, stream: FramedStream, seconds: float) -> None:
         raise ClientGone("the connection broke") from None
     finally:
         alarm.cancel()
+
+
+def _hear_word(engine: Engine, stream: FramedStream) -> None:
+    """EOF came before END."""
+    while stream.word is None:
+        stream.next_session()
+        receive(engine, stream)

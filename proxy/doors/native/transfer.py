@@ -23,6 +23,7 @@ from proxy.model import Discard, Ending
 from proxy.net.peer import has_gone
 from proxy.net.probing import Prober
 from proxy.net.relay import GONE, HEARD, UNSURE, Shortcut
+from proxy.net.tls import tls_reason
 from proxy.net.turns import TurnOver
 from proxy.policy.turns import FRAME, READ
 from proxy.protocols.native import frames
@@ -121,7 +122,7 @@ class Transfer:
         while self.end is None:
             moved = self._from_receiver()
             moved |= self._from_client()
-            if self.end is not None:
+            if self._has_ended():
                 return
             link.tell_goaway()
             if link.doom is not None:
@@ -136,6 +137,9 @@ class Transfer:
                     self._push_on()
                 else:
                     self._wait()
+
+    def _has_ended(self) -> bool:
+        return self.end is not None
 
     def _wait(self, look: bool = False) -> None:
         """Until something happens; of a client that is not read, see `Prober`. `look`: see `Link.wait`.
@@ -501,7 +505,7 @@ class Transfer:
         self.receiver_done = True
         self._held = b""
         if isinstance(error, ssl.SSLError):  # its number is OpenSSL's
-            number, text = 0, f"TLS: {error.reason or error.strerror}"
+            number, text = 0, f"TLS: {tls_reason(error)}"
         else:
             number = error.errno or 0
             text = why or os.strerror(number)

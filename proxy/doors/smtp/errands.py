@@ -81,8 +81,8 @@ class Errands:
             self._books.step(f"has it after {monotonic() - started:.3f} s")
         except ClientGone:
             raise
-        except TlsAtOnce as error:
-            self._books.step(f"passes on what it cannot see: {error}")
+        except TlsAtOnce as unseen:
+            self._books.step(f"passes on what it cannot see: {unseen}")
             self._holding.attach()
             self._mediator.pass_through()
         except ProxyError as failure:  # a name of its own: a compiler gives a variable one type
