@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from time import monotonic
 
 from proxy.egress.receiver import Wish
-from proxy.egress.tlsa import TlsaLookUps
 from proxy.errors import Step, UpstreamError
 from proxy.model import UNNAMED, Endpoint, Names, TlsMode
 from proxy.net.contexts import ClientIdentity
@@ -29,6 +28,7 @@ class Demands:
     domain that a block names.
 
     Args:
+        tlsa: see `TlsaLookUps.get`.
         hear_of: see `LookUps.hear_of`.
         shown: the certificate that receivers are shown by who leaves from an address, if they ask for one.
     """
@@ -36,7 +36,7 @@ class Demands:
     def __init__(
         self,
         rules: TlsRules,
-        tlsa: TlsaLookUps,
+        tlsa: Callable[[str, int, float], Found],
         hear_of: Callable[[frozenset[str], float], None],
         shown: Callable[[str], ClientIdentity | None],
     ) -> None:
@@ -92,7 +92,7 @@ class Demands:
         """With the records of all hosts that the receiver may be; nearly always that is one."""
         ends = monotonic() + seconds
         hosts = rule.hosts or ((wish.tls_server_name,) if wish.tls_server_name else ())
-        answers = [self._tlsa.get(host, destination.port, ends - monotonic()) for host in hosts]
+        answers = [self._tlsa(host, destination.port, ends - monotonic()) for host in hosts]
         with_records = [answer for answer in answers if answer.records]
         if with_records:
             bases = [answer.base for answer in with_records]

@@ -16,7 +16,7 @@ from collections.abc import Hashable, Sequence
 from datetime import datetime
 from pathlib import Path
 from time import monotonic
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -81,7 +81,7 @@ class Authorities:
 
 def read_authorities() -> bytes:
     """The system's, or those that SSL_CERT_FILE and SSL_CERT_DIR name; empty: there are none."""
-    paths = ssl.get_default_verify_paths()
+    paths: Any = ssl.get_default_verify_paths()  # declared as strings, and None where there is no such file
     files = [Path(paths.cafile)] if paths.cafile else []
     if not files and paths.capath:
         files = sorted(Path(paths.capath).iterdir())[:_MOST_FILES]

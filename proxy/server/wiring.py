@@ -131,7 +131,7 @@ class Wiring:
             instances=self.instances,
             keeper=self.keeper,
             broken_tls=self._broken_tls,
-            demands=Demands(tls_rules, self._tlsa, self.look_ups.hear_of, shown.of),
+            demands=Demands(tls_rules, self._tlsa.get, self.look_ups.hear_of, shown.of),
             tls_sessions=self._tls_sessions,
             acquaintances=self._acquaintances,
             office=self.office,
