@@ -27,7 +27,9 @@ from proxy.net.relay import make_engine
 from proxy.policy.limits import Limits as BlockLimits
 from proxy.settings import ThrottleSettings
 from proxy.stats import Counters
+from proxy.throttling.flows import Places, Throttle
 from proxy.throttling.manager import Manager
+from proxy.throttling.throttle import Key
 from tests.waiting import wait_for
 
 until = partial(wait_for, pause=gevent.sleep)
@@ -63,6 +65,15 @@ def block(name, destination="127.0.0.0/8", connections=1):
 
 def key_of(mx, tls=TlsMode.NONE, tenant=""):
     return PoolKey(SOURCE, Endpoint(*mx.endpoint), "mta.example.org", tls, tenant=tenant)
+
+
+def throttle(name="t"):
+    """One that no manager knows."""
+    return Throttle(Key(SOURCE, name))
+
+
+def places(*throttles):
+    return Places(1, "a", 1.0, throttles, ())
 
 
 class House:

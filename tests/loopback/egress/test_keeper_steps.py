@@ -3,32 +3,51 @@
 from __future__ import annotations
 
 import select
+from _socket import socketpair
 from types import SimpleNamespace
 
 import pytest
 from gevent import Timeout
 
 from proxy.egress import keeper as keeper_room
-from proxy.model import Discard
+from proxy.egress.leaving import Leaving
+from proxy.egress.pool import Entry
+from proxy.egress.receiver import Receiver
+from proxy.model import Discard, Endpoint
+from proxy.net.tls import PlainStream
 from proxy.net.turns import TurnOver
-from tests.loopback.houses import key_of, limits, until
+from tests.loopback.houses import SOURCE, key_of, limits, places, throttle, until
 from tests.mx import Mx, close, mute, say, stall
 
-
-class Thing(SimpleNamespace):
-    """One that is itself only, as throttles and connections are."""
-
-    __hash__ = object.__hash__
-    __eq__ = object.__eq__
+HERE = Endpoint(SOURCE, 25)
 
 
-def throttle():
-    return Thing()
+@pytest.fixture
+def holding(house):
+    """Makes connections with places under these throttles; with none: without any."""
+    made = []
+
+    def make(*throttles):
+        ours, theirs = socketpair()
+        ours.setblocking(False)
+        house.engine.register(ours.fileno())
+        made.append((ours, theirs))
+        place = places(*throttles) if throttles else None
+        return Receiver(PlainStream(ours), SOURCE, HERE, HERE, 0.0, 60.0, place=place)
+
+    yield make
+    for ours, theirs in made:
+        if ours.fileno() >= 0:
+            house.engine.close(ours)
+        theirs.close()
 
 
-def holding(*throttles):
-    """A connection with places under these; with none: without any."""
-    return Thing(place=SimpleNamespace(throttles=throttles) if throttles else None)
+@pytest.fixture
+def given_up(house, monkeypatch):
+    """Places of connections that the keeper has closed; no manager hears of them."""
+    left = []
+    monkeypatch.setattr(house.keeper, "_leaving", Leaving(house.engine, SimpleNamespace(leave=left.append), 0.0))
+    return left
 
 
 @pytest.fixture
@@ -52,26 +71,25 @@ def timers(monkeypatch):
 @pytest.mark.parametrize(
     ("leaving", "missing", "closes"), [(0, 1, True), (1, 1, False), (1, 2, True), (2, 2, False), (2, 1, False)]
 )
-def test_as_many_are_closed_as_are_missing_and_no_more(house, monkeypatch, leaving, missing, closes):
+def test_as_many_are_closed_as_are_missing_and_no_more(house, holding, given_up, leaving, missing, closes):
     wanted = throttle()
+    house.keeper._leaving._under[wanted] = leaving
     parting = holding(wanted)
-    closed = []
-    monkeypatch.setattr(house.keeper._leaving, "under", lambda _: leaving)
-    monkeypatch.setattr(house.keeper, "_parted", closed.append)
-    monkeypatch.setattr(house.keeper, "_parting", {parting: None})
+    house.keeper._parting[parting] = None
     assert house.keeper.make_way(wanted, missing) is closes
-    assert closed == [parting] * closes
+    assert given_up == [parting.place] * closes
+    assert (parting in house.keeper._parting, parting.stream.socket.fileno() < 0) == (not closes, closes)
+    house.keeper._parting.clear()
 
 
-def test_who_holds_no_place_there_makes_no_way(house, monkeypatch):
-    closed = []
-    monkeypatch.setattr(house.keeper, "_parted", closed.append)
-    monkeypatch.setattr(house.keeper, "_parting", {holding(): None, holding(throttle()): None})
+def test_who_holds_no_place_there_makes_no_way(house, holding, given_up):
+    house.keeper._parting.update(dict.fromkeys([holding(), holding(throttle())]))
     assert not house.keeper.make_way(throttle(), 1)
-    assert closed == []
+    assert (given_up, len(house.keeper._parting)) == ([], 2)
+    house.keeper._parting.clear()
 
 
-def test_an_idle_client_is_told_once_that_its_place_is_wanted(house):
+def test_an_idle_client_is_told_once_that_its_place_is_wanted(house, holding):
     """Of those who have one there, the one idle longest; who goes on meanwhile is told nothing."""
     wanted, told = throttle(), []
     for name, connection in (
@@ -89,21 +107,21 @@ def test_an_idle_client_is_told_once_that_its_place_is_wanted(house):
         assert told == expected
 
 
-def test_a_place_that_another_key_wants_stays_taken_until_the_receiver_has_closed(house, mx, monkeypatch):
+def test_a_place_that_another_key_wants_stays_taken_until_the_receiver_has_closed(house, mx, given_up):
     """Unless who waits may have wanted just this connection."""
-    closed = []
     receiver = house.cache(mx)
-    receiver.place = place = holding(throttle()).place
-    monkeypatch.setattr(house.keeper._leaving, "close", lambda stream, places, reset=False: closed.append(places))
+    receiver.place = place = places(throttle())
     house.keeper._pass_on(receiver, key_of(mx))
-    assert closed == [place]
-    house.engine.close(receiver.stream.socket)
+    assert given_up == [place], "by the way on which it stays"
 
 
-def test_short_of_descriptors_those_that_leave_anyway_count(house, mx, monkeypatch):
+def test_short_of_descriptors_those_that_leave_anyway_count(house, mx, holding, given_up):
     cached = [house.cache(mx, tenant=tenant) for tenant in "abc"]
-    monkeypatch.setattr(house.keeper._leaving, "hurry", lambda count: 1)
+    house.keeper._leaving.seconds = 3600.0
+    house.keeper.close(holding(throttle()))
+    assert (given_up, len(house.keeper._leaving)) == ([], 1)
     house.keeper.shed(2)
+    assert len(house.keeper._leaving) == 0
     assert [each.stream.socket.fileno() < 0 for each in cached] == [True, False, False]
 
 
@@ -117,11 +135,11 @@ def test_a_reload_holds_for_how_long_places_are_kept(house):
 def test_what_is_no_longer_cached_gives_no_place_away(house, mx, monkeypatch):
     """It was given up when it was offered: its place comes free when it is closed."""
     receiver = house.open(key_of(mx))
-    passed = []
-    monkeypatch.setattr(house.admission, "wanted", lambda place: True)
-    monkeypatch.setattr(house.keeper, "_pass_on", lambda *arguments: passed.append(arguments))
-    house.keeper._give_way(SimpleNamespace(connection=receiver, key=key_of(mx)))
-    assert passed == []
+    asked = []
+    with monkeypatch.context() as patch:
+        patch.setattr(house.keeper, "_office", SimpleNamespace(wanted=asked.append))
+        house.keeper._give_way(Entry(receiver, key_of(mx), receiver.opened_at))
+    assert asked == []
 
 
 # -- the sweeper -------------------------------------------------------------------------------------------------------
@@ -131,6 +149,7 @@ class Over(BaseException):
     """Ends the sweeper."""
 
 
+@pytest.mark.only_python("a pool of the test's own")
 def test_the_sweeper_sleeps_until_the_next_is_due_or_it_is_told(house, monkeypatch):
     dues, notes = iter([None, 99.5, 100.0, 103.0]), []
 
@@ -212,7 +231,7 @@ def test_what_speaks_against_an_idle_connection(answer, reason):
             return answer
         raise answer
 
-    assert keeper_room._look(SimpleNamespace(stream=SimpleNamespace(recv=recv))) is reason
+    assert keeper_room._look(Receiver(PlainStream(SimpleNamespace(recv=recv)), SOURCE, HERE, HERE, 0.0, 60.0)) is reason
 
 
 # -- timers ------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from proxy.egress.leaving import Leaving
 from proxy.net.relay import RawSocket
 from proxy.net.tls import PlainStream
-from tests.loopback.houses import block, key_of, until
+from tests.loopback.houses import block, key_of, places, throttle, until
 from tests.mx import Mx
 
 
@@ -23,11 +23,6 @@ class Office:
 
     def leave(self, places):
         self.back.append(places)
-
-
-class Held:
-    def __init__(self, *throttles):
-        self.throttles = throttles
 
 
 @pytest.fixture
@@ -45,21 +40,22 @@ def test_a_place_is_held_until_the_receivers_fin(house, pair):
     stream, theirs = pair
     office = Office()
     leaving = Leaving(house.engine, office, 3600.0)
-    places = Held("t")
-    leaving.close(stream, places)
+    wanted = throttle()
+    held = places(wanted)
+    leaving.close(stream, held)
     gevent.sleep(0.2)  # several looks at the clock
-    assert (office.back, len(leaving), leaving.under("t")) == ([], 1, 1)
+    assert (office.back, len(leaving), leaving.under(wanted)) == ([], 1, 1)
     assert theirs.recv(10) == b""  # our FIN is there
     theirs.sendall(b"221 bye\r\n")
     theirs.close()
-    until(lambda: office.back == [places])
-    assert (len(leaving), leaving.under("t"), stream.socket.fileno()) == (0, 0, -1)
+    until(lambda: office.back == [held])
+    assert (len(leaving), leaving.under(wanted), stream.socket.fileno()) == (0, 0, -1)
 
 
 def test_a_receiver_that_does_not_close_keeps_it_for_so_long_only(house, pair):
     office = Office()
     leaving = Leaving(house.engine, office, 0.05)
-    leaving.close(pair[0], Held("t"))
+    leaving.close(pair[0], places(throttle()))
     until(lambda: office.back)
     assert pair[0].socket.fileno() == -1
 
@@ -68,7 +64,7 @@ def test_a_receiver_that_goes_on_talking_is_not_listened_to(house, pair):
     stream, theirs = pair
     office = Office()
     leaving = Leaving(house.engine, office, 3600.0)
-    leaving.close(stream, Held("t"))
+    leaving.close(stream, places(throttle()))
     theirs.setblocking(True)
 
     def talk():
@@ -92,9 +88,9 @@ def test_what_is_not_waited_for(house, pair, case):
     leaving = Leaving(house.engine, office, 0.0 if case == "switched off" else 3600.0)
     if case in ("closed before", "broken"):
         theirs.close()
-    places = None if case == "no places" else Held("t")
-    leaving.close(stream, places, case == "reset")
-    assert office.back == [places]
+    held = None if case == "no places" else places(throttle())
+    leaving.close(stream, held, case == "reset")
+    assert office.back == [held]
     assert len(leaving) == 0
     assert stream.socket.fileno() == -1
 
@@ -102,7 +98,7 @@ def test_what_is_not_waited_for(house, pair, case):
 def test_when_descriptors_are_short_nobody_is_waited_for(house, pair):
     office = Office()
     leaving = Leaving(house.engine, office, 3600.0)
-    leaving.close(pair[0], Held("t"))
+    leaving.close(pair[0], places(throttle()))
     assert (leaving.hurry(5), len(office.back)) == (1, 1)
     assert leaving.hurry(5) == 0
 

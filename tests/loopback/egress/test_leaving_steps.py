@@ -9,22 +9,30 @@ import pytest
 
 from proxy.egress import leaving as room
 from proxy.egress.leaving import Leaving
+from proxy.net.tls import PlainStream
+from tests.loopback.houses import places, throttle
+
+T, U = throttle("t"), throttle("u")
 
 
 class Socket:
-    """What its peer says, in reads; then BlockingIOError, or for ever."""
+    """What its peer says, in reads; then BlockingIOError, or for ever. `errors`: of its shutdowns, one after the
+    other."""
 
-    def __init__(self, *said, endless=False):
+    def __init__(self, *said, endless=False, errors=()):
         self.said = list(said)
         self.endless = endless
+        self.errors = list(errors)
         self.reads = 0
-        self.fin = False
+        self.shutdowns = 0
 
     def fileno(self):
         return 7
 
     def shutdown(self, how):
-        self.fin = True
+        self.shutdowns += 1
+        if self.errors and (error := self.errors.pop(0)) is not None:
+            raise error
 
     def recv(self, size):
         self.reads += 1
@@ -35,16 +43,9 @@ class Socket:
         return self.said.pop(0)
 
 
-class Stream:
-    def __init__(self, *said, endless=False, error=None):
-        self.socket = Socket(*said, endless=endless)
-        self.error = error
-        self.finished = False
-
-    def finish(self):
-        self.finished = True
-        if self.error is not None:
-            raise self.error
+def stream_of(*said, **more):
+    """Its `finish` is a shutdown, and the end in TCP is the second one."""
+    return PlainStream(Socket(*said, **more))
 
 
 class Stage:
@@ -71,7 +72,7 @@ class Stage:
         self.timer.active = False
 
     def close(self, stream, *throttles, reset=False):
-        self.leaving.close(stream, SimpleNamespace(throttles=throttles), reset)
+        self.leaving.close(stream, places(*throttles), reset)
 
 
 @pytest.fixture
@@ -80,31 +81,26 @@ def stage(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [None, OSError(errno.ECONNRESET, "")])
-def test_the_end_is_said_in_tls_and_in_tcp(stage, error):
+def test_the_end_is_said_by_the_stream_and_in_tcp(stage, error):
     """Whatever becomes of the first; and after a reset there is nothing to be said."""
-    stream = Stream(error=error)
-    stage.close(stream, "t")
-    assert (stream.finished, stream.socket.fin, stage.closed, len(stage.leaving)) == (True, True, [], 1)
-    stream = Stream(error=error)
-    stage.close(stream, "t", reset=True)
-    assert (stream.finished, stream.socket.fin) == (False, False)
+    stream = stream_of(errors=[error])
+    stage.close(stream, T)
+    assert (stream.socket.shutdowns, stage.closed, len(stage.leaving)) == (2, [], 1)
+    stream = stream_of(errors=[error])
+    stage.close(stream, T, reset=True)
+    assert stream.socket.shutdowns == 0
     assert stage.closed == [(stream.socket, True)]
 
 
 def test_who_cannot_be_told_is_not_waited_for(stage):
-    stream = Stream()
-
-    def shutdown(how):
-        raise OSError(errno.ENOTCONN, "")
-
-    stream.socket.shutdown = shutdown
-    stage.close(stream, "t")
+    stream = stream_of(errors=[OSError(errno.ENOTCONN, "")] * 2)
+    stage.close(stream, T)
     assert (stage.closed, len(stage.left), stream.socket.reads) == ([(stream.socket, False)], 1, 0)
 
 
 def test_who_goes_on_talking_is_read_so_often_and_no_more(stage):
-    stream = Stream(endless=True)
-    stage.close(stream, "t")
+    stream = stream_of(endless=True)
+    stage.close(stream, T)
     assert (stream.socket.reads, stage.closed) == (room._MOST_READS, [(stream.socket, False)])
     assert stage.starts == 0, "nobody is left to wait for"
     stage.leaving._event(stream.socket, 1)  # one that came late
@@ -112,13 +108,13 @@ def test_who_goes_on_talking_is_read_so_often_and_no_more(stage):
 
 
 def test_nothing_is_remembered_of_who_has_left(stage):
-    first, second = Stream(b"221 bye\r\n"), Stream()
-    stage.close(first, "t", "u")
-    stage.close(second, "t")
-    assert (stage.leaving.under("t"), stage.leaving.under("u"), stage.leaving.under("v")) == (2, 1, 0)
+    first, second = stream_of(b"221 bye\r\n"), stream_of()
+    stage.close(first, T, U)
+    stage.close(second, T)
+    assert (stage.leaving.under(T), stage.leaving.under(U), stage.leaving.under(throttle("v"))) == (2, 1, 0)
     first.socket.said.append(b"")
     stage.leaving._event(first.socket, 1)
-    assert (stage.leaving.under("t"), dict(stage.leaving._under)) == (1, {"t": 1})
+    assert (stage.leaving.under(T), dict(stage.leaving._under)) == (1, {T: 1})
     assert not stage.leaving._reads[first.socket]
     assert stage.leaving.hurry(9) == 1
     assert (dict(stage.leaving._under), len(stage.left)) == ({}, 2)
@@ -127,10 +123,10 @@ def test_nothing_is_remembered_of_who_has_left(stage):
 
 def test_one_clock_for_all_that_goes_on_while_there_is_one(stage):
     """Were it begun anew with each, it would come to nobody while connections keep on leaving."""
-    streams = [Stream(), Stream()]
-    stage.close(streams[0], "t")
+    streams = [stream_of(), stream_of()]
+    stage.close(streams[0], T)
     stage.now += 0.25
-    stage.close(streams[1], "t")
+    stage.close(streams[1], T)
     assert stage.starts == 1
     stage.now = 100.75
     stage.leaving._look_at_the_clock()
@@ -141,11 +137,11 @@ def test_one_clock_for_all_that_goes_on_while_there_is_one(stage):
     stage.now = 105.0
     stage.leaving._look_at_the_clock()
     assert (len(stage.closed), stage.timer.active) == (2, False)
-    stage.close(Stream(), "t")
+    stage.close(stream_of(), T)
     assert (stage.starts, stage.timer.active) == (2, True)
 
 
 def test_half_a_second_is_a_time_too(monkeypatch):
     stage = Stage(monkeypatch, 0.5)
-    stage.close(Stream(), "t")
+    stage.close(stream_of(), T)
     assert len(stage.leaving) == 1

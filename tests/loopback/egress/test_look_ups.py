@@ -1,5 +1,7 @@
 """Domains of throttle blocks against a real server: what is asked again when, and what never stops the hub."""
 
+from types import SimpleNamespace
+
 import dns.rcode
 import gevent
 import pytest
@@ -191,7 +193,8 @@ def test_who_waits_for_the_first_answer_of_a_domain_goes_on_with_it_or_with_a_fa
 
 
 def test_nobody_waits_for_longer_than_there_is_time(house, monkeypatch):
-    monkeypatch.setattr(house.look_ups._apart, "call", lambda *_: Event().wait())
+    never = SimpleNamespace(rawlink=lambda _: None, get=Event().wait)
+    monkeypatch.setattr(house.look_ups._apart, "_pool", SimpleNamespace(spawn=lambda *_: never))
     house.use(None)
     waiting = gevent.spawn(house.look_ups.hear_of, frozenset({"a.example"}), 7.0)
     gevent.sleep(0)
@@ -207,7 +210,7 @@ def test_a_look_up_that_no_thread_can_be_had_for_is_a_failure_and_not_for_ever(h
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:
-        patch.setattr(house.look_ups._apart, "call", none)
+        patch.setattr(house.look_ups._apart, "_pool", SimpleNamespace(spawn=none))
         house.use(server.endpoint)
         assert house.settle().doubt == "can't start new thread"
     house.pass_(house.entry().due - house.now)

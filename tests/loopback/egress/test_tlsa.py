@@ -1,5 +1,7 @@
 """TLSA records asked of a real server: once for all who want them, again at their TTL, and no failure for long."""
 
+from types import SimpleNamespace
+
 import gevent
 import pytest
 
@@ -98,7 +100,7 @@ def test_a_look_up_that_no_thread_can_be_had_for_is_a_failure_and_not_for_ever(s
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patch:
-        patch.setattr(house.it._apart, "call", none)
+        patch.setattr(house.it._apart, "_pool", SimpleNamespace(spawn=none))
         assert "can't start new thread" in house.get().failure
     house.now = FAILED
     assert house.get().records == (RECORD,)

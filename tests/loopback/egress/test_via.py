@@ -85,6 +85,7 @@ def test_a_frozen_proxy_leaves_time_for_the_next_and_is_left_alone(
             assert ask(via, mx, 2000) == second.native
 
 
+@pytest.mark.only_python("a count of how often it asks")
 def test_no_proxy_answers_and_the_deadline_holds_for_all_of_them(
     engine: Engine, mx: Raw, proxies: tuple[Proxy, Proxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:

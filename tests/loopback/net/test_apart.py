@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 
 import gevent
 import pytest
 from gevent import Timeout
-from gevent.event import Event
 
 from proxy.net.apart import Apart
 
@@ -70,21 +70,16 @@ def _give_up(apart: Apart, work: object) -> None:
 
 def test_who_is_killed_when_its_turn_has_just_come_hands_it_on() -> None:
     apart, go = Apart(1), threading.Event()
-    began = Event()
-    first = gevent.spawn(lambda: (began.set(), apart.call("a", go.wait, 30)))
-    began.wait(30)
+    tasks, pool = [], apart._pool
+    apart._pool = SimpleNamespace(spawn=lambda *what: tasks.append(pool.spawn(*what)) or tasks[-1])
+    first = gevent.spawn(apart.call, "a", go.wait, 30)
+    gevent.sleep(0)
+    (task,) = tasks
     second = gevent.spawn(apart.call, "a", lambda: "second")
     gevent.sleep(0)
     third = gevent.spawn(apart.call, "a", lambda: "third")
     gevent.sleep(0)
-    give = apart._give_thread
-
-    def give_and_kill() -> None:
-        give()
-        if not second.dead:
-            second.throw(gevent.GreenletExit)  # at once, before it runs
-
-    apart._give_thread = give_and_kill  # type: ignore[method-assign]
+    task.rawlink(lambda _: second.throw(gevent.GreenletExit))  # its turn has come just then, and it has not run
     go.set()
     assert third.get(timeout=30) == "third"
     first.join(30)
