@@ -3,7 +3,8 @@
 Two things are compiled where a compiler is there, and left out otherwise, with a word on stderr: twins in C (Cython) of
 what moves bytes, and the typed core (mypyc: the modules of `CORE`, as they stand, in one library, so that calls among
 them are calls of C). `greenarrow_proxy --version` says what runs. GREENARROW_PROXY_PURE=1 leaves both out, of a build,
-too.
+too. GREENARROW_PROXY_OPTIMISE is 0 to 3, as gcc's -O (else the core has 3): 0 takes half the time, for builds of which
+nobody asks how fast they are.
 """
 
 import os
@@ -46,6 +47,10 @@ NOT_CORE = {
 #: The library that the modules of the core are in; the modules beside their sources only load it.
 CORE_LIBRARY = "greenarrow_proxy_core"
 PURE = os.environ.get("GREENARROW_PROXY_PURE") == "1"
+#: How far the C compiler shall go, where somebody says it.
+LEVEL = os.environ.get("GREENARROW_PROXY_OPTIMISE", "")
+if LEVEL not in {"", "0", "1", "2", "3"}:
+    raise SystemExit(f"GREENARROW_PROXY_OPTIMISE is 0, 1, 2 or 3, not {LEVEL!r}")
 #: Commands that compile nothing; pip calls some of them first, and what mypyc does takes a while.
 COMPILE_NOTHING = {"clean", "dist_info", "egg_info", "sdist"}
 
@@ -111,7 +116,9 @@ def twins() -> list[Extension]:
         from Cython.Build import cythonize
     except ImportError:
         return []
-    return cythonize([Extension(name, [source]) for name, source in TWINS.items()], language_level=3)
+    flags = [f"-O{LEVEL}"] if LEVEL else []  # else what the interpreter was compiled with
+    listed = [Extension(name, [source], extra_compile_args=flags) for name, source in TWINS.items()]
+    return cythonize(listed, language_level=3)
 
 
 def core() -> list[Extension]:
@@ -123,7 +130,7 @@ def core() -> list[Extension]:
     # `make check` looks at types, with all libraries at hand; here they need not be.
     return mypycify(
         ["--config-file=", "--ignore-missing-imports", *sorted(compiled([*modules, *CORE_FILES]))],
-        opt_level="3",
+        opt_level=LEVEL or "3",
         multi_file=True,
         group_name=CORE_LIBRARY,
     )

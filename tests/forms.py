@@ -11,6 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PURE = "GREENARROW_PROXY_PURE"
+#: For builds that are asked whether they run and what is in them, not how fast they are: see setup.py.
+UNOPTIMISED = {"GREENARROW_PROXY_OPTIMISE": "0"}
 
 
 def environ() -> dict[str, str]:
@@ -18,6 +20,12 @@ def environ() -> dict[str, str]:
     return {
         name: value for name, value in os.environ.items() if not name.startswith("GREENARROW_PROXY_") or name == PURE
     }
+
+
+def build_environ(**more: str) -> dict[str, str]:
+    """For a build: our own, compiling all and optimising nothing, whichever form this run is for."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("GREENARROW_PROXY_")}
+    return ours | UNOPTIMISED | more
 
 
 def pure() -> bool:

@@ -29,6 +29,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import forms
 from tests.peers import program
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,14 +102,16 @@ class Instrumented:
 
     def build_all(self) -> None:
         """Whatever setup.py compiles, C that is generated of our Python included; minutes."""
-        setup = self.root / "setup.py"
-        setup.write_text(setup.read_text().replace('opt_level="3"', 'opt_level="0"'))
         self._build(["setup.py", "--quiet", "build_ext", "--inplace"], "-O0")
 
     def _build(self, arguments: list[str], optimized: str) -> None:
         flags = {"CFLAGS": f"{SANITIZE} {optimized} --param asan-stack=0", "CC": self._compiler}
         done = subprocess.run(
-            [sys.executable, *arguments], cwd=self.root, env=os.environ | flags, capture_output=True, text=True
+            [sys.executable, *arguments],
+            cwd=self.root,
+            env=forms.build_environ(**flags),
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr[-5000:]
 

@@ -3,7 +3,6 @@ environments, the client library beside PyPI's proxy.py too, whose package is na
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests import forms
 from tests.program import SECRET, Proxy
 from tests.sinks import Sink
 
@@ -45,6 +45,15 @@ if "proxy.py" in sys.argv:
 assert (importlib.util.find_spec("gevent") is not None) == ("gevent" in sys.argv)
 assert not [name for name in sys.modules if name.split(".")[0] == "proxy" and "proxy.py" not in sys.argv]
 print("sent")
+"""
+
+#: In mypyc's place.
+MYPYC = """
+import os, sys
+def mypycify(paths, *, opt_level, **options):
+    with open(os.environ["CALLS"], "a") as calls:
+        print(next(word for word in sys.argv[1:] if not word.startswith("-")), opt_level, file=calls)
+    return []
 """
 
 
@@ -80,18 +89,17 @@ def builder(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-def wheel_of(project: Path, out: Path, builder: Path) -> tuple[Path, str]:
-    """The project's wheel and what was said; without a compiler, which takes most of the time."""
+def wheel_of(project: Path, out: Path, builder: Path, **environ: str) -> tuple[Path, str]:
+    """The project's wheel and what was said."""
     words = ["wheel", "-v", "--no-deps", "--no-build-isolation", "-w", out, project]
-    said = done(sys.executable, "-m", "pip", "--python", builder, *words, env=os.environ | {"CC": "/nonexistent/cc"})
+    said = done(sys.executable, "-m", "pip", "--python", builder, *words, env=forms.build_environ(**environ))
     (wheel,) = out.glob("*.whl")
     return wheel, said
 
 
 def built(project: Path, out: Path) -> tuple[Path, Path, str]:
     """sdist, the wheel made from it in environments of their own, and what was said."""
-    quick = os.environ | {"CFLAGS": "-O0"}  # what is built is asked whether it is there, not how fast it is
-    said = done(sys.executable, "-m", "build", "--outdir", out, project, env=quick)
+    said = done(sys.executable, "-m", "build", "--outdir", out, project, env=forms.build_environ(CFLAGS="-O0"))
     (sdist,), (wheel,) = out.glob("*.tar.gz"), out.glob("*.whl")
     return sdist, wheel, said
 
@@ -142,9 +150,10 @@ def test_the_wheel_of_the_source_distribution_has_the_compiled_relay(
     wheel = program[1]
     for twin in ("_fastframes", "_fastrelay"):
         assert [name for name in names(wheel) if name.startswith(f"proxy/net/{twin}.") and name.endswith(".so")]
-    assert {name.split("/")[0] for name in names(wheel) if not name.startswith("greenarrow_proxy-")} == {
+    assert {name.split("/")[0].split(".")[0] for name in names(wheel) if not name.startswith("greenarrow_proxy-")} == {
         "proxy",
-        "greenarrow_proxy.py",
+        "greenarrow_proxy",
+        "greenarrow_proxy_core__mypyc",
     }
     python = environment(tmp_path / "env", wheel)
     command = python.with_name("greenarrow_proxy")
@@ -165,18 +174,50 @@ def test_the_wheel_of_the_source_distribution_has_the_compiled_relay(
 def test_a_wheel_without_a_compiler_says_so(checkout: Path, builder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(checkout, copy)
-    wheel, said = wheel_of(copy, tmp_path, builder)
-    assert "twins in Python will run" in said
+    wheel, said = wheel_of(copy, tmp_path, builder, CC="/nonexistent/cc")
+    for name in ("proxy.net._fastframes", "proxy.net._fastrelay", "greenarrow_proxy_core__mypyc"):
+        assert f"warning: {name} was not compiled: Python code will run in its place" in said
     assert not [name for name in names(wheel) if name.endswith(".so")]
 
 
 def test_what_an_earlier_build_left_does_not_come_back(checkout: Path, builder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(checkout, copy)
+    pure = {forms.PURE: "1"}
     (copy / "proxy" / "soon_deleted.py").write_text("")
-    assert "proxy/soon_deleted.py" in names(wheel_of(copy, tmp_path, builder)[0])
+    assert "proxy/soon_deleted.py" in names(wheel_of(copy, tmp_path, builder, **pure)[0])
     (copy / "proxy" / "soon_deleted.py").unlink()
-    assert "proxy/soon_deleted.py" not in names(wheel_of(copy, tmp_path, builder)[0])
+    assert "proxy/soon_deleted.py" not in names(wheel_of(copy, tmp_path, builder, **pure)[0])
+
+
+def test_whatever_pip_asks_for_the_core_is_compiled_once(checkout: Path, builder: Path, tmp_path: Path) -> None:
+    """It runs setup.py several times for one wheel. A stand-in for mypyc counts, and says how it was called."""
+    (tmp_path / "mypyc").mkdir()
+    (tmp_path / "mypyc" / "__init__.py").write_text("")
+    (tmp_path / "mypyc" / "build.py").write_text(MYPYC)
+    copy = tmp_path / "copy"
+    shutil.copytree(checkout, copy)
+    calls = tmp_path / "calls"
+    environ = {"PYTHONPATH": str(tmp_path), "CALLS": str(calls), "CC": "/nonexistent/cc"}
+
+    wheel_of(copy, tmp_path, builder, **environ)
+    assert calls.read_text() == "bdist_wheel 0\n"
+    calls.unlink()
+    words = ("install", "--no-deps", "--no-build-isolation", "--config-settings", "editable_mode=compat", "--editable")
+    usual = forms.build_environ(**environ, GREENARROW_PROXY_OPTIMISE="")
+    done(sys.executable, "-m", "pip", "--python", builder, *words, copy, env=usual)
+    assert calls.read_text() == "editable_wheel 3\n"
+    calls.unlink()
+    done(builder, "setup.py", "--quiet", "sdist", cwd=copy, env=usual)
+    wheel_of(copy, tmp_path / "pure", builder, **environ, **{forms.PURE: "1"})
+    assert not calls.exists()
+
+
+def test_a_level_that_is_none_is_refused(checkout: Path) -> None:
+    environ = forms.build_environ(GREENARROW_PROXY_OPTIMISE="fast")
+    refused = run(sys.executable, "setup.py", "--version", cwd=checkout, env=environ)
+    assert refused.returncode == 1
+    assert refused.stderr == "GREENARROW_PROXY_OPTIMISE is 0, 1, 2 or 3, not 'fast'\n"
 
 
 def test_the_locked_versions_are_those_that_the_program_wants(program: tuple[Path, Path, str]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forms
 from tests.program import ROOT
 
 #: Some moment, so that everything made here is equal byte by byte.
@@ -26,7 +27,7 @@ def made(target: str, out: Path, *variables: str) -> str:
         capture_output=True,
         text=True,
         timeout=600,
-        env=os.environ | {"SOURCE_DATE_EPOCH": EPOCH},
+        env=forms.build_environ(SOURCE_DATE_EPOCH=EPOCH),
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

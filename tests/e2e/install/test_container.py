@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forms
 from tests.debian import surroundings, tree
 from tests.e2e.install import mail
 from tests.e2e.install.conftest import BUILDER
@@ -50,7 +51,8 @@ class Podman:
         for name, text in files.items():
             (directory / name).write_text(text)
         authorities = {value for name, value in surroundings().items() if "CERT" in name and Path(value).is_file()}
-        more = [f"--env={name}={value}" for name, value in surroundings().items() if name != "PIP_FIND_LINKS"]
+        environ = surroundings() | forms.UNOPTIMISED
+        more = [f"--env={name}={value}" for name, value in environ.items() if name != "PIP_FIND_LINKS"]
         more += [f"--volume={file}:{file}:ro" for file in sorted(authorities)]
         wrapper = directory / "bin" / "podman"
         wrapper.parent.mkdir()

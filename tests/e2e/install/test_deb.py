@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import forms
 from tests.clients import socks5
 from tests.debian import Machine, copy_of, run_in, tree
 from tests.e2e.install import mail
@@ -43,7 +44,9 @@ def build(version: str, out: Path, checkout: Path) -> Path:
     else:
         with copy_of(tree(SUITES[version], *BUILDER)) as root:
             shutil.copytree(checkout, root / "src", symlinks=True)
-            command = ["env", f"SOURCE_DATE_EPOCH={EPOCH}", "/src/packaging/build_deb.sh", "/out"]
+            environ = {"SOURCE_DATE_EPOCH": EPOCH} | forms.UNOPTIMISED
+            words = [f"{name}={value}" for name, value in environ.items()]
+            command = ["env", *words, "/src/packaging/build_deb.sh", "/out"]
             run_in(root, *command, binds={out: "/out"}, timeout=600)
     (package,) = out.glob("*.deb")
     return package
@@ -402,9 +405,9 @@ class TestDebian12(Deb):
 
     def test_two_builds_are_equal(self, package: Path, checkout: Path, tmp_path: Path) -> None:
         """Another place, another umask, another time zone, no git."""
-        environ = f"SOURCE_DATE_EPOCH={EPOCH} TZ=Asia/Tokyo LC_ALL=C TMPDIR={tmp_path}"
-        script = f"umask 077; {environ} {checkout}/packaging/build_deb.sh {tmp_path}/out"
-        subprocess.run(["sh", "-euc", script], check=True, timeout=600, stdout=subprocess.DEVNULL)
+        environ = forms.build_environ(SOURCE_DATE_EPOCH=EPOCH, TZ="Asia/Tokyo", LC_ALL="C", TMPDIR=str(tmp_path))
+        script = f"umask 077; {checkout}/packaging/build_deb.sh {tmp_path}/out"
+        subprocess.run(["sh", "-euc", script], check=True, timeout=600, stdout=subprocess.DEVNULL, env=environ)
         (again,) = (tmp_path / "out").glob("*.deb")
         assert again.name == package.name
         digests = [hashlib.sha256(each.read_bytes()).hexdigest() for each in (again, package)]
