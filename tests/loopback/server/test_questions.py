@@ -159,6 +159,7 @@ def test_one_is_closed_wherever_it_is(world: World) -> None:
     assert world.everywhere.close(12) == (False, (2,))
 
 
+@pytest.mark.only_python("a method of the keeper put in the place of its own")
 def test_cached_connections_are_dropped_everywhere(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     for worker, count in ((world.master, 1), (world.one, 2), (world.two, 4)):
         monkeypatch.setattr(

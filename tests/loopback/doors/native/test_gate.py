@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from itertools import pairwise
-from types import SimpleNamespace
 
 import gevent
 import pytest
@@ -26,6 +25,7 @@ from proxy.throttling.flows import Places
 from proxy.throttling.limits import Part
 from proxy.throttling.manager import Manager
 from proxy.throttling.throttle import LATENESS, SECOND, Key, Limit
+from tests.loopback.doors.native import ends
 from tests.loopback.egress.test_admission import Block
 from tests.loopback.net.relays import close_peers, tcp_pair, until
 
@@ -72,9 +72,7 @@ class Carried:
         self.client.settimeout(30)
         for sock in (ours, theirs):
             self.engine.register(sock.fileno())
-        self.guest = SimpleNamespace(
-            stream=PlainStream(ours), handshake=SimpleNamespace(decoder=frames.FrameDecoder(frames.MAX_PAYLOAD))
-        )
+        self.guest = ends.guest(PlainStream(ours))
         self.stream = PlainStream(theirs)
         self.gate = Barrier()
         self.heard = frames.FrameDecoder(frames.MAX_PAYLOAD)
@@ -83,9 +81,8 @@ class Carried:
         until(lambda: self.transfer is not None, what="the transfer began")
 
     def _carry(self) -> Transfer:
-        self.gate.link = link = Link(self.engine, self.guest)  # type: ignore[arg-type]
-        receiver = SimpleNamespace(stream=self.stream)
-        self.transfer = Transfer(link, receiver, Tracker(), gate=self.gate)  # type: ignore[arg-type]
+        self.gate.link = link = Link(self.engine, self.guest)
+        self.transfer = Transfer(link, ends.receiver(self.stream), Tracker(), gate=self.gate)  # type: ignore[arg-type]
         self.transfer.carry()
         return self.transfer
 
@@ -133,7 +130,7 @@ class Carried:
         close_peers()
 
 
-@pytest.fixture
+@pytest.fixture(params=[pytest.param("barrier", marks=pytest.mark.only_python("a gate that the test opens"))])
 def carried():
     it = Carried()
     yield it

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
 from proxy.doors.native import link as module
@@ -12,6 +10,7 @@ from proxy.net.relay import Engine
 from proxy.net.tls import PlainStream
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
+from tests.loopback.doors.native import ends
 from tests.loopback.net.relays import close_peers, tcp_pair
 
 
@@ -23,8 +22,7 @@ def test_a_goaway_that_is_said_late_tells_what_is_left(
     engine = Engine()
     client, ours = tcp_pair("127.0.0.1")
     engine.register(ours.fileno())
-    guest = SimpleNamespace(stream=PlainStream(ours), handshake=SimpleNamespace(decoder=frames.FrameDecoder()))
-    link = Link(engine, guest)  # type: ignore[arg-type]
+    link = Link(engine, ends.guest(PlainStream(ours)))
     link.goes_at, link.goes_why, link.goes_code = 1020.0, "the proxy is shutting down", "draining"
     monkeypatch.setattr(module, "monotonic", lambda: 1000.0 + after)
     for _ in range(2):  # once is enough

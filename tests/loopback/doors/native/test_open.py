@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from time import monotonic
-from types import SimpleNamespace
 
 import gevent
 import pytest
@@ -15,16 +14,20 @@ from proxy.doors.native.open import Opener
 from proxy.egress import bring_up
 from proxy.errors import BadServerName, SourceNotAllowed, Step, Throttled, UpstreamError
 from proxy.model import Endpoint, TlsMode, hold_breath
+from proxy.net.tls import PlainStream
 from proxy.protocols.native import messages as m
+from proxy.protocols.native.auth import Peer
 from proxy.server.server import Server
 from proxy.throttling.flows import Ticket
 from tests import program
+from tests.loopback.doors.native import ends
 from tests.loopback.net.relays import tcp_pair
 from tests.mx import Mx, close, garbage, mute, say, stall
 from tests.sinks import closed_port
 from tests.waiting import wait_for
 
 SOURCE = "127.0.0.5"
+PEER = Peer(m.Kind.CHANNEL, "mta-1", bytes(16), 1, one_flight=False)
 
 
 class House:
@@ -36,7 +39,7 @@ class House:
         self.server = Server(lambda *_: loaded, loaded)
         self.services = self.server._wiring.prepare(loaded, (), hold_breath).services
         self.client, ours = tcp_pair()
-        self.guest = SimpleNamespace(stream=SimpleNamespace(socket=ours), client=Endpoint("127.0.0.1", 9))
+        self.guest = ends.guest(PlainStream(ours))
         self.told: list[tuple[str, Endpoint, UpstreamError]] = []
         self.entered: list[object] = []
         self.taken: list[room.Taken] = []
@@ -53,9 +56,8 @@ class House:
         """OPEN; what it came to."""
         fields = {"ehlo_name": "mta.example.org", "deadline_ms": 10_000} | more
         request = m.Open(None if "source" in more else SOURCE, [m.Address(*each) for each in destinations], **fields)
-        peer = SimpleNamespace(instance="mta-1", run_id=bytes(16))
         tell = lambda *failure: self.told.append(failure)  # noqa: E731
-        taken = Opener(self.services, self.guest, peer, request, tell).run([] if attempts is None else attempts)
+        taken = Opener(self.services, self.guest, PEER, request, tell).run([] if attempts is None else attempts)
         self.taken.append(taken)
         return taken
 
@@ -122,7 +124,7 @@ def test_how_the_time_is_spent(house, monkeypatch, deadline, left, connect, sess
     now = [100.0]
     monkeypatch.setattr(room, "monotonic", lambda: now[0])
     request = m.Open(SOURCE, [m.Address("127.0.0.2", 25)], deadline_ms=int(deadline * 1000))
-    opener = Opener(house.services, house.guest, SimpleNamespace(instance="mta-1"), request, print)
+    opener = Opener(house.services, house.guest, PEER, request, print)
     limits = opener._limits(left)
     assert (limits.connect, limits.session) == pytest.approx((connect, session))
     assert limits.ends_at == pytest.approx(100.0 + (deadline if left == 1 else connect + session))

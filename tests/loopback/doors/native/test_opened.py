@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import socket
 
 from proxy.doors.native import session
 from proxy.doors.native.open import Taken
@@ -11,6 +11,7 @@ from proxy.egress.receiver import InClear, Receiver, TlsFacts
 from proxy.errors import Step, UpstreamError
 from proxy.model import Endpoint, TlsMode
 from proxy.net.certificates import Verdict
+from proxy.net.tls import PlainStream
 from proxy.policy.certificates import Result
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
@@ -20,7 +21,8 @@ HERE = Endpoint("2001:db8:1111:2222:3333:4444:5555:6666", 65535)
 
 def test_the_longest_opened_fits_in_a_frame() -> None:
     reply = "421 " + "\N{SNOWMAN}" * 2000
-    receiver = Receiver(SimpleNamespace(), HERE.host, HERE, HERE, 0.0, 60.0)
+    with socket.socket() as never:
+        receiver = Receiver(PlainStream(never), HERE.host, HERE, HERE, 0.0, 60.0)
     receiver.greeting = reply
     receiver.hello = tuple("x" * 60 for _ in range(300))
     verdict = Verdict(False, Result.HOST_MISMATCH, "v" * 512, "", "k" * 80, "s" * 512)

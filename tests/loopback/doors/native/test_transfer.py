@@ -15,6 +15,7 @@ from proxy.net.relay import Engine, RawSocket
 from proxy.net.tls import PlainStream
 from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
+from tests.loopback.doors.native import ends
 from tests.loopback.net.relays import close_peers, tcp_pair, until
 
 
@@ -27,24 +28,15 @@ class Carried:
         self.receiver, theirs = tcp_pair("127.0.0.2")
         for sock in (ours, theirs):
             self.engine.register(sock.fileno())
-        self.guest = SimpleNamespace(
-            stream=PlainStream(ours), handshake=SimpleNamespace(decoder=frames.FrameDecoder(frames.MAX_PAYLOAD))
-        )
+        self.guest = ends.guest(PlainStream(ours))
         self.stream = stream_of(theirs)
-        self.waits = False
+        self.link: Link | None = None
         self.greenlet = gevent.spawn(self._carry)
-        until(lambda: self.waits, what="the transfer waits")
+        until(lambda: self.link is not None and self.link._waiting, what="the transfer waits")
 
     def _carry(self) -> Transfer:
-        link = Link(self.engine, self.guest)  # type: ignore[arg-type]
-        wait = link.wait
-
-        def noted(*arguments: object) -> None:
-            self.waits = True
-            wait(*arguments)  # type: ignore[arg-type]
-
-        link.wait = noted  # type: ignore[method-assign]
-        transfer = Transfer(link, SimpleNamespace(stream=self.stream), None)  # type: ignore[arg-type]
+        self.link = Link(self.engine, self.guest)
+        transfer = Transfer(self.link, ends.receiver(self.stream), None)
         transfer.carry()
         return transfer
 
@@ -80,6 +72,7 @@ class HoldsItsEnd(PlainStream):
         self.unsent, self.flushed = False, True
 
 
+@pytest.mark.only_python("a stream that does what the test says")
 def test_an_end_that_the_receiver_did_not_take_at_once_is_pushed_on() -> None:
     carried = Carried(HoldsItsEnd)
     assert isinstance(carried.stream, HoldsItsEnd)
@@ -88,6 +81,7 @@ def test_an_end_that_the_receiver_did_not_take_at_once_is_pushed_on() -> None:
     assert carried.end().up == 0
 
 
+@pytest.mark.only_python("methods put in the place of others")
 def test_the_timer_of_a_last_push_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else it would go off in the middle of the channel's next session."""
     transfer, timers, pushed = Carried().end(), [], iter([False, False, True])

@@ -15,6 +15,8 @@ from proxy.policy.idleness import PROBE_AFTER
 from proxy.protocols.native import messages as m
 from tests.loopback.doors.native.test_transfer_steps import END, MAIL, Gated, Steps
 
+pytestmark = pytest.mark.only_python("streams that do what the test says, a clock of its own")
+
 PROBE = m.Probe()
 #: In a `Waits.carry`: the alarm goes off.
 RING = object()

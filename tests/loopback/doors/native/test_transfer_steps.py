@@ -26,6 +26,8 @@ from proxy.protocols.native import frames
 from proxy.protocols.native import messages as m
 from proxy.protocols.smtp.tracker import Tracker
 
+pytestmark = pytest.mark.only_python("streams, a gate and trackers that do what the test says")
+
 try:
     from proxy.net import _fastframes
 except ImportError:

@@ -11,12 +11,13 @@ from proxy.doors.smtp.direct import Direct
 from proxy.errors import UpstreamError
 from proxy.model import Endpoint, TlsMode
 from proxy.net.relay import Engine
+from proxy.policy.modes import Terms
 
 
 def direct(ends: set[Endpoint], destination: Endpoint, engine: Engine) -> Direct:
     settings = SimpleNamespace(idle_timeout=10.0)
     services = SimpleNamespace(engine=engine, settings=settings, gauges=SimpleNamespace(ends=ends))
-    terms = SimpleNamespace(source="127.0.0.5", destination=destination, tls=TlsMode.NONE)
+    terms = Terms("", "127.0.0.5", destination, None, TlsMode.NONE, "", offer_starttls=False, show_auth=False)
     return Direct(services, terms, "a", 1.0, None, 10.0)  # type: ignore[arg-type]
 
 
@@ -35,6 +36,7 @@ def test_the_end_of_a_connect_that_failed_is_forgotten():
     assert ends == {Endpoint("127.0.0.9", 9)}
 
 
+@pytest.mark.only_python("methods put in the place of others")
 def test_slot_place_and_connection_of_a_mail_are_in_time_together(monkeypatch):
     """An MTA waits five minutes for the reply to MAIL, however they were spent."""
     now, asked = 1000.0, []
@@ -64,7 +66,6 @@ def test_slot_place_and_connection_of_a_mail_are_in_time_together(monkeypatch):
     monkeypatch.setattr(Direct, "_enter", enter)
     monkeypatch.setattr(Direct, "_fresh", fresh)
     monkeypatch.setattr(Direct, "_tls", None)
-    one._terms.instance, one._terms.ehlo_name = "", None
     for _ in range(2):
         one.slot(lambda: None)
         one.renew("mta.example", False)
