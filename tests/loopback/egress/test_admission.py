@@ -44,15 +44,18 @@ class Block:
     scope: str = "proxy"
 
 
-class Office(Admission):
-    """An admission with one block; `ways`: connections that give way when asked."""
+class Office:
+    """An admission with one block, and its calls; `ways`: connections that give way when asked."""
 
     opened: ClassVar[list[Admission]] = []
 
     def __init__(self, *blocks):
         self.ways = []
-        super().__init__(Manager(1, clock_ns() - 10_000 * SECOND, blocks=Limits(blocks)), self._yield)
-        self.opened.append(self)
+        self.it = Admission(Manager(1, clock_ns() - 10_000 * SECOND, blocks=Limits(blocks)), self._yield)
+        self.opened.append(self.it)
+
+    def __getattr__(self, name):
+        return getattr(self.it, name)
 
     def _yield(self, throttle, missing):
         if not self.ways:
@@ -61,7 +64,7 @@ class Office(Admission):
         return True
 
     def ask(self, owner="a", seconds=20.0, key=None):
-        return wait_for_place(self, Applicant(owner, 1.0, SOURCE, DESTINATION), seconds, key)
+        return wait_for_place(self.it, Applicant(owner, 1.0, SOURCE, DESTINATION), seconds, key)
 
     def waits(self, *args, **options):
         """A greenlet that stands in the line."""
@@ -116,6 +119,7 @@ def test_time_is_up_by_the_shorter_of_client_and_block():
         assert isinstance(office.ask("b"), Places), "who gave up is not in the way"
 
 
+@pytest.mark.only_python("what a throttle hands out is noted in its place")
 def test_a_fast_rate_loses_no_slot_to_late_wake_ups(monkeypatch):
     """500 a second: each slot is one interval after the last, unless the loop itself was later than it may be."""
     office = Office(Block(max_concurrent_connections=0, max_delivery_rate=(Limit(500, 1),)))
@@ -232,7 +236,7 @@ class Messages(Office):
         return None if ticket is None or ticket.granted else ticket
 
     def send(self, owner, seconds=20.0):
-        wait_for_slot(self, Applicant(owner, 1.0, SOURCE, DESTINATION), seconds, lambda: None)
+        wait_for_slot(self.it, Applicant(owner, 1.0, SOURCE, DESTINATION), seconds, lambda: None)
         return "sent"
 
     def is_empty(self):
@@ -292,6 +296,7 @@ def test_who_gives_up_at_any_point_leaves_the_slot_to_the_next():
     assert office.is_empty()
 
 
+@pytest.mark.only_python("something comes between the calls of the timer")
 def test_called_off_between_the_slot_and_its_being_told():
     """The slot has come in this turn of the loop; its asker goes in the same one and hears nothing more."""
     office = Messages(slow())
@@ -312,18 +317,19 @@ def test_called_off_between_the_slot_and_its_being_told():
     assert office.is_empty()
 
 
+@pytest.mark.only_python("turns are counted in the place of a method")
 def test_many_whose_time_is_up_together_are_told_in_turns(monkeypatch):
     office = Messages(Block(wait=0.0), slow(1, 3600, 0.0))
     held = office.ask("a")  # the place, and the slot of this hour
     turns = []
-    time_out = office._time_out
+    time_out = office.it._time_out
 
     def counted(now):
         before = len(office.waiters.deadlines)
         time_out(now)
         turns.append(before - len(office.waiters.deadlines))
 
-    monkeypatch.setattr(office, "_time_out", counted)
+    monkeypatch.setattr(office.it, "_time_out", counted)
     greenlets = [gevent.spawn(office.ask, f"owner{index % 7}") for index in range(100)]
     for index in range(100):
         office.order(f"owner{index % 7}")
@@ -351,6 +357,7 @@ class Listener(Client):
         self.reasons.append(reason)
 
 
+@pytest.mark.only_python("a client of the test's own")
 def test_the_timer_rings_for_whoever_is_due():
     """Slots come at their time, pings each second; a silent session is ended, all by one timer."""
     office = Office()
