@@ -189,6 +189,7 @@ OPPORTUNISTIC = {"tls": TlsMode.OPPORTUNISTIC, "reuse": True}
 BLOCK = "throttle narrow {\n    max_concurrent_connections 1\n    wait 5s\n}\n"
 
 
+@pytest.mark.only_python("a question to the admission put in the place of its own")
 @pytest.mark.parametrize(
     ("script", "step"),
     [
@@ -215,6 +216,7 @@ def test_the_connection_in_clear_takes_its_own_turn(make, monkeypatch, script, s
         assert house.services.counters.fresh == 1
 
 
+@pytest.mark.only_python("a question to the admission put in the place of its own")
 def test_no_turn_in_time_is_no_connection(make):
     house = make(BLOCK.replace("5s", "100ms"))
     enter = house.services.admission.ask_place
