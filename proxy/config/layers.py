@@ -27,8 +27,8 @@ MOST_MISTAKES = 200  # that are told; the wrong file, given to a reload, would f
 BY_NAME = {option.name: option for option in OPTIONS}
 PREFIX = "GREENARROW_PROXY_"
 CONFIG_FILENAME = PREFIX + "CONFIG_FILENAME"
-#: Variables of ours that are no directives: which relay engine (`net.relay`), the init script's file.
-_OTHER_VARIABLES = (CONFIG_FILENAME, PREFIX + "PURE", PREFIX + "DEFAULTS")
+#: Variables of ours that are no directives: the form that runs (`form`), how it is built, the init script's file.
+_OTHER_VARIABLES = (CONFIG_FILENAME, PREFIX + "PURE", PREFIX + "OPTIMISE", PREFIX + "DEFAULTS")
 #: What Kubernetes and Docker set for a service that is called greenarrow-proxy.
 _OF_A_CONTAINER = re.compile(PREFIX + r"(SERVICE_(HOST|PORT)(_.*)?|PORT(_\d+_(TCP|UDP)(_.*)?)?|NAME|ENV_.*)")
 
