@@ -22,6 +22,7 @@ from proxy.egress.resumption import LARGEST, Known, Sessions, Terms
 from proxy.errors import Step, UpstreamError
 from proxy.model import Endpoint, TlsMode
 from proxy.net import contexts
+from proxy.net.alarm import TimeIsUp
 from proxy.net.apart import for_receivers
 from proxy.net.certificates import judged
 from proxy.net.conversation import receive, send_all, shake_hands
@@ -35,6 +36,8 @@ from proxy.spans import SPANS
 #: The longest that STARTTLS's reply and the handshake may take each, where TLS can be done without; half of the time
 #: that is left, if that is less.
 _HANDSHAKE_SECONDS = 10.0
+#: Seconds from which on a deadline may be an alarm's, a little late and cheap: nothing is shared out by it.
+_COARSE_FROM = 30.0
 
 
 def open_receiver(
@@ -180,7 +183,8 @@ class BringUp:
 
     def _within(self, seconds: float, action: Action) -> None:
         self._ends_at = monotonic() + seconds
-        timer = Timeout.start_new(seconds)
+        exact = Timeout.start_new(seconds) if seconds < _COARSE_FROM else None
+        alarm = self._engine.alarms.start(seconds) if exact is None else None
         try:
             self._converse(action)
         except ssl.SSLError as error:
@@ -191,12 +195,15 @@ class BringUp:
                 raise self._failed(_tls_reason(alert), 0, step=Step.TLS) from None
             number = error.errno or errno.ECONNRESET
             raise self._failed(os.strerror(number), number) from None
-        except Timeout as fired:
-            if fired is not timer:
+        except (Timeout, TimeIsUp) as up:
+            if up is not exact and (alarm is None or not isinstance(up, TimeIsUp) or up.alarm is not alarm):
                 raise
             raise self._failed(f"no answer within {seconds:.0f}s", errno.ETIMEDOUT) from None
         finally:
-            timer.close()
+            if exact is not None:
+                exact.close()
+            if alarm is not None:
+                alarm.cancel()
 
     def _alert(self) -> ssl.SSLError | None:
         """What the receiver said in TLS before it closed in front of our EHLO, if it did: that write may fail first."""

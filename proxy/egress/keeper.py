@@ -2,7 +2,7 @@
 
 What may be kept, for whom and how long is `pool`'s decision; what a clean session is, `smtp`'s. Here are the sockets:
 RSET before an idle life, an eye on the socket during it, QUIT at its end. One greenlet sweeps; cleaning and parting
-run in pooled ones. An idle connection has no greenlet and no timer.
+happen in the hub (`exchange`). An idle connection has no greenlet and no timer.
 
 Each connection here holds its throttle places until its socket is closed. Nobody waits for a place that an idle
 connection holds: it gives way at once, or goes, with its place, to the very client that waited.
@@ -16,15 +16,17 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
-from gevent import Timeout, get_hub
+from gevent import get_hub
 from gevent.event import Event
 
+from proxy.egress.exchange import Exchange
 from proxy.egress.leaving import Leaving
 from proxy.egress.office import Office
 from proxy.egress.pool import Discarded, Entry, Pool, PoolKey, PoolSettings
 from proxy.egress.receiver import Receiver
 from proxy.model import Discard
 from proxy.net.addresses import own_addresses
+from proxy.net.alarm import TimeIsUp
 from proxy.net.conversation import receive, send_all
 from proxy.net.crew import Crew
 from proxy.net.relay import Engine
@@ -141,7 +143,7 @@ class Keeper:
             receiver, key, receiver.opened_at, receiver.messages, receiver.mailmax, receiver.errors, limits=limits
         )
         self._cleaning += 1
-        self._crew.run(self._clean, entry)
+        self._clean(entry)
 
     def decline(self, reason: Discard) -> None:
         """Count a connection that was offered and is not fit; the caller closes it."""
@@ -234,8 +236,20 @@ class Keeper:
 
     def _clean(self, entry: Entry) -> None:
         """RSET, and the connection is idle; or it is closed."""
+        rset = Rset()
+        stream = _receiver(entry).stream
+
+        def receive(data: bytes) -> bool:
+            return rset.receive(data) or rset.reason is not None
+
+        def over(reason: Discard | None) -> None:
+            self._cleaned(entry, reason or rset.reason)
+
+        Exchange(self._engine, stream, rset.command, receive, over).begin(_RSET_SECONDS)
+
+    def _cleaned(self, entry: Entry, reason: Discard | None) -> None:
         receiver = _receiver(entry)
-        reason = self._reset(receiver, _RSET_SECONDS)
+        reason = reason or _look(receiver)  # up to EAGAIN: whatever comes later makes an edge
         self._cleaning -= 1
         if reason is not None:
             self.decline(reason)
@@ -244,7 +258,8 @@ class Keeper:
         receiver.guard()
         self._engine.watch(receiver.stream.socket.fileno(), partial(self._idle_event, receiver))
         self._part(self._pool.offer(entry, monotonic()))
-        self._give_way(entry)
+        if self._office.wanted(receiver.place):
+            self._crew.run(self._give_way, entry)  # which may have to ask another process
         due = self._pool.next_expiry()
         if due is not None and (self._armed is None or due < self._armed):
             self._changed.set()
@@ -291,7 +306,7 @@ class Keeper:
     def _reset(self, receiver: Receiver, seconds: float) -> Discard | None:
         """Why the session cannot be kept, or None."""
         rset = Rset()
-        timer = Timeout.start_new(max(seconds, 0.001))
+        alarm = self._engine.alarms.start(seconds)
         try:
             send_all(self._engine, receiver.stream, rset.command)
             while rset.reason is None:
@@ -303,12 +318,12 @@ class Keeper:
             return rset.reason
         except OSError:
             return Discard.PEER_CLOSED
-        except Timeout as fired:
-            if fired is not timer:
+        except TimeIsUp as up:
+            if up.alarm is not alarm:
                 raise
             return Discard.TIMED_OUT
         finally:
-            timer.close()
+            alarm.cancel()
 
     def _pass_on(self, receiver: Receiver, key: PoolKey) -> None:
         """Somebody waits for this connection's place: it gets the place, and the connection if it wants just this one.
@@ -353,7 +368,7 @@ class Keeper:
         """QUIT, as far as the reason allows it, and close."""
         if reason in _POLITE:
             self._parting[receiver] = None
-            self._crew.run(self._quit, receiver)
+            self._quit(receiver)
             return
         if reason in _PRESSED:
             with contextlib.suppress(OSError):
@@ -362,21 +377,13 @@ class Keeper:
 
     def _quit(self, receiver: Receiver) -> None:
         """QUIT, and its answer."""
-        if receiver not in self._parting:
-            return  # its place was wanted meanwhile
-        engine, stream, farewell = self._engine, receiver.stream, Quit()
-        engine.watch(stream.socket.fileno(), None)  # nor may it look when our turn is over and others run
-        timer = Timeout.start_new(_QUIT_SECONDS)
-        try:
-            send_all(engine, stream, farewell.command)
-            while data := receive(engine, stream, _READ_SIZE):
-                if farewell.receive(data):
-                    break
-        except (OSError, Timeout):  # in the crew's greenlet no other can go off
-            pass
-        finally:
-            timer.close()
-            self._parted(receiver)
+        if receiver in self._parting:  # else its place was wanted meanwhile
+            farewell = Quit()
+            over = partial(self._parted_from, receiver)
+            Exchange(self._engine, receiver.stream, farewell.command, farewell.receive, over).begin(_QUIT_SECONDS)
+
+    def _parted_from(self, receiver: Receiver, _reason: Discard | None) -> None:
+        self._parted(receiver)
 
     def _parted(self, receiver: Receiver) -> None:
         """Close a connection that QUIT was said to; a second time does nothing."""

@@ -28,7 +28,7 @@ class TimeIsUp(BaseException):
 
 
 class Alarm:
-    """One deadline of the greenlet that made it."""
+    """One deadline; of whom it is thrown into."""
 
     __slots__ = ("_bucket", "greenlet")
 
@@ -36,6 +36,11 @@ class Alarm:
         self.greenlet = greenlet
         self._bucket = bucket
         bucket[self] = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether it will go off."""
+        return self in self._bucket
 
     def cancel(self) -> None:
         """Forget it; also after it went off."""
@@ -54,8 +59,12 @@ class Alarms:
         self._timer = loop.timer(TICK, TICK)
         self._running = False
 
-    def start(self, seconds: float) -> Alarm:
-        """A deadline for the running greenlet, `seconds` from now."""
+    def start(self, seconds: float, whose: Any = None) -> Alarm:
+        """A deadline, `seconds` from now.
+
+        Args:
+            whose: what has a `throw` for it, as a greenlet has; None: the running greenlet.
+        """
         tick = int((monotonic() + seconds) / TICK) + 1
         bucket = self._buckets.get(tick)
         if bucket is None:
@@ -63,7 +72,7 @@ class Alarms:
             if not self._running:
                 self._running = True
                 self._timer.start(self._ring)
-        return Alarm(getcurrent(), bucket)
+        return Alarm(whose or getcurrent(), bucket)
 
     def _ring(self) -> None:
         now = int(monotonic() / TICK)

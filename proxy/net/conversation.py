@@ -1,24 +1,24 @@
 """Waiting reads and writes on a stream, for greenlets that set something up or take it down.
 
 Each tries first and waits then (see `relay`), and lets others run when its turn is over (see `turns`). Deadlines are
-the caller's: one `gevent.Timeout` around a phase. Relays in progress do not use this.
+the caller's: one alarm, or one `gevent.Timeout`, around a phase. Relays in progress do not use this.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import os
-from _socket import SHUT_WR
+from _socket import MSG_MORE, SHUT_WR
 from time import monotonic
 
-from gevent import Timeout
-
 from proxy.errors import Overloaded
+from proxy.net.alarm import TimeIsUp
 from proxy.net.apart import Apart
 from proxy.net.framed import FramedStream
 from proxy.net.relay import Engine, RawSocket
-from proxy.net.tls import Stream, TlsStream
+from proxy.net.tls import PlainStream, Stream, TlsStream
 from proxy.net.turns import TurnOver, rest
 from proxy.policy.turns import READ, Turn
 
@@ -113,11 +113,14 @@ def farewell(engine: Engine, stream: Stream, data: bytes) -> None:
 
     A plain close with bytes unread in our buffer would be a reset, and a reset takes the last word away from the peer.
     """
-    timer = Timeout.start_new(FAREWELL_SECONDS)
+    alarm = engine.alarms.start(FAREWELL_SECONDS)
     try:
-        send_all(engine, stream, data)
-        stream.finish()
-        send_all(engine, stream, b"")
+        if isinstance(stream, TlsStream):
+            send_all(engine, stream, data)
+            stream.finish()
+            send_all(engine, stream, b"")
+        elif data:
+            _say_last(engine, stream, data)
         stream.socket.shutdown(SHUT_WR)
         left = _FAREWELL_BYTES
         while left > 0:
@@ -127,8 +130,16 @@ def farewell(engine: Engine, stream: Stream, data: bytes) -> None:
             left -= len(received)
     except OSError:
         pass
-    except Timeout as fired:
-        if fired is not timer:
+    except TimeIsUp as up:
+        if up.alarm is not alarm:
             raise
     finally:
-        timer.close()
+        alarm.cancel()
+
+
+def _say_last(engine: Engine, stream: PlainStream, data: bytes) -> None:
+    """In one segment with the end that follows at once (send(2))."""
+    with contextlib.suppress(BlockingIOError):
+        sent = stream.socket.send(data, MSG_MORE)
+        data = data[sent:]
+    send_all(engine, stream, data)

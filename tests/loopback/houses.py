@@ -142,6 +142,7 @@ class House:
         receiver = self.open(key_of(mx, **more))
         self.give(receiver)
         until(lambda: receiver in self.keeper.pool, what="it is cached")
+        gevent.sleep(0)  # out of the batch of events that woke us: a socket closed in it stays open until its end
         return receiver
 
     def take(self, key):

@@ -32,6 +32,11 @@ _STEPS = {
 _UNASKED_SIZE = 4096
 
 
+def _nothing() -> float | None:
+    """In the place of the ear of a client that is gone."""
+    return None
+
+
 class Errands:
     """Of one client, in its greenlet.
 
@@ -40,6 +45,7 @@ class Errands:
 
     Attributes:
         stream: the client's; another one once TLS has begun.
+        waited: others have had their turn during the last one.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class Errands:
         hear: Callable[[], float | None],
     ) -> None:
         self.stream = stream
+        self.waited = False
         self._hear = hear
         self._services = services
         self._mediator = mediator
@@ -60,17 +67,23 @@ class Errands:
         self._holding = holding
         self._books = books
 
+    def over(self) -> None:
+        """There will be none any more: who sent us on them can go."""
+        self._hear = _nothing
+
     def run(self, want: Want) -> None:
         """Do what is wanted, and tell.
 
         Raises:
             ClientGone, OSError: the client is gone.
         """
+        self.waited = False
         if want is Want.LEAVE:
             self._holding.leave()
             self._mediator.left()
             return
         if want is Want.START_TLS:
+            self.waited = True
             self._start_tls()
             return
         started = monotonic()
@@ -112,7 +125,7 @@ class Errands:
         egress, line, name = holding.egress, holding.line, mediator.name or ""
         if want is Want.SLOT:
             try:
-                egress.slot(holding.lend_while_held)
+                egress.slot(self._waits)
             finally:
                 if holding.line is not None:  # nobody is to wait for one that is not lent any more
                     egress.keep(holding.line)
@@ -128,6 +141,7 @@ class Errands:
                 return
             if line.greeting is None:
                 holding.lose()
+                self.waited = True
                 try:
                     egress.greet(line)
                 except TlsAtOnce:
@@ -145,10 +159,16 @@ class Errands:
             holding.line = line = egress.hello(line, name)
         else:
             holding.line = line = egress.renew(name, mediator.fresh, mediator.state is State.HELD)
+        self.waited = not line.reused
         self._books.tls, self._books.seen = line.tls or self._books.tls, line.seen or self._books.seen
         holding.attach()
         in_time = not mediator.says_mail or egress.redeem()
         mediator.attached_to(line.hello, line.left, True, line.reused, in_time)
+
+    def _waits(self) -> None:
+        """A slot is not there at once."""
+        self.waited = True
+        self._holding.lend_while_held()
 
     def _hear_receiver(self) -> None:
         """What it said while nobody asked it anything: later it would be taken for the answer to MAIL."""

@@ -116,6 +116,9 @@ class Visit:
             self._holding.leave()
             del dialogues[self]
             self._books.close(self._mediator.refused)
+            self._wires.over()
+            self._errands.over()
+            self._mediator.over()
 
     def goaway(self) -> None:
         """See `services.HostedDialogue`."""
@@ -167,6 +170,8 @@ class Visit:
                 return
             if mediator.want is not None:
                 self._errands.run(mediator.want)
+                if self._errands.waited:
+                    self._turn.begin(monotonic())
             elif self._turn.over:
                 rest_for(self._turn)
             elif not wires.doom:
@@ -234,7 +239,7 @@ class Visit:
                 except OSError:  # reading it tells more
                     pass
         pieces = mediator.to_client
-        if pieces:
+        if pieces and (self._reset or mediator.want is not Want.END):  # the last words go with the end, see `_part`
             mediator.to_client = []
             data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
             self._books.down += len(data)
@@ -335,7 +340,9 @@ class Visit:
         client.unwatch()
         if self._reset:
             return
-        last, stream = client.take_unsent(), self._errands.stream
+        words = b"".join(self._mediator.to_client)
+        self._books.down += len(words)
+        last, stream = client.take_unsent() + words, self._errands.stream
         if isinstance(stream, FramedStream):  # a channel goes on
             send_all(self._services.engine, stream, last)
         else:

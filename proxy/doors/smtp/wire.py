@@ -121,6 +121,10 @@ class End:
         except BlockingIOError:
             pass
 
+    def over(self) -> None:
+        """Nobody is told of anything any more."""
+        self._happened = _nobody
+
     def take_unsent(self) -> bytes:
         """What was not taken; the caller sends it."""
         unsent, self._unsent, self.blocked = self._unsent, b"", False
@@ -133,6 +137,10 @@ class End:
             if events & _RESET:
                 self.broken = True
         self._happened(self, events)
+
+
+def _nobody(end: End, events: int) -> None:
+    """Is told of the events of an end that is over."""
 
 
 class Wires:
@@ -165,7 +173,13 @@ class Wires:
         """No receiver any more; whoever has its socket now does as it likes with it."""
         if self.receiver is not None:
             self.receiver.unwatch()
+            self.receiver.over()
             self.receiver = None
+
+    def over(self) -> None:
+        """All is done; what is left refers to itself no more, and is freed without the garbage collector."""
+        self.detach()
+        self.client.over()
 
     def secure(self, stream: LineStream) -> None:
         """The client speaks through this stream now."""

@@ -51,6 +51,10 @@ class FateTracker(Tracker):
         self._ended: deque[_Message] = deque()  # the same of the final dot
         self._text = ""
 
+    def over(self) -> None:
+        super().over()
+        self._tell = _nobody
+
     def turned_away(self, said: bytes, reply: bytes) -> None:
         mail, *behind = said.split(b"\n")
         message = _Message(_domain(mail))
@@ -107,6 +111,10 @@ class FateTracker(Tracker):
 
     def _say(self, message: _Message) -> None:
         self._tell(Fate(message.sender, tuple(message.domains), message.rcpts, message.size, self._text))
+
+
+def _nobody(fate: Fate) -> None:
+    """Is told when nobody is interested any more."""
 
 
 def _domain(line: bytes) -> str:

@@ -259,6 +259,11 @@ class Mediator(Course):
         """The client is not there any more, whatever is in progress."""
         self.end()
 
+    def over(self) -> None:
+        """The caller is done with it: nothing here refers to that one any more."""
+        self.make_tracker = Tracker
+        self.tracker.over()
+
     # ---------------------------------------------------------------- the client's bytes
 
     def client(self, data: bytes) -> None:

@@ -124,6 +124,10 @@ class Tracker:
         self._refused = refused
         self._refusal = ""  # the lines of one that have come
 
+    def over(self) -> None:
+        """Nobody is told of anything any more."""
+        self._refused = None
+
     def turned_away(self, said: bytes, reply: bytes) -> None:
         """A MAIL that no receiver has heard was refused. `said`: it, and what is known to stand behind it."""
 
