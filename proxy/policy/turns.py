@@ -37,33 +37,34 @@ class Turn:
 
     Attributes:
         key: whose turns these are; see `Line`. None: nobody's in particular.
+        left: of its work; others come first when there is none, see `over`.
     """
 
-    __slots__ = ("_ends", "_left", "key")
+    __slots__ = ("_ends", "key", "left")
 
     def __init__(self, key: Hashable = None) -> None:
         self.key = key
-        self._left = WORK
+        self.left = WORK
         self._ends = float("inf")
 
     @property
     def over(self) -> bool:
         """Whether others come first now."""
-        return self._left <= 0
+        return self.left <= 0
 
     def begin(self, now: float) -> None:
         """It is our turn; `now` in seconds of a monotonic clock."""
-        self._left = WORK
+        self.left = WORK
         self._ends = now + SECONDS
 
     def spend(self, work: int, now: float) -> bool:
         """Count work that is done, or is to be done now; whether the turn goes on after it."""
-        self._left = self._left - work if now < self._ends else 0
-        return self._left > 0
+        self.left = self.left - work if now < self._ends else 0
+        return self.left > 0
 
     def end(self) -> None:
         """Others come first, however much is left."""
-        self._left = 0
+        self.left = 0
 
 
 class Line(Generic[Item]):

@@ -204,7 +204,7 @@ class Visit:
         mediator, turn, receiver = self._mediator, self._turn, self._wires.receiver
         turn.begin(monotonic())
         self._go_on()
-        if mediator.want is not None or turn.over:
+        if mediator.want is not None or turn.left <= 0:
             return True
         if self._prober is not None and receiver is not None and receiver.blocked:
             return True
@@ -216,10 +216,12 @@ class Visit:
         Raises:
             ClientGone, OSError: the client is gone.
         """
-        mediator, turn = self._mediator, self._turn
-        self._send()
-        while mediator.want is None and not turn.over and self._move():
-            self._send()
+        mediator, turn, wires = self._mediator, self._turn, self._wires
+        while True:
+            if mediator.to_receiver or mediator.to_client:
+                self._send()
+            if mediator.want is not None or turn.left <= 0 or not wires.busy or not self._move():
+                return
 
     def _send(self) -> None:
         """Hand on what has piled up.

@@ -99,6 +99,17 @@ class End:
         Raises:
             OSError: the connection is broken.
         """
+        if not self.blocked:
+            self.blocked = True
+            try:
+                sent = self.stream.send(data)
+            except BlockingIOError:
+                sent = 0
+            self.moved += sent
+            if sent == len(data) and not self.stream.unsent:
+                self.blocked = False
+                return
+            data = data[sent:]
         self._unsent = self._unsent + data if self._unsent else data
         self.push()
 
@@ -163,6 +174,14 @@ class Wires:
         self._hear: Callable[[], float | None] | None = None  # while an errand is under way
         self._timer: Any = None
         self.client.watch()
+
+    @property
+    def busy(self) -> bool:
+        """Whether there may be anything to move."""
+        client, receiver = self.client, self.receiver
+        if client.readable or client.blocked or client.broken:
+            return True
+        return receiver is not None and (receiver.readable or receiver.blocked)
 
     def attach(self, stream: LineStream) -> None:
         """A receiver, from now on; its events of before may have gone by."""
@@ -243,17 +262,14 @@ class Wires:
 
     def _happened(self, end: End, events: int) -> None:
         if self._waiting:
-            if self._step is None or self._needed(self._step):
-                self._greenlet.switch()
+            try:
+                if self._step is not None and not self._step():
+                    return
+            except Exception as error:
+                self._trouble = error
+            self._greenlet.switch()
         elif end is self.client and self._hear is not None:
             self._overhear(self._hear, events)
-
-    def _needed(self, step: Callable[[], bool]) -> bool:
-        try:
-            return step()
-        except Exception as error:
-            self._trouble = error
-            return True
 
     def _overhear(self, hear: Callable[[], float | None], events: int) -> None:
         why: ProxyError = ClientGone("the client has closed")

@@ -18,7 +18,7 @@ def take(dialogue: Course, line: Line) -> bool:
     """One line of a reply, or what stands in its place; False: what comes behind it is none, or nobody's."""
     if dialogue.state in _SILENT and dialogue.may_change:  # it speaks although nobody asked it anything
         dialogue.lost_line(_why(line))
-    elif dialogue.state is State.HELD and not dialogue.group and dialogue.may_change:
+    elif dialogue.state is State.HELD and not dialogue.group.verbs and dialogue.may_change:
         dialogue.death = _why(line)  # no answer to the MAIL, which it has not heard; that goes on elsewhere
     elif line.code == 421 and dialogue.group.repeatable:
         dialogue.tracker.replaced(line.data)
@@ -50,7 +50,7 @@ def _on_reply(dialogue: Course, code: int) -> None:
         _on_data_reply(dialogue, code)
     elif code == 334:
         dialogue.state = State.AUTH
-    if dialogue.state is State.TRANSACTION and not dialogue.group and not dialogue.begun:
+    if dialogue.state is State.TRANSACTION and not dialogue.group.verbs and not dialogue.begun:
         dialogue.old = True
         dialogue.state = State.READY
 

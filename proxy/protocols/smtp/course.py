@@ -184,7 +184,7 @@ class Course:
 
     def go_on(self) -> None:
         """There is all that the command that was held, or is to be said again, waited for."""
-        if self.group:
+        if self.group.verbs:
             self.say_again()
         else:
             self.begin(self.pending)
@@ -204,7 +204,7 @@ class Course:
     def refuse(self, reply: bytes) -> None:
         """The answer to MAIL is ours: so are those to what was pipelined behind it."""
         self.refused += 1
-        said = self.group.said if self.group else self.pending + b"\n"
+        said = self.group.said if self.group.verbs else self.pending + b"\n"
         self.tracker.turned_away(said + bytes(self.unread), reply)
         behind = self.group.clear()[1:]
         self.to_client += [reply, *[replies.OK if verb in _HARMLESS else replies.NO_MAIL for verb in behind]]

@@ -41,6 +41,7 @@ class Reply(NamedTuple):
         return f"{self.code} " + "\n".join(self.lines)
 
 
+_NAME = re.compile(r"[!-~]+")
 _REFUSAL = re.compile(r"[45][0-9]{2}[ -][^\r\n]*")
 
 
@@ -59,12 +60,13 @@ def parse_reply_line(line: bytes) -> tuple[int, bool]:
     Raises:
         BadReply: no code, or something else than space or hyphen behind it.
     """
-    code, mark = line[:3], line[3:4]
-    if len(code) != 3 or not code.isdigit() or not b"2" <= code[:1] <= b"5":
+    code = line[:3]
+    if len(code) != 3 or not code.isdigit() or not 0x32 <= code[0] <= 0x35:
         raise BadReply("a reply does not begin with a reply code")
-    if mark not in (b"", b" ", b"-"):
+    mark = line[3] if len(line) > 3 else 0x20
+    if mark != 0x20 and mark != 0x2D:
         raise BadReply("a reply code is followed by neither space nor hyphen")
-    return int(code), mark != b"-"
+    return int(code), mark == 0x20
 
 
 class ReplyParser:
@@ -278,7 +280,7 @@ class ClientDialogue:
 
 
 def _checked(ehlo_name: str) -> bytes:
-    if not (0 < len(ehlo_name) <= MAX_EHLO_NAME and all("!" <= char <= "~" for char in ehlo_name)):
+    if len(ehlo_name) > MAX_EHLO_NAME or _NAME.fullmatch(ehlo_name) is None:
         raise PeerError(f"an EHLO name has 1 to {MAX_EHLO_NAME} printable ASCII characters and no space")
     return ehlo_name.encode("ascii")
 

@@ -6,8 +6,6 @@ The smaller parts of `mediator`, with no opinion of their own.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
-from typing import NamedTuple
 
 from proxy.protocols.smtp.dialogue import BadReply, parse_reply_line
 
@@ -24,21 +22,18 @@ class Group:
     """Commands whose replies are outstanding, by their verbs, and their bytes as long as they can be said again."""
 
     def __init__(self) -> None:
-        self._verbs: deque[bytes] = deque()
+        self.verbs: deque[bytes] = deque()
         self._said: list[bytes] | None = None
         self._size = 0
 
-    def __len__(self) -> int:
-        return len(self._verbs)
-
     @property
     def last(self) -> bytes:
-        return self._verbs[-1]
+        return self.verbs[-1]
 
     @property
     def repeatable(self) -> bool:
         """Nothing of it was answered, and it is known whole."""
-        return self._said is not None and bool(self._verbs)
+        return self._said is not None and bool(self.verbs)
 
     @property
     def first(self) -> bytes:
@@ -55,7 +50,7 @@ class Group:
         self._said, self._size = ([], 0) if repeatable else (None, 0)
 
     def add(self, verb: bytes, command: bytes) -> None:
-        self._verbs.append(verb)
+        self.verbs.append(verb)
         if self._said is not None:
             self._size += len(command)
             self._said.append(command)
@@ -65,7 +60,7 @@ class Group:
     def answered(self) -> bytes:
         """One reply has come; what it answers, b"" if nothing is outstanding."""
         self._said = None
-        return self._verbs.popleft() if self._verbs else b""
+        return self.verbs.popleft() if self.verbs else b""
 
     def forget_bytes(self) -> None:
         """It cannot be said again."""
@@ -78,18 +73,21 @@ class Group:
 
     def clear(self) -> list[bytes]:
         """Nothing of it will be answered; the verbs."""
-        verbs = list(self._verbs)
-        self._verbs.clear()
+        verbs = list(self.verbs)
+        self.verbs.clear()
         self._said = None
         return verbs
 
 
-class Line(NamedTuple):
+class Line:
     """A line of a reply as it came; `code` 0: it is none."""
 
-    data: bytes
-    code: int
-    last: bool
+    __slots__ = ("code", "data", "last")
+
+    def __init__(self, data: bytes, code: int, last: bool) -> None:
+        self.data = data
+        self.code = code
+        self.last = last
 
 
 class ReplyLines:
@@ -99,12 +97,20 @@ class ReplyLines:
         self._rest = b""
         self._code = 0  # of a reply whose last line has not come
 
-    def feed(self, data: bytes) -> Iterator[Line]:
-        """The lines that are complete. If the iteration is left early, `take_rest` has all that was not given."""
-        self._rest += data
-        while (end := self._rest.find(b"\n") + 1) or len(self._rest) > MOST_REPLY_LINE:
-            line, self._rest = (self._rest[:end], self._rest[end:]) if end else (self._rest, b"")
-            yield self._parsed(line)
+    def feed(self, data: bytes) -> None:
+        """What came."""
+        self._rest = self._rest + data if self._rest else data
+
+    def next_line(self) -> Line | None:
+        """The next one that is complete; None: more bytes are needed."""
+        rest = self._rest
+        end = rest.find(b"\n") + 1
+        if not end:
+            if len(rest) <= MOST_REPLY_LINE:
+                return None
+            end = len(rest)
+        self._rest = rest[end:]
+        return self._parsed(rest[:end])
 
     def take_rest(self) -> bytes:
         """What is there and was not given out; from now on as new."""

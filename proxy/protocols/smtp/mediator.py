@@ -97,7 +97,7 @@ class Mediator(Course):
         if self.want is not None or self.unread or not self.may_change:
             return False
         if self.state is State.TRANSACTION:
-            return not self.group and not self.open
+            return not self.group.verbs and not self.open
         return self.state in _RESTING
 
     @property
@@ -245,7 +245,7 @@ class Mediator(Course):
 
     def time_is_up(self) -> None:
         """Nobody has said anything for too long."""
-        if self.want is None and not self.group and self.state not in (State.DATA, State.RAW):
+        if self.want is None and not self.group.verbs and self.state not in (State.DATA, State.RAW):
             self.last_word("4.4.2", "idle for too long")
         else:
             self.end()
@@ -280,12 +280,17 @@ class Mediator(Course):
 
     def _step(self) -> bool:
         """Take one thing from what the client sent; False: not now."""
-        if self._draining and self.state in _BETWEEN and not self.group:
+        if self._draining and self.state in _BETWEEN and not self.group.verbs:
             self.last_word("4.3.2", "shutting down")
-        if self.state in _DEAF:
+        state = self.state
+        if state in _DEAF:
             return False
-        if self.state is State.DATA or self.state is State.RAW:
+        if state is State.DATA or state is State.RAW:
             return self._step_bytes()
+        if not self.unread:
+            if self._client_done and not self.group.verbs:
+                self.end()
+            return False
         if self.chunk and self.unread:
             taken = min(self.chunk, len(self.unread))
             del self.unread[:taken]
@@ -313,7 +318,7 @@ class Mediator(Course):
         return bool(data)
 
     def _no_line(self) -> None:
-        if self.group:
+        if self.group.verbs:
             return
         if len(self.unread) >= MAX_COMMAND_LINE:
             self.unread.clear()
@@ -343,11 +348,11 @@ class Mediator(Course):
             self.send(line, b"AUTH")
             return True
         if self._passes(line, verb):
-            if len(self.group) >= MOST_OUTSTANDING:
+            if len(self.group.verbs) >= MOST_OUTSTANDING:
                 return False
             self.send(line, verb)
             return True
-        if self.group:
+        if self.group.verbs:
             return False
         commands.own(self, line, verb, words[1].strip() if len(words) > 1 else b"")
         return True
@@ -365,9 +370,11 @@ class Mediator(Course):
         if self.state is State.RAW:
             self.to_client.append(data)
             return
-        for line in self.lines.feed(data):
+        lines = self.lines
+        lines.feed(data)
+        while (line := lines.next_line()) is not None:
             if not answers.take(self, line):
-                rest = self.lines.take_rest()
+                rest = lines.take_rest()
                 if self.death is None:
                     self.to_client.append(rest)
                 break

@@ -25,10 +25,11 @@ BAD_LINE = b"500 5.5.2 that is no command\r\n"
 
 def lines(code: int, texts: Sequence[str]) -> bytes:
     """One reply of several lines."""
-    return b"".join(
-        b"%d%s%s\r\n" % (code, b" " if number == len(texts) else b"-", text.encode("utf-8", "backslashreplace"))
-        for number, text in enumerate(texts, 1)
-    )
+    if not texts:
+        return b""
+    between, last = f"\r\n{code}-", f"{code} {texts[-1]}\r\n"
+    text = f"{code}-{between.join(texts[:-1])}\r\n{last}" if len(texts) > 1 else last
+    return text.encode("utf-8", "backslashreplace")
 
 
 def again(reply: str) -> bytes:

@@ -768,7 +768,7 @@ def test_pipelined_commands_are_taken_as_fast_as_they_are_answered():
         world.mediator.client(b"RCPT TO:<c@d.example>\r\n" * 100)
         taken += 1
     assert len(world.mediator.unread) < MOST_INPUT + 2400
-    assert len(world.mediator.group) == MOST_OUTSTANDING
+    assert len(world.mediator.group.verbs) == MOST_OUTSTANDING
     world.settle()
     assert len(codes(world.client_sees)) == 1 + taken * 100
 
