@@ -124,10 +124,10 @@ def test_a_place_is_kept_for_who_has_had_all_turns_and_given_up_when_it_leaves()
     for throttle in throttles.values():
         throttle.cap = 1
     a, b = throttles.values()
-    first = book.admit("one", 1.0, [a], (), 0)
-    other = book.admit("two", 1.0, [b], (), 0)
-    both = book.admit("both", 1.0, [a, b], (), 0)
-    later = book.admit("later", 1.0, [a], (), 0)
+    first = book.admit("one", 1.0, (a,), (), 0)
+    other = book.admit("two", 1.0, (b,), (), 0)
+    both = book.admit("both", 1.0, (a, b), (), 0)
+    later = book.admit("later", 1.0, (a,), (), 0)
     assert isinstance(first, Places)
     assert isinstance(other, Places)
     assert isinstance(both, Ticket)
@@ -146,9 +146,9 @@ def test_who_came_first_goes_first_where_two_want_to_keep_the_same() -> None:
     book = PlaceBook(lambda flow: False)
     for throttle in (left, middle, right):
         throttle.cap = 1
-    held = [book.admit(f"user{index}", 1.0, [each], (), 0) for index, each in enumerate((left, middle, right))]
-    old = book.admit("old", 1.0, [left, middle], (), 0)
-    young = book.admit("young", 1.0, [right, middle], (), 0)
+    held = [book.admit(f"user{index}", 1.0, (each,), (), 0) for index, each in enumerate((left, middle, right))]
+    old = book.admit("old", 1.0, (left, middle), (), 0)
+    young = book.admit("young", 1.0, (right, middle), (), 0)
     assert isinstance(old, Ticket)
     assert isinstance(young, Ticket)
     users = [each for each in held if isinstance(each, Places)]
