@@ -1,7 +1,7 @@
 """The two forms of the program, compiled and as Python code, and which of them a run of the tests is for.
 
-`make test` runs all tests on the compiled form, and then on Python code (GREENARROW_PROXY_PURE=1) most of those that depend on
-the form at all: not what is marked `either_form`. The programs that tests start are of the form of the run.
+`make test` runs all tests on the compiled form, and then on Python code (GREENARROW_PROXY_PURE=1) most of those that
+depend on the form at all: not what is marked `either_form`. The programs that tests start are of the form of the run.
 """
 
 from __future__ import annotations
