@@ -211,6 +211,7 @@ def test_the_answer_to_quit_is_the_end_though_the_receiver_does_not_close(house,
         until(lambda: not house.keeper.cached)
 
 
+@pytest.mark.only_python("alarms that are noted, in the place of the engine's")
 def test_one_that_was_closed_before_its_quit_is_left_alone(house, mx, timers):
     """Its place was wanted while the answer to its QUIT was awaited: it is closed once, and nothing is begun anew."""
     receiver = house.cache(mx)
@@ -247,6 +248,7 @@ def test_what_speaks_against_an_idle_connection(answer, reason):
 # -- timers ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.only_python("alarms that are noted, in the place of the engine's")
 def test_no_timer_outlives_what_it_was_for(house, mx, timers):
     """Else it would go off in whatever its greenlet does next."""
     house.cache(mx)
@@ -260,6 +262,7 @@ def long_idle(monkeypatch):
     monkeypatch.setattr(keeper_room, "_PROBE_AFTER", -1.0)
 
 
+@pytest.mark.only_python("alarms that are noted, in the place of the engine's")
 def test_who_has_less_time_waits_for_less(house, timers, monkeypatch):
     with Mx({"rset": [lambda session, reply: session.send(reply), mute]}) as mx:
         house.cache(mx)
