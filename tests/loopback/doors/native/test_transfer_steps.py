@@ -484,7 +484,7 @@ def test_nothing_more_is_read_behind(steps: Steps, why: str) -> None:
     if why == "full":
         steps.receiver.room = 0
     if why == "turn":
-        steps.link.turn._left = READ + 3 * FRAME
+        steps.link.turn.left = READ + 3 * FRAME
     assert steps.transfer._from_client()
     assert len(steps.client.incoming) == 1
     assert steps.transfer.end == (END if why == "end" else None)
@@ -660,7 +660,7 @@ def test_nothing_is_read_while_the_client_takes_nothing(steps: Steps) -> None:
 def test_reading_stops_when_the_turn_is_over(steps: Steps) -> None:
     steps.receiver.incoming.extend([b"a", b"b"])
     steps.receiver.drained = False
-    steps.link.turn._left = READ + 1
+    steps.link.turn.left = READ + 1
     assert steps.transfer._from_receiver()
     assert (steps.heard, steps.link.turn.over) == ([b"a"], True)
     assert not steps.transfer._from_receiver()
