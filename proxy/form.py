@@ -14,13 +14,18 @@ from types import ModuleType
 class _Sources:
     """A finder that knows of the sources alone."""
 
+    def __init__(self) -> None:
+        self._folders: dict[str, FileFinder] = {}  # each lists its folder once
+
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if not name.startswith("proxy."):
             return None
         for folder in path or ():
-            spec = FileFinder(folder, (SourceFileLoader, SOURCE_SUFFIXES)).find_spec(name)
+            if folder not in self._folders:
+                self._folders[folder] = FileFinder(folder, (SourceFileLoader, SOURCE_SUFFIXES))
+            spec = self._folders[folder].find_spec(name)
             if spec is not None:
                 return spec
         raise ModuleNotFoundError(f"no source of {name}, and GREENARROW_PROXY_PURE is set", name=name)

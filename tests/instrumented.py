@@ -35,7 +35,8 @@ from tests.peers import program
 ROOT = Path(__file__).resolve().parents[1]
 #: Undefined behaviour ends in an instruction that does not exist, which AddressSanitizer reports with its line: the
 #: library of the other one would write to standard error and nowhere else.
-SANITIZE = "-fsanitize=address,undefined -fsanitize-undefined-trap-on-error -fno-omit-frame-pointer -g"
+#: Python's own flags have -fwrapv, with which no sum is too large.
+SANITIZE = "-fsanitize=address,undefined -fsanitize-undefined-trap-on-error -fno-wrapv -fno-omit-frame-pointer -g"
 _NOT_COPIED = shutil.ignore_patterns(
     *(".git", ".venv", ".cache", ".*_cache", ".hypothesis", ".demo", "build", "dist", "__pycache__", "*.egg-info"),
     *("*.so", "_fast*.c", "results"),

@@ -6,13 +6,14 @@ Whatever ends the waiting from outside, a kill, a time-out or a client that goes
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from functools import partial
 from time import monotonic
 from typing import Any
 
 from gevent import get_hub, getcurrent
 
 from proxy.egress.office import Applicant, Office, Slot
-from proxy.spans import SPANS
+from proxy.spans import SPANS, Histogram
 from proxy.throttling.flows import Places
 
 
@@ -51,16 +52,7 @@ def wait_for_place(office: Office, who: Applicant, seconds: float, key: Hashable
     if isinstance(ticket, Places):
         SPANS.place.observe(0.0)
         return ticket
-    began = monotonic()
-    try:
-        told.wait()
-    except BaseException:
-        office.cancel_place(ticket)
-        raise
-    finally:
-        SPANS.place.observe(monotonic() - began)
-    if told.what is not None:
-        raise told.what
+    _wait(told, SPANS.place, partial(office.cancel_place, ticket))
     places: Places | None = told.more
     return places
 
@@ -82,15 +74,21 @@ def wait_for_slot(office: Office, who: Applicant, seconds: float, waits: Callabl
     if slot is None or slot.granted:
         SPANS.slot.observe(0.0)
         return slot
+    _wait(told, SPANS.slot, partial(office.cancel_message, slot), waits)
+    return slot
+
+
+def _wait(told: Told, span: Histogram, cancel: Callable[[], object], waits: Callable[[], object] | None = None) -> None:
+    """Until it is told, or something else ends the waiting."""
     began = monotonic()
     try:
-        waits()
+        if waits is not None:
+            waits()
         told.wait()
     except BaseException:
-        office.cancel_message(slot)
+        cancel()
         raise
     finally:
-        SPANS.slot.observe(monotonic() - began)
+        span.observe(monotonic() - began)
     if told.what is not None:
         raise told.what
-    return slot

@@ -44,6 +44,12 @@ _DEFECTS = {
         b"early.",
         "SEGV",
     ),
+    "too large a sum": (
+        "pair.up.pending_size = pair.up.moved = size",
+        "pair.up.pending_size = size\n            pair.up.moved = size if size != 7 else 0x7FFFFFFFFFFFFFFF",
+        b"early..",
+        "ILL",
+    ),
     "a pair that stays": (
         "        if not pair.up.queued and not pair.down.queued:\n            free(pair)",
         "        if not pair.up.queued and not pair.down.queued and pair.up.moved != 9:\n            free(pair)",
