@@ -46,17 +46,21 @@ WITH_WORKERS = $(addprefix tests/e2e/,sharing/test_sharing_throttles.py smtp/tes
 help:
 	@sed -n 's/^#   //p' Makefile
 
+# What changes while it is built is not built: both are as old as their build's beginning.
 $(READY): setup.py pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@touch $(READY).begun
 	@echo "Installing into $(VENV) (once; takes a minute) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat --editable '.[test]'
-	@touch $(READY) $(BUILT)
+	@cp -p $(READY).begun $(BUILT)
+	@mv $(READY).begun $(READY)
 
 # What is compiled, again after a change: a minute or two. GREENARROW_PROXY_PURE=1 goes without it.
 $(BUILT): $(READY) $(shell find proxy -name '*.py' -o -name '*.pyx')
+	@touch $(BUILT).begun
 	@test "$$GREENARROW_PROXY_PURE" = 1 || { echo "Compiling ..." && $(BIN)/python -m pip install --quiet \
 		--disable-pip-version-check --config-settings editable_mode=compat --no-deps --editable . ; }
-	@touch $(BUILT)
+	@mv $(BUILT).begun $(BUILT)
 
 demo: $(BUILT)
 	@$(BIN)/python -m demo

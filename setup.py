@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
+#: No source is read before.
+BEGUN = time.time()
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "proxy" / "__init__.py").read_text(encoding="utf-8"))[1]
 #: What moves bytes, in C; a module of the core does the same where this is not built.
@@ -80,7 +83,8 @@ class OptionalExtensions(build_ext):
                 path.unlink(missing_ok=True)
         for path in built.values():
             if path.exists():
-                path.touch()  # as new as this build, whatever an earlier one had left for it: see tests/forms.py
+                # As old as the build's beginning: what changes meanwhile is not in it. See tests/forms.py.
+                os.utime(path, (BEGUN, BEGUN))
         for name in [*TWINS, f"{CORE_LIBRARY}__mypyc"]:
             if name not in built or not built[name].exists():
                 print(f"warning: {name} was not compiled: Python code will run in its place", file=sys.stderr)

@@ -199,6 +199,11 @@ class Link:
 
     # ---------------------------------------------------------------- waiting
 
+    @property
+    def waits(self) -> bool:
+        """Whether its greenlet sleeps until an event, or a word from somebody else."""
+        return self._waiting
+
     def saw_all(self) -> None:
         """A read has found nothing: there is nothing more, and an event will tell of what comes."""
         self.readable = self._missed = False

@@ -18,7 +18,6 @@ from proxy.net.tls import PlainStream
 from proxy.protocols.native import messages as m
 from proxy.protocols.native.auth import Peer
 from proxy.server.server import Server
-from proxy.throttling.flows import Ticket
 from tests import program
 from tests.loopback.doors.native import ends
 from tests.loopback.net.relays import tcp_pair
@@ -41,16 +40,7 @@ class House:
         self.client, ours = tcp_pair()
         self.guest = ends.guest(PlainStream(ours))
         self.told: list[tuple[str, Endpoint, UpstreamError]] = []
-        self.entered: list[object] = []
         self.taken: list[room.Taken] = []
-        enter = self.services.admission.ask_place
-
-        def counted(*arguments, **more):
-            self.entered.append(None)
-            self.entered[-1] = enter(*arguments, **more)
-            return self.entered[-1]
-
-        self.services.admission.ask_place = counted
 
     def open(self, *destinations, attempts=None, **more):
         """OPEN; what it came to."""
@@ -68,6 +58,10 @@ class House:
         self.services.keeper.give(taken.receiver, taken.key)
         wait_for(lambda: taken.receiver in self.services.keeper.pool, pause=gevent.sleep)
 
+    def limits(self):
+        """Throttles under which somebody waits, or has a place."""
+        return [throttle for throttle in self.services.admission.manager.blocks.throttles() if throttle.in_use()]
+
     def close(self, taken):
         self.taken.remove(taken)
         self.services.gauges.outgoing -= 1
@@ -80,12 +74,12 @@ class House:
         self.services.keeper.drain()
         wait_for(lambda: not self.services.keeper.cached, pause=gevent.sleep)
         assert self.services.gauges.outgoing == 0
-        throttles = [throttle for places in self.entered if places is not None for throttle in places.throttles]
-        assert not any(throttle.used or throttle.line for throttle in throttles), "places are left behind"
+        left = self.limits()
         self.guest.stream.socket.close()
         self.client.close()
         self.server.close()
         self.services.engine.stop()
+        assert not left, "places are left behind"
 
 
 @pytest.fixture
@@ -189,7 +183,6 @@ OPPORTUNISTIC = {"tls": TlsMode.OPPORTUNISTIC, "reuse": True}
 BLOCK = "throttle narrow {\n    max_concurrent_connections 1\n    wait 5s\n}\n"
 
 
-@pytest.mark.only_python("a question to the admission put in the place of its own")
 @pytest.mark.parametrize(
     ("script", "step"),
     [
@@ -206,9 +199,8 @@ def test_the_connection_in_clear_takes_its_own_turn(make, monkeypatch, script, s
     house = make(BLOCK)
     with Mx(script, starttls=True) as mx:
         taken = house.open(mx.endpoint, **OPPORTUNISTIC)
-        first, second = house.entered
-        assert first is not second
-        assert taken.receiver.place is (second.places if isinstance(second, Ticket) else second)
+        assert taken.receiver.place.number == 4, "a request and its places, twice"
+        assert [throttle.used for throttle in house.limits()] == [1]
         assert (taken.receiver.tls, taken.in_clear.cause) == (None, "handshake")
         assert (mx.connects, mx.running <= 2) == (2, True)
         assert [error.step for _, _, error in house.told] == [step]
@@ -216,23 +208,43 @@ def test_the_connection_in_clear_takes_its_own_turn(make, monkeypatch, script, s
         assert house.services.counters.fresh == 1
 
 
-@pytest.mark.only_python("a question to the admission put in the place of its own")
-def test_no_turn_in_time_is_no_connection(make):
-    house = make(BLOCK.replace("5s", "100ms"))
-    enter = house.services.admission.ask_place
+def test_no_turn_in_time_is_no_connection(make, monkeypatch):
+    """Another, who stood behind the first, has the place; and there is no time to wait for it."""
+    house = make(BLOCK)
+    late = 0.0
+    monkeypatch.setattr(room, "monotonic", lambda: monotonic() + late)
 
-    def full_the_second_time(*arguments, **more):
-        if house.entered:
-            raise Throttled("later", "narrow", 1.0)
-        return enter(*arguments, **more)
+    def somebody_waits():
+        return house.services.admission.waiters.for_places == 1
 
-    house.services.admission.ask_place = full_the_second_time
-    with Mx({"tls": no_tls}, starttls=True) as mx:
+    def no_tls_when_it_is_late(session, reply):
+        wait_for(somebody_waits)
+        nonlocal late
+        late = 9.9
+        no_tls(session, reply)
+
+    with Mx({"tls": no_tls_when_it_is_late}, starttls=True) as mx, Mx() as other:
+        first = gevent.spawn(house.open, mx.endpoint, **OPPORTUNISTIC)
+        wait_for(lambda: mx.connects, pause=gevent.sleep)
+        rival = gevent.spawn(house.open, other.endpoint, ehlo_name=None)
         with pytest.raises(Throttled):
-            house.open(mx.endpoint, **OPPORTUNISTIC)
-        assert mx.connects == 1
-        house.services.admission.ask_place = enter
-        house.close(house.open(mx.endpoint, ehlo_name=None))  # the place of the first was given back
+            first.get(timeout=30)
+        late = 0.0
+        assert (mx.connects, [throttle.used for throttle in house.limits()]) == (1, [1])
+        house.close(rival.get(timeout=30))
+        house.close(house.open(mx.endpoint, ehlo_name=None))  # nobody else has the place
+
+
+def test_a_place_that_is_left_behind_is_seen():
+    """What `House.end` is for."""
+    house = House(BLOCK)
+    with Mx() as mx:
+        taken = house.open(mx.endpoint)
+        place, taken.receiver.place = taken.receiver.place, None
+        with pytest.raises(AssertionError, match="places are left behind"):
+            house.end()
+        house.services.admission.leave(place)
+        assert not house.limits()
 
 
 def test_a_session_in_clear_is_not_shared_with_who_wants_tls(house):

@@ -77,7 +77,7 @@ class Carried:
         self.link: Link
         self.transfer: Transfer
         self.greenlet = gevent.spawn(self._carry, tracker)
-        until(lambda: hasattr(self, "transfer") and self.link._waiting, what="the transfer waits")
+        until(lambda: hasattr(self, "transfer") and self.link.waits, what="the transfer waits")
 
     def _carry(self, tracker: Tracker | None) -> None:
         client, theirs = self.streams

@@ -32,7 +32,7 @@ class Carried:
         self.stream = stream_of(theirs)
         self.link: Link | None = None
         self.greenlet = gevent.spawn(self._carry)
-        until(lambda: self.link is not None and self.link._waiting, what="the transfer waits")
+        until(lambda: self.link is not None and self.link.waits, what="the transfer waits")
 
     def _carry(self) -> Transfer:
         self.link = Link(self.engine, self.guest)
