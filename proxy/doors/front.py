@@ -242,7 +242,8 @@ def _mediate(visit: Visit, handshake: Handshake, source: str, destination: Endpo
     if visit.stream is not None:
         terms = terms._replace(offer_starttls=False)
     facts = Facts(visit.number, visit.client, terms, visit.started)
-    mediated = smtp.Visit(services, visit.door, visit.client_stream, facts, egress, first)
+    missed = visit.missed or visit.stream is not None
+    mediated = smtp.Visit(services, visit.door, visit.client_stream, facts, egress, first, missed=missed)
     visit.hosted = mediated
     mediated.serve(handshake.trailing)
     if mediated.resets:

@@ -66,7 +66,10 @@ class Demands:
             UpstreamError: the records cannot be had, or are required and not there; nothing may be sent (RFC 7672).
         """
         joined = self._joined(wish, instance, source, destination, seconds, names, said)
-        return joined if joined.tls is TlsMode.NONE else joined._replace(identity=self._shown(source))
+        if joined.tls is TlsMode.NONE:
+            return joined
+        identity = self._shown(source)
+        return joined if identity is joined.identity else joined._replace(identity=identity)
 
     def _joined(
         self, wish: Wish, instance: str, source: str, destination: Endpoint, seconds: float, names: Names, said: bool

@@ -14,8 +14,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter, OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from proxy.model import Discard, Endpoint, TlsMode
 
@@ -35,20 +34,39 @@ class PoolKey(NamedTuple):
     group: str = ""  # the operator's word on who shares with whom; see `Modes.group`
 
 
-@dataclass(slots=True, eq=False)
 class Entry:
-    """A connection and what the pool has to know of it; whoever has it out may change the counts, nobody else."""
+    """A connection and what the pool has to know of it; whoever has it out may change the counts, nobody else.
 
-    connection: Hashable
-    key: PoolKey
-    opened_at: float  # when it was connected; seconds of the clock that every `now` is of
-    messages: int = 0  # MAIL commands over all its users, failed ones included, as RFC 9422 counts
-    mailmax: int | None = None  # the receiver's LIMITS MAILMAX (RFC 9422), if it announced one
-    errors: int = 0  # replies 5xx over all its users
-    limits: tuple[Hashable, ...] = ()  # names of the throttles under which it holds a place
-    place: Any = None  # those places themselves, opaque
-    idle_since: float = 0.0  # set by `Pool.offer`
-    proven_at: float = 0.0  # when its receiver last answered while it was idle; whoever asks it sets this
+    Args:
+        opened_at: when it was connected; seconds of the clock that every `now` is of.
+        messages: MAIL commands over all its users, failed ones included, as RFC 9422 counts.
+        mailmax: the receiver's LIMITS MAILMAX (RFC 9422), if it announced one.
+        errors: replies 5xx over all its users.
+        limits: names of the throttles under which it holds a place.
+        idle_since: set by `Pool.offer`.
+    """
+
+    # Written out: of a compiled dataclass this stays interpreted.
+    def __init__(
+        self,
+        connection: Hashable,
+        key: PoolKey,
+        opened_at: float,
+        messages: int = 0,
+        mailmax: int | None = None,
+        errors: int = 0,
+        limits: tuple[Hashable, ...] = (),
+        idle_since: float = 0.0,
+    ) -> None:
+        self.connection = connection
+        self.key = key
+        self.opened_at = opened_at
+        self.messages = messages
+        self.mailmax = mailmax
+        self.errors = errors
+        self.limits = limits
+        self.idle_since = idle_since
+        self.proven_at = 0.0  # when its receiver last answered while it was idle; whoever asks it sets this
 
 
 class Discarded(NamedTuple):
@@ -330,11 +348,10 @@ class Pool:
         return self._ages[0][2] if self._ages else None
 
     def _queues(self, entry: Entry) -> list[tuple[dict[Hashable, _Queue], Hashable]]:
-        return [
-            (self._by_key, entry.key),
-            (self._by_destination, entry.key.destination),
-            *self._limit_queues(entry),
-        ]
+        queues = self._limit_queues(entry) if entry.limits else []
+        queues.append((self._by_key, entry.key))
+        queues.append((self._by_destination, entry.key.destination))
+        return queues
 
     def _limit_queues(self, entry: Entry) -> list[tuple[dict[Hashable, _Queue], Hashable]]:
         return [(self._by_limit, limit) for limit in dict.fromkeys(entry.limits)]
@@ -343,7 +360,10 @@ class Pool:
         self._by_connection[entry.connection] = entry
         self._idle[entry] = None
         for index, name in self._queues(entry):
-            index.setdefault(name, OrderedDict())[entry] = None
+            queue = index.get(name)
+            if queue is None:
+                queue = index[name] = OrderedDict()
+            queue[entry] = None
         self._serial += 1
         heapq.heappush(self._ages, (entry.opened_at, self._serial, entry))
         # Each round through the pool leaves an old item in the heap: rebuilding it at twice the size costs O(1) a call.

@@ -46,6 +46,8 @@ class Wish(NamedTuple):
     def proof(self) -> str:
         """What TLS had to be, for the pool: who demands more never gets a connection that proved less, and nobody one
         that was had with another's certificate."""
+        if not (self.demand.mandatory or self.minimum or self.ciphers or self.identity):
+            return ""
         shown = f"as {self.identity.digest}" if self.identity is not None else ""
         return " ".join(filter(None, (self.demand.word, self.minimum, self.ciphers, shown)))
 

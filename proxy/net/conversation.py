@@ -6,7 +6,6 @@ the caller's: one alarm, or one `gevent.Timeout`, around a phase. Relays in prog
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import os
@@ -17,7 +16,7 @@ from proxy.errors import Overloaded
 from proxy.net.alarm import TimeIsUp
 from proxy.net.apart import Apart
 from proxy.net.framed import FramedStream
-from proxy.net.relay import Engine, RawSocket
+from proxy.net.relay import HEARD, Engine, RawSocket
 from proxy.net.tls import PlainStream, Stream, TlsStream
 from proxy.net.turns import TurnOver, rest
 from proxy.policy.turns import READ, Turn
@@ -108,8 +107,11 @@ def send_all(engine: Engine, stream: Stream | FramedStream, data: bytes) -> None
         engine.wait(stream.socket.fileno())
 
 
-def farewell(engine: Engine, stream: Stream, data: bytes) -> None:
+def farewell(engine: Engine, stream: Stream, data: bytes, missed: bool = True) -> None:
     """Say the last word (perhaps none) and wait a little until it is read; the caller closes.
+
+    Args:
+        missed: something may have come of which no event will tell.
 
     A plain close with bytes unread in our buffer would be a reset, and a reset takes the last word away from the peer.
     """
@@ -122,6 +124,9 @@ def farewell(engine: Engine, stream: Stream, data: bytes) -> None:
         elif data:
             _say_last(engine, stream, data)
         stream.socket.shutdown(SHUT_WR)
+        if not missed:
+            while not engine.wait(stream.socket.fileno()) & HEARD:
+                pass
         left = _FAREWELL_BYTES
         while left > 0:
             received = receive(engine, stream)
@@ -139,7 +144,9 @@ def farewell(engine: Engine, stream: Stream, data: bytes) -> None:
 
 def _say_last(engine: Engine, stream: PlainStream, data: bytes) -> None:
     """In one segment with the end that follows at once (send(2))."""
-    with contextlib.suppress(BlockingIOError):
+    try:
         sent = stream.socket.send(data, MSG_MORE)
         data = data[sent:]
+    except BlockingIOError:
+        pass
     send_all(engine, stream, data)

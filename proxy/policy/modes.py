@@ -6,14 +6,16 @@ new `Modes`, and a connection keeps what it began with.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from proxy.model import Breathe, Endpoint, TlsMode, hold_breath
 from proxy.policy.sources import ehlo_names
 from proxy.settings import Settings
 
 #: Port of implicit TLS (RFC 8314): there is no dialogue to be seen.
-_SUBMISSIONS = 465
+_SUBMISSIONS: Final = 465
+#: Terms that are remembered: the same few come again and again.
+_MOST_REMEMBERED: Final = 4096
 
 
 class Terms(NamedTuple):
@@ -51,6 +53,7 @@ class Modes:
         self._listeners = {block.name: block.mode for block in settings.listener}
         self._ehlo_names = ehlo_names(settings.source, breathe)
         self.any_smtp = any_smtp(settings)
+        self._remembered: dict[tuple[str, str, str, Endpoint], Terms] = {}
 
     def is_smtp(self, instance: str, listener: Endpoint, destination: Endpoint) -> bool:
         """Whether the proxy takes part in the dialogue of this client.
@@ -61,11 +64,22 @@ class Modes:
         if destination.port == _SUBMISSIONS:
             return False
         block = self._instances.get(instance)
-        mode = (block.mode if block else None) or self._listeners.get(str(listener)) or self._settings.mode
-        return mode == "smtp"
+        mode = block.mode if block else None
+        if mode is None and self._listeners:
+            mode = self._listeners.get(str(listener))
+        return (mode or self._settings.mode) == "smtp"
 
     def terms(self, instance: str, client: str, source: str, destination: Endpoint) -> Terms:
         """What holds for a connection of this instance (or, without a name, of this client's address)."""
+        key = instance, client, source, destination
+        terms = self._remembered.get(key)
+        if terms is None:
+            if len(self._remembered) >= _MOST_REMEMBERED:
+                self._remembered.clear()
+            terms = self._remembered[key] = self._terms(instance, client, source, destination)
+        return terms
+
+    def _terms(self, instance: str, client: str, source: str, destination: Endpoint) -> Terms:
         block, settings = self._instances.get(instance), self._settings
         return Terms(
             instance=instance,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from time import monotonic
-from typing import NamedTuple
 
 from proxy.doors.smtp.egress import Line, Preview
 from proxy.errors import ProxyError
@@ -16,13 +15,14 @@ from proxy.services import Door, Services, note_failure
 from proxy.stats import Fate, Outcomes, Standing
 
 
-class Facts(NamedTuple):
+class Facts:
     """What the log says of a client; `started` on the monotonic clock."""
 
-    number: int
-    client: Endpoint
-    terms: Terms
-    started: float
+    def __init__(self, number: int, client: Endpoint, terms: Terms, started: float) -> None:
+        self.number = number
+        self.client = client
+        self.terms = terms
+        self.started = started
 
 
 class Books:
@@ -106,8 +106,9 @@ class Books:
         seen = outcomes.deferred, outcomes.rejected
         services.troubles.over(terms.source, terms.destination, self.reply, good, now, *seen)
         outcomes.deferred += refused
-        ending = self.ending.after(self.refused_by)
-        self.step(f"over: {ending}, {outcomes.messages} messages {self.reply}".rstrip())
+        ending = self.ending.after(self.refused_by) if self.refused_by else self.ending
+        if steps.on:
+            self.step(f"over: {ending}, {outcomes.messages} messages {self.reply}".rstrip())
         seconds = now - facts.started
         counters.over(ending, terms.instance, terms.source, self.up, self.down, seconds, outcomes.messages)
         counters.count_outcomes(terms.instance, terms.source, outcomes)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic
-from typing import NamedTuple
 
 from proxy.doors.smtp.egress import Line, Preview, TlsAtOnce
 from proxy.egress import upstream
@@ -115,9 +114,9 @@ class Direct:
 
     def hello(self, line: Line, name: str) -> Line:
         """See `Egress`."""
+        if line.knows(name):
+            return line
         if line.reused:
-            if name.lower() == line.ehlo_name.lower():
-                return line
             self.give(line)
             return self.renew(name, True, False)
         held = _held(line)
@@ -283,12 +282,14 @@ class Direct:
         return places
 
     def _kept(self, name: str, claim: Callable[[Receiver], bool], with_places: bool = False) -> Line | None:
-        receiver = self._services.keeper.take(self._key(name, self._tls), claim, with_places=with_places)
+        tls = self._tls
+        key = self._key(name, tls)
+        receiver = self._services.keeper.take(key, claim, with_places=with_places)
         if receiver is None:
             return None
         self._services.gauges.outgoing += 1
         self._services.counters.reused += 1
-        return self._line(receiver, name, self._tls, True)
+        return self._line(receiver, name, tls, True, key)
 
     def _kept_with(self, name: str, places: Places | None) -> Line | None:
         """What came with a place that had to be waited for."""
@@ -393,22 +394,27 @@ class Direct:
         log.note(log.Event.TLS, log.INFO, f"{error}; going on {how}", destination=self._terms.destination)
         return True
 
-    def _line(self, receiver: Receiver, name: str, tls: TlsMode, reused: bool) -> Line:
-        """For the dialogue; `tls` is what was tried. In clear instead, it is shared as one that is to be in clear."""
-        services, wanted = self._services, may_do_without(self._wished)
+    def _line(self, receiver: Receiver, name: str, tls: TlsMode, reused: bool, key: PoolKey | None = None) -> Line:
+        """For the dialogue; `tls` is what was tried. In clear instead, it is shared as one that is to be in clear.
+
+        Args:
+            key: that of `name` and `tls`, if it is at hand.
+        """
+        services = self._services
         if not reused and receiver.greeting is not None:
             services.acquaintances.met(self._terms.destination, tls, receiver.greeting, receiver.hello)
         if receiver.tls is not None and not reused:
             services.broken_tls.worked(self._terms.destination)
             services.counters.tls(receiver.tls.seen)
         cause = receiver.in_clear.cause if receiver.in_clear is not None and not reused else ""
-        if not cause and wanted and tls is TlsMode.NONE:
+        if not cause and tls is TlsMode.NONE and may_do_without(self._wished):
             cause = "remembered"
         if cause:
             services.counters.in_clear.count(cause)
-            tls = TlsMode.NONE
-        most = [self._services.settings.reuse_connections_max_messages, receiver.mailmax]
-        left = [number - receiver.messages for number in most if number is not None]
+            tls, key = TlsMode.NONE, None
+        most = services.settings.reuse_connections_max_messages
+        if receiver.mailmax is not None:
+            most = min(most, receiver.mailmax)
         return Line(
             stream=receiver.stream,
             local=receiver.local,
@@ -417,10 +423,10 @@ class Direct:
             hello=receiver.hello,
             ehlo_name=name,
             shared=self._may_share(name),
-            left=max(0, min(left)),
+            left=max(0, most - receiver.messages),
             tls=receiver.tls.version if receiver.tls else "failed" if cause else "",
             seen=receiver.tls.seen if receiver.tls else None,
-            handle=_Held(receiver, self._key(name, tls), None),
+            handle=_Held(receiver, key or self._key(name, tls), None),
         )
 
     def _leaving(self, line: Line) -> Receiver:
@@ -446,12 +452,13 @@ def egress_for(
     return Direct(services, terms, owner, weight, sock, connect_within)
 
 
-class _Held(NamedTuple):
+class _Held:
     """What stands behind a `Line`: the key is None until its session is up, `bring_up` afterwards."""
 
-    receiver: Receiver
-    key: PoolKey | None
-    bring_up: BringUp | None
+    def __init__(self, receiver: Receiver, key: PoolKey | None, bring_up: BringUp | None) -> None:
+        self.receiver = receiver
+        self.key = key
+        self.bring_up = bring_up
 
 
 def _held(line: Line) -> _Held:

@@ -8,7 +8,6 @@ one waits, the client's going away is thrown in as an exception, and then nothin
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from proxy.errors import ProxyError
@@ -35,7 +34,6 @@ class LineStream(Protocol):
     def finish(self) -> None: ...
 
 
-@dataclass(slots=True, eq=False)
 class Line:
     """A connection to a receiver that one dialogue has for itself now.
 
@@ -53,19 +51,38 @@ class Line:
         handle: the egress's own.
     """
 
-    stream: LineStream
-    local: Endpoint
-    reused: bool = False
-    greeting: str | None = None
-    hello: tuple[str, ...] = ()
-    ehlo_name: str = ""
-    shared: bool = False
-    left: int | None = None
-    tls: str = ""
-    seen: TlsSeen | None = None
-    messages: int = 0
-    errors: int = 0
-    handle: Any = None
+    # Written out: of a compiled dataclass this stays interpreted.
+    def __init__(
+        self,
+        stream: LineStream,
+        local: Endpoint,
+        reused: bool = False,
+        greeting: str | None = None,
+        hello: tuple[str, ...] = (),
+        ehlo_name: str = "",
+        shared: bool = False,
+        left: int | None = None,
+        tls: str = "",
+        seen: TlsSeen | None = None,
+        handle: Any = None,
+    ) -> None:
+        self.stream = stream
+        self.local = local
+        self.reused = reused
+        self.greeting = greeting
+        self.hello = hello
+        self.ehlo_name = ehlo_name
+        self.shared = shared
+        self.left = left
+        self.tls = tls
+        self.seen = seen
+        self.messages = 0
+        self.errors = 0
+        self.handle = handle
+
+    def knows(self, name: str) -> bool:
+        """Whether its receiver was greeted with this name already, by somebody before."""
+        return self.reused and name.lower() == self.ehlo_name.lower()
 
 
 class TlsAtOnce(ProxyError):

@@ -8,10 +8,11 @@ from time import monotonic
 from gevent import Timeout
 
 from proxy.doors.smtp.books import Books
-from proxy.doors.smtp.egress import TlsAtOnce
+from proxy.doors.smtp.egress import Line, TlsAtOnce
 from proxy.doors.smtp.holding import Holding
 from proxy.doors.smtp.wire import ClientGone, Wires
 from proxy.errors import ProxyError, Throttled
+from proxy.log import steps
 from proxy.net.apart import for_clients
 from proxy.net.conversation import shake_hands
 from proxy.net.framed import FramedStream
@@ -81,17 +82,39 @@ class Errands:
         if want is Want.LEAVE:
             self._holding.leave()
             self._mediator.left()
-            return
-        if want is Want.START_TLS:
+        elif want is Want.START_TLS:
             self.waited = True
             self._start_tls()
-            return
+        elif not self._at_hand(want):
+            self._go(want)
+
+    def _at_hand(self, want: Want) -> bool:
+        """Whether it was said to the one who had the connection before; then it is told, and nothing need be had."""
+        line, mediator = self._holding.line, self._mediator
+        if line is None or not line.reused:
+            return False
+        if want is Want.GREETING and line.greeting is not None:
+            mediator.greeted(line.greeting, True)
+        elif want is Want.HELLO and line.knows(mediator.name or ""):
+            self._brought_up(line)
+        else:
+            return False
+        return True
+
+    def _go(self, want: Want) -> None:
+        """Go and have it.
+
+        Raises:
+            ClientGone, OSError: the client is gone.
+        """
         started = monotonic()
-        self._books.step(_STEPS[want])
+        if steps.on:
+            self._books.step(_STEPS[want])
         try:
             self._wires.begin_errand(self._hear)
             self._fetch(want, started)
-            self._books.step(f"has it after {monotonic() - started:.3f} s")
+            if steps.on:
+                self._books.step(f"has it after {monotonic() - started:.3f} s")
         except ClientGone:
             raise
         except TlsAtOnce as unseen:
@@ -103,7 +126,8 @@ class Errands:
             self._failed(want, failure)
         finally:
             self._wires.end_errand()
-            self._books.outcomes.waited += monotonic() - started if want is Want.SLOT else 0.0
+            if want is Want.SLOT:
+                self._books.outcomes.waited += monotonic() - started
 
     def _failed(self, want: Want, error: ProxyError) -> None:
         mediator, holding = self._mediator, self._holding
@@ -160,9 +184,14 @@ class Errands:
         else:
             holding.line = line = egress.renew(name, mediator.fresh, mediator.state is State.HELD)
         self.waited = not line.reused
-        self._books.tls, self._books.seen = line.tls or self._books.tls, line.seen or self._books.seen
         holding.attach()
-        in_time = not mediator.says_mail or egress.redeem()
+        self._brought_up(line)
+
+    def _brought_up(self, line: Line) -> None:
+        """There is a session under the client's name."""
+        mediator, books = self._mediator, self._books
+        books.tls, books.seen = line.tls or books.tls, line.seen or books.seen
+        in_time = not mediator.says_mail or self._holding.egress.redeem()
         mediator.attached_to(line.hello, line.left, True, line.reused, in_time)
 
     def _waits(self) -> None:

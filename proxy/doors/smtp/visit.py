@@ -22,7 +22,7 @@ from proxy.model import Ending
 from proxy.net.conversation import farewell, rest_for, send_all
 from proxy.net.framed import FramedStream
 from proxy.net.probing import Prober
-from proxy.net.tls import Stream
+from proxy.net.tls import Stream, TlsStream
 from proxy.policy.idleness import Idleness
 from proxy.protocols.smtp.fates import FateTracker
 from proxy.protocols.smtp.mediator import Mediator
@@ -48,6 +48,7 @@ class Visit:
         stream: the client's, its socket registered with the engine; stays the caller's to close.
         egress: where its receivers come from. first: what it had at its request.
         prober: finds out whether a client that is not read still lives; None: it takes no probes.
+        missed: there may be bytes of the client of which no event will tell.
 
     Attributes:
         breach: why its channel is to be closed, if it has one.
@@ -62,6 +63,7 @@ class Visit:
         egress: Egress,
         first: Line | Preview,
         prober: Prober | None = None,
+        missed: bool = True,
     ) -> None:
         terms, settings = facts.terms, services.settings
         starttls = terms.offer_starttls and services.mta_context is not None
@@ -69,7 +71,7 @@ class Visit:
         self._facts = facts
         self._log_messages = settings.log_messages
         self._books = Books(services, door, facts, first)
-        self._wires = Wires(services.engine, stream)
+        self._wires = Wires(services.engine, stream, missed)
         self._mediator = Mediator(services.host_name, starttls, terms.show_auth, self._judge)
         self._holding = Holding(services, egress, first, self._mediator, self._wires, self._books)
         self._errands = Errands(services, stream, self._mediator, self._wires, self._holding, self._books, self._hear)
@@ -93,8 +95,9 @@ class Visit:
         dialogues = self._services.instances.dialogues
         dialogues[self] = None
         try:
-            if self._holding.line is not None:
-                self._holding.attach()
+            line = self._holding.line
+            if line is not None and line.greeting is not None:
+                self._holding.attach()  # else it is the egress's, which reads the greeting
             leaving = self._services.instances.leaving
             if leaving is not None and not leaving.replaced:
                 self._mediator.drain()
@@ -348,7 +351,8 @@ class Visit:
         if isinstance(stream, FramedStream):  # a channel goes on
             send_all(self._services.engine, stream, last)
         else:
-            farewell(self._services.engine, stream, last)
+            missed = client.readable or isinstance(stream, TlsStream)
+            farewell(self._services.engine, stream, last, missed)
 
     def _client_gone(self, ending: Ending) -> None:
         self._books.ending = ending

@@ -58,9 +58,9 @@ class End:
         self._happened = happened
         self._unsent = b""
 
-    def watch(self) -> None:
-        """Note events from now on; those of before may have gone by."""
-        self.readable = True
+    def watch(self, missed: bool = True) -> None:
+        """Note events from now on; those of before may have gone by, if `missed`."""
+        self.readable = missed
         self._engine.watch(self.stream.socket.fileno(), self._event)
 
     def unwatch(self) -> None:
@@ -157,11 +157,14 @@ def _nobody(end: End, events: int) -> None:
 class Wires:
     """The client's end, the receiver's if there is one, and the greenlet that waits for both.
 
+    Args:
+        missed: see `End.watch`, of the client.
+
     Attributes:
         doom: set by `interrupt`: all of it ends now.
     """
 
-    def __init__(self, engine: Engine, client: LineStream) -> None:
+    def __init__(self, engine: Engine, client: LineStream, missed: bool = True) -> None:
         self.engine = engine
         self.client = End(engine, client, self._happened)
         self.receiver: End | None = None
@@ -173,7 +176,7 @@ class Wires:
         self._trouble: Exception | None = None  # what came of that
         self._hear: Callable[[], float | None] | None = None  # while an errand is under way
         self._timer: Any = None
-        self.client.watch()
+        self.client.watch(missed)
 
     @property
     def busy(self) -> bool:

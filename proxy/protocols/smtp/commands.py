@@ -11,13 +11,14 @@ from collections.abc import Callable
 from proxy.protocols.smtp import replies
 from proxy.protocols.smtp.course import Course
 from proxy.protocols.smtp.dialogue import MAX_EHLO_NAME
+from proxy.protocols.smtp.octets import CR, NUL
 from proxy.protocols.smtp.states import State, Want
 
 
 def own(dialogue: Course, line: bytes, verb: bytes, argument: bytes) -> None:
     """Carry out one command; `line` is without its line end, `verb` in capitals."""
     handler = _HANDLERS.get(verb)
-    if not verb or b"\r" in line or b"\0" in line:
+    if not verb or CR in line or NUL in line:
         dialogue.mistake(replies.BAD_LINE)
     elif handler is not None:
         handler(dialogue, line, argument)

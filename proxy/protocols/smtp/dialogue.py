@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 
 from proxy.errors import PeerError, Step, UpstreamError
 from proxy.model import Discard, TlsMode
+from proxy.protocols.smtp.octets import CR, NUL
 
 #: RFC 5321 4.5.3.1.5 allows 512 octets with the CRLF, extensions may go over it; nobody needs more than this.
 MAX_REPLY_LINE = 2048
@@ -121,7 +122,7 @@ class ReplyParser:
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         content = line.removesuffix(b"\r")
-        if self._strict and (content is line or b"\r" in content or b"\0" in content):
+        if self._strict and (content is line or CR in content or NUL in content):
             raise BadReply("a reply holds a bare CR, a bare LF or a NUL")
         return content
 

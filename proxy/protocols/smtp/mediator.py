@@ -30,6 +30,7 @@ from proxy.model import Discard
 from proxy.protocols.smtp import answers, commands, keywords, replies
 from proxy.protocols.smtp.course import ORDINARY, Course
 from proxy.protocols.smtp.group import DOT
+from proxy.protocols.smtp.octets import CR, NUL
 from proxy.protocols.smtp.states import State, Want
 from proxy.protocols.smtp.tracker import MAX_COMMAND_LINE, Tracker
 
@@ -341,7 +342,7 @@ class Mediator(Course):
         words = line.split(None, 1)
         verb = words[0].upper() if words else b""
         if self.state is State.AUTH:
-            if b"\r" in line or b"\0" in line:
+            if CR in line or NUL in line:
                 self.to_client.append(replies.BAD_LINE)
                 self.last_word("4.7.0", "no line of an AUTH exchange")
                 return False
@@ -359,7 +360,7 @@ class Mediator(Course):
 
     def _passes(self, line: bytes, verb: bytes) -> bool:
         """Whether a command is the receiver's business alone, and may be pipelined."""
-        if not self.begun or self.state is not State.TRANSACTION or b"\r" in line or b"\0" in line:
+        if not self.begun or self.state is not State.TRANSACTION or CR in line or NUL in line:
             return False
         return verb in ORDINARY and verb != b"MAIL"
 

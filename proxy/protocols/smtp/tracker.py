@@ -19,6 +19,7 @@ from collections.abc import Callable
 from proxy.model import Discard
 from proxy.protocols.smtp.dialogue import MAX_REPLY_LINE, BadReply, parse_reply_line
 from proxy.protocols.smtp.dots import fastest as scan
+from proxy.protocols.smtp.octets import CR, LF, NUL
 
 #: RFC 5321 4.5.3.1.4 says 512 octets, extensions add to it, AUTH up to 12288 (RFC 4954 4).
 MAX_COMMAND_LINE = 12288
@@ -226,7 +227,7 @@ class Tracker:
             end = data.find(b"\r\n", start)
             if end < 0:
                 rest = data[start:]
-                if len(rest) > MAX_COMMAND_LINE or b"\n" in rest or b"\r" in rest[:-1]:
+                if len(rest) > MAX_COMMAND_LINE or LF in rest or CR in rest[:-1]:
                     self._lose_client()
                 else:
                     self._line = rest
@@ -240,7 +241,7 @@ class Tracker:
         return data[start:]
 
     def _on_command(self, line: bytes) -> None:
-        if len(line) > MAX_COMMAND_LINE or b"\n" in line or b"\r" in line or 0 in line:
+        if len(line) > MAX_COMMAND_LINE or LF in line or CR in line or NUL in line:
             # A receiver that takes a bare LF for a line end, or a NUL for the end of a line, sees other commands.
             self._lose_client()
             return
@@ -377,5 +378,5 @@ def _verb(line: bytes) -> bytes:
 
 
 def _check_reply_line(line: bytes) -> None:
-    if len(line) > MAX_REPLY_LINE or b"\n" in line or b"\r" in line or b"\0" in line:
+    if len(line) > MAX_REPLY_LINE or LF in line or CR in line or NUL in line:
         raise BadReply("a reply line is too long, or holds a bare CR, a bare LF or a NUL")

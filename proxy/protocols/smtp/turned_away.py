@@ -8,6 +8,7 @@ the receiver owes no reply meanwhile.
 from __future__ import annotations
 
 from proxy.protocols.smtp import replies
+from proxy.protocols.smtp.octets import CR, LF, NUL
 from proxy.protocols.smtp.tracker import MAX_COMMAND_LINE
 
 #: What we answer to the commands of a message that was never begun, and to what changes nothing in it.
@@ -88,5 +89,5 @@ class TurnedAway:
 
 
 def _check(line: bytes) -> None:
-    if len(line) > MAX_COMMAND_LINE or b"\n" in line or b"\r" in line or 0 in line:
+    if len(line) > MAX_COMMAND_LINE or LF in line or CR in line or NUL in line:
         raise Unanswerable("no command line")
