@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ssl
 from _socket import MSG_PEEK
+from typing import Final
 
 from proxy.errors import PeerError
 from proxy.net.apart import for_clients
@@ -16,9 +17,9 @@ from proxy.net.tls import TlsStream
 from proxy.protocols.recognise import wrong_door
 
 #: The first byte of a TLS connection: a handshake record (RFC 8446 section 5.1).
-_TLS_RECORD = b"\x16"
+_TLS_RECORD: Final = b"\x16"
 #: Bytes that are looked at to say what a client speaks who is wrong here.
-_ENOUGH_TO_KNOW = 64
+_ENOUGH_TO_KNOW: Final = 64
 
 
 def first_bytes(engine: Engine, sock: RawSocket) -> bytes:

@@ -8,6 +8,7 @@ access rules of this one hold as well.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from proxy.doors.carriage import Carriage
 from proxy.doors.presence import Presence
@@ -19,8 +20,8 @@ from proxy.protocols.native import messages as m
 from proxy.services import Services
 
 #: Seconds: the longest deadline that an OPEN can have.
-_LONGEST = 600.0
-_CLEAN = frozenset({Ending.CLIENT_CLOSED, Ending.UPSTREAM_CLOSED})
+_LONGEST: Final = 600.0
+_CLEAN: Final = frozenset({Ending.CLIENT_CLOSED, Ending.UPSTREAM_CLOSED})
 
 
 class Through(Carriage):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from proxy.model import Discard
 from proxy.net.alarm import TimeIsUp
@@ -11,7 +11,7 @@ from proxy.net.relay import Engine
 from proxy.net.tls import Stream
 from proxy.net.turns import TurnOver
 
-_READ_SIZE = 4096
+_READ_SIZE: Final = 4096
 
 
 class Exchange:

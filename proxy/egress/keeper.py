@@ -14,7 +14,7 @@ import contextlib
 from collections.abc import Callable
 from functools import partial
 from time import monotonic
-from typing import Any
+from typing import Any, Final
 
 from gevent import get_hub
 from gevent.event import Event
@@ -43,11 +43,11 @@ _QUIT_SECONDS = 5.0
 #: receiver may have vanished without a FIN, and the next user would wait for it as long as its own patience lasts.
 _PROBE_AFTER = 5.0
 _PROBE_SECONDS = 3.0
-_READ_SIZE = 4096
+_READ_SIZE: Final = 4096
 
 #: Reasons for which the receiver may be alive and waiting for a command, and nobody is in a hurry: QUIT is said and
 #: answered.
-_POLITE = frozenset(
+_POLITE: Final = frozenset(
     {
         Discard.NOT_OFFERED,
         Discard.LONE_DOT,
@@ -68,7 +68,7 @@ _POLITE = frozenset(
     }
 )
 #: The same in a hurry: QUIT is said, and the socket is closed in the same call.
-_PRESSED = frozenset({Discard.YIELDED, Discard.OVERLOADED})
+_PRESSED: Final = frozenset({Discard.YIELDED, Discard.OVERLOADED})
 
 
 class Keeper:

@@ -11,6 +11,7 @@ import functools
 import os
 from _socket import MSG_MORE, SHUT_WR
 from time import monotonic
+from typing import Final
 
 from proxy.errors import Overloaded
 from proxy.net.alarm import TimeIsUp
@@ -21,11 +22,11 @@ from proxy.net.tls import PlainStream, Stream, TlsStream
 from proxy.net.turns import TurnOver, rest
 from proxy.policy.turns import READ, Turn
 
-READ_SIZE = 16384
+READ_SIZE: Final = 16384
 #: A client that is told why its connection ends gets this long, and may send this much, until it has read it and
 #: closed.
 FAREWELL_SECONDS = 2.0
-_FAREWELL_BYTES = 65536
+_FAREWELL_BYTES: Final = 65536
 
 
 def watch_over(engine: Engine, sock: RawSocket) -> None:

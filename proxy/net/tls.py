@@ -10,7 +10,7 @@ import contextlib
 import ssl
 from _socket import SHUT_WR
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from proxy.errors import NoPlaintext
 from proxy.net.relay import RawSocket
@@ -18,22 +18,22 @@ from proxy.net.turns import TurnOver
 from proxy.policy.turns import Turn
 
 #: Ciphertext read or written in one call.
-_CHUNK = 65536
+_CHUNK: Final = 65536
 #: Plaintext given to OpenSSL in one call: four whole records.
-_WRITE_CHUNK = 4 * 16384
+_WRITE_CHUNK: Final = 4 * 16384
 #: Records of TLS's own, and bytes of them, that are taken in one call: a key update costs 8 to 15 µs, a ticket 4.
-_RECORDS_A_CALL = 32
-_BYTES_A_CALL = 4096
+_RECORDS_A_CALL: Final = 32
+_BYTES_A_CALL: Final = 4096
 #: Bytes of such records since the last byte of plaintext. Who sends more wants to keep us busy: the usual is two
 #: tickets behind the handshake, and a key update every few gigabytes.
-_MOST_SILENT = 65536
+_MOST_SILENT: Final = 65536
 #: The same in a handshake, which may carry a long chain of certificates.
-_MOST_IN_HANDSHAKE = 4 * _MOST_SILENT
-_HEADER = 5  # of a record (RFC 8446 section 5.1)
+_MOST_IN_HANDSHAKE: Final = 4 * _MOST_SILENT
+_HEADER: Final = 5  # of a record (RFC 8446 section 5.1)
 #: Answers to key updates that may wait for a peer who reads nothing; then nothing is read from it either.
-_MOST_ANSWERS = 16384
+_MOST_ANSWERS: Final = 16384
 #: `_ssl.ENCODING_DER`.
-_DER = 2
+_DER: Final = 2
 
 
 class PlainStream:

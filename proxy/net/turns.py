@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from time import monotonic
-from typing import Any
+from typing import Any, Final
 
 from gevent import get_hub, getcurrent
 
@@ -17,7 +17,7 @@ from proxy.policy.turns import MOST_A_ROUND, ROUND_SECONDS, Line
 
 #: Seconds; a timer that is due at once. Not `loop.run_callback` and not `gevent.sleep(0)`: the loop runs 50 callbacks,
 #: also those that are added meanwhile, before it looks at its watch and at its sockets.
-_SHORTEST = 1e-9
+_SHORTEST: Final = 1e-9
 #: Seconds of a long work before others run.
 TURN_SECONDS = 0.005
 

@@ -32,7 +32,7 @@ _ANY_V4: Final = "0.0.0.0"
 #: Seconds in which a client has its answer, where no block says more: a KumoMTA gives up 60 s after its request to a
 #: proxy, SOCKS or PROXY protocol. Behind a redirection is an MTA that knows no proxy: it waits five minutes for the
 #: greeting (RFC 5321 section 4.5.3.2.1).
-SHORTEST_ANSWER = 50.0
+SHORTEST_ANSWER: Final = 50.0
 _ANSWER_WITHIN: Final = {"redirect": 240.0}
 #: Who waits for a place leaves so many seconds for the connect, or half of what there is.
 _FOR_THE_CONNECT: Final = 10.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic
+from typing import Final
 
 from proxy.doors.smtp.egress import Line, Preview, TlsAtOnce
 from proxy.egress import upstream
@@ -27,9 +28,9 @@ from proxy.services import Services
 from proxy.throttling.flows import Places
 
 #: An MTA waits five minutes for the reply to EHLO or MAIL (RFC 5321 section 4.5.3.2); the answer must be there before.
-_ANSWER_WITHIN = 240.0
+_ANSWER_WITHIN: Final = 240.0
 #: Of those minutes, what is left for the connection itself when slot and place have taken all of that.
-_CONNECT_WITHIN = 50.0
+_CONNECT_WITHIN: Final = 50.0
 #: Shown of a receiver that nobody knows: what cannot be done without by who needs it. A message that does need it is
 #: put off if it turns out not to be there; without it, some MTAs would send it back for good.
 _SUPPOSED = ("8BITMIME", "SMTPUTF8")

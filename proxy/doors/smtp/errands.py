@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic
+from typing import Final
 
 from gevent import Timeout
 
@@ -22,7 +23,7 @@ from proxy.protocols.smtp.states import State, Want
 from proxy.services import Services
 
 #: A receiver that was out of sight for so long may have closed meanwhile.
-_OUT_OF_SIGHT = 0.5
+_OUT_OF_SIGHT: Final = 0.5
 _STEPS = {
     Want.GREETING: "waits for the receiver's greeting",
     Want.HELLO: "brings the session up",
@@ -30,7 +31,7 @@ _STEPS = {
     Want.SLOT: "a message wants its slot",
 }
 #: Read of what it said meanwhile; how much there is makes no difference.
-_UNASKED_SIZE = 4096
+_UNASKED_SIZE: Final = 4096
 
 
 def _nothing() -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from gevent import get_hub
 
@@ -16,9 +17,9 @@ from proxy.protocols.smtp.states import State, Want
 from proxy.services import Services
 
 #: A client that is silent for so long between two messages lets others have its connection.
-_SILENCE = 1.0
+_SILENCE: Final = 1.0
 #: Of a dialogue: nothing that only the client's own session could be the reason for.
-_DIRTY = frozenset({Discard.OUTSTANDING, Discard.IN_DATA})
+_DIRTY: Final = frozenset({Discard.OUTSTANDING, Discard.IN_DATA})
 
 
 class Holding:

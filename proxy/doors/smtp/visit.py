@@ -10,6 +10,7 @@ is `holding`'s; counters and log, `books`'s.
 from __future__ import annotations
 
 from time import monotonic
+from typing import Final
 
 from proxy.doors.smtp.books import Books, Facts
 from proxy.doors.smtp.egress import Egress, Line, Preview, TlsAtOnce
@@ -32,13 +33,13 @@ from proxy.services import Door, Services
 from proxy.stats import Fate
 
 #: Read of a message at a time, and of commands and replies, each of which is looked at.
-_MESSAGE_SIZE = 65536
-_LINES_SIZE = 4096
+_MESSAGE_SIZE: Final = 65536
+_LINES_SIZE: Final = 4096
 #: Work for so many bytes of those, as `policy.turns` counts.
-_COST = _LINES_SIZE // 16
+_COST: Final = _LINES_SIZE // 16
 #: Seconds for which a session or a MAIL's slot is waited for on behalf of a client that has closed its sending side and
 #: said no message: who has died, or has given up, looks like this, and must not keep a place or a turn from others.
-_HOPELESS = 1.0
+_HOPELESS: Final = 1.0
 
 
 class Visit:

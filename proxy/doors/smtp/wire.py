@@ -8,7 +8,7 @@ from __future__ import annotations
 import select
 from collections.abc import Callable
 from time import monotonic
-from typing import Any
+from typing import Any, Final
 
 from gevent import get_hub, getcurrent
 
@@ -18,7 +18,7 @@ from proxy.net.relay import UNSURE, Engine
 from proxy.net.turns import TurnOver
 from proxy.policy.turns import READ, Turn
 
-_RESET = select.EPOLLERR | select.EPOLLHUP
+_RESET: Final = select.EPOLLERR | select.EPOLLHUP
 
 
 class ClientGone(PeerError):

@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from proxy.model import Discard
 from proxy.protocols.smtp.course import Course
 from proxy.protocols.smtp.group import Line
 from proxy.protocols.smtp.states import State
 
 #: States in which a receiver has nothing to say.
-_SILENT = frozenset((State.HELLO, State.READY, State.SWALLOW))
+_SILENT: Final = frozenset((State.HELLO, State.READY, State.SWALLOW))
 
 
 def take(dialogue: Course, line: Line) -> bool:

@@ -7,6 +7,7 @@ what its caller tells. What is outstanding at the receiver, and what may be said
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 from proxy.model import Discard
 from proxy.protocols.smtp import keywords, replies
@@ -15,13 +16,13 @@ from proxy.protocols.smtp.states import State, Want
 from proxy.protocols.smtp.tracker import Tracker
 
 #: Commands that we answered ourselves since the last message, and mistakes, before it is enough.
-MOST_IDLE_COMMANDS = 500
-MOST_MISTAKES = 20
+MOST_IDLE_COMMANDS: Final = 500
+MOST_MISTAKES: Final = 20
 
 #: Commands that RSET undoes and that leave the session what it is.
-ORDINARY = frozenset((b"MAIL", b"RCPT", b"DATA", b"RSET", b"NOOP", b"VRFY", b"EXPN", b"HELP"))
+ORDINARY: Final = frozenset((b"MAIL", b"RCPT", b"DATA", b"RSET", b"NOOP", b"VRFY", b"EXPN", b"HELP"))
 #: Those that need no message.
-_HARMLESS = frozenset((b"RSET", b"NOOP"))
+_HARMLESS: Final = frozenset((b"RSET", b"NOOP"))
 
 
 class Course:

@@ -20,11 +20,11 @@ from proxy.model import Discard, TlsMode
 from proxy.protocols.smtp.octets import CR, NUL
 
 #: RFC 5321 4.5.3.1.5 allows 512 octets with the CRLF, extensions may go over it; nobody needs more than this.
-MAX_REPLY_LINE = 2048
+MAX_REPLY_LINE: Final = 2048
 #: Bound of one reply over all its lines.
-MAX_REPLY = 32 * 1024
+MAX_REPLY: Final = 32 * 1024
 #: RFC 5321 4.5.3.1.2 allows 255 octets for a domain.
-MAX_EHLO_NAME = 255
+MAX_EHLO_NAME: Final = 255
 
 
 class BadReply(Exception):
@@ -42,8 +42,8 @@ class Reply(NamedTuple):
         return f"{self.code} " + "\n".join(self.lines)
 
 
-_NAME = re.compile(r"[!-~]+")
-_REFUSAL = re.compile(r"[45][0-9]{2}[ -][^\r\n]*")
+_NAME: Final = re.compile(r"[!-~]+")
+_REFUSAL: Final = re.compile(r"[45][0-9]{2}[ -][^\r\n]*")
 
 
 def refusal(first: str) -> str:

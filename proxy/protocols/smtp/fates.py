@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Final
 
 from proxy.protocols.smtp.tracker import DOT, MAIL, Tracker
 from proxy.stats import Fate
 
 #: Domains of recipients that are told; the others are only counted.
-MOST_DOMAINS = 10
-_LONGEST_DOMAIN = 255
-_LONGEST_REPLY = 400
+MOST_DOMAINS: Final = 10
+_LONGEST_DOMAIN: Final = 255
+_LONGEST_REPLY: Final = 400
 
 
 class _Message:

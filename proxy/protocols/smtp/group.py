@@ -6,16 +6,17 @@ The smaller parts of `mediator`, with no opinion of their own.
 from __future__ import annotations
 
 from collections import deque
+from typing import Final
 
 from proxy.protocols.smtp.dialogue import BadReply, parse_reply_line
 
 #: The receiver's line; longer than anybody's, since here it is only passed on.
-MOST_REPLY_LINE = 8192
+MOST_REPLY_LINE: Final = 8192
 #: A group that may have to be said again.
-MOST_REPLAY = 65536
+MOST_REPLAY: Final = 65536
 
 #: In the place of a verb: the end of a message.
-DOT = b"."
+DOT: Final = b"."
 
 
 class Group:

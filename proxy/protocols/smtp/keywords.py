@@ -7,12 +7,13 @@ dialogue may change its connection between two messages. The first line stays as
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 #: Keywords that are extensions of MAIL, RCPT and of the order of commands, with nothing to agree upon beforehand. All
 #: others are hidden, above all STARTTLS and REQUIRETLS (RFC 3207, 8689: TLS is between the proxy and the receiver),
 #: CHUNKING and BINARYMIME (RFC 3030: the proxy looks for the end of a message in DATA), PIPE_CONNECT (a client that
 #: remembers it speaks before the greeting), XCLIENT, XFORWARD and ETRN (they make the session another).
-SHOWN = frozenset(
+SHOWN: Final = frozenset(
     {
         "PIPELINING",
         "SIZE",

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from proxy.errors import ProxyError, Throttled
 from proxy.model import Discard
@@ -35,21 +36,21 @@ from proxy.protocols.smtp.states import State, Want
 from proxy.protocols.smtp.tracker import MAX_COMMAND_LINE, Tracker
 
 #: Unread bytes of the client, beyond which it is not read.
-MOST_INPUT = 65536
+MOST_INPUT: Final = 65536
 #: Commands that wait for their replies before more are taken.
-MOST_OUTSTANDING = 1000
+MOST_OUTSTANDING: Final = 1000
 
 #: A line with which a message ends, or a dialogue.
-_AN_END = re.compile(rb"^(?:\.|QUIT)[ \t]*\r?$", re.MULTILINE | re.IGNORECASE)
+_AN_END: Final = re.compile(rb"^(?:\.|QUIT)[ \t]*\r?$", re.MULTILINE | re.IGNORECASE)
 
 #: States in which the client may be told to go.
-_BETWEEN = frozenset((State.HELLO, State.READY, State.DETACHED, State.SWALLOW))
+_BETWEEN: Final = frozenset((State.HELLO, State.READY, State.DETACHED, State.SWALLOW))
 #: States in which the client has nothing in progress on its connection: behind a refused MAIL, too.
-_RESTING = frozenset((State.READY, State.SWALLOW))
+_RESTING: Final = frozenset((State.READY, State.SWALLOW))
 #: States in which the receiver's session is not up yet.
-_NO_SESSION = frozenset((State.GREET, State.HELLO))
+_NO_SESSION: Final = frozenset((State.GREET, State.HELLO))
 #: States in which nothing of the client is taken.
-_DEAF = frozenset((State.GREET, State.HELD, State.DATA_ASKED, State.OVER))
+_DEAF: Final = frozenset((State.GREET, State.HELD, State.DATA_ASKED, State.OVER))
 
 
 class Mediator(Course):

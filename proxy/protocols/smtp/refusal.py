@@ -5,10 +5,12 @@ Always 421: every MTA defers on it and none bounces.
 
 from __future__ import annotations
 
+from typing import Final
+
 from proxy.errors import Draining, HandshakeTimeout, Overloaded, Refused, Throttled, UpstreamError
 
 #: RFC 5321 section 4.5.3.1.5: a reply line, CRLF included.
-_REPLY_MAX = 512
+_REPLY_MAX: Final = 512
 #: RFC 3463 code of a refusal: the first class that fits. 4.4.1 is "no answer from host", 4.7.1 "not authorised".
 _ENHANCED_CODES = (
     (UpstreamError, b"4.4.1"),
@@ -17,7 +19,7 @@ _ENHANCED_CODES = (
     (Refused, b"4.7.1"),
     (HandshakeTimeout, b"4.4.2"),
 )
-_OTHER_ERROR = b"4.5.0"
+_OTHER_ERROR: Final = b"4.5.0"
 
 
 def refusal(host_name: str, error: Exception) -> bytes:

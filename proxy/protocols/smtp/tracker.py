@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 from collections import deque
 from collections.abc import Callable
+from typing import Final
 
 from proxy.model import Discard
 from proxy.protocols.smtp.dialogue import MAX_REPLY_LINE, BadReply, parse_reply_line
@@ -22,24 +23,24 @@ from proxy.protocols.smtp.dots import fastest as scan
 from proxy.protocols.smtp.octets import CR, LF, NUL
 
 #: RFC 5321 4.5.3.1.4 says 512 octets, extensions add to it, AUTH up to 12288 (RFC 4954 4).
-MAX_COMMAND_LINE = 12288
+MAX_COMMAND_LINE: Final = 12288
 
 #: Bytes of a reply that are remembered.
-LONGEST_SAID = 256
+LONGEST_SAID: Final = 256
 #: Characters of a refusal that are told.
-LONGEST_REFUSAL = 2000
+LONGEST_REFUSAL: Final = 2000
 
 #: Commands without a reply; nobody sends more at a time, and it bounds memory.
-MOST_OUTSTANDING = 100_000
+MOST_OUTSTANDING: Final = 100_000
 
-_END_OF_DATA = b"\r\n.\r\n"
+_END_OF_DATA: Final = b"\r\n.\r\n"
 
 #: What an outstanding reply will answer, as far as it matters.
 MAIL, RCPT, DOT, _OTHER = "mail", "rcpt", "dot", ""
 _KINDS = {b"MAIL": MAIL, b"RCPT": RCPT}
 
 #: Verbs that change nothing which RSET does not undo.
-_HARMLESS = frozenset((b"MAIL", b"RCPT", b"DATA", b"RSET", b"NOOP", b"VRFY", b"EXPN", b"HELP"))
+_HARMLESS: Final = frozenset((b"MAIL", b"RCPT", b"DATA", b"RSET", b"NOOP", b"VRFY", b"EXPN", b"HELP"))
 #: Verbs after which the connection is no longer what its key says, or is at its end.
 _HARMFUL = {
     b"QUIT": Discard.QUIT,
