@@ -260,8 +260,7 @@ class Keeper:
         self._part(self._pool.offer(entry, monotonic()))
         if self._office.wanted(receiver.place):
             self._crew.run(self._give_way, entry)  # which may have to ask another process
-        due = self._pool.next_expiry()
-        if due is not None and (self._armed is None or due < self._armed):
+        if self._armed is None or self._pool.expiry_of(entry) < self._armed:
             self._changed.set()
 
     def _claimed(self, entry: Entry, receiver: Receiver, claim: Callable[[Receiver], bool]) -> bool:

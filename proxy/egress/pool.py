@@ -277,6 +277,13 @@ class Pool:
             next(iter(self._idle)).idle_since + self._settings.reuse_connections_max_idle,
         )
 
+    def expiry_of(self, entry: Entry) -> float:
+        """When one that was offered last comes to its end, if nobody takes it."""
+        settings = self._settings
+        aged = entry.opened_at + settings.reuse_connections_max_age
+        idle = entry.idle_since + settings.reuse_connections_max_idle
+        return aged if aged < idle else idle
+
     def drain(self) -> list[Discarded]:
         """Gives everything up; from now on nothing is held."""
         self._draining = True

@@ -184,8 +184,9 @@ def test_a_destination_is_capped_over_all_its_keys():
 def test_idle_and_age_end_at_their_moment():
     pool = Checked(Settings())
     assert pool.next_expiry() is None
-    pool.offer(entry("young", opened_at=90.0), 100.0)
-    pool.offer(entry("old", opened_at=-180.0), 110.0)
+    for name, opened_at, now, end in (("young", 90.0, 100.0, 130.0), ("old", -180.0, 110.0, 120.0)):
+        pool.offer(entry(name, opened_at=opened_at), now)
+        assert pool.expiry_of(pool.entries()[-1]) == end
     assert pool.next_expiry() == 120.0  # old: connected at -180, 300 s of age
     assert reasons(pool.expire(119.9)) == []
     assert reasons(pool.expire(120.0)) == [("old", Discard.MAX_AGE)]
