@@ -121,8 +121,9 @@ class Channel:
             self.close()
             raise ConnectionResetError(str(error)) from None
 
-    def end(self, keep: bool, messages: int) -> None:
-        """End the SMTP session; `keep` offers its connection for sharing. Never raises; look at `state` afterwards."""
+    def end(self, keep: bool, messages: int, quit: bool = False) -> None:
+        """End the SMTP session; `keep` offers its connection for sharing, `quit` has the proxy say QUIT to it.
+        Never raises; look at `state` afterwards."""
         if self.state is not State.OPEN:
             return
         if self._link.unsent:  # END would stand behind it; a reset is seen at once
@@ -130,7 +131,7 @@ class Channel:
             return
         self.state, self.used_at = State.ENDING, time.monotonic()
         try:
-            self._link.send(frames.encode(m.End(keep, messages)))
+            self._link.send(frames.encode(m.End(keep, messages, quit)))
         except OSError:
             self.close()
 

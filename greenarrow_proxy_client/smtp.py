@@ -26,7 +26,8 @@ class MailLimitReached(ProxyFailure):
 class ProxiedSMTP(smtplib.SMTP):
     """Made by `Session.smtp`. All of `smtplib.SMTP`'s methods from `mail` and `sendmail` on.
 
-    When done, `release()` offers the connection for sharing; `quit()` and `close()` do not. As a context manager it
+    When done, `release()` offers the connection for sharing; `quit()` and `close()` do not. `quit()` leaves QUIT to the
+    proxy and waits for nothing. As a context manager it
     releases on success where sharing was asked for, and closes otherwise.
 
     Attributes:
@@ -55,11 +56,28 @@ class ProxiedSMTP(smtplib.SMTP):
         Returns:
             as `Stream.release`.
         """
-        stream, self.sock = self.sock, None
+        stream = self._let_go()
+        return stream.release(self.messages, wait) if stream is not None else ""
+
+    def quit(self) -> tuple[int, bytes]:
+        """Close the connection in good order: the proxy says QUIT in our place, and hears the answer.
+
+        Raises:
+            SMTPServerDisconnected: it is closed already.
+        """
+        stream = self._let_go()
+        if stream is None:
+            raise smtplib.SMTPServerDisconnected("please run connect() first")
+        stream.leave(self.messages)
+        return 221, b"the proxy says QUIT"
+
+    def _let_go(self) -> Stream | None:
+        stream: Stream | None = self.sock
+        self.sock = None
         if self.file is not None:
             self.file.close()
             self.file = None
-        return stream.release(self.messages, wait) if stream is not None else ""
+        return stream
 
     @property
     def over_cap(self) -> bool:
@@ -104,8 +122,8 @@ class ProxiedSMTP(smtplib.SMTP):
     def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
         if kind is None and self._reuse:
             self.release()
-        elif kind is None:
-            super().__exit__(None, None, None)
+        elif kind is None and self.sock is not None:
+            self.quit()
         else:
             self.close()
 

@@ -129,6 +129,16 @@ class Stream:
         """Close the connection to the receiver; it is not offered for sharing. A second time does nothing."""
         self._finish(keep=False, messages=0, wait=False)
 
+    def leave(self, messages: int = 0) -> None:
+        """Close it in good order: the proxy says QUIT to the receiver, and nobody waits for the answer.
+
+        Every reply must have been read.
+
+        Args:
+            messages: accepted by the receiver in this SMTP session.
+        """
+        self._finish(keep=False, messages=messages, wait=False, quit=True)
+
     def release(self, messages: int = 0, wait: bool = False) -> str:
         """Offer the connection to whoever opens the same next; otherwise as `close`.
 
@@ -156,11 +166,11 @@ class Stream:
             raise OSError(errno.EBADF, "the connection is closed")
         return self._channel
 
-    def _finish(self, keep: bool, messages: int, wait: bool) -> str:
+    def _finish(self, keep: bool, messages: int, wait: bool, quit: bool = False) -> str:
         channel, self._channel = self._channel, None
         if channel is None:
             return ""
-        channel.end(keep, messages)
+        channel.end(keep, messages, quit)
         ended = channel.ended() if wait else None
         self._give_back(channel)
         return ended.reason if ended else ""

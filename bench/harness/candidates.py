@@ -64,7 +64,7 @@ class Candidate:
         arguments = {
             "proxy": ("--handshake", "v2", *(("--starttls",) if self.variant == "starttls" else ())),
             "socks": ("--handshake", "socks5", *self._socks_arguments),
-            "native": ("--handshake", "native"),
+            "native": ("--handshake", "native", *(("--brought-up",) if self.variant == "brought-up" else ())),
         }
         return Door(f"127.0.0.1:{self.door_port(kind)}", arguments.get(kind, ()))
 
@@ -234,6 +234,8 @@ _DOORS = {
     "channel-socks-python": ("socks",),
     "channel-warm": ("native",),
     "channel-warm-python": ("native",),
+    "channel-mail": ("native",),
+    "channel-mail-python": ("native",),
 }
 
 #: Rows that are our proxy (or a peer) again: name, title, who, settings, what the driver does differently.
@@ -251,6 +253,8 @@ _VARIANTS = (
     ("channel-socks-python", "SOCKS5 with password and BIND, pure Python", "greenarrow", _QUIET, ""),
     ("channel-warm", "a warm native channel", "greenarrow", _QUIET, ""),
     ("channel-warm-python", "a warm native channel, pure Python", "greenarrow", _QUIET, ""),
+    ("channel-mail", "a warm native channel, the proxy says EHLO", "greenarrow", _QUIET, "brought-up"),
+    ("channel-mail-python", "the same, pure Python", "greenarrow", _QUIET, "brought-up"),
     ("starttls-haproxy", "HAProxy, a handshake in C", "haproxy", _PLAIN, "starttls"),
     ("starttls-exim", "HAProxy, Exim's own handshake", "haproxy", _PLAIN, "starttls"),
     ("starttls-tcp", "mode tcp, a handshake in C", "greenarrow", _QUIET, "starttls"),

@@ -190,7 +190,10 @@ WORKLOADS = {
             "channel",
             "20 sessions at a time through the authenticated doors, 1 message of 20 KB each",
             "--connections 20",
-            candidates=("channel-socks", "channel-warm", "channel-socks-python", "channel-warm-python"),
+            candidates=(
+                *("channel-socks", "channel-warm", "channel-mail"),
+                *("channel-socks-python", "channel-warm-python", "channel-mail-python"),
+            ),
             baseline="channel-socks",
             rounds=MAIN,
         ),

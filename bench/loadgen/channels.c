@@ -1,7 +1,8 @@
 /* channels.c - sessions of SMTP over channels of the native protocol (docs/protocol.md section 7), which come authenticated.
  *
- * A channel is as warm as can be: it is never closed, and one session of SMTP after another goes through it, raw, as the
- * client library has it. Anything but the usual course ends the program: a benchmark has no use for it.
+ * A channel is as warm as can be: it is never closed, and one session of SMTP after another goes through it. As in the
+ * client library a session is over with its END; ENDED is not waited for, and an OPEN that is due goes in one piece with
+ * the END before it. Anything but the usual course ends the program: a benchmark has no use for it.
  */
 #define _GNU_SOURCE
 #include "native.h"
@@ -10,8 +11,9 @@
 #include <arpa/inet.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
-static int free_channels[MAX_FDS], free_channel_count;
+static int channels_taken;
 
 /* Channels are open before the first session and stay open behind the last one. */
 void channels_begin(void)
@@ -20,92 +22,119 @@ void channels_begin(void)
         fputs("loadgen: a message goes through a channel in one frame of 64 KB at most\n", stderr);
         exit(64);
     }
-    for (int i = 0; i < opt.fd_count; i++) {
-        session_watch_fd(opt.fds[i], EPOLL_CTL_ADD, 0, NULL);
-        free_channels[free_channel_count++] = opt.fds[i];
-    }
 }
 
-void channel_release(struct session *s, bool good)
+static void give_up(struct session *s)
 {
-    if (!good) {
-        fprintf(stderr, "loadgen: a channel failed at step %d, frame 0x%02x\n", s->step, s->head[4]);
-        exit(1);
-    }
-    free_channels[free_channel_count++] = s->fd;
+    fprintf(stderr, "loadgen: a channel failed at step %d, frame 0x%02x\n", s->step, s->channel.head[4]);
+    exit(1);
 }
 
 /* What stands for connect and handshake on a channel. */
-static void channel_open(struct session *s)
+static void open_frame(struct frame *f)
 {
     char from[INET_ADDRSTRLEN], to[INET_ADDRSTRLEN];
     struct in_addr source = next_source();
-    struct frame f;
     inet_ntop(AF_INET, &source, from, sizeof from);
     inet_ntop(AF_INET, &opt.target.sin_addr, to, sizeof to);
-    frame_begin(&f, F_OPEN);
-    frame_array(&f, 2);
-    frame_text(&f, from);
-    frame_array(&f, 1);
-    frame_array(&f, 2);
-    frame_text(&f, to);
-    frame_uint(&f, ntohs(opt.target.sin_port));
-    frame_end(&f);
-    ask_octets(s, OPENING, f.octets, f.length, 0);
+    frame_begin(f, F_OPEN);
+    frame_array(f, opt.brought_up ? 3 : 2);
+    frame_text(f, from);
+    frame_array(f, 1);
+    frame_array(f, 2);
+    frame_text(f, to);
+    frame_uint(f, ntohs(opt.target.sin_port));
+    if (opt.brought_up)
+        frame_text(f, EHLO_NAME);
+    frame_end(f);
+}
+
+static void end_frame(struct frame *f)
+{
+    frame_begin(f, F_END);
+    frame_array(f, opt.brought_up ? 3 : 1);
+    frame_bool(f, false);
+    if (opt.brought_up) {
+        frame_uint(f, (uint64_t)opt.messages);
+        frame_bool(f, true);
+    }
+    frame_end(f);
 }
 
 void channel_start(struct session *s, double began)
 {
-    *s = (struct session){.fd = free_channels[--free_channel_count], .began = began};
+    struct channel channel = s->channel;
+    struct frame flight = {0}, request;
+    *s = (struct session){.fd = channel.taken ? s->fd : opt.fds[channels_taken++], .channel = channel, .began = began};
     totals.started++;
     totals.active++;
-    session_watch(s, EPOLL_CTL_MOD, EPOLLIN);
-    channel_open(s);
+    if (!channel.taken)
+        session_watch(s, EPOLL_CTL_ADD, EPOLLIN);
+    s->channel.taken = true;
+    if (channel.end_unsaid)
+        end_frame(&flight);
+    s->channel.end_unsaid = false;
+    open_frame(&request);
+    memcpy(flight.octets + flight.length, request.octets, request.length);
+    ask_octets(s, OPENING, flight.octets, flight.length + request.length, 0);
 }
 
-void channel_end(struct session *s)
+void channel_end(struct session *s, bool good)
+{
+    if (!good)
+        give_up(s);
+    s->channel.end_unsaid = s->channel.ended_due = true;
+}
+
+void channel_rest(struct session *s)
 {
     struct frame f;
-    frame_begin(&f, F_END);
-    frame_array(&f, 1);
-    frame_bool(&f, false);
-    frame_end(&f);
-    ask_octets(s, ENDING, f.octets, f.length, 0);
+    if (!s->channel.end_unsaid)
+        return;
+    s->channel.end_unsaid = false;
+    end_frame(&f);
+    session_put(s, (const char *)f.octets, f.length);
 }
 
-/* A frame has come whole; what DATA carries was taken before. False: the session is over. */
-static bool frame_came(struct session *s)
+/* A frame has come whole; what DATA carries was taken before. */
+static void frame_came(struct session *s)
 {
-    s->head_octets = 0;
-    switch (s->head[4]) {
-    case F_DATA: case F_EOF: return true;
-    case F_OPENED:
+    struct channel *channel = &s->channel;
+    channel->head_octets = 0;
+    if (channel->head[4] == F_DATA || channel->head[4] == F_EOF)
+        return;
+    if (channel->head[4] == F_ENDED && channel->ended_due) {
+        channel->ended_due = false;
+    } else if (channel->head[4] == F_OPENED && s->step == OPENING && !channel->ended_due) {
         s->step = GREETING;
         s->replies_due = 1;
-        return true;
-    default:
-        session_finish(s, s->head[4] == F_ENDED && s->step == ENDING);
-        return false;
+        if (opt.brought_up) {
+            sample_add(&totals.setup_us, (now() - s->began) * 1e6);
+            dialogue_is_up(s);
+        }
+    } else {
+        give_up(s);
     }
 }
 
 void channel_octets(struct session *s, const char *data, size_t length)
 {
+    struct channel *channel = &s->channel;
     while (length) {
-        if (s->head_octets < FRAME_HEAD) {
-            s->head[s->head_octets++] = (unsigned char)*data++;
+        if (channel->head_octets < FRAME_HEAD) {
+            channel->head[channel->head_octets++] = (unsigned char)*data++;
             length--;
-            if (s->head_octets < FRAME_HEAD)
+            if (channel->head_octets < FRAME_HEAD)
                 continue;
-            s->frame_left = frame_length(s->head);
+            channel->frame_left = frame_length(channel->head);
         }
-        size_t piece = s->frame_left < length ? s->frame_left : length;
-        if (s->head[4] == F_DATA)
+        size_t piece = channel->frame_left < length ? channel->frame_left : length;
+        if (channel->head[4] == F_DATA && !channel->ended_due)
             dialogue_octets(s, data, (ssize_t)piece);
         data += piece;
         length -= piece;
-        s->frame_left -= piece;
-        if (s->frame_left == 0 && !frame_came(s))
-            return;
+        channel->frame_left -= piece;
+        if (channel->frame_left == 0)
+            frame_came(s);
     }
 }

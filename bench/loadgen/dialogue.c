@@ -48,13 +48,15 @@ static void message_accepted(struct session *s)
     totals.messages++;
     if (++s->messages_sent < opt.messages)
         ask(s, RSET, "RSET\r\n", 1);
+    else if (opt.brought_up)
+        session_finish(s, true);
     else
         ask(s, QUIT, "QUIT\r\n", 1);
 }
 
 static void say_ehlo(struct session *s)
 {
-    ask(s, EHLO, "EHLO mta1.sender.example.com\r\n", 1);
+    ask(s, EHLO, "EHLO " EHLO_NAME "\r\n", 1);
 }
 
 /* A flight of the handshake, or the last one: then the dialogue begins anew (RFC 3207 section 4.2). */
@@ -66,6 +68,15 @@ void dialogue_shake(struct session *s)
         session_finish(s, false);
     else if (state == TLS_DONE)
         say_ehlo(s);
+}
+
+void dialogue_is_up(struct session *s)
+{
+    totals.ready++;
+    if (session_goal == GOAL_PARK)
+        s->step = PARKED;
+    else
+        next_message(s);
 }
 
 /* All replies to the last question are in. */
@@ -85,11 +96,7 @@ static void advance(struct session *s)
             ask(s, STARTTLS, "STARTTLS\r\n", 1);
             break;
         }
-        totals.ready++;
-        if (session_goal == GOAL_PARK)
-            s->step = PARKED;
-        else
-            next_message(s);
+        dialogue_is_up(s);
         break;
     case STARTTLS:
         s->tls = tls_new(s->fd);
@@ -100,12 +107,7 @@ static void advance(struct session *s)
     case DATA: send_message(s); break;
     case BODY: message_accepted(s); break;
     case RSET: next_message(s); break;
-    case QUIT:
-        if (opt.handshake == HS_NATIVE)
-            channel_end(s);
-        else
-            session_finish(s, true);
-        break;
+    case QUIT: session_finish(s, true); break;
     case NOOP:
         s->step = PARKED;
         totals.round_trips++;
@@ -131,7 +133,7 @@ void dialogue_octets(struct session *s, const char *data, ssize_t length)
         s->column = 0;
         if (s->final_line && s->replies_due > 0 && --s->replies_due == 0) {
             advance(s);
-            if (s->step == FREE || s->step == CONNECTING)
+            if (s->step == FREE || s->step == CONNECTING || s->step == OPENING)
                 return;
         }
     }

@@ -13,6 +13,8 @@
 
 enum { MAX_WATCHED = 64, MAX_FDS = 1024, EVENTS_PER_WAIT = 256, CHUNK = 256 * 1024, MAX_SECRET = 255 };
 
+#define EHLO_NAME "mta1.sender.example.com"
+
 enum handshake { HS_NONE, HS_V1, HS_V2, HS_SOCKS5, HS_NATIVE };
 
 /* The command line, see usage() in main.c. */
@@ -43,6 +45,7 @@ struct options {
     int fds[MAX_FDS], fd_count;    /* native: connections that come authenticated; a session of SMTP takes one */
     uint32_t incarnations[MAX_FDS]; /* permits: of each of these sessions */
     bool starttls;                 /* the client does STARTTLS itself, through the proxy */
+    bool brought_up;               /* native: the proxy reads the greeting, says EHLO and, behind the last message, QUIT */
 };
 extern struct options opt;
 
@@ -71,11 +74,19 @@ enum step {
     GREETING, EHLO, STARTTLS, SHAKING, MAIL, RCPT, DATA, BODY, RSET, QUIT, PARKED, NOOP, UPLOAD, DOWNLOAD,
 };
 
-struct session {
-    int fd;
-    unsigned char head[5]; /* native: of the frame that comes; ... */
+/* Native: a session's place has one channel for good; this is what one session of SMTP leaves to the next. */
+struct channel {
+    bool taken;
+    unsigned char head[5]; /* of the frame that comes; ... */
     int head_octets;
     size_t frame_left;     /* ... octets of its payload that are still to come */
+    bool end_unsaid;       /* END is due: the next OPEN goes with it, if there is one at once */
+    bool ended_due;
+};
+
+struct session {
+    int fd;
+    struct channel channel;
     struct ssl_st *tls;    /* the MTA's own, with the receiver; NULL: in clear */
     enum step step;
     int replies_due;       /* complete SMTP replies still expected in this step; SOCKS: octets */

@@ -106,7 +106,7 @@ static void parse_options(int argc, char **argv)
 {
     enum { TARGET = 256, PROXY, HANDSHAKE, USER, PASSWORD, BIND, CONNECTIONS, SESSIONS, SECONDS, RATE, MESSAGES, BYTES,
            PIPELINING, MEGABYTES, DOWN, WATCH, SINK_PID, CORE, CERTIFICATE, KEY, ENCRYPT,
-           FDS, INCARNATIONS, WARM_UP, RELEASE, BESIDE };
+           FDS, INCARNATIONS, WARM_UP, RELEASE, BESIDE, BROUGHT_UP };
     static const struct option table[] = {
         {"target", 1, 0, TARGET}, {"proxy", 1, 0, PROXY}, {"handshake", 1, 0, HANDSHAKE}, {"user", 1, 0, USER},
         {"password", 1, 0, PASSWORD}, {"bind", 0, 0, BIND}, {"connections", 1, 0, CONNECTIONS},
@@ -115,7 +115,7 @@ static void parse_options(int argc, char **argv)
         {"download", 0, 0, DOWN}, {"watch", 1, 0, WATCH}, {"sink-pid", 1, 0, SINK_PID}, {"core", 1, 0, CORE},
         {"certificate", 1, 0, CERTIFICATE}, {"key", 1, 0, KEY}, {"starttls", 0, 0, ENCRYPT},
         {"fds", 1, 0, FDS}, {"incarnations", 1, 0, INCARNATIONS}, {"warm-up", 1, 0, WARM_UP},
-        {"release", 0, 0, RELEASE}, {"beside", 0, 0, BESIDE}, {0},
+        {"release", 0, 0, RELEASE}, {"beside", 0, 0, BESIDE}, {"brought-up", 0, 0, BROUGHT_UP}, {0},
     };
     opt.target = parse_address("127.0.4.1:2525");
     inet_pton(AF_INET, "127.0.2.1", &opt.first_source);
@@ -148,6 +148,7 @@ static void parse_options(int argc, char **argv)
         case FDS: parse_fds(optarg); break;
         case INCARNATIONS: parse_incarnations(optarg); break;
         case ENCRYPT: opt.starttls = true; break;
+        case BROUGHT_UP: opt.brought_up = true; break;
         default: usage();
         }
     if (!opt.certificate != !opt.key || (opt.handshake == HS_NATIVE && opt.fd_count < opt.connections))

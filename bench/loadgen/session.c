@@ -66,7 +66,7 @@ void session_finish(struct session *s, bool good)
     tls_free(s->tls);
     s->tls = NULL;
     if (opt.handshake == HS_NATIVE)
-        channel_release(s, good);
+        channel_end(s, good);
     else
         close(s->fd);
     s->step = FREE;
@@ -79,6 +79,8 @@ void session_finish(struct session *s, bool good)
     }
     if (on_free)
         on_free(s);
+    if (opt.handshake == HS_NATIVE)
+        channel_rest(s);
 }
 
 bool session_put(struct session *s, const char *data, size_t length)
@@ -254,7 +256,7 @@ static void on_event(struct session *s, uint32_t events)
         else if (!session_put(s, s->rest, s->rest_bytes))
             return;
     }
-    if (s->step != FREE && events & (EPOLLIN | EPOLLERR | EPOLLHUP))
+    if ((s->step != FREE || s->channel.ended_due) && events & (EPOLLIN | EPOLLERR | EPOLLHUP))
         receive(s);
 }
 
@@ -267,7 +269,7 @@ bool wait_events(double timeout)
     int count = epoll_pwait2(epoll_fd, events, EVENTS_PER_WAIT, timeout > 0 ? &t : &(struct timespec){0}, NULL);
     for (int i = 0; i < count; i++) {
         struct session *s = events[i].data.ptr;
-        if (s && s->step != FREE)
+        if (s && (s->step != FREE || s->channel.ended_due))
             on_event(s, events[i].events);
     }
     return count > 0;

@@ -29,12 +29,13 @@ void handshake_answer(struct session *s, const char *octets); /* all that were d
 /* --- channels.c --- */
 void channels_begin(void);
 void channel_start(struct session *s, double began);
-void channel_end(struct session *s);
-void channel_release(struct session *s, bool good);
+void channel_end(struct session *s, bool good);
+void channel_rest(struct session *s);                       /* no OPEN has come behind END */
 void channel_octets(struct session *s, const char *data, size_t length);
 
 /* --- dialogue.c --- */
 void dialogue_init(void);
+void dialogue_is_up(struct session *s);                     /* greeting and EHLO are behind us */
 void dialogue_octets(struct session *s, const char *data, ssize_t length);
 void dialogue_shake(struct session *s);
 

@@ -40,7 +40,7 @@ class Carriage:
         client: AnyStream,
         receiver: AnyStream,
         first: bytes,
-        answered: Callable[[], None],
+        answered: Callable[[], object],
         heard: Callable[[bytes], None] | None = None,
     ) -> Ending:
         """Bytes both ways until the end. Closes nothing; what else is thrown in: the program wants it to end.

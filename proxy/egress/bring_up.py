@@ -25,7 +25,7 @@ from proxy.net import contexts
 from proxy.net.alarm import TimeIsUp
 from proxy.net.apart import for_receivers
 from proxy.net.certificates import judged
-from proxy.net.conversation import receive, send_all, shake_hands
+from proxy.net.conversation import READ_SIZE, may_wait, receive, send_all, shake_hands
 from proxy.net.relay import Engine, RawSocket
 from proxy.net.tls import PlainStream, Stream, TlsStream, tls_reason
 from proxy.net.turns import TurnOver
@@ -124,9 +124,11 @@ def connect_receiver(
     if sock is None:
         sock = upstream.bind(source)
     try:
-        upstream.connect(engine, sock, source, destination, seconds, begun)
+        events = upstream.connect(engine, sock, source, destination, seconds, begun)
+        stream = PlainStream(sock)
+        stream.drained = not events  # what comes now makes one
         local = upstream.local_endpoint(sock)
-        return Receiver(PlainStream(sock), source, destination, local, opened_at, idle_timeout)
+        return Receiver(stream, source, destination, local, opened_at, idle_timeout)
     except BaseException:
         engine.close(sock)
         raise
@@ -149,7 +151,7 @@ class BringUp:
         self._wish = wish
         self._sessions = sessions
         self.mode = wish.tls
-        self._dialogue = ClientDialogue(wish.ehlo_name, wish.tls, str(receiver.destination))
+        self._dialogue = ClientDialogue(wish.ehlo_name, wish.tls, receiver.destination)
         self._ends_at = math.inf
         self._offered = False  # an earlier TLS session
         self._heard = True  # anything since TLS began: before that, an alert is its failure
@@ -216,10 +218,10 @@ class BringUp:
         return None
 
     def _converse(self, action: Action) -> None:
-        dialogue = self._dialogue
+        dialogue, waited = self._dialogue, False
         while action.then is not Then.DONE and action.then is not Then.INTRODUCE:
             if action.send:
-                send_all(self._engine, self.receiver.stream, action.send)
+                waited = send_all(self._engine, self.receiver.stream, action.send)
             if action.then is Then.START_TLS:
                 with self._hurrying("the TLS handshake hangs"):
                     self._start_tls()
@@ -230,7 +232,9 @@ class BringUp:
                 with self._hurrying("STARTTLS is not answered"):
                     data = receive(self._engine, self.receiver.stream)
             else:
-                data = receive(self._engine, self.receiver.stream)
+                stream = self.receiver.stream
+                data = receive(self._engine, stream, READ_SIZE, waited or not may_wait(stream))
+                waited = False
             if not data:
                 raise dialogue.eof()
             self._heard = True

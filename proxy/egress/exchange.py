@@ -40,11 +40,15 @@ class Exchange:
         self._over: Callable[[Discard | None], object] | None = over
         self._alarm: Any = None
 
-    def begin(self, seconds: float) -> None:
-        """Say the command; the answer has so long. Does not wait."""
+    def begin(self, seconds: float, look: bool = True) -> None:
+        """Say the command; the answer has so long. Does not wait.
+
+        Args:
+            look: its end may have come before, and will not come again.
+        """
         self._engine.watch(self._stream.socket.fileno(), self._event)
         self._alarm = self._engine.alarms.start(seconds, self)
-        self._guarded(self._go_on)  # its end may have come before, and will not come again
+        self._guarded(self._go_on if look else self._say)
 
     def throw(self, up: TimeIsUp) -> None:
         """The deadline has passed."""

@@ -150,9 +150,13 @@ class Keeper:
         self._pool.decline(reason)
         self._counters.discarded.count(reason)
 
-    def part(self, receiver: Receiver, reason: Discard) -> None:
-        """Close a connection whose receiver waits for a command, with QUIT; counts nothing, see `decline`."""
-        self._say_quit(receiver, reason)
+    def part(self, receiver: Receiver, reason: Discard, look: bool = True) -> None:
+        """Close a connection whose receiver waits for a command, with QUIT; counts nothing, see `decline`.
+
+        Args:
+            look: see `Exchange.begin`.
+        """
+        self._say_quit(receiver, reason, look)
 
     def close(self, receiver: Receiver, reset: bool = False) -> None:
         """Close a connection that is of no more use; its places are given back, see `leaving`."""
@@ -363,23 +367,23 @@ class Keeper:
             self._counters.discarded.count(reason)
             self._say_quit(_receiver(entry), reason)
 
-    def _say_quit(self, receiver: Receiver, reason: Discard) -> None:
+    def _say_quit(self, receiver: Receiver, reason: Discard, look: bool = True) -> None:
         """QUIT, as far as the reason allows it, and close."""
         if reason in _POLITE:
             self._parting[receiver] = None
-            self._quit(receiver)
+            self._quit(receiver, look)
             return
         if reason in _PRESSED:
             with contextlib.suppress(OSError):
                 receiver.stream.send(Quit.command)
         self.close(receiver)
 
-    def _quit(self, receiver: Receiver) -> None:
+    def _quit(self, receiver: Receiver, look: bool) -> None:
         """QUIT, and its answer."""
         if receiver in self._parting:  # else its place was wanted meanwhile
             farewell = Quit()
             over = partial(self._parted_from, receiver)
-            Exchange(self._engine, receiver.stream, farewell.command, farewell.receive, over).begin(_QUIT_SECONDS)
+            Exchange(self._engine, receiver.stream, farewell.command, farewell.receive, over).begin(_QUIT_SECONDS, look)
 
     def _parted_from(self, receiver: Receiver, _reason: Discard | None) -> None:
         self._parted(receiver)

@@ -20,7 +20,7 @@ from gevent import get_hub
 
 from proxy.egress.office import Office
 from proxy.net.relay import Engine, RawSocket
-from proxy.net.tls import Stream
+from proxy.net.tls import PlainStream, Stream
 from proxy.throttling.flows import Places, Throttle
 
 _READ_SIZE = 65536
@@ -55,7 +55,7 @@ class Leaving:
 
     def close(self, stream: Stream, places: Places | None, reset: bool = False) -> None:
         """Close our side; the places are given back when the other one has closed, or at once if nothing is to come."""
-        if not reset:
+        if not reset and not isinstance(stream, PlainStream):
             with contextlib.suppress(OSError):
                 stream.finish()
         sock = stream.socket

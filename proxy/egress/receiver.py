@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from proxy.errors import Step, UpstreamError
@@ -101,39 +100,54 @@ class InClear(NamedTuple):
     result: str
 
 
-@dataclass(slots=True, eq=False)
 class Receiver:
     """One connection to a receiver.
 
     Args:
         opened_at: when it was connected, on the monotonic clock, in seconds.
-        messages: MAIL commands over all its users.
+        idle_timeout: seconds, for `guard`.
+        place: what it holds under the throttles.
+
+    Attributes:
         greeting: code and text; None without a dialogue.
         hello: the texts of the lines of the last reply to EHLO.
         tls: None: in clear.
         in_clear: what came of TLS that was tried for this connection.
-        errors: replies 5xx over all its users.
         mailmax: MAIL commands that the receiver takes, if it said so.
-        place: what it holds under the throttles.
-        idle_timeout: seconds, for `guard`.
-        guarded: it was called.
+        messages: MAIL commands over all its users. errors: replies 5xx over all of them.
+        guarded: `guard` was called.
     """
 
-    stream: Stream
-    source: str
-    destination: Endpoint
-    local: Endpoint
-    opened_at: float
-    idle_timeout: float
-    greeting: str | None = None
-    hello: tuple[str, ...] = ()
-    tls: TlsFacts | None = None
-    in_clear: InClear | None = None
-    mailmax: int | None = None
-    messages: int = 0
-    errors: int = 0
-    place: Places | None = None
-    guarded: bool = False
+    __slots__ = (
+        *("destination", "errors", "greeting", "guarded", "hello", "idle_timeout", "in_clear", "local", "mailmax"),
+        *("messages", "opened_at", "place", "source", "stream", "tls"),
+    )
+
+    def __init__(
+        self,
+        stream: Stream,
+        source: str,
+        destination: Endpoint,
+        local: Endpoint,
+        opened_at: float,
+        idle_timeout: float,
+        place: Places | None = None,
+    ) -> None:
+        self.stream = stream
+        self.source = source
+        self.destination = destination
+        self.local = local
+        self.opened_at = opened_at
+        self.idle_timeout = idle_timeout
+        self.greeting: str | None = None
+        self.hello: tuple[str, ...] = ()
+        self.tls: TlsFacts | None = None
+        self.in_clear: InClear | None = None
+        self.mailmax: int | None = None
+        self.messages = 0
+        self.errors = 0
+        self.place = place
+        self.guarded = False
 
     def guard(self) -> None:
         """Have TCP watch over a dead peer (`relay.keep_alive`), once. For those that live long: it is five system

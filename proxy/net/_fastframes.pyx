@@ -107,7 +107,9 @@ cdef class Shortcut:
         if not self._ours:
             return True
         try:
-            if self._from_receiver(True) == NOTHING and self._from_client(True) == NOTHING:
+            if self._from_receiver(True) == NOTHING and (
+                not self._link.may_hold or self._from_client(True) == NOTHING
+            ):
                 self._link.saw_all()
                 self._transfer.saw_all()
                 return False
@@ -160,6 +162,8 @@ cdef class Shortcut:
             try:
                 if self._from_client(False) == NOTHING:
                     return
+                if not self._more:  # all of it has been read
+                    events &= ~FRAMES_IN
             except TurnOver:
                 pass
             except BaseException as error:

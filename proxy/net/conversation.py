@@ -17,7 +17,7 @@ from proxy.errors import Overloaded
 from proxy.net.alarm import TimeIsUp
 from proxy.net.apart import Apart
 from proxy.net.framed import FramedStream
-from proxy.net.relay import HEARD, Engine, RawSocket
+from proxy.net.relay import HEARD, UNSURE, Engine, RawSocket
 from proxy.net.tls import PlainStream, Stream, TlsStream
 from proxy.net.turns import TurnOver, rest
 from proxy.policy.turns import READ, Turn
@@ -43,23 +43,39 @@ def watch_over(engine: Engine, sock: RawSocket) -> None:
         raise Overloaded(f"no socket more can be watched: {why}") from None
 
 
-def receive(engine: Engine, stream: Stream | FramedStream, size: int = READ_SIZE) -> bytes:
+def receive(engine: Engine, stream: Stream | FramedStream, size: int = READ_SIZE, look: bool = True) -> bytes:
     """Wait for bytes; b"" at the end of the file. Who calls this for a peer that never lets it wait takes turns.
+
+    Args:
+        look: there may be something to read; else it is known that an event will tell of what comes, and the read that
+            would find nothing is saved. See `may_wait`.
 
     Raises:
         OSError: the connection is broken.
     """
-    turn = stream.turn
+    turn, events = stream.turn, 0
     while True:
         if not turn.spend(READ, monotonic()):
             rest_for(turn)
+        elif not look:
+            events = engine.wait(stream.socket.fileno())
+            turn.begin(monotonic())
+        look = True
         try:
-            return stream.recv(size)
+            data = stream.recv(size)
         except TurnOver:
             turn.end()
         except BlockingIOError:
-            engine.wait(stream.socket.fileno())
-            turn.begin(monotonic())
+            look = False
+        else:
+            if events & UNSURE and isinstance(stream, PlainStream):
+                stream.drained = False  # no other event will tell of the end
+            return data
+
+
+def may_wait(stream: Stream) -> bool:
+    """Whether `receive` need not look first, for who has come from it or from a connect, and has not waited since."""
+    return isinstance(stream, PlainStream) and stream.drained
 
 
 def rest_for(turn: Turn) -> None:
@@ -88,12 +104,13 @@ def shake_hands(engine: Engine, stream: TlsStream, threads: Apart | None = None)
         engine.wait(stream.socket.fileno())
 
 
-def send_all(engine: Engine, stream: Stream | FramedStream, data: bytes) -> None:
-    """Wait until the kernel has taken all of it.
+def send_all(engine: Engine, stream: Stream | FramedStream, data: bytes) -> bool:
+    """Wait until the kernel has taken all of it; whether that had to be waited for.
 
     Raises:
         OSError: the connection is broken.
     """
+    waited = False
     while data or stream.unsent:
         try:
             if data:
@@ -106,6 +123,8 @@ def send_all(engine: Engine, stream: Stream | FramedStream, data: bytes) -> None
         except BlockingIOError:
             pass
         engine.wait(stream.socket.fileno())
+        waited = True
+    return waited
 
 
 def farewell(engine: Engine, stream: Stream, data: bytes, missed: bool = True) -> None:

@@ -288,7 +288,7 @@ def channel(maker: Maker) -> None:
     maker.raw("data", data, (data[:4], "length"), (data[4:5], "type DATA"), (text, "raw bytes, no MessagePack"))
     maker.message("eof", "EOF", 0x14)
     maker.message("aborted", "ABORTED", 0x15, code="upstream_failed", errno=104, message="connection reset by peer")
-    maker.message("end", "END", 0x16, keep=True, messages=1)
+    maker.message("end", "END", 0x16, keep=True, messages=1, quit=False)
     maker.message("ended", "ENDED", 0x17, kept=True, reason="kept")
     maker.message("probe", "PROBE", 0x18)
 
@@ -322,14 +322,14 @@ def session(maker: Maker) -> None:
 
 def lenient() -> list[dict[str, object]]:
     """Frames that are not what an encoder of today sends, and must be understood all the same."""
-    end = pack([True, 1])
+    end = pack([True, 1, False])
     return [
         {"name": "an appended field is ignored", "table": "CHANNEL_FROM_CLIENT", "like": "end",
-         "hex": frame(0x16, b"\x93" + end[1:] + pack(["later", [1, None]])).hex()},
+         "hex": frame(0x16, b"\x94" + end[1:] + pack(["later", [1, None]])).hex()},
         {"name": "an integer in a longer form", "table": "CHANNEL_FROM_CLIENT", "like": "end",
          "hex": frame(0x16, b"\x92\xc3\xd3" + struct.pack(">q", 1)).hex()},
         {"name": "an array in a longer form", "table": "CHANNEL_FROM_CLIENT", "like": "end",
-         "hex": frame(0x16, b"\xdc\x00\x02" + end[1:]).hex()},
+         "hex": frame(0x16, b"\xdc\x00\x03" + end[1:]).hex()},
         {"name": "a string in a longer form", "table": "CHANNEL_FROM_PROXY", "like": "ended",
          "hex": frame(0x17, b"\x92\xc3\xda\x00\x04kept").hex()},
         {"name": "a path without what may be left out", "table": "SESSION_FROM_CLIENT", "like": "reg",

@@ -35,6 +35,8 @@ from proxy.protocols.native import messages as m
 from proxy.services import Door, Services, note_failure
 from proxy.stats import Standing
 
+#: Seconds that ENDED waits for the answer to the OPEN behind it.
+_LONGEST_HELD = 1.0
 #: Seconds; the shortest time of a timer.
 _AT_ONCE = 1e-9
 
@@ -188,7 +190,7 @@ class Channel:
             if frame is not None:
                 if frame[0] == frames.DATA:
                     raise PeerError("DATA without an SMTP session")
-                message = frames.decode(frame, frames.CHANNEL_FROM_CLIENT)
+                message = frames.decode_again(frame, frames.CHANNEL_FROM_CLIENT)
                 if not isinstance(message, m.Open):
                     raise PeerError(f"{type(message).__name__.upper()} without an SMTP session")
                 self._check_welcome()
@@ -197,6 +199,8 @@ class Channel:
                 link.tell_goaway()
                 return None
             if not link.readable or not link.receive():
+                if link.holds:
+                    link.send(b"")
                 link.wait()
 
     def _check_welcome(self) -> None:
@@ -250,7 +254,7 @@ class Channel:
         try:
             if link.has_spoken():
                 raise _Impatient
-            link.send(frames.encode(opened(taken, attempts)))
+            link.send(opened(taken, attempts))
             self._step("has a held-open one" if taken.reused else "has a new one")
             transfer.carry()
             ending, reset = session.finish(self._current())
@@ -287,6 +291,7 @@ class Channel:
         """
         link, destination = self._link, request.destinations[0].endpoint
         source = request.source_ip or ""
+        link.send(b"")
         self._opening = True
         try:
             try:
@@ -330,13 +335,17 @@ class Channel:
         def tell(source: str, destination: Endpoint, error: UpstreamError) -> None:
             self._failed(services, number, error, started, source, destination)
 
+        link = self._link
         opener = Opener(services, self._guest, self._peer, request, tell)
+        alarm = link.engine.alarms.start(_LONGEST_HELD, link) if link.holds else None
         self._opening = True
         try:
-            self._link.watch_client()
+            link.watch_client()
             return opener.run(attempts)
         finally:
-            self._link.unwatch_client()
+            if alarm is not None:
+                alarm.cancel()
+            link.unwatch_client()
             self._opening = False
 
     def _step(self, text: str) -> None:

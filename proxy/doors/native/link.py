@@ -17,6 +17,7 @@ from gevent import get_hub, getcurrent
 from proxy.doors.native.entrance import Guest
 from proxy.errors import PeerError, ProxyError
 from proxy.model import Ending
+from proxy.net.alarm import TimeIsUp
 from proxy.net.conversation import farewell, rest_for
 from proxy.net.peer import has_gone, holds_back
 from proxy.net.relay import GONE, HEARD, UNSURE, Engine, Shortcut
@@ -84,6 +85,11 @@ class Link:
         """
         return self.turn.spend(READ, monotonic()) and self._read()
 
+    @property
+    def may_hold(self) -> bool:
+        """Whether the socket may have something to read of which no event will tell any more."""
+        return self.readable or self._missed
+
     def has_spoken(self) -> bool:
         """Whether more has come from the client than was acted upon; read once to see.
 
@@ -130,6 +136,24 @@ class Link:
         self._unsent += data
         while not self.flush():
             self.wait()
+
+    def answer(self, data: bytes) -> None:
+        """The same, unless the client has said more already, and will be answered soon: then in one piece with that.
+
+        Raises:
+            ClientGone.
+        """
+        if self.decoder.unread and not self.blocked:
+            self.put(data)
+        else:
+            self.send(data)
+
+    def throw(self, _up: TimeIsUp) -> None:
+        """The next answer takes its time: what was to go with it goes now. In the hub."""
+        try:
+            self.flush()
+        except ClientGone:
+            self._cancel()
 
     @property
     def holds(self) -> int:

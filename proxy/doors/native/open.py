@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from time import monotonic
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from proxy.doors.native.entrance import Guest
 from proxy.doors.native.receiver_names import host_name, names_of
@@ -36,20 +36,23 @@ _CONNECT_ONE_OF_MANY = 10.0
 #: purpose. But never more than half of the time while others are still to be tried.
 _SESSION_ONE_OF_MANY = 15.0
 
+_NOTHING: Final = Demand()
+
 Attempts = list[tuple[m.Address, UpstreamError]]
 #: Told of each connection that did not come to be: its source, its destination, and why.
 Tell = Callable[[str, Endpoint, UpstreamError], None]
 
 
 class Taken(NamedTuple):
-    """A connection that serves the client from now on; `key` is what it may be shared by.
+    """A connection that serves the client from now on; `key` is what it may be shared by, where the client
+    lets it be shared.
 
     A session in clear that was to be under TLS has the key of those who want none: for the others TLS is tried anew.
     `in_clear`: why this client is served so, who would have liked TLS.
     """
 
     receiver: Receiver
-    key: PoolKey
+    key: PoolKey | None
     reused: bool
     in_clear: InClear | None = None
 
@@ -172,7 +175,7 @@ class Opener:
     def _connection(self, wish: Wish, source: str, destination: Endpoint, left: int) -> Taken:
         """Shared or fresh, with its places."""
         services, request, instance = self._services, self._request, self._peer.instance
-        key = self._key(source, destination, wish)
+        key = self._key(source, destination, wish) if request.reuse else None
         who = Applicant(
             instance or self._guest.client.host,
             services.access.weight_of(instance),
@@ -182,14 +185,16 @@ class Opener:
             self._rated,
             self._names,
         )
-        may_share = request.reuse and request.ehlo_name is not None and not request.fresh
-        patience = self._share(left) / 2
-        if may_share and (kept := self._kept(key, lambda kept: self._swap(kept, who), patience)) is not None:
-            return kept
-        places = wait_for_place(services.admission, who, self._share(left), key if may_share else None)
-        if may_share and places is not None:  # perhaps it had to be waited for, and came with a connection
+        shared = key if request.ehlo_name is not None and not request.fresh else None
+        if shared is not None:
+            patience = self._share(left) / 2
+            kept = self._kept(shared, lambda kept: self._swap(kept, who), patience)
+            if kept is not None:
+                return kept
+        places = wait_for_place(services.admission, who, self._share(left), shared)
+        if shared is not None and places is not None:  # perhaps it had to be waited for, and came with a connection
             try:
-                kept = self._kept(key, lambda kept: self._move_in(kept, places), self._share(left) / 2, True)
+                kept = self._kept(shared, lambda kept: self._move_in(kept, places), self._share(left) / 2, True)
             except BaseException:
                 services.admission.leave(places)
                 raise
@@ -204,9 +209,8 @@ class Opener:
         if receiver.in_clear is None:
             return Taken(receiver, key, False)
         services.counters.in_clear.count(receiver.in_clear.cause)
-        return Taken(
-            receiver, self._key(source, destination, wish._replace(tls=TlsMode.NONE)), False, receiver.in_clear
-        )
+        in_clear = self._key(source, destination, wish._replace(tls=TlsMode.NONE)) if request.reuse else None
+        return Taken(receiver, in_clear, False, receiver.in_clear)
 
     def _kept(
         self, key: PoolKey, claim: Callable[[Receiver], bool], seconds: float, with_places: bool = False
@@ -306,7 +310,9 @@ class Opener:
         request = self._request
         records = tuple(Tlsa(each.usage, each.selector, each.matching, each.data) for each in request.tlsa)
         name = self._server_name or (destination.host if request.tls_verify or records else "")
-        names = tuple(request.tls_names) or ((name,) if name else ())
+        if not name and not request.tls_names:
+            return _NOTHING
+        names = tuple(request.tls_names) or (name,)
         return Demand(names, request.tls_verify or bool(request.tls_names), records)
 
     def _key(self, source: str, destination: Endpoint, wish: Wish) -> PoolKey:

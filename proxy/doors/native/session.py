@@ -38,6 +38,7 @@ _MAX_ATTEMPT_MESSAGE = 100
 _MAX_ATTEMPT_REPLY = 128
 _MAX_TLS_FAILURE = 512
 _DEAD = frozenset({Discard.PEER_CLOSED, Discard.SAID_421})
+_KEPT = frames.encode(m.Ended(True, "kept"))
 
 
 class Session:
@@ -89,14 +90,14 @@ class Session:
         assert transfer.end is not None
         reason = self._why_not_kept(current, transfer.end)
         if reason is None:
-            link.send(frames.encode(m.Ended(True, "kept")))
+            link.answer(_KEPT)
             return Ending.KEPT, False
         if transfer.end.keep:
             self._services.keeper.decline(reason)
-        if transfer.at_rest:
+        if transfer.waits_for_command:
             self._parting = reason
         delivered = transfer.flush()
-        link.send(frames.encode(m.Ended(False, reason)))
+        link.answer(frames.encode_fields(m.Ended.TYPE, (False, reason)))
         if transfer.broken is not None:
             return transfer.broken, True
         return Ending.UPSTREAM_CLOSED if transfer.receiver_done else Ending.CLIENT_CLOSED, not delivered
@@ -133,9 +134,10 @@ class Session:
         services.gauges.outgoing -= 1
         outcomes = self._count_messages()
         if ending is Ending.KEPT:
+            assert self._taken.key is not None
             services.keeper.give(receiver, self._taken.key)
         elif self._parting is not None and not reset:
-            services.keeper.part(receiver, self._parting)
+            services.keeper.part(receiver, self._parting, transfer.may_hold)
         else:
             services.keeper.close(receiver, reset)
         now, said = monotonic(), transfer.tracker.said if transfer.tracker is not None else ""
@@ -224,26 +226,23 @@ def tls_info(facts: TlsFacts) -> m.TlsInfo:
     )
 
 
-def opened(taken: Taken, attempts: Attempts) -> m.Opened:
+def opened(taken: Taken, attempts: Attempts) -> bytes:
     """The answer to an OPEN that succeeded, within the bounds of a frame."""
     receiver = taken.receiver
-    facts = receiver.tls
-    tls = None
-    if facts is not None:
-        tls = tls_info(facts)
-    return m.Opened(
-        reused=taken.reused,
-        destination=m.Address(*receiver.destination),
-        local=m.Local(*receiver.local),
-        messages=receiver.messages,
-        age_ms=int((monotonic() - receiver.opened_at) * 1000),
-        greeting=receiver.greeting.encode()[:_MAX_GREETING] if receiver.greeting is not None else None,
-        ehlo=_bounded(receiver.hello),
-        tls=tls,
-        attempts=frames.attempts_of(attempts, _MAX_ATTEMPT_MESSAGE, _MAX_ATTEMPT_REPLY),
-        tls_failure=taken.in_clear.why[:_MAX_TLS_FAILURE] if taken.in_clear else "",
-        tls_result=taken.in_clear.result if taken.in_clear else "",
+    fields = (
+        taken.reused,
+        receiver.destination,
+        receiver.local,
+        receiver.messages,
+        int((monotonic() - receiver.opened_at) * 1000),
+        receiver.greeting.encode()[:_MAX_GREETING] if receiver.greeting is not None else None,
+        _bounded(receiver.hello),
+        tls_info(receiver.tls) if receiver.tls is not None else None,
+        frames.attempts_of(attempts, _MAX_ATTEMPT_MESSAGE, _MAX_ATTEMPT_REPLY) if attempts else (),
+        taken.in_clear.why[:_MAX_TLS_FAILURE] if taken.in_clear is not None else "",
+        taken.in_clear.result if taken.in_clear is not None else "",
     )
+    return frames.encode_fields(m.Opened.TYPE, fields)
 
 
 def _bounded(lines: Iterable[str]) -> list[bytes]:

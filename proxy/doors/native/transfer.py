@@ -188,16 +188,23 @@ class Transfer:
         return self.tracker.verdict() if self.tracker is not None else Discard.NOT_OFFERED
 
     @property
+    def may_hold(self) -> bool:
+        """Whether the receiver may have said something of which no event will tell any more."""
+        return self._readable or self._missed
+
+    @property
     def half_closed(self) -> bool:
         """Whether one side has ended, and the other has not."""
         return self._finished or self.receiver_done
 
     @property
-    def at_rest(self) -> bool:
-        """Whether the receiver is known to wait for a command; not without a tracker."""
+    def waits_for_command(self) -> bool:
+        """Whether the receiver does, so that QUIT may be said; without a tracker only the client knows."""
         if self.receiver_done or self.broken is not None or self._blocked or self._finished:
             return False
-        return self.tracker is not None and self.tracker.at_rest
+        if self.tracker is None:
+            return self.end is not None and self.end.quit
+        return self.tracker.at_rest
 
     def _push_on(self) -> None:
         """The client has closed while the receiver takes nothing, and there may be an END among what is unread.
@@ -302,7 +309,7 @@ class Transfer:
 
     def _control(self, frame: frames.Frame) -> m.End | m.Eof:
         """END or EOF."""
-        message = frames.decode(frame, frames.CHANNEL_FROM_CLIENT)
+        message = frames.decode_again(frame, frames.CHANNEL_FROM_CLIENT)
         if not isinstance(message, m.End | m.Eof):
             raise PeerError(f"{type(message).__name__.upper()} in the middle of an SMTP session")
         if self._said is not None and isinstance(message, m.Eof):

@@ -77,7 +77,12 @@ class Address(Part, frozen=True):
 
     @property
     def endpoint(self) -> Endpoint:
-        return Endpoint(self.host, self.port)
+        return _endpoint(self.host, self.port)
+
+
+@lru_cache(maxsize=2048)
+def _endpoint(host: str, port: int) -> Endpoint:
+    return Endpoint(host, port)
 
 
 class Local(Address, frozen=True):
@@ -298,11 +303,13 @@ class Aborted(Message, frozen=True):
 
 
 class End(Message, frozen=True):
-    """Client: I am done with this SMTP session; `keep` offers it to the next one."""
+    """Client: I am done with this SMTP session; `keep` offers it to the next one. `quit`: the receiver waits for a
+    command, and is to hear QUIT."""
 
     TYPE = 0x16
     keep: bool
     messages: U32 = 0
+    quit: bool = False
 
 
 class Ended(Message, frozen=True):

@@ -165,13 +165,13 @@ class ClientDialogue:
     Args:
         ehlo_name: our name or address literal; None: it is given by `introduce`, behind the greeting.
         tls: see `TlsMode`.
-        peer: the receiver's address, for messages.
+        peer: the receiver's address, for messages; its text is made when there is one.
 
     Raises:
         PeerError: `ehlo_name` cannot stand in a command.
     """
 
-    def __init__(self, ehlo_name: str | None, tls: TlsMode, peer: str) -> None:
+    def __init__(self, ehlo_name: str | None, tls: TlsMode, peer: object) -> None:
         self._name = _checked(ehlo_name) if ehlo_name is not None else b""
         self._tls = tls
         self._peer = peer

@@ -120,7 +120,19 @@ def test_release_offers_and_close_and_quit_do_not(proxy, session):
     send_one(session).close()
     send_one(session).quit()
     wait_for(lambda: len(proxy.ends) == 3)
-    assert [end.keep for end in proxy.ends] == [True, False, False]
+    assert proxy.ends == [m.End(True, 1), m.End(False, 0), m.End(False, 1, True)]
+
+
+def test_quit_is_left_to_the_proxy(proxy, session):
+    """Nothing of it goes to the receiver here, nor is anything waited for; a second time there is nothing to leave."""
+    receiver = Receiver()
+    proxy.receivers.append(receiver)
+    smtp = send_one(session)
+    assert smtp.quit()[0] == 221
+    wait_for(lambda: proxy.ends == [m.End(False, 1, True)])
+    assert b"QUIT" not in [line.upper() for line in receiver.lines]
+    with pytest.raises(smtplib.SMTPServerDisconnected):
+        smtp.quit()
 
 
 def test_context_manager_releases_on_success_only(proxy, session):
@@ -131,7 +143,7 @@ def test_context_manager_releases_on_success_only(proxy, session):
     with session.smtp([DESTINATION], "mta.example.com", reuse=False):
         pass
     wait_for(lambda: len(proxy.ends) == 3)
-    assert proxy.ends == [m.End(True, 1), m.End(False, 0), m.End(False, 0)]
+    assert proxy.ends == [m.End(True, 1), m.End(False, 0), m.End(False, 0, True)]
 
 
 def test_a_released_connection_is_of_no_more_use(proxy, session):
@@ -465,7 +477,7 @@ def test_a_shared_connection_that_died_is_replaced_once(proxy, session, last_wor
     assert not smtp.opened.reused
     smtp.quit()
     assert fresh.messages == [MAIL]
-    assert [line.split(b" ")[0].upper() for line in fresh.lines] == [b"MAIL", b"RCPT", b"DATA", b"QUIT"]
+    assert [line.split(b" ")[0].upper() for line in fresh.lines] == [b"MAIL", b"RCPT", b"DATA"]
     assert [(request.reuse, request.fresh) for request in proxy.opens] == [(True, False), (True, True)]
     assert len(proxy.channels) == 1
 

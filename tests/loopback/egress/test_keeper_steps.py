@@ -219,7 +219,7 @@ def test_one_that_was_closed_before_its_quit_is_left_alone(house, mx, timers):
     house.keeper._parted(receiver)
     assert receiver.stream.socket.fileno() < 0
     del timers[:]
-    house.keeper._quit(receiver)
+    house.keeper._quit(receiver, True)
     house.keeper._parted(receiver)
     assert timers == [], "nothing is begun"
     until(lambda: mx.sessions[0].ended)

@@ -18,7 +18,7 @@ import pytest
 from tests import independent_client as mta
 from tests.clients import TIMEOUT, reset, was_reset
 from tests.independent_client import Peer, channel, deliver, error_from, error_of, frame, pack, session
-from tests.mx import Mx, close, half_close, mute, say
+from tests.mx import Mx, close, half_close, late, mute, say
 from tests.mx import reset as mx_reset
 from tests.program import Proxy
 from tests.sinks import Raw, closed_port, deaf_port, greet
@@ -102,7 +102,7 @@ def test_fields_that_a_later_version_adds(proxy: Proxy, mx: Mx) -> None:
         peer.say(mta.OPEN, "127.0.0.5", [[*mx.endpoint, "later"]], None, *more)
         peer.expect(mta.OPENED)
         peer.say(mta.EOF, "later")
-        peer.say(mta.END, False, 0, "later")
+        peer.say(mta.END, False, 0, False, "later")
         while peer.hear()[0] != mta.ENDED:
             pass
 
@@ -117,6 +117,78 @@ def test_frames_byte_by_byte_and_all_at_once(proxy: Proxy, mx: Mx) -> None:
         while peer.hear()[0] != mta.ENDED:
             pass
         peer.expect(mta.OPENED)
+
+
+def kinds_of(piece: bytes) -> list[int]:
+    """The types of the frames that came in one piece."""
+    kinds = []
+    while piece:
+        length, kind = struct.unpack_from(">IB", piece)
+        assert len(piece) >= 5 + length
+        kinds.append(kind)
+        piece = piece[5 + length :]
+    return kinds
+
+
+def end_and_open(mx: Mx, keep: bool = False) -> bytes:
+    return frame(mta.END, pack([keep])) + frame(mta.OPEN, pack(["127.0.0.5", [list(mx.endpoint)], EHLO]))
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_end_and_the_next_open_are_answered_in_one_piece(proxy: Proxy, mx: Mx, reuse: bool) -> None:
+    with channel(proxy.native) as peer:
+        peer.opened(mx.endpoint, ehlo_name=EHLO, reuse=reuse)
+        peer.sock.sendall(end_and_open(mx, reuse))
+        assert kinds_of(peer.sock.recv(65536)) == [mta.ENDED, mta.OPENED]
+
+
+def test_ended_does_not_wait_for_a_slow_receiver(proxy: Proxy) -> None:
+    """Of the OPEN behind END: that one's answer is still to come."""
+    with Mx() as mx, channel(proxy.native) as peer:
+        peer.opened(mx.endpoint, ehlo_name=EHLO)
+        gate = threading.Event()
+        mx.script = {"greeting": late(gate)}
+        peer.sock.sendall(end_and_open(mx))
+        assert kinds_of(peer.sock.recv(65536)) == [mta.ENDED]
+        gate.set()
+        peer.expect(mta.OPENED)
+
+
+def test_half_an_open_behind_end_holds_nothing_up(proxy: Proxy, mx: Mx) -> None:
+    flight = end_and_open(mx)
+    with channel(proxy.native) as peer:
+        peer.opened(mx.endpoint, ehlo_name=EHLO)
+        peer.sock.sendall(flight[:-10])
+        assert kinds_of(peer.sock.recv(65536)) == [mta.ENDED]
+        peer.sock.sendall(flight[-10:])
+        peer.expect(mta.OPENED)
+
+
+@pytest.mark.parametrize("quit", [True, False])
+@pytest.mark.parametrize("raw", [True, False])
+def test_quit_is_said_for_a_client_that_asks_for_it(proxy: Proxy, quit: bool, raw: bool) -> None:
+    """Behind its back: the receiver answers only when ENDED has come."""
+    gate = threading.Event()
+    with Mx({"quit": late(gate)}) as mx, channel(proxy.native) as peer:
+        peer.opened(mx.endpoint, ehlo_name=None if raw else EHLO)
+        if raw:
+            peer.hear_until(b"\r\n")
+        peer.say(mta.END, False, 0, quit)
+        peer.expect(mta.ENDED)
+        gate.set()
+        wait_for(lambda: mx.sessions and not mx.running)
+        assert (b"QUIT" in mx.sessions[0].commands) is quit
+
+
+def test_quit_is_not_said_behind_the_clients_end(proxy: Proxy) -> None:
+    with Mx() as mx, channel(proxy.native) as peer:
+        peer.opened(mx.endpoint, ehlo_name=EHLO)
+        peer.say(mta.EOF)
+        peer.say(mta.END, False, 0, True)
+        while peer.hear()[0] != mta.ENDED:
+            pass
+        wait_for(lambda: mx.sessions and not mx.running)
+        assert b"QUIT" not in mx.sessions[0].commands
 
 
 def test_what_was_refused_leaves_the_channel_as_it_was(proxy: Proxy, mx: Mx) -> None:

@@ -35,7 +35,7 @@ def test_the_longest_opened_fits_in_a_frame() -> None:
         True,
         InClear("starttls", reply, Result.STARTTLS_NOT_SUPPORTED),
     )
-    frame = frames.encode(session.opened(taken, [(m.Address(*HERE), error)] * 32))
+    frame = session.opened(taken, [(m.Address(*HERE), error)] * 32)
     decoder = frames.FrameDecoder()
     decoder.receive(frame)
     opened = frames.decode(decoder.next_frame(), frames.CHANNEL_FROM_PROXY)

@@ -741,11 +741,11 @@ def test_why_a_connection_cannot_serve_another_client() -> None:
         transfer = Steps(tracker).transfer
         setattr(transfer, field, value)
         assert transfer.unclean() == reason
-        assert transfer.at_rest is (field in ("_kept", "_turned_away", "up"))
+        assert transfer.waits_for_command is (field in ("_kept", "_turned_away", "up"))
         assert transfer.half_closed is (field in ("_finished", "receiver_done"))
-    assert not Steps().transfer.at_rest
+    assert not Steps().transfer.waits_for_command
     busy: Any = SimpleNamespace(at_rest=False)
-    assert not Steps(busy).transfer.at_rest
+    assert not Steps(busy).transfer.waits_for_command
 
 
 def test_what_is_unread_and_not_known_of_is_not_asked_for(steps: Steps) -> None:
