@@ -47,6 +47,18 @@ def every(base: type[ProxyError]) -> Iterator[type[ProxyError]]:
         yield from every(kind)
 
 
+def let_go(error: BaseException) -> None:
+    """Forget the way that an error came, once it was told and written. To be called where it ends.
+
+    It refers to the frames on its way, and their variables often to it: all that they refer to would be there until the
+    garbage collector comes.
+    """
+    before: BaseException | None = error
+    while before is not None:
+        before.__traceback__ = None
+        before = before.__context__
+
+
 class PeerError(ProxyError):
     """The peer broke its protocol: malformed, too long, out of order, or a feature that we do not have."""
 

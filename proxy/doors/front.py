@@ -25,7 +25,7 @@ from proxy.doors.smtp.egress import Line
 from proxy.doors.through import Through
 from proxy.egress import upstream
 from proxy.egress.via import Via
-from proxy.errors import ClientNotAllowed, ProxyError
+from proxy.errors import ClientNotAllowed, ProxyError, let_go
 from proxy.model import Accepted, Ending, Endpoint, Handshake, Route
 from proxy.net.conversation import send_all, watch_over
 from proxy.net.relay import GONE, RawSocket, keep_alive
@@ -84,6 +84,7 @@ def _fail(visit: Visit, error: Exception) -> None:
         visit.services.counters.refused.count("client_gone")
     else:
         visit.broken(error)
+    let_go(error)
 
 
 def _run(visit: Visit, refusal: ProxyError | None) -> None:

@@ -89,5 +89,6 @@ class Exchange:
         over, self._over = self._over, None
         if over is not None:
             self._alarm.cancel()
+            self._alarm = None  # which refers to us
             self._engine.watch(self._stream.socket.fileno(), None)
             over(reason)

@@ -52,9 +52,13 @@ class Apart:
             raise
         task.rawlink(lambda _: self._give_thread())
         result, error = task.get()
-        if error is not None:
+        del task
+        if error is None:
+            return result  # type: ignore[no-any-return]
+        try:
             raise error
-        return result  # type: ignore[no-any-return]
+        finally:
+            del error  # it refers to this frame
 
     def _take_thread(self, key: Hashable) -> None:
         if self._free:

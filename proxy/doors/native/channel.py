@@ -23,7 +23,7 @@ from proxy.doors.native.open import Attempts, Opener, Taken
 from proxy.doors.native.session import Session, opened
 from proxy.doors.native.transfer import Transfer
 from proxy.egress.receiver import Receiver
-from proxy.errors import Draining, IdleTooLong, NameInUse, PeerError, ProxyError, UpstreamError
+from proxy.errors import Draining, IdleTooLong, NameInUse, PeerError, ProxyError, UpstreamError, let_go
 from proxy.log import lines as log
 from proxy.log import steps
 from proxy.model import Ending, Endpoint
@@ -97,16 +97,18 @@ class Channel:
                 self._serve_session(request)
                 self._standing = None
             link.part()
-        except ClientGone:
+        except ClientGone as gone:
             goodbye = self._goodbye()
             if goodbye is not None:
                 link.part(goodbye)
             else:
                 with contextlib.suppress(OSError):
                     link.stream.finish()
+            let_go(gone)
         except ProxyError as error:
             self._failed(services, self._guest.number, error)
             link.part(error)
+            let_go(error)
         except Exception as error:
             services.counters.internal_errors += 1
             log.internal_error(f"channel {self._guest.number} of {self._guest.client}", error)
@@ -245,6 +247,7 @@ class Channel:
             if isinstance(error, ClientGone):
                 raise
             self._answer_failed(frames.encode(frames.failed(error, attempts)), error, started)
+            let_go(error)
             return
         self._refusals.served()
         session = Session(services, self._door, self._guest, link, request, taken, number, started)
@@ -306,6 +309,7 @@ class Channel:
         except ProxyError as error:
             self._failed(services, number, error, started, source, destination)
             self._answer_failed(frames.encode(frames.failed(error, [])), error, started)
+            let_go(error)
             self._opening = False
             return
         self._refusals.served()

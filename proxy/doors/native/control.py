@@ -26,7 +26,7 @@ from proxy.doors.native.control_queue import Outgoing
 from proxy.doors.native.entrance import Guest, check_still_welcome
 from proxy.egress.admission import Admission, Client
 from proxy.egress.clock import clock_ns
-from proxy.errors import GOODBYES, NameInUse, NoPong, ProxyError, Refused, Replaced
+from proxy.errors import GOODBYES, NameInUse, NoPong, ProxyError, Refused, Replaced, let_go
 from proxy.log import lines as log
 from proxy.model import Ending
 from proxy.net.conversation import farewell, rest_for
@@ -117,12 +117,14 @@ class Control(Client):
         except GOODBYES as error:
             self._goodbye = error.code
             farewell(self._engine, self._stream, native.error_frame(error))
+            let_go(error)
         except ProxyError as error:
             services.counters.refused.count(error.code)
             self._log(log.WARNING, f"session ends: {error}", reason=error.code)
             farewell(self._engine, self._stream, native.error_frame(error))
-        except (SessionOver, OSError):
-            pass
+            let_go(error)
+        except (SessionOver, OSError) as gone:
+            let_go(gone)
         except Exception as error:
             services.counters.internal_errors += 1
             log.internal_error(f"session of {self.instance} at {self._guest.client}", error)
@@ -323,6 +325,7 @@ class Control(Client):
                 self._admission.manager.lost(session, clock_ns())
             self._admission.settle()
             self._log(log.INFO, "session is over", reason=reason)
+            self._acts.over()
 
     # ---------------------------------------------------------------- what others tell it
 

@@ -30,6 +30,10 @@ class SessionOver(Exception):
     """The session's connection is to be closed; there is nothing to say to it."""
 
 
+def _nobody(what: object) -> None:
+    """Sends and counts for a session that is over."""
+
+
 class Acts:
     """Acts upon the messages of one session. What follows from it is carried out by `Admission.settle`, the caller's.
 
@@ -53,6 +57,10 @@ class Acts:
         self._manager = current().admission.manager
         self._queue = queue
         self._count = count
+
+    def over(self) -> None:
+        """The session has ended: it is not referred to any more, and is freed without the garbage collector."""
+        self._queue = self._count = _nobody
 
     def act(self, message: Any) -> None:
         """One message of the client.

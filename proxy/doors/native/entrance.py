@@ -16,7 +16,16 @@ from gevent import Timeout
 
 from proxy.doors.failures import wrong_secret
 from proxy.doors.secure import begin_tls, first_bytes, speaks_tls
-from proxy.errors import BadCredentials, ClientNotAllowed, HandshakeTimeout, NoPlaintext, PeerError, ProxyError, Refused
+from proxy.errors import (
+    BadCredentials,
+    ClientNotAllowed,
+    HandshakeTimeout,
+    NoPlaintext,
+    PeerError,
+    ProxyError,
+    Refused,
+    let_go,
+)
 from proxy.log import lines as log
 from proxy.model import Endpoint
 from proxy.net.conversation import farewell, receive, send_all, watch_over
@@ -71,11 +80,13 @@ def enter(
     except ProxyError as error:
         note_failure(services, door, number, entrance.claimed_instance, client, "", None, started, error)
         entrance.refuse(error)
+        let_go(error)
     except _Probe:
         services.counters.probes += 1
     except OSError as error:
         services.counters.refused.count("client_gone")
         log.note(log.Event.TLS, log.DEBUG, "a native client is gone before it was known", client=client, error=error)
+        let_go(error)
     except Exception as error:
         services.counters.internal_errors += 1
         log.internal_error(f"connection {number} of {client}", error)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import Final, NamedTuple
 
@@ -16,13 +17,13 @@ from proxy.doors.native.receiver_names import host_name, names_of
 from proxy.egress import upstream
 from proxy.egress.asking import wait_for_place
 from proxy.egress.bring_up import open_receiver
+from proxy.egress.claim import Claim
 from proxy.egress.office import Applicant
 from proxy.egress.pool import PoolKey
 from proxy.egress.receiver import InClear, Limits, Receiver, StaleSession, Wish, may_do_without
-from proxy.errors import BadCiphers, Draining, Overloaded, Step, UnknownPath, UpstreamError
+from proxy.errors import BadCiphers, Draining, Overloaded, Step, UnknownPath, UpstreamError, let_go
 from proxy.model import UNNAMED, Endpoint, TlsMode
 from proxy.net.contexts import Profile, client_context
-from proxy.net.tls import Stream
 from proxy.policy.certificates import Demand, Result, Tlsa
 from proxy.protocols.native import messages as m
 from proxy.protocols.native.auth import Peer
@@ -107,6 +108,7 @@ class Opener:
                 left -= 1
                 if not left or not try_next_destination(error):
                     raise
+                let_go(error)
         raise AssertionError("an OPEN has at least one destination")
 
     def _paths(self) -> tuple[Flow, ...]:
@@ -242,21 +244,8 @@ class Opener:
     ) -> Receiver:
         """A new connection, which has these places, or those of the connection in clear that took its turn."""
         services, limits = self._services, self._limits(left)
-        asked_with = places
-
-        def failed(stream: Stream) -> None:
-            nonlocal places
-            failed_with, places = places, None
-            services.keeper.close_early(stream, failed_with)
-
-        def once_more(error: UpstreamError) -> None:
-            nonlocal places, asked_with
-            if not isinstance(error, StaleSession):
-                services.broken_tls.failed(destination, error.reason, monotonic())
-            self._tell(source, destination, error)
-            seconds = limits.ends_at - monotonic()
-            places = asked_with = wait_for_place(services.admission, who, seconds)
-
+        again = partial(self._place_again, source, destination, who, limits.ends_at)
+        claim = Claim(services.keeper, places, again)
         services.gauges.outgoing += 1
         try:
             if limits.connect <= 0:
@@ -268,21 +257,31 @@ class Opener:
                 destination,
                 limits,
                 services.settings.idle_timeout,
-                failed,
-                once_more,
+                claim.failed,
+                claim.once_more,
                 services.tls_sessions,
             )
         except BaseException as error:
             services.gauges.outgoing -= 1
             if isinstance(error, UpstreamError) and error.smtp_reply is not None:
-                services.admission.replied(asked_with, error.smtp_reply)
-            services.admission.leave(places)
+                services.admission.replied(claim.asked_with, error.smtp_reply)
+            services.admission.leave(claim.places)
             if isinstance(error, Overloaded):
                 services.keeper.shed(1)
             raise
         services.counters.fresh += 1
-        receiver.place = places
+        receiver.place = claim.places
         return receiver
+
+    def _place_again(
+        self, source: str, destination: Endpoint, who: Applicant, ends_at: float, error: UpstreamError
+    ) -> Places | None:
+        """TLS failed, and is done without, or without what the receiver remembered; see `Claim`."""
+        services = self._services
+        if not isinstance(error, StaleSession):
+            services.broken_tls.failed(destination, error.reason, monotonic())
+        self._tell(source, destination, error)
+        return wait_for_place(services.admission, who, ends_at - monotonic())
 
     def _limits(self, left: int) -> Limits:
         """How the time that is left is spent, if `left` destinations are to be tried, the next one included."""

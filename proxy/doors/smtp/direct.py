@@ -7,6 +7,7 @@ handed what the other has left.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from time import monotonic
 from typing import Final
 
@@ -14,6 +15,7 @@ from proxy.doors.smtp.egress import Line, Preview, TlsAtOnce
 from proxy.egress import upstream
 from proxy.egress.asking import wait_for_place, wait_for_slot
 from proxy.egress.bring_up import BringUp, connect_receiver, open_receiver
+from proxy.egress.claim import Claim
 from proxy.egress.office import Applicant, Slot
 from proxy.egress.pool import PoolKey
 from proxy.egress.receiver import InClear, Limits, Receiver, StaleSession, Wish, may_do_without, may_try_again
@@ -21,7 +23,6 @@ from proxy.errors import Overloaded, Throttled, UpstreamError
 from proxy.log import lines as log
 from proxy.model import Discard, Endpoint, TlsMode
 from proxy.net.relay import RawSocket
-from proxy.net.tls import Stream
 from proxy.policy.access import place_within
 from proxy.policy.modes import Terms
 from proxy.services import Services
@@ -324,32 +325,27 @@ class Direct:
         timeout, idle = services.settings.connect_timeout, services.settings.idle_timeout
         wish = self._wish(name)._replace(tls=tls)
         limits = Limits(timeout, _ANSWER_WITHIN, ends_at)
-        asked_with = places
-
-        def failed(stream: Stream) -> None:
-            nonlocal places
-            failed_with, places = places, None
-            services.keeper.close_early(stream, failed_with)
-
-        def once_more(error: UpstreamError) -> None:
-            nonlocal places, asked_with
-            self._tries_again(error)
-            places = asked_with = self._enter(limits.ends_at - monotonic(), None)
-
-        def make() -> Receiver:
-            ends = terms.source, terms.destination
-            return open_receiver(services.engine, wish, *ends, limits, idle, failed, once_more, services.tls_sessions)
-
+        claim = Claim(services.keeper, places, partial(self._place_again, ends_at))
+        make = partial(
+            open_receiver,
+            *(services.engine, wish, terms.source, terms.destination, limits, idle),
+            *(claim.failed, claim.once_more, services.tls_sessions),
+        )
         try:
             receiver = self._had(make)
         except BaseException as error:
             if isinstance(error, UpstreamError) and error.smtp_reply is not None:
-                services.office.replied(asked_with, error.smtp_reply)
-            services.office.leave(places)
+                services.office.replied(claim.asked_with, error.smtp_reply)
+            services.office.leave(claim.places)
             raise
-        receiver.place = places
+        receiver.place = claim.places
         receiver.in_clear = receiver.in_clear or in_clear
         return self._line(receiver, name, tls, False)
+
+    def _place_again(self, ends_at: float, error: UpstreamError) -> Places | None:
+        """See `Claim`."""
+        self._tries_again(error)
+        return self._enter(ends_at - monotonic(), None)
 
     def _had(self, make: Callable[[], Receiver]) -> Receiver:
         services = self._services

@@ -12,7 +12,7 @@ from proxy.doors.smtp.books import Books
 from proxy.doors.smtp.egress import Line, TlsAtOnce
 from proxy.doors.smtp.holding import Holding
 from proxy.doors.smtp.wire import ClientGone, Wires
-from proxy.errors import ProxyError, Throttled
+from proxy.errors import ProxyError, Throttled, let_go
 from proxy.log import steps
 from proxy.net.apart import for_clients
 from proxy.net.conversation import shake_hands
@@ -125,6 +125,7 @@ class Errands:
         except ProxyError as failure:  # a name of its own: a compiler gives a variable one type
             self._books.step(f"has none: {failure}")
             self._failed(want, failure)
+            let_go(failure)
         finally:
             self._wires.end_errand()
             if want is Want.SLOT:

@@ -17,7 +17,7 @@ from proxy.doors.smtp.egress import Egress, Line, Preview, TlsAtOnce
 from proxy.doors.smtp.errands import Errands
 from proxy.doors.smtp.holding import Holding
 from proxy.doors.smtp.wire import ClientGone, End, Wires
-from proxy.errors import PeerError
+from proxy.errors import PeerError, let_go
 from proxy.log import lines as log
 from proxy.model import Ending
 from proxy.net.conversation import farewell, rest_for, send_all
@@ -106,16 +106,18 @@ class Visit:
                 self._mediator.client(early)
             self._converse()
             self._part()
-        except ClientGone:
-            broken = Ending.PROTOCOL_ERROR if self.breach is not None else Ending.CLIENT_RESET
-            self._client_gone(self._books.ending if self._wires.doom else broken)
-        except OSError:
-            self._client_gone(Ending.CLIENT_RESET)
+        except (ClientGone, OSError) as gone:
+            ending = Ending.PROTOCOL_ERROR if self.breach is not None else Ending.CLIENT_RESET
+            if self._wires.doom and isinstance(gone, ClientGone):
+                ending = self._books.ending
+            self._client_gone(ending)
+            let_go(gone)
         except Exception as error:
             self._books.ending = Ending.INTERNAL_ERROR
             self._services.counters.internal_errors += 1
             log.internal_error(f"connection {self._facts.number} of {self._facts.client}", error)
             self._holding.leave()
+            let_go(error)
         finally:
             self._holding.leave()
             del dialogues[self]
