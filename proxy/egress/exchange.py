@@ -7,8 +7,8 @@ from typing import Any, Final
 
 from proxy.model import Discard
 from proxy.net.alarm import TimeIsUp
-from proxy.net.relay import Engine
-from proxy.net.tls import Stream
+from proxy.net.relay import UNSURE, Engine
+from proxy.net.tls import PlainStream, Stream
 from proxy.net.turns import TurnOver
 
 _READ_SIZE: Final = 4096
@@ -23,7 +23,7 @@ class Exchange:
         over: called once, perhaps from within `begin`: None: all was said; else what came instead.
     """
 
-    __slots__ = ("_alarm", "_command", "_engine", "_over", "_receive", "_stream")
+    __slots__ = ("_alarm", "_command", "_engine", "_over", "_receive", "_stream", "_unsure")
 
     def __init__(
         self,
@@ -39,6 +39,7 @@ class Exchange:
         self._receive = receive
         self._over: Callable[[Discard | None], object] | None = over
         self._alarm: Any = None
+        self._unsure = False  # its end may have come, and no other event will tell
 
     def begin(self, seconds: float, look: bool = True) -> None:
         """Say the command; the answer has so long. Does not wait.
@@ -48,13 +49,15 @@ class Exchange:
         """
         self._engine.watch(self._stream.socket.fileno(), self._event)
         self._alarm = self._engine.alarms.start(seconds, self)
+        self._unsure = look
         self._guarded(self._go_on if look else self._say)
 
     def throw(self, up: TimeIsUp) -> None:
         """The deadline has passed."""
         self._end(Discard.TIMED_OUT)
 
-    def _event(self, _events: int) -> None:
+    def _event(self, events: int) -> None:
+        self._unsure = self._unsure or events & UNSURE != 0
         self._guarded(self._go_on)
 
     def _guarded(self, act: Callable[[], None]) -> None:
@@ -80,6 +83,8 @@ class Exchange:
             self._say()
         while self._over is not None:
             data = self._stream.recv(_READ_SIZE)
+            if self._unsure and isinstance(self._stream, PlainStream):
+                self._stream.drained = False
             if not data:
                 self._end(Discard.PEER_CLOSED)
             elif self._receive(data):

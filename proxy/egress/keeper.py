@@ -27,7 +27,7 @@ from proxy.egress.receiver import Receiver
 from proxy.model import Discard
 from proxy.net.addresses import own_addresses
 from proxy.net.alarm import TimeIsUp
-from proxy.net.conversation import receive, send_all
+from proxy.net.conversation import may_wait, receive, send_all
 from proxy.net.crew import Crew
 from proxy.net.relay import Engine
 from proxy.net.tls import Stream
@@ -129,21 +129,25 @@ class Keeper:
                 if reason is Discard.TIMED_OUT:  # so will the others that lead there: nobody shall wait for each
                     self._part(self._pool.remove_older(entry, reason))
             elif self._claimed(entry, receiver, claim):
-                self._engine.watch(receiver.stream.socket.fileno(), None)
+                self._engine.watch(receiver.stream.socket.fileno(), receiver.miss)
                 return receiver
             else:
                 self._pool.put_back(entry)
                 self._give_way(entry)
                 return None
 
-    def give(self, receiver: Receiver, key: PoolKey) -> None:
-        """Take a connection back; whether it is fit to be kept turns out behind the caller's back."""
+    def give(self, receiver: Receiver, key: PoolKey, look: bool = True) -> None:
+        """Take a connection back; whether it is fit to be kept turns out behind the caller's back.
+
+        Args:
+            look: see `Exchange.begin`.
+        """
         limits = receiver.place.throttles if receiver.place is not None else ()
         entry = Entry(
             receiver, key, receiver.opened_at, receiver.messages, receiver.mailmax, receiver.errors, limits=limits
         )
         self._cleaning += 1
-        self._clean(entry)
+        self._clean(entry, look)
 
     def decline(self, reason: Discard) -> None:
         """Count a connection that was offered and is not fit; the caller closes it."""
@@ -238,7 +242,7 @@ class Keeper:
 
     # ---------------------------------------------------------------- on the way in
 
-    def _clean(self, entry: Entry) -> None:
+    def _clean(self, entry: Entry, look: bool) -> None:
         """RSET, and the connection is idle; or it is closed."""
         rset = Rset()
         stream = _receiver(entry).stream
@@ -249,11 +253,12 @@ class Keeper:
         def over(reason: Discard | None) -> None:
             self._cleaned(entry, reason or rset.reason)
 
-        Exchange(self._engine, stream, rset.command, receive, over).begin(_RSET_SECONDS)
+        Exchange(self._engine, stream, rset.command, receive, over).begin(_RSET_SECONDS, look)
 
     def _cleaned(self, entry: Entry, reason: Discard | None) -> None:
         receiver = _receiver(entry)
-        reason = reason or _look(receiver)  # up to EAGAIN: whatever comes later makes an edge
+        if reason is None and not may_wait(receiver.stream):
+            reason = _look(receiver)  # up to EAGAIN: whatever comes later makes an edge
         self._cleaning -= 1
         if reason is not None:
             self.decline(reason)
@@ -270,6 +275,7 @@ class Keeper:
     def _claimed(self, entry: Entry, receiver: Receiver, claim: Callable[[Receiver], bool]) -> bool:
         """Whether the caller has it; it may have to wait for that, in a process that has to ask another one."""
         self._cleaning += 1
+        receiver.missed = False
         try:
             return claim(receiver)
         except BaseException:  # whoever asked is gone
@@ -355,6 +361,7 @@ class Keeper:
 
     def _idle_event(self, receiver: Receiver, _events: int) -> None:
         """An idle receiver has nothing to say: TLS's own messages are read, anything else is the end."""
+        receiver.missed = True
         reason = _look(receiver)
         if reason is not None and (discarded := self._pool.remove(receiver, reason)) is not None:
             self._part([discarded])

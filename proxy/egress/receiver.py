@@ -116,11 +116,12 @@ class Receiver:
         mailmax: MAIL commands that the receiver takes, if it said so.
         messages: MAIL commands over all its users. errors: replies 5xx over all of them.
         guarded: `guard` was called.
+        missed: something may have come of which no event will tell; see `miss`.
     """
 
     __slots__ = (
         *("destination", "errors", "greeting", "guarded", "hello", "idle_timeout", "in_clear", "local", "mailmax"),
-        *("messages", "opened_at", "place", "source", "stream", "tls"),
+        *("messages", "missed", "opened_at", "place", "source", "stream", "tls"),
     )
 
     def __init__(
@@ -148,6 +149,11 @@ class Receiver:
         self.errors = 0
         self.place = place
         self.guarded = False
+        self.missed = True
+
+    def miss(self, _events: int) -> None:
+        """An event that nobody acts upon: between the shelf and who watches from then on."""
+        self.missed = True
 
     def guard(self) -> None:
         """Have TCP watch over a dead peer (`relay.keep_alive`), once. For those that live long: it is five system

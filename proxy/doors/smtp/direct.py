@@ -22,6 +22,7 @@ from proxy.egress.receiver import InClear, Limits, Receiver, StaleSession, Wish,
 from proxy.errors import Overloaded, Throttled, UpstreamError
 from proxy.log import lines as log
 from proxy.model import Discard, Endpoint, TlsMode
+from proxy.net.conversation import may_wait
 from proxy.net.relay import RawSocket
 from proxy.policy.access import place_within
 from proxy.policy.modes import Terms
@@ -113,6 +114,7 @@ class Direct:
             self.refused(line, error.smtp_reply)
         else:
             line.greeting = held.receiver.greeting
+            held.receiver.missed = not may_wait(held.receiver.stream)
 
     def hello(self, line: Line, name: str) -> Line:
         """See `Egress`."""
@@ -201,7 +203,11 @@ class Direct:
         """See `Egress`."""
         self._services.keeper.keep(_held(line).receiver)
 
-    def give(self, line: Line) -> None:
+    def missed(self, line: Line) -> bool:
+        """See `Egress`."""
+        return _held(line).receiver.missed
+
+    def give(self, line: Line, look: bool = True) -> None:
         """See `Egress`."""
         key, receiver = _held(line).key, self._leaving(line)
         office = self._services.office
@@ -212,7 +218,7 @@ class Direct:
             self._services.keeper.decline(Discard.YIELDED)
             self._services.keeper.part(receiver, Discard.YIELDED)
         else:
-            self._services.keeper.give(receiver, key)
+            self._services.keeper.give(receiver, key, look)
 
     def part(self, line: Line, reason: Discard) -> None:
         """See `Egress`."""
@@ -398,6 +404,8 @@ class Direct:
             key: that of `name` and `tls`, if it is at hand.
         """
         services = self._services
+        if not reused:  # we have come from its reply, and have not waited since
+            receiver.missed = not may_wait(receiver.stream)
         if not reused and receiver.greeting is not None:
             services.acquaintances.met(self._terms.destination, tls, receiver.greeting, receiver.hello)
         if receiver.tls is not None and not reused:

@@ -191,8 +191,15 @@ class Egress(Protocol):
     def keep(self, line: Line) -> None:
         """The client goes on; `lend` is over. Does not wait."""
 
-    def give(self, line: Line) -> None:
-        """Nothing is in progress, and the tracker has found the line clean: it is for the next one. Does not wait."""
+    def missed(self, line: Line) -> bool:
+        """Whether something may have come from its receiver of which no event will tell. Does not wait."""
+
+    def give(self, line: Line, look: bool) -> None:
+        """Nothing is in progress, and the tracker has found the line clean: it is for the next one. Does not wait.
+
+        Args:
+            look: something may have come of which no event will tell.
+        """
 
     def part(self, line: Line, reason: Discard) -> None:
         """Nothing is in progress, but nobody else may have it: QUIT behind the client's back. Does not wait."""

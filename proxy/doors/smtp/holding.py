@@ -53,7 +53,7 @@ class Holding:
     def attach(self) -> None:
         """Watch it from now on."""
         assert self.line is not None
-        self._wires.attach(self.line.stream)
+        self._wires.attach(self.line.stream, self.egress.missed(self.line))
 
     def lose(self) -> None:
         """It is the egress's again, or no more."""
@@ -115,7 +115,8 @@ class Holding:
         if line is None:
             return
         mediator = self._mediator
-        tracker, verdict = mediator.tracker, mediator.verdict
+        tracker, verdict, receiver = mediator.tracker, mediator.verdict, self._wires.receiver
+        look = receiver is None or receiver.readable
         self._wires.detach()
         line.messages, line.errors = tracker.mails, tracker.errors
         self._books.count(tracker, mediator.in_vain)
@@ -126,6 +127,6 @@ class Holding:
             self.egress.drop(line, verdict in _DIRTY)
         elif verdict is None and line.shared and line.hello:
             self.kept = True
-            self.egress.give(line)
+            self.egress.give(line, look)
         else:
             self.egress.part(line, verdict or Discard.NOT_OFFERED)

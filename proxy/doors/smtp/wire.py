@@ -186,10 +186,10 @@ class Wires:
             return True
         return receiver is not None and (receiver.readable or receiver.blocked)
 
-    def attach(self, stream: LineStream) -> None:
-        """A receiver, from now on; its events of before may have gone by."""
+    def attach(self, stream: LineStream, missed: bool) -> None:
+        """A receiver, from now on; for `missed` see `End.watch`."""
         self.receiver = End(self.engine, stream, self._happened)
-        self.receiver.watch()
+        self.receiver.watch(missed)
 
     def detach(self) -> None:
         """No receiver any more; whoever has its socket now does as it likes with it."""
