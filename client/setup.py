@@ -26,6 +26,7 @@ SHARED = (
     "protocols/native/session_messages.py",
     "protocols/smtp/__init__.py",
     "protocols/smtp/dialogue.py",
+    "protocols/smtp/octets.py",
     "throttling/__init__.py",
     "throttling/lease.py",
     "throttling/many.py",

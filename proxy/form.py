@@ -39,9 +39,9 @@ def choose() -> None:
 
 def core_name() -> str:
     """Which core runs: `compiled` or `python`; for --version."""
-    from proxy.throttling import throttle  # late: what runs is chosen before anything is loaded
+    from proxy import spans  # late: what runs is chosen before anything is loaded
 
-    return _form(throttle)
+    return _form(spans)
 
 
 def _form(module: ModuleType) -> str:

@@ -33,7 +33,7 @@ HOUSE = {
     "policy": "vocabulary protocols",
     "config": "vocabulary protocols policy",
     "log": "vocabulary",
-    "form": "throttling",
+    "form": "vocabulary",
     "net": "vocabulary protocols policy log",
     "store": "vocabulary policy log net",
     "egress": f"{_PURE_ROOMS} log net store",
@@ -221,6 +221,19 @@ def test_each_folder_opens_with_its_contract() -> None:
         contract = (ast.get_docstring(tree) or "").splitlines()
         assert 5 <= len(contract) <= 15, folder
         assert len(tree.body) == 1, f"{folder} exports something"
+
+
+def test_what_the_library_brings_along_of_the_program_is_whole() -> None:
+    """`client/setup.py` says what is copied. What that and the library import is among it, or no package is made."""
+    assigned = [
+        node for node in ast.parse((ROOT / "client" / "setup.py").read_text()).body if isinstance(node, ast.Assign)
+    ]
+    (shared,) = [ast.literal_eval(node.value) for node in assigned if ast.unparse(node.targets[0]) == "SHARED"]
+    modules = {f"proxy.{name}".replace("/", ".").removesuffix(".py").removesuffix(".__init__") for name in shared}
+    assert modules <= MODULES
+    there = [source for module, source in SOURCES.items() if module in modules or room_of(module) == CLIENT]
+    wanted = {found.name for source in there for found in imports_of(source, MODULES)} & (MODULES - {"proxy"})
+    assert {name for name in wanted if room_of(name) != CLIENT} - modules == set()
 
 
 @pytest.mark.parametrize("folders", [False, True], ids=["files", "folders"])
