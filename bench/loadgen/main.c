@@ -378,7 +378,7 @@ static void ask_on_timetable(void)
 {
     double due = now();
     for (int at = 0; now() < end_time;) {
-        for (; now() >= due; due += 1 / opt.rate, at = (at + 1) % opt.connections) {
+        for (; now() >= due && due < end_time; due += 1 / opt.rate, at = (at + 1) % opt.connections) {
             if (sessions[at].step == PARKED)
                 session_ask(&sessions[at], due);
             else

@@ -28,9 +28,10 @@ _FEW = ("--connections", "5")
 _PATTERNS = {
     "one message each": ("load", *_FEW, "--sessions", "20"),
     "several, pipelined": ("load", *_FEW, "--sessions", "10", "--messages", "3", "--pipelining", "--bytes", "0"),
-    "on a timetable": ("load", *_FEW, "--sessions", "10", "--rate", "500"),
+    # As many connections as sessions or questions: none finds all of them busy, however late this machine is.
+    "on a timetable": ("load", "--connections", "10", "--sessions", "10", "--rate", "500"),
     "questions": ("pingpong", *_FEW, "--seconds", "0.1"),
-    "questions on a timetable": ("pingpong", *_FEW, "--seconds", "0.1", "--rate", "200"),
+    "questions on a timetable": ("pingpong", "--connections", "25", "--seconds", "0.1", "--rate", "200"),
     "bulk up": ("bulk", *_FEW, "--megabytes", "5"),
     "bulk down": ("bulk", *_FEW, "--megabytes", "5", "--download"),
     "idle": ("idle", *_FEW, "--seconds", "0.1"),
