@@ -28,6 +28,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "proxy" / "__init__.py").re
 TWINS = {
     "proxy.net._fastframes": "proxy/net/_fastframes.pyx",  # the relay imports it
     "proxy.net._fastrelay": "proxy/net/_fastrelay.pyx",
+    "proxy.net._fastsockets": "proxy/net/_fastsockets.pyx",
     "proxy.protocols.smtp._fastdots": "proxy/protocols/smtp/_fastdots.pyx",
 }
 #: Folders of the typed core, what else each session passes through, and what of all that stays Python code.

@@ -19,7 +19,7 @@ from proxy.log import lines as log
 from proxy.log import steps
 from proxy.model import Ending, Endpoint, Handshake
 from proxy.net.conversation import farewell, receive, send_all
-from proxy.net.relay import UNSURE, RawSocket
+from proxy.net.relay import ANY, HEARD, UNSURE, RawSocket
 from proxy.net.tls import PlainStream, Stream, TlsStream
 from proxy.net.turns import TurnOver
 from proxy.numbering import numbers
@@ -87,13 +87,12 @@ class Visit:
     def read(self) -> bytes:
         """The client's next bytes; b"" at the end of the file.
 
-        Waits before it reads, unless events went by: the socket is registered anyway, and one way in is simpler than
-        two. It saves nothing where the first bytes come with the connection (on loopback, 19 times in 20).
+        Waits before it reads, unless events went by: the socket is registered anyway.
         """
         if self.stream is not None:
             return receive(self.services.engine, self.stream, _READ_SIZE)
         while True:
-            if not self.missed and self._wait() & UNSURE:
+            if not self.missed and self._wait(HEARD) & UNSURE:
                 self.missed = True  # no other event will tell of the end
             try:
                 data = self.socket.recv(_READ_SIZE)
@@ -103,6 +102,19 @@ class Visit:
             if len(data) == _READ_SIZE:
                 self.missed = True
             return data
+
+    def first_words(self) -> bytes | None:
+        """What has come with the connection, before any event of it is seen; None: nothing yet, b"": its end.
+
+        No event is missed by that: the first one is still to come, and tells what there is by then.
+        """
+        try:
+            data = self.socket.recv(_READ_SIZE)
+        except BlockingIOError:
+            return None
+        if len(data) == _READ_SIZE:
+            self.missed = True
+        return data
 
     def write(self, data: bytes) -> bool:
         """Send all of it; whether that took a wait."""
@@ -119,12 +131,13 @@ class Visit:
                 waited = self.missed = True
         return waited
 
-    def _wait(self) -> int:
-        return self.services.engine.wait(self.socket.fileno())
+    def _wait(self, wanted: int = ANY) -> int:
+        return self.services.engine.wait(self.socket.fileno(), wanted)
 
-    def miss(self, _events: int) -> None:
+    def miss(self, events: int) -> None:
         """An event of the client that nobody acts upon now."""
-        self.missed = True
+        if events & HEARD:
+            self.missed = True
 
     def while_client_stays(self, half_closed: float) -> Presence:
         """See `Presence`.

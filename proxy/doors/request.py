@@ -19,7 +19,7 @@ from proxy.doors.secure import begin_tls, first_bytes
 from proxy.errors import BadCredentials, ClientNotAllowed, HandshakeTimeout, PeerError
 from proxy.model import Accepted, BindSource, Connect, Endpoint, Event, Handshake, HealthCheck, Login
 from proxy.net import redirect
-from proxy.net.alarm import TimeIsUp
+from proxy.net.alarm import Alarm, TimeIsUp
 from proxy.net.conversation import watch_over
 from proxy.policy.certificates import client_names
 from proxy.protocols.proxy_protocol import ProxyProtocol
@@ -55,21 +55,28 @@ HANDSHAKES: dict[str, Callable[[Visit], Handshake]] = {
 
 def greet(visit: Visit) -> Connect | None:
     """TLS if the door has it, and read until the request is there; None for a health check. One deadline covers all
-    of it."""
-    services = visit.services
-    watch_over(services.engine, visit.socket)
-    services.newcomers.enter(visit, visit.socket, visit.client.host)
-    alarm = services.engine.alarms.start(services.settings.auth_timeout)
+    of it, from the first moment in which something has to be waited for.
+
+    Most clients of the PROXY protocol have said all of it by the time they are let in; so that is looked for first.
+    """
+    watch_over(visit.services.engine, visit.socket)
     first = b""
     handshake: Handshake | None = None
+    alarm: Alarm | None = None
     try:
-        if visit.door.secure and not _begin_tls(visit):
-            return None
+        if visit.door.secure:
+            alarm = _begin_to_wait(visit)
+            if not _begin_tls(visit):
+                return None
         handshake = visit.handshake = HANDSHAKES[visit.door.protocol](visit)
         while True:
             event = handshake.next_event()
             if event is None:
-                data = visit.read()
+                data = visit.first_words() if alarm is None and not first else None
+                if data is None:
+                    if alarm is None:
+                        alarm = _begin_to_wait(visit)
+                    data = visit.read()
                 if data:
                     first = first or data
                     handshake.receive(data)
@@ -82,6 +89,8 @@ def greet(visit: Visit) -> Connect | None:
             elif event.__class__ is HealthCheck:
                 return None
             else:
+                if alarm is None:
+                    alarm = _begin_to_wait(visit)
                 visit.write(handshake.send(_verdict(visit, event)))
     except TimeIsUp as fired:
         if fired.alarm is not alarm:
@@ -94,7 +103,15 @@ def greet(visit: Visit) -> Connect | None:
             raise
         raise PeerError(f"{error}{hint}") from None
     finally:
-        alarm.cancel()
+        if alarm is not None:
+            alarm.cancel()
+
+
+def _begin_to_wait(visit: Visit) -> Alarm:
+    """For a client that is a newcomer until its request is there."""
+    services = visit.services
+    services.newcomers.enter(visit, visit.socket, visit.client.host)
+    return services.engine.alarms.start(services.settings.auth_timeout)
 
 
 def _begin_tls(visit: Visit) -> bool:

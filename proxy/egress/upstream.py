@@ -8,38 +8,25 @@ from __future__ import annotations
 
 import errno
 import os
-from _socket import (
-    AF_INET,
-    AF_INET6,
-    IPPROTO_IP,
-    IPPROTO_TCP,
-    SOCK_CLOEXEC,
-    SOCK_DGRAM,
-    SOCK_NONBLOCK,
-    SOCK_STREAM,
-    SOL_SOCKET,
-)
+from _socket import SOCK_CLOEXEC, SOCK_DGRAM
 from collections.abc import Callable
 from functools import lru_cache
 from select import EPOLLERR, EPOLLHUP, EPOLLOUT
-from socket import SO_OOBINLINE
 from time import monotonic
 from typing import Final
 
-from proxy.errors import Overloaded, SourceMissing, Step, UpstreamError
+from proxy.errors import Overloaded, ProxyError, SourceMissing, Step, UpstreamError
 from proxy.model import Endpoint
 from proxy.net.addresses import own_addresses
 from proxy.net.alarm import TimeIsUp
 from proxy.net.conversation import watch_over
-from proxy.net.relay import TCP_NODELAY, Engine, RawSocket
+from proxy.net.relay import Engine, RawSocket
+from proxy.net.sockets import family_of, outgoing
 from proxy.policy.access import Access
 from proxy.spans import SPANS
 
 #: A client's connect takes no longer, whatever time it has: a receiver that is not there is to be told of.
 LONGEST_CONNECT: Final = 50.0
-#: Linux: choose the local port at connect, not at bind: 28,000 connections a source and peer, not 28,000 a source.
-_IP_BIND_ADDRESS_NO_PORT: Final = 24
-_STREAM: Final = SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC
 _CONNECTED_OR_NOT: Final = EPOLLOUT | EPOLLERR | EPOLLHUP
 _ANY_PORT: Final = 9  # where nothing is sent to
 _OUT_OF_DESCRIPTORS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
@@ -56,11 +43,11 @@ def bind(source: str) -> RawSocket:
         UpstreamError: step `bind`; it may not be used.
         Overloaded: no descriptor or memory for one more socket.
     """
-    sock = _open(AF_INET6 if ":" in source else AF_INET, _STREAM)
     try:
-        sock.setsockopt(IPPROTO_TCP, TCP_NODELAY, 1)
-        sock.setsockopt(SOL_SOCKET, SO_OOBINLINE, 1)
-        sock.setsockopt(IPPROTO_IP, _IP_BIND_ADDRESS_NO_PORT, 1)
+        sock = outgoing(family_of(source))
+    except OSError as error:
+        raise _no_socket(error, Step.BIND) from None
+    try:
         sock.bind((source, 0))
     except OSError as error:
         sock.close()
@@ -156,7 +143,10 @@ def system_source(destination: Endpoint) -> str:
         UpstreamError: step `connect`; there is no route.
         Overloaded: no descriptor.
     """
-    sock = _open(AF_INET6 if destination.is_ipv6 else AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, Step.CONNECT)
+    try:
+        sock = RawSocket(family_of(destination.host), SOCK_DGRAM | SOCK_CLOEXEC, 0)
+    except OSError as error:
+        raise _no_socket(error, Step.CONNECT) from None
     try:
         sock.connect(destination)
         host: str = sock.getsockname()[0]
@@ -204,11 +194,7 @@ def _route(host: str, _second: int) -> str:
     return system_source(Endpoint(host, _ANY_PORT))
 
 
-def _open(family: int, kind: int, step: Step = Step.BIND) -> RawSocket:
-    try:
-        return RawSocket(family, kind, 0)
-    except OSError as error:
-        if error.errno in _OUT_OF_DESCRIPTORS:
-            raise Overloaded(f"no outgoing socket: {os.strerror(error.errno or 0)}") from None
-        number = error.errno or 0
-        raise UpstreamError(f"no outgoing socket: {os.strerror(number)}", step, number) from None
+def _no_socket(error: OSError, step: Step) -> ProxyError:
+    number = error.errno or 0
+    text = f"no outgoing socket: {os.strerror(number)}"
+    return Overloaded(text) if number in _OUT_OF_DESCRIPTORS else UpstreamError(text, step, number)

@@ -44,6 +44,7 @@ cdef extern from *:
     #define RELAY_CLOSING (EPOLLERR | EPOLLHUP | EPOLLRDHUP)
     #define RELAY_URGENT EPOLLPRI
     #define RELAY_UNSURE (RELAY_CLOSING | EPOLLPRI)
+    #define RELAY_ANY 0xFFFFFFFFu
     #define RELAY_REGISTERED (EPOLLIN | EPOLLOUT | EPOLLRDHUP | EPOLLPRI | EPOLLET)
     #define RELAY_SPLICE_FLAGS (SPLICE_F_MOVE | SPLICE_F_NONBLOCK)
 
@@ -83,7 +84,7 @@ cdef extern from *:
     }
     """
     unsigned RELAY_IN, RELAY_OUT, RELAY_ERR, RELAY_DEAD, RELAY_CLOSING, RELAY_RDHUP, RELAY_REGISTERED, RELAY_SPLICE_FLAGS
-    unsigned RELAY_URGENT, RELAY_UNSURE
+    unsigned RELAY_URGENT, RELAY_UNSURE, RELAY_ANY
     int EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, MSG_MORE, MSG_NOSIGNAL, SHUT_WR, O_NONBLOCK, O_CLOEXEC, F_SETPIPE_SZ
     ctypedef union epoll_data_t:
         int fd
@@ -182,6 +183,7 @@ cdef struct Pair:
 
 cdef struct Slot:
     PyObject *callback  # a reference of ours
+    unsigned wanted  # the callback's events
     Half *half
 
 
@@ -262,12 +264,13 @@ cdef class Engine:
         if epoll_ctl(self._epoll, EPOLL_CTL_ADD, fd, &event) < 0:
             raise _os_error()
 
-    def wait(self, int fd):
+    def wait(self, int fd, unsigned wanted=RELAY_ANY):
         if fd < 0:
             raise OSError(EBADF, os.strerror(EBADF))
         self._check(fd)
         switch = getcurrent().switch
         self._set_callback(fd, switch)
+        self._table[fd].wanted = wanted
         try:
             events = self._hub_switch()
             return events if type(events) is int else 0
@@ -333,6 +336,7 @@ cdef class Engine:
         else:
             Py_INCREF(callback)
             self._table[fd].callback = <PyObject *> callback
+            self._table[fd].wanted = RELAY_ANY
         Py_XDECREF(before)  # last: it may run any code
 
     def shortcut(self, transfer, link):
@@ -490,7 +494,7 @@ cdef class Engine:
             events = self._events[i].events
             if self._table[fd].half != NULL:
                 self._on_event(self._table[fd].half, events)
-            elif self._table[fd].callback != NULL:
+            elif self._table[fd].callback != NULL and events & self._table[fd].wanted:
                 callback = <object> self._table[fd].callback
                 try:
                     callback(<int> events)

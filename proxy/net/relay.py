@@ -61,6 +61,7 @@ from proxy.net.alarm import Alarms
 from proxy.net.peer import has_gone
 
 __all__ = [
+    "ANY",
     "GONE",
     "HEARD",
     "IPPROTO_TCP",
@@ -88,6 +89,8 @@ GONE = _CLOSING
 UNSURE = _CLOSING | _URGENT
 #: Events after which there may be something to read; without any of them there is only room for more to be sent.
 HEARD = _IN | UNSURE
+#: For `Engine.wait`.
+ANY = 0xFFFFFFFF
 
 _LINGER_RESET = struct.pack("ii", 1, 0)
 _CLOSED = b""  # as `Half.pending`: not None, so nothing is read any more; empty, so nothing is written
@@ -265,8 +268,11 @@ class Engine:
             table.extend([None] * (fd + 64 - len(table)))
         self._epoll.register(fd, _REGISTERED)
 
-    def wait(self, fd: int) -> int:
+    def wait(self, fd: int, wanted: int = ANY) -> int:
         """Let others run until an event comes for a registered `fd`.
+
+        Args:
+            wanted: events; one with none of these is passed over.
 
         Returns:
             The epoll events; perhaps spurious, so try, then wait, in a loop.
@@ -279,8 +285,12 @@ class Engine:
         table = self._table
         switch = table[fd] = getcurrent().switch
         try:
-            events = self._hub_switch()
-            return events if events.__class__ is int else 0
+            while True:
+                events = self._hub_switch()
+                if events.__class__ is not int:
+                    return 0
+                if events & wanted:
+                    return events
         finally:
             if table[fd] is switch:  # else the socket was closed meanwhile, and the number may be another's
                 table[fd] = None

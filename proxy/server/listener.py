@@ -11,7 +11,6 @@ import errno
 import os
 import socket
 import sys
-from _socket import SOCK_STREAM
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Final
@@ -21,6 +20,7 @@ from gevent import get_hub
 from proxy.errors import ProxyError
 from proxy.model import Endpoint, canonical_ip
 from proxy.net.relay import IPPROTO_TCP, TCP_NODELAY, RawSocket, keep_alive
+from proxy.net.sockets import Accept, accept
 from proxy.services import Door
 
 _BACKLOG: Final = 4096
@@ -125,6 +125,7 @@ class Listener:
 
     Attributes:
         spare: gives descriptors that are held back, if this listener may have one of them when there is no other.
+        take: lets one client in, as `sockets.Accept`.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class Listener:
         self.closed = False
         self.spare: Callable[[], AbstractContextManager[None]] | None = None
         self.loop: Any = get_hub().loop
-        self._family = int(sock.family)
+        self.take: Accept = accept
         self._admit = admit
         self._accept_failed = accept_failed
         self._watcher: Any = None  # while we accept
@@ -199,8 +200,8 @@ class Listener:
         except Exception:  # a bug of ours: it must not cost the watcher
             self.loop.handle_error(self, *sys.exc_info())
 
-    def accept(self) -> tuple[int, tuple[Any, ...]] | None:
-        """One connection, its descriptor and its address; None when there is none, or after an error."""
+    def accept(self) -> tuple[RawSocket, tuple[Any, ...]] | None:
+        """One connection, its socket and its address; None when there is none, or after an error."""
         for left in range(_FAILURES_A_TURN - 1, -1, -1):
             try:
                 accepted = self._accept()
@@ -215,19 +216,16 @@ class Listener:
                 return None
         raise AssertionError("the last failure backs off")
 
-    def _accept(self) -> tuple[int, tuple[Any, ...]]:
-        accept: Callable[[], tuple[int, tuple[Any, ...]]] = self.socket._accept
+    def _accept(self) -> tuple[RawSocket, tuple[Any, ...]]:
         try:
-            return accept()
+            return self.take(self.socket)
         except OSError as error:
             if self.spare is None or error.errno not in (errno.EMFILE, errno.ENFILE):
                 raise
         with self.spare():
-            return accept()
+            return self.take(self.socket)
 
-    def _hand_over(self, fd: int, address: tuple[Any, ...]) -> None:
-        sock = RawSocket(self._family, SOCK_STREAM, 0, fd)
-        sock.setblocking(False)
+    def _hand_over(self, sock: RawSocket, address: tuple[Any, ...]) -> None:
         if not self._admit(self, sock, address):
             self._back_off(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
 

@@ -70,6 +70,7 @@ def copy() -> Iterator[Instrumented]:
     "arguments",
     [
         ("tests/loopback/net/test_relay.py", "-k", "compiled"),
+        ("tests/loopback/net/test_sockets.py", "-k", "compiled"),
         ("tests/fuzz", "-k", "compiled or twins"),
         ("tests/unit/protocols/smtp/test_dots.py", "-k", "longer or business"),
         ("tests/loopback/doors",),

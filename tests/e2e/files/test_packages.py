@@ -140,7 +140,9 @@ def test_the_source_distribution_holds_what_one_needs(program: tuple[Path, Path,
     tracked = {name for name in tracked if (ROOT / name).is_file()}
     assert tracked - found == set()
     assert [
-        name for name in found if name.endswith((".so", ".pyc", "_fastframes.c", "_fastrelay.c", "_fastdots.c"))
+        name
+        for name in found
+        if name.endswith((".so", ".pyc", "_fastframes.c", "_fastrelay.c", "_fastsockets.c", "_fastdots.c"))
     ] == []
 
 
@@ -148,7 +150,7 @@ def test_the_wheel_of_the_source_distribution_has_the_compiled_relay(
     program: tuple[Path, Path, str], tmp_path: Path
 ) -> None:
     wheel = program[1]
-    for twin in ("_fastframes", "_fastrelay"):
+    for twin in ("_fastframes", "_fastrelay", "_fastsockets"):
         assert [name for name in names(wheel) if name.startswith(f"proxy/net/{twin}.") and name.endswith(".so")]
     assert {name.split("/")[0].split(".")[0] for name in names(wheel) if not name.startswith("greenarrow_proxy-")} == {
         "proxy",
@@ -175,7 +177,12 @@ def test_a_wheel_without_a_compiler_says_so(checkout: Path, builder: Path, tmp_p
     copy = tmp_path / "copy"
     shutil.copytree(checkout, copy)
     wheel, said = wheel_of(copy, tmp_path, builder, CC="/nonexistent/cc")
-    for name in ("proxy.net._fastframes", "proxy.net._fastrelay", "greenarrow_proxy_core__mypyc"):
+    for name in (
+        "proxy.net._fastframes",
+        "proxy.net._fastrelay",
+        "proxy.net._fastsockets",
+        "greenarrow_proxy_core__mypyc",
+    ):
         assert f"warning: {name} was not compiled: Python code will run in its place" in said
     assert not [name for name in names(wheel) if name.endswith(".so")]
 

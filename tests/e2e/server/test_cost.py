@@ -45,12 +45,14 @@ SHARED = {
     *("futex", "restart_syscall", "mmap", "munmap", "brk"),
 }
 
-#: System calls of a session that has no mail: accept4, getsockname and ioctl to make a Python socket of it, epoll_ctl,
-#: recvfrom the request; socket, 3 setsockopt, bind, connect, epoll_ctl; the greeting read and sent; the end read,
-#: shutdown, the other end read; 2 close: 19. What the program does each second is spread over them.
+#: System calls of a session that has no mail: accept4, getsockname and ioctl to make a Python socket of it (C asks
+#: neither), epoll_ctl, recvfrom the request; socket, 3 setsockopt, bind, connect, epoll_ctl; the greeting read, and
+#: sent; the end read, shutdown, the other end read; 2 close: 19, and 17 compiled. What the program does each second is
+#: spread over them, and a client whose request is not there when it is let in costs a read more.
 #: (One setsockopt is for SO_OOBINLINE: without it a receiver's urgent byte is lost.) SOCKS5 has three requests more, a
 #: reply to each of the four, and asks for the port that it tells.
 BOUND = {"proxy_v2": 20, "socks5": 20 + 3 + 4 + 1}
+OF_A_PYTHON_SOCKET = {"python": 0, "compiled": -2}
 #: The same of a session of mode smtp with one message of 20 KB. On a connection of its own: accept4, getsockname and
 #: ioctl, epoll_ctl, the request; socket, 3 setsockopt, bind, connect, epoll_ctl, its port asked for; 6 reads of the
 #: client and 7 of the receiver, 6 writes to the client and 7 to the receiver; shutdown, the client's end read, 2 close:
@@ -144,7 +146,7 @@ def test_system_calls_of_a_session_and_of_a_step(engine: str, door: str, tmp_pat
     session = sum(bare.values()) / SESSIONS
     step = (sum(talk.values()) - sum(bare.values())) / SESSIONS / EXCHANGES / 2
     print(f"\n{engine}, {door}: {session:.1f} system calls a session, {step:.2f} a step, {bare}")
-    assert session <= BOUND[door], bare
+    assert session <= BOUND[door] + OF_A_PYTHON_SOCKET[engine], bare
     assert step <= BOUND_STEP, talk
 
 

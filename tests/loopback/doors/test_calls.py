@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -28,12 +29,15 @@ from tests.loopback.net.relays import tcp_pair, until
 
 PROGRAM = str(Path(proxy.__file__).parent) + os.sep
 #: Where it is not compiled it has calls of its own.
-ENGINE = PROGRAM + "net/relay.py"
+ENGINE = "net/relay.py:"
+WAIT = ENGINE + "Engine.wait"
 pytestmark = pytest.mark.only_python("compiled functions are not counted")
 
-#: From the accepted socket to the hand-over to the relay: 58 and 88, and two wake-ups for nothing. SOCKS5 has four
-#: requests, a password and a BIND.
-BOUND = {"proxy_protocol": 60, "socks5": 90}
+#: From the accepted socket to the hand-over to the relay: 63 and 93 where the client's words have to be waited for, 2
+#: for wake-ups for nothing. SOCKS5 has four requests, a password and a BIND.
+BOUND = {"proxy_protocol": 65, "socks5": 95}
+#: The same where they are there already: 52 and 93, since SOCKS5 does more than connect.
+AT_HAND = {"proxy_protocol": 54, "socks5": 95}
 
 
 @pytest.fixture
@@ -56,13 +60,17 @@ def request(protocol: str, mx: Any) -> bytes:
     return clients.WITH_PASSWORD + clients.login() + clients.bind_request(SOURCE) + clients.connect_request(mx)
 
 
-def calls_of_a_session(house: House, protocol: str, mx: Any) -> Counter[str]:
-    """The program's functions that are called in the greenlet of one client, by name, up to the relay."""
+def calls_of_a_session(house: House, protocol: str, mx: Any, with_its_words: bool = False) -> Counter[str]:
+    """The program's functions that are called in the greenlet of one client, by name, up to the relay.
+
+    Args:
+        with_its_words: the client's request is there when it is let in.
+    """
     counted: Counter[str] = Counter()
 
     def count(frame: FrameType, event: str, _: object) -> None:
         file = frame.f_code.co_filename
-        if event == "call" and file.startswith(PROGRAM) and file != ENGINE:
+        if event == "call" and file.startswith(PROGRAM):
             counted[f"{file.removeprefix(PROGRAM)}:{frame.f_code.co_qualname}"] += 1
 
     def serve(*arguments: Any) -> None:
@@ -73,8 +81,13 @@ def calls_of_a_session(house: House, protocol: str, mx: Any) -> Counter[str]:
             sys.setprofile(None)
 
     client, ours = tcp_pair()
+    if with_its_words:
+        client.sendall(request(protocol, mx))
+        until(lambda: ours.recv(1000, socket.MSG_PEEK) == request(protocol, mx), what="it is there")
     house.services.crew.run(serve, house.services, house.doors[protocol], ours, ("127.0.0.1", 9))
-    client.sendall(request(protocol, mx))
+    if not with_its_words:
+        until(lambda: house.services.newcomers, what="it is waited for")
+        client.sendall(request(protocol, mx))
     until(lambda: house.services.engine.pairs == 1, what="it is relayed")
     client.close()
     house.wait_empty()
@@ -87,6 +100,19 @@ def test_calls_of_a_set_up(protocol: str, mx: Any) -> None:
         calls_of_a_session(house, protocol, mx)  # what is remembered is asked for once
         # The one with the fewest: a busy machine wakes it for nothing more often.
         counted = min((calls_of_a_session(house, protocol, mx) for _ in range(5)), key=Counter.total)
+    counted = Counter({name: calls for name, calls in counted.items() if not name.startswith(ENGINE)})
     total = counted.total()
     print(f"\n{protocol}: {total} calls, {counted.most_common()}")
     assert 0 < total <= BOUND[protocol], counted.most_common()
+
+
+@pytest.mark.parametrize("protocol", BOUND)
+def test_a_request_that_is_there_already_is_not_waited_for(protocol: str, mx: Any) -> None:
+    """Neither in a switch of greenlets, nor with an alarm, nor among the newcomers: only the connect is."""
+    with opened() as house:
+        late = min((calls_of_a_session(house, protocol, mx) for _ in range(5)), key=lambda counted: counted[WAIT])
+        at_hand = calls_of_a_session(house, protocol, mx, with_its_words=True)
+    assert (late[WAIT], at_hand[WAIT]) == (2, 1), (late, at_hand)
+    total = sum(calls for name, calls in at_hand.items() if not name.startswith(ENGINE))
+    print(f"\n{protocol}: {total} calls")
+    assert 0 < total <= AT_HAND[protocol], at_hand.most_common()

@@ -18,6 +18,7 @@ from proxy.log import lines as log
 from proxy.model import Endpoint, hold_breath
 from proxy.net import conversation
 from proxy.net.newcomers import Newcomers
+from proxy.net.peer import has_gone
 from proxy.server.server import Server
 from proxy.services import Door
 from tests import clients, program
@@ -124,12 +125,58 @@ def test_a_session_is_counted_and_leaves_nothing(house, mx, protocol):
     assert (dict(counters.refused), dict(counters.failed), counters.internal_errors) == ({}, {}, 0)
 
 
+def serve_what_was_said(house, protocol, words):
+    """A client whose words are there before anybody looks."""
+    client, ours = tcp_pair()
+    client.sendall(words)
+    until(lambda: ours.recv(len(words), socket.MSG_PEEK) == words, what="they are there")
+    house.services.crew.run(front.serve, house.services, house.doors[protocol], ours, ("127.0.0.1", 9))
+    return client
+
+
+@pytest.mark.parametrize("protocol", REQUESTS)
+def test_a_request_that_is_there_already(house, mx, protocol):
+    """With what the client says next behind it, in one piece or cut anywhere."""
+    request = REQUESTS[protocol](mx)
+    whole = serve_what_was_said(house, protocol, request + b"EHLO early\r\n")
+    said = clients.exactly(whole, (22 if protocol == "socks5" else 8) + 12)
+    assert said.endswith(b"220 mx\r\nEHLO early\r\n")
+    whole.close()
+    for cut in (1, len(request) // 2, len(request) - 1):
+        client = serve_what_was_said(house, protocol, request[:cut])
+        until(lambda: house.services.newcomers, what="the rest is waited for")
+        talk_on(client, protocol, request[cut:])
+    house.wait_empty()
+    assert dict(house.services.counters.refused) == {}
+
+
+def talk_on(client, protocol, rest):
+    client.sendall(rest)
+    assert clients.exactly(client, 22 if protocol == "socks5" else 8).endswith(b"220 mx\r\n")
+    client.close()
+
+
+def test_the_wrong_protocol_that_is_there_already_is_named(house):
+    client = serve_what_was_said(house, "proxy_protocol", clients.WITH_PASSWORD)
+    assert b"; it looks like " in read_all(client)
+    client.close()
+
+
+def test_gone_before_it_was_looked_at(house):
+    client, ours = tcp_pair()
+    client.close()
+    until(lambda: has_gone(ours), what="the end is there")
+    house.services.crew.run(front.serve, house.services, house.doors["proxy_protocol"], ours, ("127.0.0.1", 9))
+    until(lambda: house.services.counters.probes == 1, what="a probe")
+    house.wait_empty()
+
+
 @pytest.mark.parametrize("protocol", REQUESTS)
 def test_a_mistake_of_ours_costs_one_connection(house, mx, protocol):
     other = house.dial(protocol)
     gc.collect()
     before = open_descriptors()
-    with mock.patch.object(upstream, "RawSocket", side_effect=ZeroDivisionError("a bug")):
+    with mock.patch.object(upstream, "outgoing", side_effect=ZeroDivisionError("a bug")):
         client = house.dial(protocol)
         client.sendall(REQUESTS[protocol](mx))
         with contextlib.suppress(ConnectionResetError):
@@ -246,7 +293,7 @@ def test_auth_timeout_is_one_deadline():
 @pytest.mark.parametrize("protocol", REQUESTS)
 def test_a_refusal_is_said_and_nothing_is_connected(house, mx, protocol):
     client = house.dial(protocol, Overloaded("full"))
-    with mock.patch.object(upstream, "RawSocket") as way_out:
+    with mock.patch.object(upstream, "outgoing") as way_out:
         client.sendall(REQUESTS[protocol](mx))
         said = read_all(client)
     assert said[4:6] == b"\x05\x02" if protocol == "socks5" else said.startswith(b"421 4.3.2 ")
@@ -279,8 +326,9 @@ def test_a_client_that_never_closes_after_its_refusal():
 def test_no_socket_for_the_way_out(house, mx, number, protocol):
     """At the bind, or at the look for the system's choice: told as an overload, and what is cached is given up."""
     client = house.dial(protocol)
+    none = mock.Mock(side_effect=OSError(number, "mocked"))
     with (
-        mock.patch.object(upstream, "RawSocket", side_effect=OSError(number, "mocked")),
+        mock.patch.multiple(upstream, RawSocket=none, outgoing=none),
         mock.patch.object(house.services.keeper, "shed") as shed,
     ):
         client.sendall(REQUESTS[protocol](mx))

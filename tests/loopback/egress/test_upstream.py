@@ -79,7 +79,6 @@ def test_it_leaves_from_the_bound_address(engine, source, host):
 
 def test_its_options():
     with bound() as sock:
-        assert type(sock) is RawSocket
         assert os.get_blocking(sock.fileno()) is False
         assert os.get_inheritable(sock.fileno()) is False
         for level, name, value in (
@@ -114,7 +113,8 @@ def test_an_address_that_is_not_ours(source):
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM])
 def test_no_descriptor_is_an_overload(number):
-    with mock.patch.object(upstream, "RawSocket", side_effect=OSError(number, "mocked")):
+    none = mock.Mock(side_effect=OSError(number, "mocked"))
+    with mock.patch.multiple(upstream, RawSocket=none, outgoing=none):
         for call in (
             lambda: upstream.bind("127.0.0.5"),
             lambda: upstream.system_source(Endpoint("127.0.0.2", 25)),
@@ -124,7 +124,7 @@ def test_no_descriptor_is_an_overload(number):
 
 
 def test_a_family_that_the_kernel_lacks():
-    with mock.patch.object(upstream, "RawSocket", side_effect=OSError(errno.EAFNOSUPPORT, "mocked")):
+    with mock.patch.object(upstream, "outgoing", side_effect=OSError(errno.EAFNOSUPPORT, "mocked")):
         assert failure(upstream.bind, "::1").step is Step.BIND
 
 

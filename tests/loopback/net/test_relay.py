@@ -752,6 +752,27 @@ def test_wait_returns_the_events_and_only_to_one_who_waits(engine: relay.Engine)
     peer.close()
 
 
+def test_a_wait_passes_over_events_that_it_does_not_want(engine: relay.Engine) -> None:
+    """Whoever waits for bytes is not woken because there is room to send, as there is from the beginning."""
+    (peer, sock), (peer2, sock2) = tcp_pair(), tcp_pair()
+    engine.register(sock.fileno())
+    engine.register(sock2.fileno())
+    told: list[int] = []
+    gevent.spawn(lambda: told.append(engine.wait(sock.fileno(), relay.HEARD)))
+    assert engine.wait(sock2.fileno()) == relay.select.EPOLLOUT  # in the same batch
+    assert told == []
+    peer.sendall(b"x")
+    until(lambda: told, what="the bytes wake it")
+    assert told[0] & relay.select.EPOLLIN
+    gevent.spawn(lambda: told.append(engine.wait(sock2.fileno(), relay.HEARD)))
+    peer2.close()
+    until(lambda: len(told) == 2, what="the end wakes it")
+    assert told[1] & relay.select.EPOLLRDHUP
+    for one in (sock, sock2):
+        engine.close(one)
+    peer.close()
+
+
 def test_a_descriptor_is_not_reused_within_a_batch(engine: relay.Engine) -> None:
     """The first event's callback closes the second's socket and opens another, which must not get that event."""
     (peer, sock), (peer2, sock2) = tcp_pair(), tcp_pair()

@@ -10,7 +10,6 @@ import gevent
 import pytest
 
 from proxy.model import Endpoint
-from proxy.server import listener as listener_module
 from proxy.server.listener import Listener, ListenError, endpoint_of, open_socket, open_sockets
 from proxy.services import Door
 from tests.loopback.net.relays import open_descriptors, until
@@ -61,7 +60,6 @@ def test_accepted_sockets_are_raw_non_blocking_and_inherit_their_options(opened)
     with dial(opened) as client:
         until(lambda: opened.accepted, what="accepted")
         sock, address = opened.accepted[0]
-        assert type(sock) is listener_module.RawSocket
         assert address == client.getsockname()
         with pytest.raises(BlockingIOError):
             sock.recv(1)
@@ -84,26 +82,23 @@ def test_a_burst_is_accepted_completely(opened):
 
 
 class Counting:
-    """In the place of the listening socket: counts how often it was asked, and how often in vain."""
+    """In the place of `sockets.accept`: counts how often it was asked, and how often in vain."""
 
     def __init__(self, real):
         self._real = real
         self.asked = self.in_vain = 0
 
-    def __getattr__(self, name):
-        return getattr(self._real, name)
-
-    def _accept(self):
+    def __call__(self, sock):
         self.asked += 1
         try:
-            return self._real._accept()
+            return self._real(sock)
         except BlockingIOError:
             self.in_vain += 1
             raise
 
 
 def test_who_comes_alone_costs_one_accept_and_a_burst_few_in_vain(opened):
-    counting = opened.listener.socket = Counting(opened.listener.socket)
+    counting = opened.listener.take = Counting(opened.listener.take)
     clients = []
     for count in range(1, 9):
         clients.append(dial(opened))
@@ -160,24 +155,21 @@ def test_errors_leave_no_descriptor_behind(opened):
 
 
 class Failing:
-    """In the place of the listening socket: `_accept` raises these errors first."""
+    """In the place of `sockets.accept`: raises these errors first."""
 
     def __init__(self, real, errors):
         self._real = real
-        self._errors = list(errors)
+        self.errors = list(errors)
 
-    def __getattr__(self, name):
-        return getattr(self._real, name)
-
-    def _accept(self):
-        if self._errors:
-            raise OSError(self._errors.pop(0), "mocked")
-        return self._real._accept()
+    def __call__(self, sock):
+        if self.errors:
+            raise OSError(self.errors.pop(0), "mocked")
+        return self._real(sock)
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENETDOWN, errno.EIO])
 def test_it_backs_off_and_goes_on(opened, number, capfd):
-    opened.listener.socket = Failing(opened.listener.socket, [number] * 3)
+    opened.listener.take = Failing(opened.listener.take, [number] * 3)
     with dial(opened):
         until(lambda: opened.accepted, what="accepted in the end")
     assert opened.errors == [number] * 3
@@ -186,7 +178,7 @@ def test_it_backs_off_and_goes_on(opened, number, capfd):
 
 @pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EPROTO, errno.EPERM])
 def test_an_error_of_one_connection_costs_nobody_a_moment(opened, number):
-    opened.listener.socket = Failing(opened.listener.socket, [number] * 3)
+    opened.listener.take = Failing(opened.listener.take, [number] * 3)
     with dial(opened):
         until(lambda: opened.accepted, what="accepted")
     assert opened.errors == []
@@ -201,13 +193,13 @@ def test_each_pause_is_longer_until_an_accept_succeeds(opened):
         pauses.append(round(after, 3))
         return loop.timer(0.0, *more)
 
-    opened.listener.socket = Failing(opened.listener.socket, [errno.EMFILE] * 9)
+    opened.listener.take = Failing(opened.listener.take, [errno.EMFILE] * 9)
     opened.listener.loop = mock.Mock(wraps=loop, timer=timer, iteration=0)
     try:
         with dial(opened):
             until(lambda: opened.accepted, what="accepted")
         assert pauses == [0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1, 1]
-        opened.listener.socket._errors.append(errno.EMFILE)
+        opened.listener.take.errors.append(errno.EMFILE)
         with dial(opened):
             until(lambda: len(opened.accepted) == 2, what="accepted")
         assert pauses[9:] == [0.01]
@@ -217,7 +209,7 @@ def test_each_pause_is_longer_until_an_accept_succeeds(opened):
 
 def test_closed_while_it_backs_off(opened):
     """The timer must not open it again."""
-    opened.listener.socket = Failing(opened.listener.socket, [errno.EMFILE] * 1000)
+    opened.listener.take = Failing(opened.listener.take, [errno.EMFILE] * 1000)
     with dial(opened):
         until(lambda: opened.errors, what="an error")
         opened.listener.close()
@@ -240,10 +232,10 @@ def test_without_memory_to_serve_it_backs_off(opened):
 @pytest.mark.parametrize("number", [errno.ECONNABORTED, errno.EPROTO, errno.EPERM, errno.EINTR])
 def test_an_error_of_one_connection_that_never_ends_is_the_listeners(opened, number):
     """So many tries a turn, then it backs off as after any other error."""
-    opened.listener.socket = Failing(opened.listener.socket, [number] * 1000)
+    opened.listener.take = Failing(opened.listener.take, [number] * 1000)
     assert opened.listener.accept() is None
     assert opened.errors == [number]
-    assert len(opened.listener.socket._errors) == 1000 - 64
+    assert len(opened.listener.take.errors) == 1000 - 64
 
 
 def test_who_comes_before_anybody_accepts_is_like_everybody():
