@@ -3,6 +3,7 @@ the operating system at the whole program, doors that stand on them. And defects
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,13 @@ from tests.instrumented import Instrumented
 
 pytestmark = [pytest.mark.either_form("C, built for it"), pytest.mark.timeout(600)]
 _PYTEST = ("-m", "pytest", "--exitfirst", "--timeout", "300", "-m", "not slow")
+#: Several at a time, which fail together at most.
+_AT_ONCE = (*_PYTEST, "--numprocesses", str(2 * (os.cpu_count() or 1)), "--dist", "loadscope")
+#: Without the long simulations of throttling: the same code again and again.
+_UNIT = (
+    *("tests/unit/protocols", "tests/unit/policy", "tests/unit/egress", "tests/unit/doors"),
+    *(f"tests/unit/throttling/test_{name}.py" for name in ("manager", "places", "desk", "handover", "accounts")),
+)
 _RELAY = "proxy/net/_fastrelay.pyx"
 
 #: Sessions of one relay; bytes that the client has sent ahead are to be written as {early}.
@@ -94,13 +102,13 @@ def whole() -> Iterator[Instrumented]:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("tests/fuzz/relay_schedules.py", "--rounds", "40", "--steps", "2000"),
-        ("tests/fuzz/forms.py", "--cases", "5000"),
-        (*_PYTEST, "tests/unit"),
-        (*_PYTEST, "tests/loopback"),
-        (*_PYTEST, "tests/e2e/doors", "tests/e2e/smtp", "tests/e2e/sharing", "tests/e2e/server"),
+        ("tests/fuzz/relay_schedules.py", "--rounds", "10", "--steps", "2000"),
+        ("tests/fuzz/forms.py", "--cases", "2000"),
+        (*_AT_ONCE, *_UNIT),
+        (*_AT_ONCE, "tests/loopback"),
+        (*_AT_ONCE, "tests/e2e/doors", "tests/e2e/smtp", "tests/e2e/server/test_circles.py"),
     ],
-    ids=" ".join,
+    ids=lambda arguments: next(word for word in arguments if word.startswith("tests/")),
 )
 def test_nothing_is_reported_in_the_long_run(whole: Instrumented, arguments: tuple[str, ...]) -> None:
     whole.python(*arguments, timeout=3600.0).check()

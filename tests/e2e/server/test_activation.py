@@ -195,3 +195,56 @@ def test_reload_with_an_inherited_socket():
             wait_for(lambda: proxy.running, what="it runs")
             proxy.signal(signal.SIGTERM)
             assert proxy.wait_exit() == 0
+
+
+def until_said(manager, name):
+    """The next message with this word; others (watchdog, extensions) go by."""
+    while name not in (message := manager.next()):
+        pass
+    return message
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_upgrade_with_inherited_sockets(manager, workers):
+    """What a service manager sees of it: another main process, which is reloaded and stopped as the first would be. The
+    sockets stay its own: whoever comes after the stop waits for the next start."""
+    with socket.create_server(("127.0.1.5", 0)) as listener, Raw(echo) as receiver:
+        text = f"listen_socks5 127.0.1.5:{listener.getsockname()[1]}\nworkers {workers}\ndrain_timeout 30s\n"
+        environ = {"NOTIFY_SOCKET": manager.path}
+        with inherited(listener) as arguments, Proxy(text, environ=environ, **arguments) as proxy:
+            assert "MAINPID" not in until_said(manager, "READY")
+            with socks5(proxy.socks5, receiver.endpoint) as early:
+                old = proxy.upgrade()
+                assert int(until_said(manager, "MAINPID")["MAINPID"]) == proxy.pid != old
+                proxy.hup()
+                assert until_said(manager, "RELOADING")
+                assert until_said(manager, "READY")
+                second = proxy.upgrade()
+                assert int(until_said(manager, "MAINPID")["MAINPID"]) == proxy.pid != second
+                early.sendall(b"?")
+                assert exactly(early, 1) == b"?", "served by the first"
+                with socks5(listener.getsockname(), receiver.endpoint) as late:
+                    late.sendall(b"!")
+                    assert exactly(late, 1) == b"!"
+            proxy.term()
+            assert until_said(manager, "STOPPING")
+            assert proxy.wait_exit() == 0
+        assert not proxy.matching("systemd")
+        waiting = socket.create_connection(listener.getsockname(), 30)
+        with waiting, inherited(listener) as arguments, Proxy(text, **arguments):
+            waiting.sendall(b"\x05\x01\x02")
+            assert exactly(waiting, 2) == b"\x05\x02"
+
+
+def test_a_stop_after_an_upgrade_waits_for_those_of_both(manager):
+    """The old process has an open connection: it ends within the new one's stop, whose time is asked for."""
+    with Proxy("drain_timeout 30s\n", environ={"NOTIFY_SOCKET": manager.path}) as proxy, Raw(echo) as receiver:
+        until_said(manager, "READY")
+        with socks5(proxy.socks5, receiver.endpoint) as sock:
+            proxy.upgrade()
+            until_said(manager, "MAINPID")
+            proxy.term()
+            assert int(until_said(manager, "STOPPING")["EXTEND_TIMEOUT_USEC"]) > 1_000_000
+            sock.sendall(b"?")
+            assert exactly(sock, 1) == b"?"
+        assert proxy.wait_exit() == 0

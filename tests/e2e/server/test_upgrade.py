@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
+import ssl
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +14,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
+import trustme
 
-from tests.clients import Smtp, socks5
+from tests.clients import Smtp, exactly, socks5
+from tests.load import descriptors
 from tests.mx import Mx
+from tests.peers import missing
 from tests.program import ROOT, Proxy
+from tests.sinks import Raw, echo
 from tests.unit.throttling.oracle import SECOND, Rule
 from tests.waiting import wait_for
 from tests.witness import Witness
@@ -235,6 +241,53 @@ def test_idle_tls_connections_hear_quit() -> None:
         held = [session for session in mx.sessions if session.encrypted]
         assert len(held) == many
         assert all(session.commands[-1].upper().startswith(b"QUIT") for session in held)
+
+
+@pytest.fixture
+def tls_door(tmp_path: Path) -> tuple[str, ssl.SSLContext]:
+    """A listener with a certificate, and a client's context for it."""
+    authority = trustme.CA()
+    leaf = authority.issue_cert("proxy.example.net")
+    leaf.cert_chain_pems[0].write_to_path(str(tmp_path / "crt"))
+    leaf.private_key_pem.write_to_path(str(tmp_path / "key"))
+    (tmp_path / "key").chmod(0o600)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    authority.configure_trust(context)
+    files = f"tls_certificate_file {tmp_path}/crt\ntls_private_key_file {tmp_path}/key\n"
+    return f"listen_socks5_tls 127.0.2.2:0\n{files}", context
+
+
+def test_a_thousand_clients_in_tls_stay_where_they_are(tls_door: tuple[str, ssl.SSLContext]) -> None:
+    """Each can go on, at the old process; the new one has nothing of them, and who comes then is served by it."""
+    many = 1000
+    if not descriptors(4 * many):
+        missing(f"{many} clients and as many receivers need a limit of {4 * many} descriptors")
+    lines, context = tls_door
+    with Raw(echo) as receiver, Proxy(settings("1", lines)) as proxy, ExitStack() as stack:
+
+        def connect() -> socket.socket:
+            sock = socks5(proxy.door("socks5", "127.0.2.2"), receiver.endpoint, "127.0.0.5", tls=context)
+            return stack.enter_context(sock)
+
+        def goes_on(sock: socket.socket) -> bool:
+            sock.sendall(b"?")
+            return exactly(sock, 1) == b"?"
+
+        alone = proxy.fds()
+        held = [connect() for _ in range(many)]
+        assert proxy.fds() >= alone + 2 * many
+        old = proxy.upgrade()
+        assert proxy.fds() < alone + 20, "some of the old one's are open in the new one, too"
+        assert all(map(goes_on, held))
+        new = connect()
+        assert proxy.open_connections() == many + 1
+        for sock in held:
+            sock.close()
+        wait_for(lambda: not lives(old), 60, "the old one ends with its last client")
+        assert goes_on(new)
+        new.close()
+        wait_for(lambda: not proxy.open_connections(), 30, "nobody is connected")
+        wait_for(lambda: proxy.fds() <= alone, 30, "no descriptor is left over")
 
 
 #: A program of another version: it is this one, and `spoil` is done to it.
