@@ -84,6 +84,7 @@ void channel_end(struct session *s, bool good)
     if (!good)
         give_up(s);
     s->channel.end_unsaid = s->channel.ended_due = true;
+    totals.leaving++;
 }
 
 void channel_rest(struct session *s)
@@ -105,6 +106,7 @@ static void frame_came(struct session *s)
         return;
     if (channel->head[4] == F_ENDED && channel->ended_due) {
         channel->ended_due = false;
+        totals.leaving--;
     } else if (channel->head[4] == F_OPENED && s->step == OPENING && !channel->ended_due) {
         s->step = GREETING;
         s->replies_due = 1;

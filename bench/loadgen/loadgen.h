@@ -105,6 +105,7 @@ struct samples { float *value; size_t count, room; };  /* microseconds */
 
 extern struct totals {
     long started, active, ready, done, errors, messages, round_trips;
+    long leaving;   /* native: sessions that are over, and whose ENDED is to come: the channel is somebody's after us */
     struct samples session_us, setup_us, round_trip_us;
 } totals;
 

@@ -283,7 +283,7 @@ static void closed_loop(void)
 {
     on_free = restart;
     double last = now();
-    for (long next = 0; next < opt.connections || totals.active;) {
+    for (long next = 0; next < opt.connections || totals.active || totals.leaving;) {
         while (next < opt.connections && next - totals.ready - totals.errors < CONNECTING_AT_ONCE && more_wanted())
             session_start(&sessions[next++], now());
         if (!more_wanted())
@@ -312,7 +312,7 @@ static struct session *free_session(void)
 static void open_loop(void)
 {
     double due = now(), last = due;
-    while (more_wanted() || totals.active) {
+    while (more_wanted() || totals.active || totals.leaving) {
         for (; more_wanted() && now() >= due; due += 1 / opt.rate) {
             struct session *s = free_session();
             if (s)

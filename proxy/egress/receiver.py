@@ -51,8 +51,8 @@ class Wish(NamedTuple):
         return " ".join(filter(None, (self.demand.word, self.minimum, self.ciphers, shown)))
 
 
-class Limits(NamedTuple):
-    """How long what may take, in seconds.
+class Limits:
+    """How long what may take, in seconds. Never changed.
 
     Args:
         connect: the TCP connect.
@@ -60,9 +60,12 @@ class Limits(NamedTuple):
         ends_at: on the monotonic clock: nothing of it goes on after that, a second connection in clear included.
     """
 
-    connect: float
-    session: float
-    ends_at: float
+    __slots__ = ("connect", "ends_at", "session")
+
+    def __init__(self, connect: float, session: float, ends_at: float) -> None:
+        self.connect = connect
+        self.session = session
+        self.ends_at = ends_at
 
 
 class TlsFacts(NamedTuple):

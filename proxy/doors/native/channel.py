@@ -71,7 +71,8 @@ class Channel:
         self._idleness = Idleness()
         self._deadline: Any = None  # a timer of the loop, once there is an end in sight
         self._refusals = Refusals()
-        self._standing: Standing | None = None
+        self._asked: m.Open | None = None  # what is being served, ...
+        self._number, self._started = 0, 0.0  # ... as which connection, and since when
 
     @property
     def instance(self) -> str:
@@ -95,7 +96,7 @@ class Channel:
                 link.send(self._welcome(services))
             while (request := self._next_open()) is not None:
                 self._serve_session(request)
-                self._standing = None
+                self._asked = None
             link.part()
         except ClientGone as gone:
             goodbye = self._goodbye()
@@ -148,9 +149,13 @@ class Channel:
 
     def standing(self) -> Standing | None:
         """See `services.HostedConnection`."""
-        standing = self._standing
-        if standing is None:
+        asked = self._asked
+        if asked is None:
             return None
+        client, destination = self._guest.client, asked.destinations[0].endpoint
+        source = asked.source_ip or ""
+        ends = client, source, destination
+        standing = Standing(self._number, self.instance, "native", *ends, "open", self._started)
         if self._dialogue is not None:
             return standing._replace(source=self._dialogue.source, state=self._dialogue.doing)
         if self._receiver is not None:
@@ -230,9 +235,7 @@ class Channel:
         attempts: Attempts = []
         if link.decoder.unread:
             raise _Impatient
-        client, destination = self._guest.client, request.destinations[0].endpoint
-        source = request.source_ip or ""
-        self._standing = Standing(number, self.instance, "native", client, source, destination, "open", started)
+        self._asked, self._number, self._started = request, number, started
         self._step("asks for a connection, held open or new")
         if request.dialogue:
             self._serve_dialogue(services, request, number, started)

@@ -5,8 +5,7 @@ What OPENED says, whether the connection may be kept at END, and what is counted
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
+from functools import lru_cache, partial
 from time import monotonic
 
 from proxy.doors.native.entrance import Guest, check_still_welcome
@@ -245,8 +244,9 @@ def opened(taken: Taken, attempts: Attempts) -> bytes:
     return frames.encode_fields(m.Opened.TYPE, fields)
 
 
-def _bounded(lines: Iterable[str]) -> list[bytes]:
-    """As many lines as fit."""
+@lru_cache(maxsize=256)
+def _bounded(lines: tuple[str, ...]) -> list[bytes]:
+    """As many lines as fit. Not to be changed: many receivers say the same."""
     bounded: list[bytes] = []
     left = _MAX_EHLO
     for line in lines:

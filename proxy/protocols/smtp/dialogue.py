@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 import re
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from proxy.errors import PeerError, Step, UpstreamError
@@ -70,6 +71,13 @@ def parse_reply_line(line: bytes) -> tuple[int, bool]:
     return int(code), mark == 0x20
 
 
+#: Whole replies as they came in one piece, and what they say: a receiver says the same to each of us.
+_strictly: dict[bytes, Reply] = {}
+_loosely: dict[bytes, Reply] = {}
+_LONGEST_REMEMBERED: Final = 1024
+_MOST_REMEMBERED: Final = 1024
+
+
 class ReplyParser:
     """Bytes in, whole replies out, bounded by `MAX_REPLY_LINE` and `MAX_REPLY`.
 
@@ -79,6 +87,7 @@ class ReplyParser:
 
     def __init__(self, strict: bool = False) -> None:
         self._strict = strict
+        self._remembered = _strictly if strict else _loosely
         self._buffer = bytearray()
         self._lines: list[str] = []
         self._code = 0
@@ -98,6 +107,11 @@ class ReplyParser:
         Raises:
             BadReply: not a reply, over a bound, or lines of different codes in one reply (RFC 5321 4.2.1).
         """
+        whole = bytes(self._buffer) if not self._lines and len(self._buffer) <= _LONGEST_REMEMBERED else b""
+        known = self._remembered.get(whole)
+        if known is not None:
+            self._buffer.clear()
+            return known
         while (line := self._next_line()) is not None:
             code, last = parse_reply_line(line)
             if self._lines and code != self._code:
@@ -107,8 +121,15 @@ class ReplyParser:
             if last:
                 reply = Reply(code, tuple(self._lines))
                 self._lines, self._size = [], 0
+                if whole and not self._buffer:
+                    self._remember(whole, reply)
                 return reply
         return None
+
+    def _remember(self, whole: bytes, reply: Reply) -> None:
+        if len(self._remembered) >= _MOST_REMEMBERED:
+            self._remembered.clear()
+        self._remembered[whole] = reply
 
     def _next_line(self) -> bytes | None:
         end = self._buffer.find(b"\n", 0, MAX_REPLY_LINE)
@@ -291,8 +312,10 @@ def try_next_destination(error: UpstreamError) -> bool:
     return error.smtp_reply is None or not error.smtp_reply.startswith("5")
 
 
+@lru_cache(maxsize=256)
 def parse_capabilities(reply: Reply) -> dict[str, str]:
-    """EHLO keywords (upper case) and their parameters, from the second line on (RFC 5321 4.1.1.1)."""
+    """EHLO keywords (upper case) and their parameters, from the second line on (RFC 5321 4.1.1.1). Not to be changed:
+    the next receiver that says the same has the same."""
     pairs = (line.partition(" ") for line in reply.lines[1:])
     return {keyword.upper(): parameters.strip() for keyword, _, parameters in pairs if keyword}
 
