@@ -54,6 +54,7 @@ def test_what_is_said_of_calls_is_true(server: engines.Engine, connect: Connect,
     assert set(caller.fates.values()) != {Fate.ANSWERED}, "nothing has happened"
 
 
+@pytest.mark.usefixtures("patient")
 def test_several_at_once_share_a_connection(server: engines.Engine, connect: Connect) -> None:
     caller = Caller(connected(connect(server.url())), b"several")
     running = [gevent.spawn(caller.calls, 5) for _ in range(20)]

@@ -80,6 +80,7 @@ def test_we_have_a_name_there_and_one_connection(server: engines.Engine, caller:
     assert len(ours) == 1
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_script_that_was_flushed_is_loaded_anew(server: engines.Engine, caller: Caller) -> None:
     caller.calls(3)
     server.client.script_flush()

@@ -37,6 +37,7 @@ def trouble_of(store: Any) -> Any:
     return store.view().trouble
 
 
+@pytest.mark.usefixtures("patient")
 def test_an_authority_that_is_known(server: engines.Engine, ca: str, connect: Connect) -> None:
     caller = Caller(connected(connect(server.url(), store_tls(ca, None, None))), b"tls")
     assert {reply.fate for reply in caller.calls(200)} == {Fate.ANSWERED}
@@ -60,6 +61,7 @@ def test_a_certificate_of_another_name(server: engines.Engine, ca: str, connect:
     assert "Hostname mismatch" in trouble.reason
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_server_that_wants_to_see_a_certificate(ca: str, connect: Connect, tmp_path: Path) -> None:
     with engines.engine(engines.REDIS_7, "tls-auth-clients optional", tls=True) as server:
         leaf = engines.certificates.authority().issue_cert("proxy.example")
@@ -96,6 +98,7 @@ def test_a_network_that_breaks_in_the_handshake(server: engines.Engine, ca: str,
         assert trouble_of(store).step == "tls"
 
 
+@pytest.mark.usefixtures("patient")
 def test_sentinels_with_tls(server: engines.Engine, ca: str, connect: Connect, tmp_path: Path) -> None:
     """And a password of their own: they must not be asked with the server's alone."""
     watch = [f"sentinel monitor m {server.host} {server.port} 1", "sentinel auth-pass m pw", "tls-replication yes"]

@@ -25,6 +25,7 @@ def trouble_of(store: Any) -> Any:
     return store.view().trouble
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_socket_on_this_machine(connect: Connect, tmp_path: Path) -> None:
     path = tmp_path / "valkey.sock"
     with engines.engine(engines.VALKEY_8, f"unixsocket {path}", password="p/w") as server:
