@@ -4,7 +4,8 @@ Two things are compiled where a compiler is there, and left out otherwise, with 
 what moves bytes, and the typed core (mypyc: the modules of `CORE`, as they stand, in one library, so that calls among
 them are calls of C). `greenarrow_proxy --version` says what runs. GREENARROW_PROXY_PURE=1 leaves both out, of a build,
 too. GREENARROW_PROXY_OPTIMISE is 0 to 3, as gcc's -O (else the core has 3): 0 takes half the time, for builds of which
-nobody asks how fast they are.
+nobody asks how fast they are. GREENARROW_PROXY_CORE names the modules of the core that are compiled, where a few are
+enough: for packages of which somebody tests how they are made and installed.
 """
 
 import os
@@ -55,6 +56,8 @@ PURE = os.environ.get("GREENARROW_PROXY_PURE") == "1"
 LEVEL = os.environ.get("GREENARROW_PROXY_OPTIMISE", "")
 if LEVEL not in {"", "0", "1", "2", "3"}:
     raise SystemExit(f"GREENARROW_PROXY_OPTIMISE is 0, 1, 2 or 3, not {LEVEL!r}")
+#: Paths of modules, where not all of the core shall be compiled.
+SOME = os.environ.get("GREENARROW_PROXY_CORE", "").split()
 #: Commands that compile nothing; pip calls some of them first, and what mypyc does takes a while.
 COMPILE_NOTHING = {"clean", "dist_info", "egg_info", "sdist"}
 
@@ -134,7 +137,7 @@ def core() -> list[Extension]:
     modules = [path.relative_to(HERE).as_posix() for folder in CORE for path in (HERE / "proxy" / folder).rglob("*.py")]
     # `make check` looks at types, with all libraries at hand; here they need not be.
     return mypycify(
-        ["--config-file=", "--ignore-missing-imports", *sorted(compiled([*modules, *CORE_FILES]))],
+        ["--config-file=", "--ignore-missing-imports", *sorted(SOME or compiled([*modules, *CORE_FILES]))],
         opt_level=LEVEL or "3",
         multi_file=True,
         group_name=CORE_LIBRARY,

@@ -13,6 +13,12 @@ ROOT = Path(__file__).parents[1]
 PURE = "GREENARROW_PROXY_PURE"
 #: For builds that are asked whether they run and what is in them, not how fast they are: see setup.py.
 UNOPTIMISED = {"GREENARROW_PROXY_OPTIMISE": "0"}
+#: For packages that are asked how they are made and installed: of the core some modules, among them the one that
+#: --version asks for its form. Each build of all of it is more than a minute of a processor, so few are.
+A_FEW = {
+    **UNOPTIMISED,
+    "GREENARROW_PROXY_CORE": "proxy/numbering.py proxy/policy/limits.py proxy/spans.py",
+}
 
 
 def environ() -> dict[str, str]:

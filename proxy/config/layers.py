@@ -28,7 +28,7 @@ BY_NAME = {option.name: option for option in OPTIONS}
 PREFIX = "GREENARROW_PROXY_"
 CONFIG_FILENAME = PREFIX + "CONFIG_FILENAME"
 #: Variables of ours that are no directives: the form that runs (`form`), how it is built, the init script's file.
-_OTHER_VARIABLES = (CONFIG_FILENAME, PREFIX + "PURE", PREFIX + "OPTIMISE", PREFIX + "DEFAULTS")
+_OTHER_VARIABLES = (CONFIG_FILENAME, *(PREFIX + name for name in ("PURE", "OPTIMISE", "CORE", "DEFAULTS")))
 #: What Kubernetes and Docker set for a service that is called greenarrow-proxy.
 _OF_A_CONTAINER = re.compile(PREFIX + r"(SERVICE_(HOST|PORT)(_.*)?|PORT(_\d+_(TCP|UDP)(_.*)?)?|NAME|ENV_.*)")
 

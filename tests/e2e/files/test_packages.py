@@ -176,7 +176,7 @@ def test_the_wheel_of_the_source_distribution_has_the_compiled_relay(
 def test_a_wheel_without_a_compiler_says_so(checkout: Path, builder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(checkout, copy)
-    wheel, said = wheel_of(copy, tmp_path, builder, CC="/nonexistent/cc")
+    wheel, said = wheel_of(copy, tmp_path, builder, CC="/nonexistent/cc", **forms.A_FEW)
     for name in (
         "proxy.net._fastframes",
         "proxy.net._fastrelay",

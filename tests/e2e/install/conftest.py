@@ -20,14 +20,14 @@ BUILDER = ("debhelper", "gcc", "libc6-dev", "python3-dev", "python3-venv", "ca-c
 
 
 def made(target: str, out: Path, *variables: str) -> str:
-    """`make TARGET`, into a directory; what it said."""
+    """`make TARGET`, into a directory, with a few modules of the core; what it said."""
     done = subprocess.run(
         ["make", target, f"DIST={out}", *variables],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=600,
-        env=forms.build_environ(SOURCE_DATE_EPOCH=EPOCH),
+        env=forms.build_environ(SOURCE_DATE_EPOCH=EPOCH, **forms.A_FEW),
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -51,7 +51,7 @@ class Podman:
         for name, text in files.items():
             (directory / name).write_text(text)
         authorities = {value for name, value in surroundings().items() if "CERT" in name and Path(value).is_file()}
-        environ = surroundings() | forms.UNOPTIMISED
+        environ = surroundings() | forms.A_FEW
         more = [f"--env={name}={value}" for name, value in environ.items() if name != "PIP_FIND_LINKS"]
         more += [f"--volume={file}:{file}:ro" for file in sorted(authorities)]
         wrapper = directory / "bin" / "podman"

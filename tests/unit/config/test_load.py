@@ -281,6 +281,7 @@ def test_an_empty_variable_is_not_set_and_an_unknown_one_is_ignored():
         ("XYZZY", "GREENARROW_PROXY_XYZZY is not a variable of ours"),
         ("PURE", ""),
         ("OPTIMISE", ""),
+        ("CORE", ""),
         ("LISTEN", ""),
         ("PORT_807_TCP_ADDR", ""),
         ("SERVICE_PORT_SOCKS5", ""),
