@@ -199,7 +199,7 @@ def test_what_is_in_force_and_where_it_is_written(path):
 def test_connections_are_seen_and_can_be_ended(path):
     """At a door before the request, while connecting waits for a place, and relayed: each ends at once."""
     block = "throttle one {\n  max_concurrent_connections 1\n  per nothing\n}\n"
-    with Proxy(f"control_socket {path}\n{block}") as proxy, Mx() as mx:
+    with Proxy(f"auth_timeout 5m\ncontrol_socket {path}\n{block}") as proxy, Mx() as mx:  # who is silent stays
         with socks5(proxy.socks5, mx.endpoint) as relayed, dial(proxy.socks5) as silent:
             assert relayed.recv(100)
             wait_for(
