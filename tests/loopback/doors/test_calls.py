@@ -112,7 +112,8 @@ def test_a_request_that_is_there_already_is_not_waited_for(protocol: str, mx: An
     with opened() as house:
         late = min((calls_of_a_session(house, protocol, mx) for _ in range(5)), key=lambda counted: counted[WAIT])
         at_hand = calls_of_a_session(house, protocol, mx, with_its_words=True)
-    assert (late[WAIT], at_hand[WAIT]) == (2, 1), (late, at_hand)
+    if house.services.engine.name == "python":  # else its calls are not seen
+        assert (late[WAIT], at_hand[WAIT]) == (2, 1), (late, at_hand)
     total = sum(calls for name, calls in at_hand.items() if not name.startswith(ENGINE))
     print(f"\n{protocol}: {total} calls")
     assert 0 < total <= AT_HAND[protocol], at_hand.most_common()
