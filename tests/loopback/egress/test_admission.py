@@ -145,6 +145,19 @@ def test_who_is_killed_gives_up_its_turn():
     assert isinstance(second.get(timeout=30), Places)
 
 
+def test_a_wake_up_is_only_a_hint():
+    """Whoever wakes it for something else has not told it anything."""
+    office = Office(Block())
+    held = office.ask()
+    waiting = office.waits("b")
+    gevent.get_hub().loop.run_callback(waiting.switch)
+    gevent.sleep(0)
+    gevent.sleep(0)
+    assert not waiting.ready()
+    office.leave(held)
+    assert isinstance(waiting.get(timeout=30), Places)
+
+
 def test_admitted_in_the_last_moment_is_admitted():
     """The timer of one who waits fires after its place came and before it runs: it has the place."""
     office = Office(Block())

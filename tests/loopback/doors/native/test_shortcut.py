@@ -234,6 +234,22 @@ def test_what_is_no_data_is_the_greenlets(engine: type[Engine], wire: bytes, why
     assert (carried.ended is None) == (not why)
 
 
+def test_half_a_header_is_given_back(engine: type[Engine]) -> None:
+    """It has come while the hub moves the bytes; then the greenlet looks around."""
+    carried = Carried(engine)
+    carried.talk()
+    frame, before = frames.encode_data(b"NOOP\r\n"), carried.transfer.moved
+    carried.client.sendall(frame[:3])
+    until(lambda: carried.transfer.moved == before + 3, what="half of it was read")
+    carried.link.wake()
+    gevent.sleep(0)
+    gevent.sleep(0)
+    carried.client.sendall(frame[3:])
+    carried.gets(b"NOOP\r\n")
+    carried.client.sendall(frames.encode(m.End(False, 0)))
+    carried.close()
+
+
 @pytest.mark.parametrize("who", ["client", "receiver"])
 @pytest.mark.parametrize("reset", [False, True])
 def test_an_end_of_a_side_is_told_the_same(engine: type[Engine], who: str, reset: bool) -> None:
