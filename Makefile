@@ -50,7 +50,7 @@ help:
 $(READY): setup.py pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@touch $(READY).begun
-	@echo "Installing into $(VENV) (once; takes a minute) ..."
+	@echo "Installing into $(VENV) (once; takes two to five minutes: it compiles) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat --editable '.[test]'
 	@cp -p $(READY).begun $(BUILT)
 	@mv $(READY).begun $(READY)
