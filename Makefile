@@ -2,8 +2,8 @@
 #
 #   make demo         six MTAs send through the proxy on this machine, from four source addresses
 #   make demo-cluster two proxies keep one limit together, and the store that holds it dies
-#   make test         all tests but the slow ones, compiled, and most of what depends on that as Python code
-#   make test-pure    all tests that depend on it as Python code
+#   make test         all tests but the slow ones, compiled, and what depends on that as Python code
+#   make test-pure    the second half of it: as Python code
 #   make check        formatting, lint, types
 #   make bench-quick  a few minutes: a first look at the cost against HAProxy and others
 #   make bench        the full tables of docs/performance/tables.md
@@ -30,11 +30,6 @@ PYTEST_ARGS ?=
 WORKERS ?= $(shell echo $$(( 3 * $$(nproc) )))
 # A file is one process's, and files are begun in the order of tests/conftest.py: xdist's own begins the longest last.
 BY_FILE = --dist loadscope --no-loadscope-reorder
-
-# What `make test` runs as Python code, too: all that decides, each door and step with real sockets, and mail through the program.
-# `make test-pure` runs everything that depends on the form.
-AS_PYTHON = $(addprefix tests/,unit loopback fuzz e2e/doors e2e/smtp e2e/sharing e2e/throttling e2e/server/test_form.py \
-	e2e/server/test_cost.py)
 
 # Tests of one process that are run with two workers, too: sharing, limits, doors, ends.
 WITH_WORKERS = $(addprefix tests/e2e/,sharing/test_sharing_throttles.py smtp/test_limits.py smtp/test_ends.py \
@@ -72,8 +67,7 @@ test: $(BUILT)
 	@tests/fetch_smtp_sink.sh
 	@tests/fetch_node_peers.sh
 	@$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) $(BY_FILE) $(PYTEST_ARGS)
-	@GREENARROW_PROXY_PURE=1 $(BIN)/python -m pytest -m "not slow and not either_form" --numprocesses $(WORKERS) $(BY_FILE) \
-		$(AS_PYTHON) $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory test-pure
 	@PROXY_TEST_WORKERS=2 $(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) $(WITH_WORKERS)
 
 test-pure: $(READY)
