@@ -67,6 +67,11 @@ class Opening:
         return self.smtp
 
 
+def lines(proxy):
+    """How many wait for a place of each throttle; who needs several stands in one line after the other."""
+    return {row["name"]: row["waiting"] for row in proxy.throttles()}
+
+
 def waiting(proxy, count):
     """Until so many connections wait for a place."""
     wait_for(lambda: sum(row["waiting"] for row in proxy.throttles()) == count, what=f"{count} wait")
@@ -158,7 +163,8 @@ def test_all_places_or_none(proxy, mx):
 
 
 def test_who_needs_two_places_does_not_starve(proxy, mx):
-    """z is under both of two rules that a and b keep busy: when each place has been given back, z's turn has come."""
+    """z is under both of two rules that a and b keep busy: when one place after the other has been given back, z's turn
+    has come. (If that of the second rule comes first, z waits for the next one there.)"""
     with sessions(proxy, "a", "b", "z") as (a, b, z):
         rules = {a: few(a, "one"), b: few(b, "two")}
         held = {each: opens(each, mx, path) for each, path in rules.items()}
@@ -168,6 +174,7 @@ def test_who_needs_two_places_does_not_starve(proxy, mx):
             rules[each] = Opening(each, mx, rules[each])
         waiting(proxy, 3)
         held[a].quit()
+        wait_for(lambda: lines(proxy) == {"one": 1, "two": 2}, what="z has one, and is first in the line of two")
         held[b].quit()
         both.result().quit()
         for each in (a, b):
